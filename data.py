@@ -1,0 +1,897 @@
+r"""Data for the whole pipeline: tokenizer, chat format, problems, curation, packing, loader.
+
+    python data.py make --out runs/tiny/data --seed 0               # generated arithmetic: sft, rl and heldout.jsonl
+    python data.py convert train.jsonl --out sft.jsonl              # worked solutions (GSM8K, MATH) -> SFT samples
+    python data.py convert traces.jsonl --problems rl.jsonl --out sft.jsonl      # correct rollouts -> SFT samples
+    python data.py curate traces.jsonl --problems rl.jsonl --out rl_kept.jsonl   # the RL pass-rate filter
+    python data.py show sft.jsonl                                   # a few rows, and a table by domain
+
+Everything travels in files that a person can open, one JSON object a line:
+
+    problems   {"id", "domain", "prompt", "answer"} and any further fields, kept ("tests" for code, "solution", "level")
+    sft        {"messages": [{"role", "content"}], "domain", "weight"}; reasoning stands between <think> and </think>
+    traces     {"problem", "text", "answer", "correct", "stop", ...}, one sampled reply a line, written by eval.py
+
+A *sample* is one tokenised conversation; a *document* is a sample inside a *pack*, a row of documents laid end to end
+that makes one forward pass; a *rollout* is a reply sampled from a model.
+
+Deviations from the paper (Falcon-H1R, arXiv 2601.02346): only correct rollouts become SFT samples, where it excepts
+very hard problems and theorems; its filters for wrong languages and unreliable tool calls are left out. It does not say
+where easy and hard begin, what share a "small random subset" is (EASY, HARD, KEEP_TRUNCATED), nor how it packs.
+
+To copy this, nothing else is needed: numpy and tiktoken.
+"""
+
+import argparse
+import ast
+import gzip
+import hashlib
+import json
+import math
+import os
+import random
+import re
+import sys
+import textwrap
+import zlib
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+
+# 1. Tokenizer ---------------------------------------------------------------------------------------------------------
+
+TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>")  # what a model may write inside its own turn
+CONTROL = ("<|pad|>", "<|begin_of_text|>", "<|end_of_text|>", "<|im_start|>", "<|im_end|>")
+STOP = ("<|im_end|>", "<|end_of_text|>")
+
+# render_chat below, in the template language of transformers, for those who load a checkpoint elsewhere. No line breaks
+# between tags, as it depends on the engine's settings whether those count.
+CHAT_TEMPLATE = (
+    "{{ bos_token + '\\n' }}{% set ns = namespace(last=-1, tools=false, text='') %}"
+    "{% for m in messages %}{% if m.role == 'tool' or m.role == 'assistant' and '<tool_call>' in m.content %}"
+    "{% set ns.tools = true %}{% endif %}{% if m.role == 'assistant' and not add_generation_prompt %}"
+    "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}{% set ns.text = m.content %}"
+    "{% if m.role == 'assistant' and not ns.tools and loop.index0 != ns.last %}"
+    "{% set parts = m.content.split('<think>') %}{% set ns.text = parts[0].split('</think>')[-1] %}"
+    "{% for part in parts[1:] %}{% if '</think>' in part %}{% set ns.text = ns.text + part.split('</think>')[-1] %}"
+    "{% endif %}{% endfor %}{% set ns.text = ns.text.strip() %}{% endif %}"
+    "{{ '<|im_start|>' + m.role + '\\n' + ns.text + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def tokenizer_json(special):
+    """The tokenizer.json of byte tokens 0 to 255 without merges. special: dict from special tokens to their ids."""
+    # GPT-2's spelling of bytes: printable ones are themselves, the others take the code points from 256 on.
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = iter(range(256, 512))
+    vocab = {chr(byte if byte in printable else next(others)): byte for byte in range(256)}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    # TAGS are not "special" there, so that servers, which skip special tokens by default, leave reasoning marked.
+    added = [{"id": i, "content": name, **flags, "special": name not in TAGS} for name, i in special.items()]
+    bytewise = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
+            "pre_tokenizer": bytewise, "post_processor": None, "decoder": bytewise,
+            "model": {"type": "BPE", "vocab": vocab, "merges": []}}  # fmt: skip
+
+
+class Tokenizer:
+    """Text <-> token ids: tiktoken, and the special tokens that a chat needs.
+
+    Attributes: special (dict from a special token's text to its id), vocab_size (the largest id plus one), stop_ids
+    (tuple of the ids at which generation ends).
+    """
+
+    def __init__(self, ranks, special, pattern):
+        """ranks: dict bytes -> id; special: dict str -> id; pattern: regular expression that cuts text into words."""
+        self.ranks, self.special = ranks, special
+        self.encoding = tiktoken.Encoding("falcon", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+        self.vocab_size = self.encoding.n_vocab
+        self.stop_ids = tuple(special[name] for name in STOP)
+
+    @classmethod
+    def byte_level(cls):
+        """One token per byte (ids 0 to 255), then the special tokens: a vocabulary that needs no training."""
+        names = [*CONTROL, *TAGS]
+        # A vocabulary of a multiple of 16 tiles well. What fills it up are tokens too: whatever is sampled decodes.
+        names += [f"<|reserved_{i}|>" for i in range(-(256 + len(names)) % 16)]
+        return cls({bytes([i]): i for i in range(256)}, {name: 256 + i for i, name in enumerate(names)}, WHOLE_TEXT)
+
+    def encode(self, text):
+        """Ids of text, a list of int. Nothing becomes a special token: `<|im_end|>` typed by a user is ten bytes."""
+        return self.encoding.encode_ordinary(text)
+
+    def decode(self, ids):
+        """Text of ids, special tokens included; bytes that are not UTF-8 become U+FFFD. ValueError at an unknown id."""
+        try:
+            return self.encoding.decode([int(i) for i in ids], errors="replace")
+        except (KeyError, OverflowError) as error:
+            raise ValueError(f"cannot decode {error}: token ids are 0 to {self.vocab_size - 1}") from None
+
+    def save(self, folder):
+        """Write tokenizer.json and tokenizer_config.json, as the tokenizers library and transformers read them.
+
+        Their encode() turns special tokens inside a user's text into special ids, which ours does not: that is how
+        prompt injection works, and the one difference in ids.
+        """
+        whole = tokenizer_json(self.special)
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": CHAT_TEMPLATE, "padding_side": "left",
+                  "bos_token": "<|begin_of_text|>", "eos_token": "<|im_end|>", "pad_token": "<|pad|>",
+                  "clean_up_tokenization_spaces": False}  # fmt: skip
+        write_text(Path(folder) / "tokenizer.json", json.dumps(whole, ensure_ascii=False, indent=1))
+        write_text(Path(folder) / "tokenizer_config.json", json.dumps(config, ensure_ascii=False, indent=1))
+
+    @classmethod
+    def from_pretrained(cls, folder):
+        """Read folder/tokenizer.json. ValueError naming the component, if it holds one that is not supported.
+
+        Supported is what save() writes. General byte-level BPE belongs here: its pre_tokenizer's regular expression is
+        tiktoken's pattern, and its vocabulary, in bytes, tiktoken's ranks if ids follow the order of the merges.
+        """
+        path = Path(folder) / "tokenizer.json"
+        try:
+            whole = json.loads(path.read_bytes())
+            special = {token["content"]: token["id"] for token in whole["added_tokens"]}
+            model = {name: whole["model"][name] for name in ("type", "vocab", "merges")}
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(f"{path}: not a tokenizer.json: {type(error).__name__} {error}") from None
+        if not {*CONTROL} <= {*special} or any(256 + i not in special.values() for i in range(len(special))):
+            raise ValueError(f"{path}: added_tokens must hold {' '.join(CONTROL)}, and ids count up from 256")
+        for name, supported in tokenizer_json(special).items():
+            here = model if name == "model" else whole.get(name)
+            if here != supported:
+                raise ValueError(f"{path}: {name} {short(here)} is not supported, only bytes without merges")
+        return cls({bytes([i]): i for i in range(256)}, special, WHOLE_TEXT)
+
+
+WHOLE_TEXT = r"(?s).+"  # tiktoken's pattern: without merges there is nothing that words would keep apart
+
+
+def short(value, limit=100):
+    text = json.dumps(value)
+    return text if len(text) <= limit else text[:limit] + "..."
+
+
+# 2. Chat format: ChatML, as Falcon-H1's published template writes it --------------------------------------------------
+#
+#     <|begin_of_text|>\n                          once, here and nowhere else: encode() adds none
+#     <|im_start|>user\n2+2?<|im_end|>\n
+#     <|im_start|>assistant\n<think>2+2=4</think>\boxed{4}<|im_end|>\n
+#
+# The generation prompt ends in `<|im_start|>assistant\n`; the model opens <think> itself. What the published model does
+# in that last point is unknown, as is its role for tool results, here `tool`.
+
+# role -> the roles it may follow
+FOLLOWS = {
+    "system": {None}, "user": {None, "system", "assistant"},
+    "assistant": {"user", "tool"}, "tool": {"assistant", "tool"},
+}  # fmt: skip
+
+
+def render_chat(messages, tokenizer, *, generation_prompt=False):
+    """Token ids of a conversation, and which of them the model is trained to write (paper, section 2).
+
+    - Usually: reasoning is removed from all assistant turns but the last, and the loss falls on the last one alone.
+      The model meets the same history when it is used, since nobody sends old reasoning back.
+    - Tool calling (a message of role "tool", or <tool_call> in an assistant turn): reasoning is kept and the loss
+      falls on every assistant turn, since the turns are steps of one train of thought.
+
+    The loss covers what an assistant writes and the <|im_end|> that ends it, and no header. TAGS are special tokens in
+    assistant turns and plain text elsewhere; all other special tokens are plain text wherever they are typed.
+
+    Args:
+        messages: list of {"role", "content"}, see FOLLOWS for the order of roles.
+        generation_prompt: append the header of the reply to come; all turns in messages are then earlier ones.
+    Returns:
+        (ids, loss_mask): lists of int and bool, of equal length; loss_mask[i] says whether ids[i] is to be predicted.
+    Raises:
+        ValueError: naming the message and its field.
+    """
+    check_messages(messages, generation_prompt)
+    assistant = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    calls = any("<tool_call>" in messages[i]["content"] for i in assistant)
+    tools = calls or any(message["role"] == "tool" for message in messages)
+    last = None if generation_prompt or not assistant else assistant[-1]
+
+    bos, start, end = (tokenizer.special[name] for name in ("<|begin_of_text|>", "<|im_start|>", "<|im_end|>"))
+    newline, pieces = tokenizer.encode("\n"), []  # (ids, whether there is loss on them)
+    pieces.append(([bos, *newline], False))
+    for i, message in enumerate(messages):
+        role, content, loss = message["role"], message["content"], i == last or (tools and i in assistant)
+        if i in assistant:
+            body = encode_tags(content if loss else without_reasoning(content), tokenizer)
+        else:
+            body = tokenizer.encode(content)
+        header = [start, *tokenizer.encode(role + "\n")]
+        pieces += [(header, False), ([*body, end], loss), (newline, False)]
+    if generation_prompt:
+        pieces.append(([start, *tokenizer.encode("assistant\n")], False))
+    return [i for ids, _ in pieces for i in ids], [loss for ids, loss in pieces for _ in ids]
+
+
+def check_messages(messages, generation_prompt):
+    if not isinstance(messages, list) or not messages:
+        raise ValueError("messages: must be a list of at least one message")
+    before = None
+    for i, message in enumerate(messages):
+        role = message.get("role") if isinstance(message, dict) else message
+        if role not in [*FOLLOWS]:
+            raise ValueError(f"messages[{i}].role: {short(role)} is none of {', '.join(FOLLOWS)}")
+        if type(message.get("content")) is not str:
+            raise ValueError(f"messages[{i}].content: must be a string, not {short(message.get('content'))}")
+        if before not in FOLLOWS[role]:
+            raise ValueError(f"messages[{i}].role: {role} may not {f'follow {before}' if before else 'come first'}")
+        before = role
+    if generation_prompt and before not in FOLLOWS["assistant"]:
+        raise ValueError(f"messages[{i}].role: {before} leaves nothing to reply to; end with user or tool")
+
+
+def without_reasoning(content):
+    """content without its <think> blocks, stripped. A block that never ends goes to the next one, or to the end."""
+    head, *blocks = content.split("<think>")
+    kept = [block.rpartition("</think>")[2] for block in blocks if "</think>" in block]
+    return "".join([head.rpartition("</think>")[2], *kept]).strip()
+
+
+def encode_tags(content, tokenizer):
+    """Ids of content with TAGS as special tokens, where the tokenizer has them."""
+    ids = []
+    for piece in re.split(f"({'|'.join(TAGS)})", content):
+        tag = tokenizer.special.get(piece) if piece in TAGS else None
+        ids += tokenizer.encode(piece) if tag is None else [tag]
+    return ids
+
+
+# 3. Files, and problems read from them --------------------------------------------------------------------------------
+
+
+def write_text(path, text):
+    """Write a file whole or not at all: a reader never meets half of it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_jsonl(path, records):
+    write_text(path, "".join(json.dumps(record) + "\n" for record in records))
+
+
+def read_records(path):
+    """Read .jsonl, .jsonl.gz or a JSON array of objects; blank lines are skipped, a byte order mark is tolerated.
+
+    Yields:
+        (where, record): "FILE, line 3" (or "item 3" of an array, from 1), for error messages, and a dict.
+    Raises:
+        ValueError: naming file and line, at malformed JSON, invalid UTF-8, anything but objects, an empty file.
+    """
+    try:
+        with gzip.open(path) if str(path).endswith(".gz") else open(path, "rb") as file:
+            lines = file.read().removeprefix(b"\xef\xbb\xbf").splitlines()
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: not a complete gzip file ({error})") from None
+    filled = [number for number, line in enumerate(lines) if line.strip()]
+    if not filled:
+        raise ValueError(f"{path}: empty; expected one JSON object a line")
+    if lines[filled[0]].lstrip().startswith(b"["):
+        items = parse_json(b"\n".join(lines), str(path))
+        if not items:
+            raise ValueError(f"{path}: an empty array")
+        rows = ((f"{path}, item {number}", item) for number, item in enumerate(items, 1))
+    else:
+        rows = ((f"{path}, line {n + 1}", parse_json(lines[n], f"{path}, line {n + 1}")) for n in filled)
+    for where, record in rows:
+        if not isinstance(record, dict) or not record:
+            raise ValueError(f"{where}: {short(record)} is not a JSON object with fields")
+        yield where, record
+
+
+def parse_json(raw, where):
+    try:
+        return json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: invalid UTF-8 at byte {error.start}") from None
+    except (ValueError, RecursionError) as error:  # not only JSONDecodeError: also integers of thousands of digits
+        raise ValueError(f"{where}: malformed JSON ({error})") from None
+
+
+def text_field(record, name, where):
+    """record[name] as a non-blank str; integers, which some files have as answers, are written out."""
+    if name not in record:
+        raise ValueError(f"{where}: field {name} is missing")
+    value = record[name]
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{where}: field {name} must be a string that is not empty, not {short(value)}")
+    if re.search("[\ud800-\udfff]", value):
+        raise ValueError(f"{where}: field {name} holds half of a surrogate pair, which is no character")
+    return value
+
+
+@dataclass
+class Problem:
+    """One question with a verifiable answer."""
+
+    id: str
+    domain: str  # "math", "code", "science", ...: how the answer is verified, and the unit of the mixture
+    prompt: str
+    answer: str  # the reference; "" where only tests decide
+    extra: dict = field(default_factory=dict)  # further fields: "tests" and "entry_point" of code, "solution", "level"
+
+    def record(self):
+        return {"id": self.id, "domain": self.domain, "prompt": self.prompt, "answer": self.answer, **self.extra}
+
+
+PUBLIC = {"question": "prompt", "problem": "prompt", "unique_id": "id", "task_id": "id", "test": "tests",
+          "canonical_solution": "solution"}  # fmt: skip
+
+
+def read_problems(path):
+    """Problems of a file, in our shape or a public one; what a line holds decides its shape.
+
+        ours        id, domain, prompt, answer (or tests)
+        GSM8K       question, answer: a worked solution whose last line is `#### 18`
+        MATH        problem, answer; solution and unique_id if there
+        HumanEval   task_id, prompt, test, entry_point; canonical_solution if there
+
+    Args:
+        path: .jsonl, .jsonl.gz or a JSON array.
+    Returns:
+        List of Problem. One without an id is named after its file and line.
+    Raises:
+        ValueError: naming file, line and field; also where two problems share an id.
+    """
+    problems, seen = [], {}
+    for where, record in read_records(path):
+        problem = parse_problem(record, where)
+        if problem.id in seen:
+            raise ValueError(f"{where}: field id: {short(problem.id)} is also the id of {seen[problem.id]}")
+        seen[problem.id] = where.rpartition(", ")[2]
+        problems.append(problem)
+    return problems
+
+
+def parse_problem(record, where):
+    """The Problem of one record; where is "FILE, line 3", for errors."""
+    row = record
+    gsm8k = "question" in record and "prompt" not in record
+    if "prompt" not in record or "task_id" in record:  # a public shape: our names for its fields
+        file, _, line = where.rpartition(", ")
+        row = {"id": f"{Path(file).name}:{line.split()[1]}", "domain": "code" if "task_id" in record else "math"}
+        for name, value in record.items():
+            row[PUBLIC.get(name, name)] = text_field(record, name, where) if name in PUBLIC else value
+    answer = "" if row.get("tests") and not row.get("answer") else text_field(row, "answer", where)
+    if gsm8k:
+        solution, hashes, answer = answer.rpartition("####")
+        if not hashes or not answer.strip():
+            raise ValueError(f"{where}: field answer must end in `#### x`, as GSM8K's; or call question prompt")
+        row["solution"] = solution.strip()
+    rest = {name: value for name, value in row.items() if name not in ("id", "domain", "prompt", "answer")}
+    return Problem(*(text_field(row, name, where) for name in ("id", "domain", "prompt")), answer.strip(), rest)
+
+
+# 4. Problems made here: arithmetic whose every step can be checked ----------------------------------------------------
+#
+#   family  level            prompt          careful trace, one small step at a time        careless, steps merged
+#   mul     digits           4374*8=?        4*8+0=32;7*8+3=59;3*8+5=29;4*8+2=34;            74*8+0=592;43*8+5=349;
+#   sum     number of terms  37+58-14+92=?   37+58=95;95-14=81;81+92=173;                    37+58-14=81;81+92=173;
+#
+# A step of mul multiplies some digits, lowest first, and adds the carry. All traces are true, but a merged step asks
+# for more in one breath, and there a small model errs: RL can learn to skip less, and confidence has something to see.
+
+MIX = {(family, level): 1 for family in ("mul", "sum") for level in range(4, 11)}  # how often, relative to each other
+CAREFUL = 0.5  # share of careful traces in the SFT data
+SKIP = 0.5  # in a careless trace: the probability that a step is a merged one
+SKIP_WIDTHS = (2, 3)  # and of how many steps it is made, at random
+SPLIT = {"train": 0.6, "rl": 0.2, "heldout": 0.2}  # shares of all prompts there are
+
+
+def make_problem(family, level, rng):
+    """A random Problem. family: "mul" or "sum"; level: see above, at least 1 (sum: 2); rng: random.Random."""
+    if family == "mul":
+        number, factor = rng.randrange(10 ** (level - 1), 10**level), rng.randint(2, 9)
+        text, answer = f"{number}*{factor}", number * factor
+    elif family == "sum":
+        answer = rng.randint(10, 99)
+        text = str(answer)
+        for _ in range(level - 1):
+            term = rng.randint(10, 99)
+            sign = rng.choice((1, -1)) if term <= answer else 1  # running totals stay at zero or above
+            text, answer = f"{text}{'+' if sign > 0 else '-'}{term}", answer + sign * term
+    else:
+        raise ValueError(f"family {family!r} is neither mul nor sum")
+    return Problem(text, "math", text + "=?", str(answer), {"family": family, "level": level})
+
+
+def make_trace(problem, rng, careful):
+    """A true computation of a made problem: steps `left=right;`, one at a time or, if not careful, some merged."""
+    text, steps = problem.prompt.removesuffix("=?"), []
+    if problem.extra["family"] == "mul":
+        number, factor = text.split("*")
+        carry = 0
+        for size in step_sizes(len(number), rng, careful):
+            number, digits = number[:-size], number[-size:]
+            product = int(digits) * int(factor) + carry
+            steps.append(f"{digits}*{factor}+{carry}={product};")
+            carry = product // 10**size
+    else:
+        total, *terms = re.findall(r"[+-]?\d+", text)
+        for size in step_sizes(len(terms), rng, careful):
+            now, terms = terms[:size], terms[size:]
+            result = int(total) + sum(map(int, now))
+            steps.append(f"{total}{''.join(now)}={result};")
+            total = result
+    return "".join(steps)
+
+
+def step_sizes(pieces, rng, careful):
+    """How many of the pieces (digits, terms) each step takes: all ones if careful, else some merged at random."""
+    sizes = []
+    while left := pieces - sum(sizes):
+        sizes.append(1 if careful or rng.random() >= SKIP else min(left, rng.choice(SKIP_WIDTHS)))
+    return sizes
+
+
+def random_point(text):
+    """A number in [0, 1) that depends on text alone and is the same on every machine."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) / 2**64
+
+
+def split_of(prompt):
+    """ "train", "rl" or "heldout": decided by the question alone, so no seed or count can ever mix the three."""
+    point = random_point(prompt)
+    for name, share in SPLIT.items():
+        point -= share
+        if point < 0:
+            return name
+    return name  # rounding of the shares' sum
+
+
+def make_problems(split, count, seed):
+    """count different problems of one split, families and levels in the proportions of MIX.
+
+    Where a level has too few different problems (mul, level 1: 72 in all splits), others take its place; where all of
+    them have, this is an error and not an endless search.
+    """
+    rng, problems = random.Random(f"{seed} {split}"), {}
+    for _ in range(100 * count + 1000):
+        if len(problems) == count:
+            break
+        problem = make_problem(*rng.choices(list(MIX), MIX.values())[0], rng)
+        if split_of(problem.prompt) == split:
+            problems[problem.id] = problem
+    if len(problems) < count:
+        raise ValueError(f"only {len(problems)} different {split} problems found, {count} wanted: ask for fewer")
+    return list(problems.values())
+
+
+def make_sft(problem, rng):
+    """An SFT record with one trace. Its weight follows the level's place among its family's levels in MIX."""
+    family, level = problem.extra["family"], problem.extra["level"]
+    levels = [other for name, other in MIX if name == family]
+    ease = (max(levels) - level) / (max(levels) - min(levels) or 1)  # 1 is the easiest: it stands in for a pass rate
+    trace = make_trace(problem, rng, rng.random() < CAREFUL)
+    record = sft_record(problem, f"<think>{trace}</think>\\boxed{{{problem.answer}}}", difficulty_weight(ease))
+    return record | {"family": family, "level": level}
+
+
+def check_disjoint(prompts):
+    """Raise unless no prompt is in two of the sets. prompts: dict from a set's name to its prompts."""
+    owner = {}
+    for name, texts in prompts.items():
+        for text in texts:
+            if owner.setdefault(text, name) != name:
+                raise ValueError(f"the problem {short(text)} is in both {owner[text]} and {name}")
+
+
+def make(args):
+    """Generate arithmetic problems: sft.jsonl, rl.jsonl and heldout.jsonl."""
+    problems = {
+        "sft": make_problems("train", args.sft, args.seed),
+        "rl": make_problems("rl", args.rl, args.seed),
+        "heldout": make_problems("heldout", args.heldout, args.seed),
+    }
+    check_disjoint({name: [problem.prompt for problem in some] for name, some in problems.items()})
+    rng, folder = random.Random(f"{args.seed} traces"), Path(args.out)
+    write_jsonl(folder / "sft.jsonl", (make_sft(problem, rng) for problem in problems["sft"]))
+    for name in ("rl", "heldout"):
+        write_jsonl(folder / f"{name}.jsonl", (problem.record() for problem in problems[name]))
+    print(f"{folder}: " + ", ".join(f"{name}.jsonl {len(some)} rows" for name, some in problems.items()))
+
+
+def sft_record(problem, reply, weight):
+    messages = [{"role": "user", "content": problem.prompt}, {"role": "assistant", "content": reply}]
+    return {"messages": messages, "domain": problem.domain, "weight": weight, "problem": problem.id}
+
+
+# 5. Curation ----------------------------------------------------------------------------------------------------------
+
+EASY, HARD = 0.75, 0.25  # pass rates: above is easy, below is hard
+
+
+def difficulty_weight(pass_rate):
+    """Weight of a sample in the SFT loss (paper, section 2): easy 0.5, medium 1, hard from 1.25 to 1.75 at rate 0."""
+    if pass_rate > EASY:
+        return 0.5
+    return 1.0 if pass_rate >= HARD else 1.75 - 0.5 * pass_rate / HARD
+
+
+def why_not_sft(record):
+    """The paper's filters (section 2) for one SFT record: the reason to drop it, or None.
+
+    Args:
+        record: "messages" and "domain"; where "correct" is there and False, the reply is known to be wrong. The last
+            message is the one that is judged.
+    """
+    if record.get("correct") is False:
+        return "incorrect"
+    _, opened, rest = record["messages"][-1]["content"].partition("<think>")
+    reasoning, closed, reply = rest.partition("</think>")
+    if not (opened and closed and reasoning.strip()):
+        return "no reasoning"
+    if not reply.strip():
+        return "no answer"
+    if record["domain"] == "math" and not re.search(r"\\boxed\s*\{\s*[^\s}]", reply):
+        return "no \\boxed{}"
+    fences = re.findall(r"^[ \t]*```(?:[Pp]ython3?|py)[ \t]*\n(.*?)(?:```|\Z)", reply, re.DOTALL | re.MULTILINE)
+    if any(not is_python(textwrap.dedent(code)) for code in fences):
+        return "python syntax error"
+    return None
+
+
+def is_python(code):
+    try:
+        ast.parse(code)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # the last three: null bytes, absurd nesting
+        return False
+    return True
+
+
+KEEP_TRUNCATED = 0.1  # "a small random subset"; the paper gives no number
+
+
+def why_not_rl(problem_id, rollouts):
+    """The paper's pass-rate filter (section 3) for one problem: the reason to drop it, or None.
+
+    What every rollout solves teaches nothing. What none solves is kept if it is merely long (a random tenth of those
+    where every rollout ran out of tokens), and dropped where the rollouts agree on a wrong answer, as the reference
+    answer is then the likelier culprit.
+
+    Args:
+        problem_id: decides the random subset, so that a second run keeps the same problems.
+        rollouts: traces of this problem, dicts with "correct", "answer" (str or None) and "stop". The paper takes 8.
+    """
+    if not rollouts:
+        return "no rollouts"
+    correct = sum(rollout["correct"] for rollout in rollouts)
+    if correct == len(rollouts):
+        return "solved by every rollout"
+    if correct:
+        return None
+    if all(rollout["stop"] == "length" for rollout in rollouts):
+        return None if random_point(f"truncated {problem_id}") < KEEP_TRUNCATED else "truncated in every rollout"
+    # Answers are compared as text: too few agree if they are spelled differently, which errs on the side of keeping.
+    answers = Counter(rollout["answer"] for rollout in rollouts if rollout["answer"] is not None)
+    if answers and 2 * max(answers.values()) >= len(rollouts):  # half of them: the paper's 4 of 8
+        return "wrong majority"
+    return None
+
+
+def read_rollouts(path, problems):
+    """Traces of a file by problem: a dict id -> list of records, one entry for each of problems (possibly empty)."""
+    rollouts = {problem.id: [] for problem in problems}
+    kinds = {"problem": str, "text": str, "correct": bool, "stop": str, "answer": str | None}
+    for where, record in read_records(path):
+        for name, kind in kinds.items():
+            if name not in record or not isinstance(record[name], kind):
+                kind = getattr(kind, "__name__", kind)
+                raise ValueError(f"{where}: field {name} must be {kind}, not {short(record.get(name, 'missing'))}")
+        if record["problem"] not in rollouts:
+            raise ValueError(f"{where}: field problem: {short(record['problem'])} is not in the file of problems")
+        rollouts[record["problem"]].append(record)
+    return rollouts
+
+
+def curate(args):
+    """Keep the problems that are neither solved nor hopeless, by the pass rate of rollouts."""
+    problems = read_problems(args.problems)
+    rollouts = read_rollouts(args.traces, problems)
+    write_kept(args.out, [(problem.record(), why_not_rl(problem.id, rollouts[problem.id])) for problem in problems])
+
+
+def convert(args):
+    """Turn worked solutions, or correct rollouts, into SFT samples."""
+    problems = read_problems(args.problems or args.source)
+    records = from_rollouts(args.source, problems) if args.problems else map(from_solution, problems)
+    write_kept(args.out, [(record, why_not_sft(record)) for record in records])
+
+
+def write_kept(path, judged):
+    """Write the records without a reason to drop them, print counts. judged: list of (record, reason or None)."""
+    kept = [record for record, reason in judged if reason is None]
+    write_jsonl(path, kept)
+    reasons = Counter(reason for _, reason in judged if reason is not None).most_common()
+    dropped = ", ".join(f"{count} {reason}" for reason, count in reasons) or "nothing"
+    print(f"{path}: kept {len(kept)} of {len(judged)}; dropped {dropped}")
+
+
+def from_solution(problem):
+    """SFT record of a problem with a worked solution, which becomes the reasoning. Its difficulty is unknown: weight 1.
+
+    GSM8K's calculator annotations, 48/2=<<48/2=24>>24, are taken out: no text that a model will meet has them.
+    """
+    solution = problem.extra.get("solution")
+    if not isinstance(solution, str) or not problem.answer:
+        raise ValueError(f"problem {short(problem.id)}: needs an answer and a worked one in the field solution")
+    reasoning = re.sub(r"<<[^<>]*>>", "", solution).strip()
+    return sft_record(problem, f"<think>{reasoning}</think>\\boxed{{{problem.answer}}}", 1.0)
+
+
+def from_rollouts(path, problems):
+    """SFT records of sampled replies, weighted by their problem's pass rate. Unfinished replies count as incorrect."""
+    rollouts = read_rollouts(path, problems)
+    for problem in problems:
+        some = rollouts[problem.id]
+        for rollout in some:
+            weight = difficulty_weight(sum(other["correct"] for other in some) / len(some))
+            reply = rollout["text"].removesuffix("<|end_of_text|>").removesuffix("<|im_end|>")  # render_chat adds it
+            yield sft_record(problem, reply, weight) | {"correct": rollout["correct"] and rollout["stop"] == "stop"}
+
+
+# 6. Samples -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Sample:
+    ids: np.ndarray  # (t,) int32
+    mask: np.ndarray  # (t,) bool: whether this token is to be predicted
+    weight: float  # of each of its tokens in the loss
+    domain: str
+
+
+def load_sft(path, tokenizer, max_tokens, trim=False):
+    """Read and tokenise sft.jsonl.
+
+    Args:
+        path: the file, see the top.
+        tokenizer: Tokenizer.
+        max_tokens: of a sample; a longer one is an error, as silence would hide that its answer is never learned.
+        trim: cut longer ones on the right instead, as the paper does above 36K tokens. How many is printed, as is how
+            many were left without a token to learn from, which are dropped.
+    Returns:
+        List of Sample, in the file's order.
+    Raises:
+        ValueError: naming file, line and field.
+    """
+    samples, trimmed, dropped = [], 0, 0
+    for where, record in read_records(path):
+        sample = parse_sft(record, tokenizer, where)
+        if len(sample.ids) > max_tokens:
+            if not trim:
+                tokens = f"{len(sample.ids)} tokens, the limit is {max_tokens}"
+                raise ValueError(f"{where}: field messages: {tokens}; raise it, allow trimming, or drop the line")
+            sample.ids, sample.mask = sample.ids[:max_tokens], sample.mask[:max_tokens]
+            trimmed += 1
+            if not sample.mask.any():
+                dropped += 1
+                continue
+        samples.append(sample)
+    if trimmed:
+        print(f"{path}: {trimmed} samples trimmed to {max_tokens} tokens, {dropped} of them dropped", file=sys.stderr)
+    if not samples:
+        raise ValueError(f"{path}: no sample has a token to learn from within {max_tokens} tokens")
+    return samples
+
+
+def parse_sft(record, tokenizer, where):
+    domain, weight = text_field(record, "domain", where), record.get("weight")
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < 1e6:
+        raise ValueError(f"{where}: field weight must be a positive number, not {short(weight)}")
+    try:
+        ids, mask = render_chat(record.get("messages"), tokenizer)
+    except ValueError as error:
+        raise ValueError(f"{where}: field {error}") from None
+    if not any(mask):
+        raise ValueError(f"{where}: field messages: holds no assistant turn to learn from")
+    return Sample(np.array(ids, np.int32), np.array(mask), float(weight), domain)
+
+
+def show(args):
+    """Print a few rows of an SFT file or a file of problems, and a table by domain."""
+    tokenizer = Tokenizer.from_pretrained(args.model) if args.model else Tokenizer.byte_level()
+    table = defaultdict(list)  # domain -> [(tokens, tokens with loss, weight)]
+    for n, (where, record) in enumerate(read_records(args.file)):
+        if "messages" in record:
+            sample, answer = parse_sft(record, tokenizer, where), ""
+        else:
+            problem = parse_problem(record, where)
+            prompt = render_chat([{"role": "user", "content": problem.prompt}], tokenizer, generation_prompt=True)
+            sample, answer = Sample(*map(np.array, prompt), 1.0, problem.domain), f"answer: {problem.answer}\n"
+        table[sample.domain].append((len(sample.ids), sample.mask.sum(), sample.weight))
+        if n < args.rows:
+            print(f"--- {where}: {sample.domain}, {len(sample.ids)} tokens, weight {sample.weight:g}")
+            print(tokenizer.decode(sample.ids), answer, sep="\n")
+    print(f"{'domain':16}     rows   share      tokens  with loss     mean  longest  mean weight")
+    for domain, rows in sorted(table.items()):
+        (tokens, loss, weight), share = np.array(rows, float).T, len(rows) / sum(map(len, table.values()))
+        line = f"{domain:16}{len(rows):9}{share:8.1%}{tokens.sum():12.0f}{loss.sum():11.0f}"
+        print(f"{line}{tokens.mean():9.1f}{tokens.max():9.0f}{weight.mean():13.3f}")
+
+
+# 7. Packing -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Pack:
+    """Documents end to end, without padding. What keeps them apart in attention and SSM is cu_seqlens."""
+
+    input_ids: np.ndarray  # (t,) int64
+    targets: np.ndarray  # (t,) int64: the next token of the same document; 0 at a document's last position
+    weights: np.ndarray  # (t,) float32: weight of predicting targets; 0 where there is no loss
+    cu_seqlens: np.ndarray  # (s + 1,) int32: document j is [cu_seqlens[j], cu_seqlens[j + 1])
+
+
+def pack(samples, capacity, multiple_of=1):
+    """First-fit decreasing: the longest sample first, each into the first pack with room for it.
+
+    Needs at most 11/9 of the best possible number of packs, plus one. Quadratic in the number of packs, so meant for
+    one global batch and not for a whole data set.
+
+    Args:
+        samples: list of Sample.
+        capacity: tokens of a pack, at most.
+        multiple_of: the number of packs is made a multiple of this, the number of ranks: with FSDP, a rank that makes
+            fewer passes than the others leaves them waiting for ever. Packs are split, the longest first; where none
+            can be, dummies of one token and no weight fill up.
+    Returns:
+        List of Pack, longest first: so the packs of one pass, neighbours here, take the ranks about equally long.
+    """
+    rows, room = [], []
+    for sample in sorted(samples, key=lambda sample: -len(sample.ids)):  # stable, hence deterministic
+        size = len(sample.ids)
+        if size > capacity:
+            raise ValueError(f"a sample of {size} tokens does not fit a pack of {capacity}")
+        at = next((i for i, left in enumerate(room) if left >= size), len(rows))
+        if at == len(rows):
+            rows.append([])
+            room.append(capacity)
+        rows[at].append(sample)
+        room[at] -= size
+    while len(rows) % multiple_of and any(len(row) > 1 for row in rows):
+        at = max(range(len(rows)), key=lambda i: (len(rows[i]) > 1, tokens_of(rows[i])))
+        halves = [], []
+        for sample in rows.pop(at):
+            min(halves, key=tokens_of).append(sample)
+        rows += halves
+    rows.sort(key=lambda row: -tokens_of(row))
+    dummy = Sample(np.zeros(1, np.int32), np.zeros(1, bool), 1.0, "")
+    return [join(row) for row in rows + [[dummy]] * (-len(rows) % multiple_of)]
+
+
+def tokens_of(row):
+    return sum(len(sample.ids) for sample in row)
+
+
+def join(row):
+    """Pack of a list of samples. Target and weight of position i are token and loss mask of i + 1."""
+    zero = np.zeros(1)
+    targets = [part for sample in row for part in (sample.ids[1:], zero)]
+    weights = [part for sample in row for part in (sample.mask[1:] * sample.weight, zero)]
+    return Pack(
+        input_ids=np.concatenate([sample.ids for sample in row]).astype(np.int64),
+        targets=np.concatenate(targets).astype(np.int64),
+        weights=np.concatenate(weights).astype(np.float32),
+        cu_seqlens=np.cumsum([0] + [len(sample.ids) for sample in row], dtype=np.int32),
+    )
+
+
+# 8. Loader ------------------------------------------------------------------------------------------------------------
+
+
+class Loader:
+    """Endless iterator of global batches, lists of batch_size samples, in the proportions of a mixture of domains.
+
+    Every domain has its own epochs, each shuffled anew. The next sample comes from the domain with the largest deficit,
+    share * samples drawn - samples of this domain, so that every batch has the proportions and not only the average one
+    (paper, section 2). No random state is kept: the order follows from (seed, domain, epoch), the position from counts.
+
+    Args:
+        samples: list of Sample. Every rank holds all of them and draws the same batches.
+        batch_size: samples of a global batch.
+        seed: integer, at least 0.
+        mixture: dict from each domain to its weight, whatever their sum; None takes the sizes of the domains, and then
+            len(samples) draws take every sample exactly once.
+    """
+
+    def __init__(self, samples, batch_size, seed, mixture=None):
+        self.samples, self.batch_size, self.seed = samples, batch_size, seed
+        self.rows = defaultdict(list)  # domain -> indices into samples
+        digest = hashlib.sha256()
+        for i, sample in enumerate(samples):
+            self.rows[sample.domain].append(i)
+            digest.update(f"{len(sample.ids)} {sample.weight} {sample.domain}\n".encode())
+            digest.update(sample.ids.tobytes() + sample.mask.tobytes())
+        self.mixture = mixture or {domain: len(rows) for domain, rows in self.rows.items()}
+        if not samples or batch_size < 1:
+            raise ValueError(f"batches of {batch_size} cannot be drawn from {len(samples)} samples")
+        if set(self.mixture) != set(self.rows):
+            raise ValueError(f"mixture: has {sorted(self.mixture)}, the data have the domains {sorted(self.rows)}")
+        if not all(0 <= weight < math.inf for weight in self.mixture.values()) or not any(self.mixture.values()):
+            raise ValueError(f"mixture: weights must be numbers from 0 up, and not all 0, not {self.mixture}")
+        self.drawn = dict.fromkeys(sorted(self.rows), 0)
+        self.orders = {}  # domain -> (epoch, permutation)
+        # What the stream depends on. Not the batch size: it may change where a run is resumed.
+        data = {"samples": len(samples), "fingerprint": digest.hexdigest()}
+        self.identity = data | {"seed": seed, "mixture": dict(self.mixture)}
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        return [self.draw() for _ in range(self.batch_size)]
+
+    def draw(self):
+        # Multiplied by the sum of weights, so that integer weights are exact.
+        total, step = sum(self.mixture.values()), sum(self.drawn.values()) + 1
+        domain = max(self.drawn, key=lambda name: self.mixture[name] * step - self.drawn[name] * total)
+        rows = self.rows[domain]
+        epoch, at = divmod(self.drawn[domain], len(rows))
+        if self.orders.get(domain, (None,))[0] != epoch:
+            rng = np.random.default_rng([self.seed, epoch, list(self.drawn).index(domain)])
+            self.orders[domain] = epoch, rng.permutation(len(rows))
+        self.drawn[domain] += 1
+        return self.samples[rows[self.orders[domain][1][at]]]
+
+    def state_dict(self):
+        """A small dict, JSON-able: how far the stream is, and of what it is the stream."""
+        return {"drawn": dict(self.drawn), **self.identity}
+
+    def load_state_dict(self, state):
+        """Continue a stream exactly. ValueError if it was one of other data, another seed or another mixture."""
+        for name, here in self.identity.items():
+            if state.get(name) != here:
+                raise ValueError(f"data position: {name} was {short(state.get(name))} and is {short(here)} now")
+        self.drawn = {domain: int(state["drawn"][domain]) for domain in self.drawn}
+
+
+# 9. Commands ----------------------------------------------------------------------------------------------------------
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    commands, flags = parser.add_subparsers(required=True, metavar="COMMAND"), {}
+    for run in (make, convert, curate, show):
+        options = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter, "allow_abbrev": False}
+        sub = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__, **options)
+        sub.set_defaults(run=run)
+        flags[run] = sub.add_argument
+    flags[make]("--out", default="runs/tiny/data", help="folder to write")
+    flags[make]("--seed", type=int, default=0, help="of problems and traces")
+    for name, rows in [("sft", 20000), ("rl", 4000), ("heldout", 1000)]:
+        flags[make](f"--{name}", type=int, default=rows, help=f"rows of {name}.jsonl")
+    flags[convert]("source", help="problems with solutions; with --problems, a traces.jsonl")
+    flags[convert]("--problems", help="the problems that the traces in SOURCE answer")
+    flags[convert]("--out", required=True, help="the SFT file to write")
+    flags[curate]("traces", help="a traces.jsonl, about 8 rollouts of each problem")
+    flags[curate]("--problems", required=True, help="the problems that the traces answer")
+    flags[curate]("--out", required=True, help="the file of kept problems to write")
+    flags[show]("file", help="sft.jsonl, problems.jsonl, or a public shape")
+    flags[show]("--rows", type=int, default=3, help="rows to print")
+    flags[show]("--model", help="checkpoint folder whose tokenizer counts; bytes if not given")
+    args = parser.parse_args(argv)
+    try:
+        args.run(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

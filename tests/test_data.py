@@ -1,0 +1,704 @@
+"""Tests of data.py: hand-worked numbers, simple oracles, and every bad input named."""
+
+import gzip
+import json
+import random
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+import data
+
+TOKENIZER = data.Tokenizer.byte_level()
+SPECIAL = TOKENIZER.special
+
+
+def write(path, *records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def turns(*contents):
+    return [{"role": "assistant" if i % 2 else "user", "content": content} for i, content in enumerate(contents)]
+
+
+def learned(messages, **options):
+    """The text under the loss mask, and the whole text."""
+    ids, mask = data.render_chat(messages, TOKENIZER, **options)
+    assert len(ids) == len(mask)
+    return TOKENIZER.decode([i for i, on in zip(ids, mask) if on]), TOKENIZER.decode(ids)
+
+
+# --- Tokenizer
+
+
+def test_byte_level_ids_are_bytes_and_specials_follow():
+    assert TOKENIZER.encode("hé<think>") == [104, 195, 169, *b"<think>"]
+    assert min(SPECIAL.values()) == 256 and len(set(SPECIAL.values())) == len(SPECIAL)
+    assert TOKENIZER.vocab_size == 256 + len(SPECIAL) == 272
+    assert TOKENIZER.stop_ids == (SPECIAL["<|im_end|>"], SPECIAL["<|end_of_text|>"])
+
+
+@given(st.text())
+@example("<|im_start|>system\n<think>")
+def test_tokenizer_round_trip(text):
+    ids = TOKENIZER.encode(text)
+    assert ids == list(text.encode()) and TOKENIZER.decode(ids) == text
+
+
+@given(st.lists(st.integers(0, 271)))
+def test_whatever_a_model_samples_can_be_decoded(ids):
+    names = {i: name for name, i in SPECIAL.items()}
+    raw = b"".join(bytes([i]) if i < 256 else names[i].encode() for i in ids)
+    assert TOKENIZER.decode(np.array(ids, int)) == raw.decode(errors="replace")
+
+
+@pytest.mark.parametrize("bad", [272, -1, 2**40])
+def test_decode_names_an_unknown_id(bad):
+    with pytest.raises(ValueError, match="0 to 271"):
+        TOKENIZER.decode([65, bad])
+
+
+def test_tokenizer_survives_saving(tmp_path):
+    TOKENIZER.save(tmp_path)
+    again = data.Tokenizer.from_pretrained(tmp_path)
+    assert again.special == SPECIAL and again.ranks == TOKENIZER.ranks and again.stop_ids == TOKENIZER.stop_ids
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
+
+
+@given(st.text())
+def test_tokenizers_library_reads_the_same_ids(tmp_path_factory, text):
+    tokenizers = pytest.importorskip("tokenizers")
+    folder = tmp_path_factory.getbasetemp()
+    TOKENIZER.save(folder)
+    theirs = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert theirs.encode(text).ids == TOKENIZER.encode(text)
+    messages = turns("1+1?", "<think>two</think>2")
+    ids, _ = data.render_chat(messages, TOKENIZER)
+    assert theirs.encode(TOKENIZER.decode(ids)).ids == ids
+    assert theirs.get_vocab_size() == TOKENIZER.vocab_size
+    theirs.save(str(folder / "tokenizer.json"))
+    assert data.Tokenizer.from_pretrained(folder).special == SPECIAL
+    assert theirs.decode(ids, skip_special_tokens=True).count("<think>") == 1
+
+
+def test_from_pretrained_names_what_it_does_not_support(tmp_path):
+    TOKENIZER.save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    good = json.loads(path.read_text())
+
+    def refuses(match, **changes):
+        path.write_text(json.dumps(good | changes))
+        with pytest.raises(ValueError, match=rf"tokenizer\.json: {match}"):
+            data.Tokenizer.from_pretrained(tmp_path)
+
+    refuses("normalizer .*NFC", normalizer={"type": "NFC"})
+    refuses("pre_tokenizer .*Split", pre_tokenizer={"type": "Split", "pattern": {"Regex": "x"}})
+    refuses("post_processor .*Template", post_processor={"type": "TemplateProcessing"})
+    refuses("decoder .*null", decoder=None)
+    refuses("model .* is not supported, only bytes without merges", model=good["model"] | {"merges": [["a", "b"]]})
+    refuses('model .*"Unigram"', model=good["model"] | {"type": "Unigram"})
+    refuses("model ", model=good["model"] | {"vocab": good["model"]["vocab"] | {"ab": 272}})
+    refuses("added_tokens", added_tokens=good["added_tokens"][:3])
+    refuses("added_tokens", added_tokens=[token | {"id": 256} for token in good["added_tokens"]])
+    refuses("not a tokenizer.json", model=None)
+    for text in ("", "[]", "{", "3", "\ud800".encode("utf-8", "surrogatepass")):
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        with pytest.raises(ValueError, match="not a tokenizer.json"):
+            data.Tokenizer.from_pretrained(tmp_path)
+
+
+# --- Chat
+
+
+def test_render_chat_by_hand():
+    ids, mask = data.render_chat(turns("Q", "<think>a</think>b"), TOKENIZER)
+    bos, start, end, think, close = (
+        SPECIAL[name] for name in ("<|begin_of_text|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
+    )
+    reply = [think, *b"a", close, *b"b", end]
+    prompt = [bos, *b"\n", start, *b"user\nQ", end, *b"\n", start, *b"assistant\n"]
+    assert ids == [*prompt, *reply, *b"\n"]
+    assert mask == [False] * len(prompt) + [True] * len(reply) + [False]
+    assert data.render_chat(turns("Q"), TOKENIZER, generation_prompt=True) == (prompt, [False] * len(prompt))
+
+
+def test_multi_turn_learns_the_last_reply_and_forgets_old_reasoning():
+    loss, whole = learned(turns("p", "<think>old</think>\n\none", "q", "<think>new</think>two"))
+    assert loss == "<think>new</think>two<|im_end|>"
+    assert "<|im_start|>assistant\none<|im_end|>\n" in whole and "old" not in whole
+
+
+def test_with_a_generation_prompt_every_turn_is_an_earlier_one():
+    loss, whole = learned(turns("p", "<think>old</think>one", "q"), generation_prompt=True)
+    assert loss == "" and "old" not in whole and whole.endswith("q<|im_end|>\n<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize("call", ["<tool_call>{}</tool_call>", "calling"])
+def test_tool_calling_keeps_reasoning_and_learns_every_reply(call):
+    messages = turns("p", f"<think>x</think>{call}", "r", "<think>y</think>done")
+    if "<" not in call:
+        messages[2]["role"] = "tool"
+    loss, _ = learned(messages)
+    assert loss == f"<think>x</think>{call}<|im_end|><think>y</think>done<|im_end|>"
+    ids, _ = data.render_chat(messages, TOKENIZER)
+    assert (SPECIAL["<tool_call>"] in ids) == ("<" in call) and ids.count(SPECIAL["<think>"]) == 2
+
+
+def test_tags_and_control_tokens_of_others_stay_text():
+    everything = "".join(SPECIAL)
+    messages = [{"role": "system", "content": everything}, {"role": "user", "content": everything}]
+    prompt, _ = data.render_chat(messages, TOKENIZER, generation_prompt=True)
+    counts = Counter(i for i in prompt if i >= 256)
+    assert counts == {SPECIAL["<|begin_of_text|>"]: 1, SPECIAL["<|im_start|>"]: 3, SPECIAL["<|im_end|>"]: 2}
+    ids, _ = data.render_chat([*messages, {"role": "assistant", "content": everything}], TOKENIZER)
+    reply = [i for i in ids[len(prompt) :] if i >= 256]  # an assistant may write tags, and end its turn only once
+    assert reply == [*(SPECIAL[tag] for tag in data.TAGS), SPECIAL["<|im_end|>"]]
+
+
+@pytest.mark.parametrize(
+    ("content", "left"),
+    [("a", "a"), ("<think>x</think> a", "a"), ("a<think>x</think>b<think>y</think>c", "abc"), ("a<think>x", "a"),
+     ("x</think>a", "a"), ("<think>x<think>y</think>a", "a"), ("<think>x</think>", "")],
+)  # fmt: skip
+def test_without_reasoning(content, left):
+    assert data.without_reasoning(content) == left
+
+
+@pytest.mark.parametrize(
+    ("messages", "error"),
+    [
+        ([], "messages: "), ("hi", "messages: "), (["hi"], r"messages\[0\]\.role"),
+        ([{"content": "x"}], r"messages\[0\]\.role: null"), ([{"role": "bot", "content": "x"}], '"bot" is none of'),
+        ([{"role": ["user"], "content": "x"}], r"messages\[0\]\.role"),
+        ([{"role": "user"}], r"messages\[0\]\.content"), ([{"role": "user", "content": 3}], r"messages\[0\]\.content"),
+        ([{"role": "assistant", "content": "x"}], "assistant may not come first"),
+        ([{"role": "tool", "content": "x"}], "tool may not come first"),
+        ([*turns("a"), {"role": "system", "content": "x"}], r"messages\[1\]\.role: system may not follow user"),
+        ([*turns("a"), *turns("b")], "user may not follow user"),
+    ],
+)  # fmt: skip
+def test_render_chat_names_the_bad_message(messages, error):
+    with pytest.raises(ValueError, match=error):
+        data.render_chat(messages, TOKENIZER)
+
+
+def test_a_generation_prompt_needs_something_to_reply_to():
+    with pytest.raises(ValueError, match=r"messages\[1\]\.role: assistant leaves nothing"):
+        data.render_chat(turns("a", "b"), TOKENIZER, generation_prompt=True)
+
+
+content = st.lists(st.sampled_from([*data.TAGS, "a", "b ", "\n"]), max_size=6).map("".join)
+
+
+@given(st.lists(content, min_size=1, max_size=5), st.booleans())
+def test_saved_chat_template_agrees(contents, tool):
+    jinja2 = pytest.importorskip("jinja2")
+    messages = turns(*contents)
+    if tool and len(messages) > 2:
+        messages[2]["role"] = "tool"
+    prompt = len(messages) % 2 == 1
+    for trim in (False, True):
+        template = jinja2.Environment(trim_blocks=trim, lstrip_blocks=trim).from_string(data.CHAT_TEMPLATE)
+        text = template.render(messages=messages, bos_token="<|begin_of_text|>", add_generation_prompt=prompt)
+        assert text == learned(messages, generation_prompt=prompt)[1]
+
+
+# --- Problems
+
+OURS = {"id": "1", "domain": "math", "prompt": "1+1?", "answer": "2"}
+GSM8K = {"question": "Half of 48?", "answer": "48/2=<<48/2=24>>24.\n#### 24"}
+MATH = {"problem": "1+1?", "answer": "2", "solution": "It is $\\boxed{2}$.", "unique_id": "a/1.json", "level": 1}
+HUMANEVAL = {"task_id": "HumanEval/0", "prompt": "def f():\n", "test": "def check(f): ...", "entry_point": "f",
+             "canonical_solution": "    return 1\n"}  # fmt: skip
+
+
+def test_public_shapes(tmp_path):
+    ours, gsm8k, maths, code = data.read_problems(write(tmp_path / "x.jsonl", OURS | {"n": 3}, GSM8K, MATH, HUMANEVAL))
+    assert ours == data.Problem("1", "math", "1+1?", "2", {"n": 3}) and ours.record() == OURS | {"n": 3}
+    assert gsm8k == data.Problem("x.jsonl:2", "math", "Half of 48?", "24", {"solution": "48/2=<<48/2=24>>24."})
+    assert maths == data.Problem("a/1.json", "math", "1+1?", "2", {"solution": MATH["solution"], "level": 1})
+    assert (code.id, code.domain, code.prompt, code.answer) == ("HumanEval/0", "code", "def f():\n", "")
+    assert code.extra == {"tests": HUMANEVAL["test"], "entry_point": "f", "solution": "    return 1\n"}
+    assert data.read_problems(write(tmp_path / "y.jsonl", ours.record(), code.record())) == [ours, code]
+
+
+def test_containers(tmp_path):
+    want = [data.Problem("1", "math", "1+1?", "2"), data.Problem("7", "math", "1+1?", "2")]
+    text = f"\ufeff\n{json.dumps(OURS)}\r\n\n{json.dumps(OURS | {'id': 7, 'answer': 2})}"
+    (tmp_path / "a.jsonl").write_bytes(text.encode())
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    (tmp_path / "c.json").write_text(json.dumps([OURS, OURS | {"id": "7"}], indent=1))
+    for path in tmp_path.iterdir():
+        assert data.read_problems(path) == want
+
+
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [
+        ("{", "malformed JSON"), ('{"a": ', "malformed JSON"), ("1" * 5000, "malformed JSON"), ("[" * 100000, "JSON"),
+        ("3", "not a JSON object"), ("null", "not a JSON object"), ("{}", "not a JSON object"),
+        (b"\xff", "invalid UTF-8"),
+        *[({k: v for k, v in OURS.items() if k != name}, f"field {name} is missing") for name in OURS],
+        *[(OURS | {name: " "}, f"field {name} must be a string that is not empty") for name in OURS],
+        (OURS | {"answer": None}, "field answer"), (OURS | {"answer": True}, "field answer"),
+        (OURS | {"prompt": ["x"]}, "field prompt"), (OURS | {"prompt": "\ud800"}, "field prompt holds half"),
+        (OURS | {"id": "0"}, r"field id: \"0\" is also the id of line 1"),
+        (GSM8K | {"answer": "24"}, "field answer must end in `#### x`"),
+        (GSM8K | {"answer": "24 ####"}, "field answer must end in `#### x`"),
+        (OURS | {"question": "x", "answer": ""}, "field answer must be"),
+        (GSM8K | {"question": ""}, "field question"), ({"question": "x"}, "field answer is missing"),
+        (MATH | {"answer": ""}, "field answer"), (HUMANEVAL | {"test": ""}, "field test"),
+        ({k: v for k, v in HUMANEVAL.items() if k != "test"}, "field answer is missing"),
+    ],
+)  # fmt: skip
+def test_read_problems_names_file_line_and_field(tmp_path, line, error):
+    line = json.dumps(line) if isinstance(line, dict) else line
+    line = line.encode() if isinstance(line, str) else line
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(json.dumps(OURS | {"id": "0"}).encode() + b"\n\n" + line + b"\n")
+    with pytest.raises(ValueError, match=rf"bad\.jsonl, line 3: .*{error}"):
+        data.read_problems(path)
+
+
+@pytest.mark.parametrize(
+    ("raw", "error"),
+    [(b"", "empty"), (b"\n \n", "empty"), (b"[]", "empty array"), (b"[{}", "malformed JSON"), (b"[3]", "item 1: 3 is")],
+)
+def test_read_problems_names_the_file(tmp_path, raw, error):
+    (tmp_path / "bad.json").write_bytes(raw)
+    with pytest.raises(ValueError, match=rf"bad\.json.*{error}"):
+        data.read_problems(tmp_path / "bad.json")
+
+
+@pytest.mark.parametrize("damage", [lambda raw: raw[:-12], lambda raw: b"x" + raw, lambda raw: raw[:20] + b"\0" * 30])
+def test_broken_gzip(tmp_path, damage):
+    path = tmp_path / "bad.jsonl.gz"
+    path.write_bytes(damage(gzip.compress(json.dumps(OURS).encode())))
+    with pytest.raises(ValueError, match=r"bad\.jsonl\.gz: not a complete gzip"):
+        data.read_problems(path)
+
+
+value = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.lists(st.text(), max_size=2)
+line = st.binary(max_size=20) | st.dictionaries(
+    st.sampled_from([*OURS, *GSM8K, *MATH, *HUMANEVAL, "tests"]), value, max_size=5
+).map(lambda row: json.dumps(row).encode())
+
+
+@given(st.lists(line, max_size=4))
+def test_malformed_lines_are_read_or_refused(tmp_path_factory, lines):
+    path = tmp_path_factory.getbasetemp() / "malformed.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    try:
+        problems = data.read_problems(path)
+    except ValueError as error:
+        assert "malformed.jsonl" in str(error) and "\n" not in str(error)
+    else:
+        assert problems and all(p.id and p.domain and p.prompt and (p.answer or p.extra["tests"]) for p in problems)
+
+
+# --- Made problems
+
+
+def check_trace(problem, trace):
+    """Parse and verify every step; return how many digits or terms each took. Independent of how traces are made."""
+    left, answer = problem.prompt.split("=")[0], ""
+    steps = re.fullmatch(r"(?:([^=;]+=\d+);)+", trace) and trace.rstrip(";").split(";")
+    if "*" in left:
+        number, factor = left.split("*")
+        carry, sizes = 0, []
+        for step in steps:
+            digits, by, plus, result = map(int, re.fullmatch(r"(\d+)\*(\d)\+(\d+)=(\d+)", step).groups())
+            assert digits * by + plus == result and by == int(factor) and plus == carry
+            size = step.index("*")
+            number, used = number[:-size], number[-size:]
+            assert used == step[:size]
+            sizes.append(size)
+            carry, answer = result // 10**size, str(result % 10**size).zfill(size) + answer
+        answer = (str(carry) if carry else "") + answer
+        assert number == ""
+    else:
+        total, sizes = re.match(r"\d+", left)[0], []
+        rest = left[len(total) :]
+        for step in steps:
+            terms, result = step.split("=")
+            assert terms.startswith(total) and rest.startswith(terms[len(total) :])
+            rest, numbers = rest[len(terms) - len(total) :], re.findall(r"[+-]?\d+", terms)
+            assert sum(map(int, numbers)) == int(result)
+            sizes.append(len(numbers) - 1)
+            total = answer = result
+        assert rest == ""
+    assert answer == problem.answer
+    return sizes
+
+
+@given(st.sampled_from(["mul", "sum"]), st.integers(2, 12), st.integers(0, 999), st.booleans())
+def test_every_step_is_true(family, level, seed, careful):
+    rng = random.Random(seed)
+    problem = data.make_problem(family, level, rng)
+    sizes = check_trace(problem, data.make_trace(problem, rng, careful))
+    assert sum(sizes) == (level if family == "mul" else level - 1)
+    assert set(sizes) == {1} if careful else set(sizes) <= {1, *data.SKIP_WIDTHS}
+    total = 0
+    for term in re.findall(r"[+-]?\d+", problem.prompt) if family == "sum" else []:
+        total += int(term)
+        assert total >= 0
+
+
+def test_traces_by_hand(monkeypatch):
+    mul = data.Problem("", "math", "4374*8=?", "34992", {"family": "mul", "level": 4})
+    plus = data.Problem("", "math", "37+58-14+92=?", "173", {"family": "sum", "level": 4})
+    assert data.make_trace(mul, random.Random(0), True) == "4*8+0=32;7*8+3=59;3*8+5=29;4*8+2=34;"
+    assert data.make_trace(plus, random.Random(0), True) == "37+58=95;95-14=81;81+92=173;"
+    monkeypatch.setattr(data, "SKIP", 1.0)
+    monkeypatch.setattr(data, "SKIP_WIDTHS", (2,))
+    assert data.make_trace(mul, random.Random(0), False) == "74*8+0=592;43*8+5=349;"
+    assert data.make_trace(plus, random.Random(0), False) == "37+58-14=81;81+92=173;"
+    with pytest.raises(ValueError, match="family 'div'"):
+        data.make_problem("div", 3, random.Random(0))
+
+
+def test_careless_traces_are_mixtures():
+    rng = random.Random(0)
+    problems = [data.make_problem("mul", 8, rng) for _ in range(99)]
+    sizes = [check_trace(problem, data.make_trace(problem, rng, False)) for problem in problems]
+    assert {1, 2, 3} == set().union(*sizes) and any(1 in some and max(some) > 1 for some in sizes)
+
+
+def test_small_spaces_end(monkeypatch):
+    monkeypatch.setattr(data, "MIX", {("mul", 1): 1})  # 72 problems in all
+    with pytest.raises(ValueError, match=r"only \d+ different train problems found, 500 wanted"):
+        data.make_problems("train", 500, 0)
+    found = data.make_problems("train", 30, 0)
+    assert len({problem.prompt for problem in found}) == 30
+
+
+def test_splits():
+    counts = Counter(data.split_of(str(i)) for i in range(5000))
+    assert {name: count / 5000 for name, count in counts.items()} == pytest.approx(data.SPLIT, abs=0.03)
+    assert data.split_of("4374*8=?") == data.split_of("4374*8=?")
+    data.check_disjoint({"sft": ["a", "b", "a"], "rl": ["c"]})
+    with pytest.raises(ValueError, match='"b" is in both sft and heldout'):
+        data.check_disjoint({"sft": ["a", "b"], "rl": [], "heldout": ["b"]})
+
+
+def test_make(tmp_path, capsys):
+    arguments = ["make", "--seed", "1", "--sft", "300", "--rl", "80", "--heldout", "50", "--out"]
+    assert data.main([*arguments, str(tmp_path / "a")]) == data.main([*arguments, str(tmp_path / "b")]) == 0
+    for name in ("sft", "rl", "heldout"):
+        first, second = ((tmp_path / folder / f"{name}.jsonl").read_bytes() for folder in "ab")
+        assert first == second
+    rl, heldout = (data.read_problems(tmp_path / "a" / f"{name}.jsonl") for name in ("rl", "heldout"))
+    rows = [record for _, record in data.read_records(tmp_path / "a" / "sft.jsonl")]
+    assert (len(rows), len(rl), len(heldout)) == (300, 80, 50)
+    prompts = [{p.prompt for p in rl}, {p.prompt for p in heldout}, {row["messages"][0]["content"] for row in rows}]
+    assert len(set.union(*prompts)) == 430
+    assert [{data.split_of(prompt) for prompt in some} for some in prompts] == [{"rl"}, {"heldout"}, {"train"}]
+    careful = 0
+    for row in rows:
+        trace, answer = re.fullmatch(r"<think>(.+)</think>\\boxed\{(\d+)\}", row["messages"][1]["content"]).groups()
+        sizes = check_trace(data.Problem("", "", row["messages"][0]["content"], answer), trace)
+        careful += set(sizes) == {1}
+        assert data.why_not_sft(row) is None and row["weight"] in {0.5, 1.0} or 1.25 <= row["weight"] <= 1.75
+    assert 0.4 < careful / 300 < 0.75  # half of them, and careless ones that happen to skip nothing
+    assert {0.5, 1.0, 1.75} <= {row["weight"] for row in rows}
+    assert len(data.load_sft(tmp_path / "a" / "sft.jsonl", TOKENIZER, 200)) == 300
+
+
+# --- Curation
+
+
+@pytest.mark.parametrize(
+    ("rate", "weight"), [(1, 0.5), (0.76, 0.5), (0.75, 1), (0.5, 1), (0.25, 1), (0.24, 1.27), (0.125, 1.5), (0, 1.75)]
+)
+def test_difficulty_weight(rate, weight):
+    assert data.difficulty_weight(rate) == pytest.approx(weight)
+
+
+@pytest.mark.parametrize(
+    ("reply", "domain", "reason"),
+    [
+        ("<think>x</think>\\boxed{1}", "math", None), ("<think>x</think>A", "science", None),
+        ("\\boxed{1}", "math", "no reasoning"), ("<think> \n</think>\\boxed{1}", "math", "no reasoning"),
+        ("<think>\\boxed{1}", "math", "no reasoning"), ("<think>x</think> \n", "science", "no answer"),
+        ("<think>\\boxed{1}</think>1", "math", "no \\boxed{}"), ("<think>x</think>\\boxed{ }", "math", "no \\boxed{}"),
+        ("<think>x</think>```python\nprint(1)\n```", "code", None),
+        ("<think>x</think>1.\n   ```py\n   if 1:\n       print(1)\n   ```", "code", None),
+        ("<think>x</think>```python\nprint(1\n```", "code", "python syntax error"),
+        ("<think>x</think>```python\nok=1\n```\n```python\nif:", "code", "python syntax error"),
+        ("<think>x</think>```python\n\0\n```", "code", "python syntax error"),
+        ("<think>x</think>```cpp\nint x;\n```", "code", None), ("<think>```python\nif:\n```</think>ok", "code", None),
+    ],
+)  # fmt: skip
+def test_sft_filters(reply, domain, reason):
+    record = {"messages": turns("q", reply), "domain": domain}
+    assert data.why_not_sft(record) == reason
+    assert data.why_not_sft(record | {"correct": False}) == "incorrect"
+    assert data.why_not_sft(record | {"correct": True}) == reason
+
+
+def rollouts(answers, gold="1", stop="stop"):
+    return [{"answer": answer, "correct": answer == gold, "stop": stop} for answer in answers]
+
+
+@pytest.mark.parametrize(
+    ("some", "reason"),
+    [
+        ([], "no rollouts"), (rollouts("11111111"), "solved by every rollout"), (rollouts("11111112"), None),
+        (rollouts("12222222"), None), (rollouts("22223456"), "wrong majority"), (rollouts("22233345"), None),
+        (rollouts([None] * 8), None), (rollouts([*"2222", *[None] * 4]), "wrong majority"),
+        (rollouts([None] * 7, stop="length") + rollouts("2"), None),
+    ],
+)  # fmt: skip
+def test_rl_filter(some, reason):
+    assert data.why_not_rl("a", some) == reason
+
+
+def test_rl_filter_keeps_some_of_the_truncated():
+    reasons = Counter(data.why_not_rl(str(i), rollouts("22222222", stop="length")) for i in range(1000))
+    assert set(reasons) == {None, "truncated in every rollout"} and 70 < reasons[None] < 130
+
+
+def trace(problem, answer, gold="2", stop="stop", text=None):
+    text = text or f"<think>hm</think>\\boxed{{{answer}}}<|im_end|>"
+    return {"problem": problem, "text": text, "answer": answer, "correct": answer == gold, "stop": stop}
+
+
+def test_curate_and_convert_rollouts(tmp_path, capsys):
+    problems = write(tmp_path / "p.jsonl", OURS, OURS | {"id": "2", "level": 5}, OURS | {"id": "3"})
+    traces = write(tmp_path / "t.jsonl", trace("1", "2"), trace("1", "2"), trace("2", "2"), trace("2", "3"),
+                   trace("2", "3"), trace("2", "3", stop="length"))  # fmt: skip
+    out = str(tmp_path / "out.jsonl")
+    assert data.main(["curate", str(traces), "--problems", str(problems), "--out", out]) == 0
+    assert data.read_problems(out) == [data.Problem("2", "math", "1+1?", "2", {"level": 5})]
+    assert "kept 1 of 3; dropped 1 solved by every rollout, 1 no rollouts" in capsys.readouterr().out
+    assert data.main(["convert", str(traces), "--problems", str(problems), "--out", out]) == 0
+    rows = [record for _, record in data.read_records(out)]
+    assert [(row["problem"], row["weight"]) for row in rows] == [("1", 0.5), ("1", 0.5), ("2", 1.0)]
+    assert rows[0]["messages"] == turns("1+1?", "<think>hm</think>\\boxed{2}") and rows[0]["correct"]
+    assert "kept 3 of 6; dropped 3 incorrect" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [({"problem": "9"}, "field problem: \"9\" is not in"), ({"problem": 3}, "field problem must be str"),
+     ({"correct": 1}, "field correct must be bool"), ({"answer": 2}, "field answer must be"),
+     ({"stop": None}, "field stop must be str"), ({"text": None}, "field text must be str")],
+)  # fmt: skip
+def test_bad_traces_are_named(tmp_path, capsys, change, error):
+    problems = write(tmp_path / "p.jsonl", OURS)
+    traces = write(tmp_path / "t.jsonl", trace("1", "2"), trace("1", "2") | change)
+    assert data.main(["curate", str(traces), "--problems", str(problems), "--out", str(tmp_path / "out.jsonl")]) == 1
+    assert re.match(rf"error: .*t\.jsonl, line 2: {error}.*\n\Z", capsys.readouterr().err)
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_convert_worked_solutions(tmp_path, capsys):
+    out = str(tmp_path / "sft.jsonl")
+    assert data.main(["convert", str(write(tmp_path / "x.jsonl", GSM8K, MATH)), "--out", out]) == 0
+    gsm8k, maths = (record["messages"] for _, record in data.read_records(out))
+    assert gsm8k == turns("Half of 48?", "<think>48/2=24.</think>\\boxed{24}")
+    assert maths == turns("1+1?", "<think>It is $\\boxed{2}$.</think>\\boxed{2}")
+    for bad in (OURS, HUMANEVAL):
+        assert data.main(["convert", str(write(tmp_path / "y.jsonl", bad)), "--out", out]) == 1
+        assert "solution" in capsys.readouterr().err
+
+
+def test_show(tmp_path, capsys):
+    row = {"messages": turns("a", "<think>b</think>c"), "domain": "math", "weight": 0.5}
+    assert data.main(["show", str(write(tmp_path / "s.jsonl", row, row, row | {"domain": "code"})), "--rows", "1"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("<think>b</think>c<|im_end|>") == 1
+    count = len(data.render_chat(row["messages"], TOKENIZER)[0])
+    assert re.search(rf"\nmath +2 +66\.7% +{2 * count} +10 ", out) and re.search("\ncode +1 ", out)
+    assert data.main(["show", str(write(tmp_path / "p.jsonl", OURS))]) == 0 and "answer: 2" in capsys.readouterr().out
+    assert data.main(["show", str(tmp_path / "none.jsonl")]) == 1 and "none.jsonl" in capsys.readouterr().err
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = write(tmp_path / "x.jsonl", OURS)
+    with pytest.raises(ZeroDivisionError):
+        data.write_jsonl(path, ({"a": 1 // n} for n in (1, 0)))
+    assert data.read_problems(path)[0].record() == OURS
+
+
+# --- Samples
+
+SFT = {"messages": turns("q", "<think>r</think>a"), "domain": "math", "weight": 1.5}
+
+
+def test_load_sft(tmp_path, capsys):
+    samples = data.load_sft(write(tmp_path / "s.jsonl", SFT, SFT | {"domain": "code", "weight": 1}), TOKENIZER, 99)
+    ids, mask = data.render_chat(SFT["messages"], TOKENIZER)
+    assert samples[0].ids.tolist() == ids and samples[0].mask.tolist() == mask
+    assert samples[0].ids.dtype == np.int32 and samples[0].mask.dtype == bool
+    assert [(sample.weight, sample.domain) for sample in samples] == [(1.5, "math"), (1.0, "code")]
+    assert capsys.readouterr().err == ""
+
+
+def test_load_sft_trims_counts_and_drops(tmp_path, capsys):
+    long = SFT | {"messages": turns("q" * 50, "<think>r</think>a")}
+    path = write(tmp_path / "s.jsonl", SFT, long)
+    size = len(data.render_chat(SFT["messages"], TOKENIZER)[0])
+    with pytest.raises(ValueError, match=rf"s\.jsonl, line 2: .*{size + 49} tokens, the limit is {size}"):
+        data.load_sft(path, TOKENIZER, size)
+    [sample] = data.load_sft(path, TOKENIZER, size - 2, trim=True)
+    ids, mask = data.render_chat(SFT["messages"], TOKENIZER)
+    assert sample.ids.tolist() == ids[:-2] and sample.mask.tolist() == mask[:-2]
+    assert f"2 samples trimmed to {size - 2} tokens, 1 of them dropped" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="no sample has a token to learn from within 5"):
+        data.load_sft(path, TOKENIZER, 5, trim=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"messages": None}, "field messages: must be a list"),
+        ({"messages": turns("q")}, "field messages: .*no assistant"),
+        ({"messages": [{"role": "x", "content": ""}]}, r"field messages\[0\]\.role"), ({"domain": ""}, "field domain"),
+        *[({"weight": bad}, "field weight") for bad in (0, -1, "1", None, True, float("nan"), float("inf"), 10**400)],
+    ],
+)  # fmt: skip
+def test_load_sft_names_file_line_and_field(tmp_path, change, error):
+    with pytest.raises(ValueError, match=rf"s\.jsonl, line 2: {error}"):
+        data.load_sft(write(tmp_path / "s.jsonl", SFT, SFT | change), TOKENIZER, 99)
+
+
+# --- Packing
+
+
+def make_sample(ids, loss=None, weight=1.0, domain="math"):
+    mask = [False] + [True] * (len(ids) - 1) if loss is None else loss
+    return data.Sample(np.array(ids, np.int32), np.array(mask, bool), weight, domain)
+
+
+def test_pack_by_hand():
+    samples = [make_sample([1, 2, 3], [0, 0, 1], 0.5), make_sample([4, 5, 6, 7], [0, 1, 0, 1], 1.5)]
+    samples.append(make_sample([8, 9]))
+    [first, second] = data.pack(samples, capacity=7)
+    assert first.input_ids.tolist() == [4, 5, 6, 7, 1, 2, 3]
+    assert first.targets.tolist() == [5, 6, 7, 0, 2, 3, 0]
+    assert first.weights.tolist() == [1.5, 0, 1.5, 0, 0, 0.5, 0]
+    assert first.cu_seqlens.tolist() == [0, 4, 7] and second.cu_seqlens.tolist() == [0, 2]
+    assert second.weights.tolist() == [1, 0]
+    assert [first.input_ids.dtype, first.targets.dtype] == [np.int64] * 2
+    assert (first.weights.dtype, first.cu_seqlens.dtype) == (np.float32, np.int32)
+
+
+def test_pack_splits_then_fills_up():
+    samples = [make_sample([n] * 2) for n in range(1, 5)]
+    assert [len(p.input_ids) for p in data.pack(samples, 8)] == [8]
+    assert [len(p.input_ids) for p in data.pack(samples, 8, multiple_of=2)] == [4, 4]
+    packs = data.pack(samples, 8, multiple_of=6)
+    assert [len(p.input_ids) for p in packs] == [2, 2, 2, 2, 1, 1]
+    assert packs[-1].weights.tolist() == [0] and packs[-1].cu_seqlens.tolist() == [0, 1]
+    with pytest.raises(ValueError, match="sample of 2 tokens does not fit a pack of 1"):
+        data.pack(samples, 1)
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=30), st.integers(20, 60), st.integers(1, 5))
+def test_packing_keeps_every_document(lengths, capacity, multiple):
+    start = np.cumsum([1, *lengths])
+    samples = [make_sample(range(a, a + n), weight=0.5 + n) for a, n in zip(start, lengths)]
+    packs, again = data.pack(samples, capacity, multiple), data.pack(samples, capacity, multiple)
+    assert len(packs) % multiple == 0
+    found = []
+    for one, two in zip(packs, again):
+        assert np.array_equal(one.input_ids, two.input_ids)
+        assert len(one.input_ids) == len(one.targets) == len(one.weights) == one.cu_seqlens[-1] <= capacity
+        for a, b in zip(one.cu_seqlens, one.cu_seqlens[1:]):
+            found.append(one.input_ids[a:b].tolist())
+            assert one.targets[a:b].tolist() == found[-1][1:] + [0]
+            weight = 0 if found[-1] == [0] else 0.5 + b - a
+            assert one.weights[a:b].tolist() == [weight] * (b - a - 1) + [0]
+    assert sorted(doc for doc in found if doc != [0]) == [sample.ids.tolist() for sample in samples]
+    bins = len(data.pack(samples, capacity))  # no two of them could be one, so they are more than half full on average
+    assert bins == 1 or bins * capacity < 2 * sum(lengths)
+    assert len(packs) < bins + multiple
+
+
+# --- Loader
+
+
+def make_samples(**sizes):
+    return [make_sample([i, ord(name[0])], domain=name) for name, size in sizes.items() for i in range(size)]
+
+
+def stream(loader, batches):
+    return [[(sample.domain, int(sample.ids[0])) for sample in next(loader)] for _ in range(batches)]
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 9), st.integers(0, 99))
+def test_default_mixture_takes_every_sample_once_an_epoch(a, b, c, seed):
+    samples = make_samples(a=a, b=b, c=c)
+    loader = data.Loader(samples, len(samples), seed)
+    everything = sorted((sample.domain, int(sample.ids[0])) for sample in samples)
+    assert [sorted(batch) for batch in stream(loader, 3)] == [everything] * 3
+
+
+def test_mixture_is_exact_over_a_window():
+    loader = data.Loader(make_samples(math=3, code=50, other=7), 10, 0, {"math": 0.6, "code": 0.3, "other": 0.1})
+    for batch in stream(loader, 20):
+        assert Counter(name for name, _ in batch) == {"math": 6, "code": 3, "other": 1}
+    loader = data.Loader(make_samples(math=3, code=50), 4, 0, {"math": 1, "code": 0})
+    assert {name for batch in stream(loader, 5) for name, _ in batch} == {"math"}
+
+
+def test_epochs_are_shuffled_anew_and_by_seed():
+    samples = make_samples(math=50)
+    first, second = stream(data.Loader(samples, 50, 0), 2)
+    assert first != second and sorted(first) == sorted(second)
+    assert stream(data.Loader(samples, 50, 0), 1) == [first] != stream(data.Loader(samples, 50, 1), 1)
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 7), st.integers(0, 9), st.booleans())
+def test_resumed_stream_equals_the_uninterrupted_one(a, b, batch, taken, mixed):
+    samples, mixture = make_samples(a=a, b=b), {"a": 0.9, "b": 0.3} if mixed else None
+    loader = data.Loader(samples, batch, 3, mixture)
+    stream(loader, taken)
+    state = json.loads(json.dumps(loader.state_dict()))
+    resumed = data.Loader(samples, batch, 3, mixture)
+    stream(resumed, 2)  # a used loader forgets its own position
+    resumed.load_state_dict(state)
+    assert stream(resumed, 5) == stream(loader, 5)
+    assert len(json.dumps(state)) < 300
+
+
+def test_state_of_something_else_is_refused():
+    samples = make_samples(a=4, b=4)
+    state = data.Loader(samples, 2, 0).state_dict()
+    other = make_samples(a=4, b=4)
+    other[3].ids[1] += 1
+    for loader, name in [
+        (data.Loader(samples[:-1], 2, 0), "samples"), (data.Loader(other, 2, 0), "fingerprint"),
+        (data.Loader(samples, 2, 1), "seed"), (data.Loader(samples, 2, 0, {"a": 1, "b": 2}), "mixture"),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=f"data position: {name} was"):
+            loader.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("samples", "batch", "mixture", "error"),
+    [(0, 1, None, "0 samples"), (3, 0, None, "batches of 0"), (3, 1, {"b": 1}, r"has \['b'\]"),
+     (3, 1, {"a": -1}, "weights"), (3, 1, {"a": 0}, "weights"), (3, 1, {"a": float("nan")}, "weights")],
+)  # fmt: skip
+def test_loader_refuses(samples, batch, mixture, error):
+    with pytest.raises(ValueError, match=error):
+        data.Loader(make_samples(a=samples), batch, 0, mixture)
+
+
+# --- Commands
+
+
+def test_commands_refuse_unknown_flags_and_print_one_line(tmp_path, capsys):
+    for arguments in (["make", "--sftt", "3"], ["curate"], []):
+        with pytest.raises(SystemExit, match="2"):
+            data.main(arguments)
+    capsys.readouterr()
+    (tmp_path / "file").touch()
+    assert data.main(["make", "--out", str(tmp_path / "file"), "--sft", "3", "--rl", "3", "--heldout", "3"]) == 1
+    assert re.fullmatch("error: .+\n", capsys.readouterr().err)
