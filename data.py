@@ -735,6 +735,7 @@ class Pack:
     targets: np.ndarray  # (t,) int64: the next token of the same document; 0 at a document's last position
     weights: np.ndarray  # (t,) float32: weight of predicting targets; 0 where there is no loss
     cu_seqlens: np.ndarray  # (s + 1,) int32: document j is [cu_seqlens[j], cu_seqlens[j + 1])
+    members: list  # (s,) the samples, in order: who needs more than a weight a token finds it there
 
 
 def pack(samples, capacity, multiple_of=1):
@@ -788,6 +789,7 @@ def join(row):
         targets=np.concatenate(targets).astype(np.int64),
         weights=np.concatenate(weights).astype(np.float32),
         cu_seqlens=np.cumsum([0] + [len(sample.ids) for sample in row], dtype=np.int32),
+        members=row,
     )
 
 

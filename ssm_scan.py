@@ -91,6 +91,27 @@ def gather_rows(x, index, inverse):
     return _GatherRows.apply(x, index, inverse)
 
 
+class _TakeRows(torch.autograd.Function):
+    """x[index] for an index without repetition, whose gradient is then a plain store, not a sum."""
+
+    @staticmethod
+    def forward(ctx, x, index):
+        ctx.save_for_backward(index)
+        ctx.shape = x.shape
+        return x[index]
+
+    @staticmethod
+    def backward(ctx, dout):
+        dx = dout.new_zeros(ctx.shape)
+        dx[ctx.saved_tensors[0]] = dout
+        return dx, None
+
+
+def take_rows(x, index):
+    """x (rows, ...), index (m,) of different rows -> (m, ...)."""
+    return _TakeRows.apply(x, index)
+
+
 @lru_cache(maxsize=16)  # once for a batch, then shared by all layers and by the backward pass
 def chunk_table(cu, chunk_size, device):
     """Cut sequences with boundaries `cu` (a tuple) into chunks; a chunk holds tokens of one sequence only.
@@ -207,7 +228,7 @@ def _scan_chunked(x, dt, B, C, A, S, cu, chunk_size):
     # Step 4, what the entering state adds to each token's output.
     read = (C.unsqueeze(2) @ entering.mT.unflatten(1, (g, h // g))).flatten(1, 2)  # (k, h, l, p)
     y = y + read * c.to(x.dtype).exp()[..., None]
-    return y.transpose(1, 2).flatten(0, 1)[inverse], final[torch.argsort(by_length)]
+    return take_rows(y.transpose(1, 2).flatten(0, 1), inverse), final[torch.argsort(by_length)]
 
 
 def ssd_step(state, x, dt, A, B, C, *, D=None, dt_bias=None, dt_softplus=False):
@@ -269,11 +290,11 @@ def causal_conv1d(x, weight, bias=None, *, initial_states=None, cu_seqlens=None,
         buffer = torch.cat([before, x], 1)  # (b, k - 1 + t, d)
     else:
         rows, outputs, final = _conv_table(cu, history, x.device)
-        buffer = torch.cat([x[0], before.flatten(0, 1)]).index_select(0, rows)[None]  # (1, t + s (k - 1), d)
+        buffer = take_rows(torch.cat([x[0], before.flatten(0, 1)]), rows)[None]  # (1, t + s (k - 1), d)
     width = buffer.shape[1] - history
     y = sum(buffer[:, j : j + width] * weight[:, j] for j in range(history + 1))  # k shifted multiply-adds
     y = y if bias is None else y + bias
-    y = y if cu is None else y.index_select(1, outputs)
+    y = y if cu is None else take_rows(y[0], outputs)[None]
     last = buffer[:, t:] if cu is None else buffer[0][final]  # (s, k - 1, d)
     return (F.silu(y) if activation else y), last.mT
 

@@ -1,0 +1,766 @@
+"""Falcon-H1: attention and Mamba-2 side by side in every block. Configuration, forward pass, cache, sampler, checkpoints.
+
+    python model.py                       parameters, part by part, of every preset
+    model = FalconH1(PRESETS["tiny"]);    logits = model(torch.tensor([[72, 101, 108, 108, 111]]))
+
+One block, the paper's SA_M ("semi-parallel attention and Mamba, then MLP"); x stands for a scalar multiplier of muP:
+
+    h ──┬── RMSNorm ──┬── x ── q k v ── RoPE ── attention ─────────────────── o ── x ──(+)──┬── RMSNorm ── SwiGLU ──(+)── h
+        │             └── x ── z x B C dt ── conv ── SSD scan ── gated norm ── out ── x ─┘  │                        │
+        └─────────────────────────────────────────────────────────────────────────────────┘└────────────────────────┘
+
+Glossary (letters of the SSM stand in ssm_scan.py)
+    b, t        batch rows, tokens              d        hidden_size
+    hq, hkv     query heads, key/value heads    hd       head_dim
+    h, p, n, g  SSM heads, channels of a head, state size, groups of B and C
+    cu_seqlens  (s + 1,) boundaries of the documents packed into one row; nothing passes from one to another
+    mup         the forward multipliers through which one learning rate serves every model size (PRESETS lists them)
+
+Deviations from the published model: none in the function. The paper projects concatenated heads with one matrix; the published
+weights keep two projections and add their results, which is the same function and what stands here.
+To copy this file, also take ssm_scan.py.
+"""
+
+import json
+import mmap
+import os
+import struct
+from collections import deque
+from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from ssm_scan import causal_conv1d, causal_conv1d_step, check_cu_seqlens, gather_rows, ssd_scan, ssd_step, take_rows
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Configuration, with the field names of the published config.json
+
+
+@dataclass(frozen=True)
+class FalconH1Config:
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    mamba_d_ssm: int  # channels of the SSM, mamba_n_heads * mamba_d_head
+    mamba_n_heads: int
+    mamba_d_head: int
+    mamba_d_state: int
+    mamba_n_groups: int = 1
+    mamba_d_conv: int = 4
+    mamba_chunk_size: int = 128
+    mamba_rms_norm: bool = True
+    mamba_norm_before_gate: bool = False
+    mamba_conv_bias: bool = True
+    mamba_proj_bias: bool = False
+    projectors_bias: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 1e11
+    max_position_embeddings: int = 8192
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+    embedding_multiplier: float = 1.0
+    lm_head_multiplier: float = 1.0
+    attention_in_multiplier: float = 1.0
+    attention_out_multiplier: float = 1.0
+    key_multiplier: float = 1.0
+    ssm_in_multiplier: float = 1.0
+    ssm_out_multiplier: float = 1.0
+    ssm_multipliers: tuple = (1.0, 1.0, 1.0, 1.0, 1.0)  # z, x, B, C, dt
+    mlp_multipliers: tuple = (1.0, 1.0)  # gate, down
+    time_step_limit: tuple = field(default=(0.0, float("inf")))
+
+    def __post_init__(self):
+        def check(ok, what):
+            if not ok:
+                raise ValueError(f"config: {what}")
+        check(self.mamba_d_ssm == self.mamba_n_heads * self.mamba_d_head,
+              f"mamba_d_ssm {self.mamba_d_ssm} is not mamba_n_heads * mamba_d_head = {self.mamba_n_heads * self.mamba_d_head}")
+        check(self.mamba_n_heads % self.mamba_n_groups == 0, f"mamba_n_groups {self.mamba_n_groups} does not divide the SSM heads")
+        check(self.num_attention_heads % self.num_key_value_heads == 0, "num_key_value_heads does not divide num_attention_heads")
+        check(len(self.ssm_multipliers) == 5 and len(self.mlp_multipliers) == 2, "5 ssm_multipliers and 2 mlp_multipliers needed")
+
+    @property
+    def mamba_widths(self):
+        """Widths of what in_proj computes: z, x, B, C, dt."""
+        gn = self.mamba_n_groups * self.mamba_d_state
+        return self.mamba_d_ssm, self.mamba_d_ssm, gn, gn, self.mamba_n_heads
+
+    @classmethod
+    def from_json(cls, path):
+        """Read a config.json in the published format. What is neither known nor harmless to ignore is an error."""
+        try:
+            raw = json.loads(Path(path).read_text())
+        except (OSError, ValueError) as e:
+            raise ValueError(f"{path}: not a readable config.json ({e})") from None
+        names = {f.name for f in fields(cls)}
+        missing = sorted(n for n in names if n not in raw)
+        if raw.get("model_type") != "falcon_h1" or missing:
+            raise ValueError(f"{path}: " + (f"field {missing[0]} is missing" if raw.get("model_type") == "falcon_h1"
+                                            else f"model_type is {raw.get('model_type')!r}, expected 'falcon_h1'"))
+        values = {n: tuple(raw[n]) if isinstance(raw[n], list) else raw[n] for n in names}
+        return cls(**values)
+
+    def to_json(self, dtype):
+        values = asdict(self)
+        values["time_step_limit"] = [float(v) for v in self.time_step_limit]
+        return {"architectures": ["FalconH1ForCausalLM"], "model_type": "falcon_h1", "torch_dtype": str(dtype).split(".")[1],
+                "hidden_act": "silu", **values}
+
+
+PRESETS = {
+    # Two CPU cores train this one in minutes. RoPE's 1e11 serves 256k tokens of context; at 16 frequencies and traces of a
+    # hundred tokens 1e4 leaves more of them useful. initializer_range is 1/sqrt(hidden_size).
+    "tiny": FalconH1Config(
+        vocab_size=272, hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=3,
+        num_key_value_heads=1, head_dim=32, mamba_d_ssm=96, mamba_n_heads=3, mamba_d_head=32, mamba_d_state=32,
+        mamba_chunk_size=32, rope_theta=1e4, initializer_range=0.1),
+    "0.5b": FalconH1Config(
+        vocab_size=32784, hidden_size=1024, intermediate_size=2048, num_hidden_layers=36, num_attention_heads=8,
+        num_key_value_heads=2, head_dim=64, mamba_d_ssm=1536, mamba_n_heads=24, mamba_d_head=64, mamba_d_state=128,
+        mamba_rms_norm=False, max_position_embeddings=16384, embedding_multiplier=5.656854249492381,
+        lm_head_multiplier=0.0390625, attention_out_multiplier=0.9375, key_multiplier=0.39062499999999994,
+        ssm_in_multiplier=1.25, ssm_out_multiplier=0.23570226039551587,
+        ssm_multipliers=(0.3535533905932738, 0.25, 0.3535533905932738, 0.5, 0.3535533905932738),
+        mlp_multipliers=(0.8838834764831844, 0.5859375)),
+    "7b": FalconH1Config(  # the shape of Falcon-H1R-7B
+        vocab_size=130048, hidden_size=3072, intermediate_size=12288, num_hidden_layers=44, num_attention_heads=12,
+        num_key_value_heads=2, head_dim=128, mamba_d_ssm=3072, mamba_n_heads=24, mamba_d_head=128, mamba_d_state=256,
+        max_position_embeddings=262144, embedding_multiplier=5.656854249492381, lm_head_multiplier=0.013020833333333334,
+        attention_out_multiplier=0.10416666666666667, key_multiplier=0.030690398488999456,
+        ssm_in_multiplier=0.4166666666666667, ssm_out_multiplier=0.11785113019775793,
+        ssm_multipliers=(0.3535533905932738, 0.25, 0.1767766952966369, 0.5, 0.3535533905932738),
+        mlp_multipliers=(0.2946278254943948, 0.032552083333333336)),
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. The pieces of a block
+
+
+class RMSNorm(nn.Module):
+    """w * x / sqrt(mean(x^2) + eps), the mean in float32 and the cast before the weight, as in the published model."""
+
+    def __init__(self, width, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x):
+        x32 = x.float()
+        return self.weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+def rope_table(positions, head_dim, theta, dtype):
+    """positions (b, t) -> cos, sin (b, t, 1, head_dim) of the angles position * theta^(-2i / head_dim), i < head_dim / 2."""
+    frequency = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
+    angle = positions[..., None, None].float() * frequency
+    angle = torch.cat([angle, angle], -1)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x, cos, sin):
+    """RoPE on x (b, t, heads, head_dim): channel i turns together with channel i + head_dim / 2 ("rotate half")."""
+    left, right = x.chunk(2, -1)
+    return x * cos + torch.cat([-right, left], -1) * sin
+
+
+@lru_cache(maxsize=16)
+def _document_groups(cu, device):
+    """Documents of similar length, to be padded and attended to together. Returns the token of every padded row, group after
+    group; the groups' shapes (documents, longest); the place of every token among the rows. A group's longest document is at
+    most 1.25 times its shortest: that bounds the padding, and keeps the groups few."""
+    groups = []
+    for start, end in sorted(zip(cu, cu[1:]), key=lambda d: d[1] - d[0]):
+        if not groups or end - start > 1.25 * (groups[-1][0][1] - groups[-1][0][0]):
+            groups.append([])
+        groups[-1].append((start, end))
+    rows, shapes, valid = [], [], []
+    for group in groups:
+        start, end = torch.tensor(group).T[..., None]  # (documents, 1) each
+        index = start + torch.arange(int((end - start).max()))  # (documents, longest)
+        rows.append(torch.minimum(index, end - 1).flatten())
+        valid.append((index < end).flatten())
+        shapes.append(tuple(index.shape))
+    rows, real = torch.cat(rows), torch.cat(valid).nonzero()[:, 0]
+    place = torch.empty_like(real).scatter_(0, rows[real], real)
+    return rows.to(device), shapes, place.to(device)
+
+
+def attend(q, k, v, cu):
+    """Causal attention. q (b, t, hq, hd), k and v (b, t, hkv, hd); query head j reads key head j // (hq / hkv).
+
+    Packed documents are padded in groups: the padding stands after a document's last token, where causality hides it."""
+    def causal(q, k, v):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (b, heads, t, hd)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+    if cu is None:
+        return causal(q, k, v)
+    index, shapes, place = _document_groups(cu, q.device)
+    rows = [gather_rows(x[0], index, place).split([n * longest for n, longest in shapes]) for x in (q, k, v)]
+    y = [causal(*(x.unflatten(0, shape) for x in group)).flatten(0, 1) for shape, group in zip(shapes, zip(*rows))]
+    return take_rows(torch.cat(y), place)[None]
+
+
+class Attention(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.config = c
+        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=c.attention_bias)
+        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.attention_bias)
+        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.attention_bias)
+        self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=c.attention_bias)
+
+    def forward(self, x, rope, cu, cache, layer):
+        c = self.config
+        x = x * c.attention_in_multiplier
+        q = self.q_proj(x).unflatten(-1, (-1, c.head_dim))  # (b, t, hq, hd)
+        k = self.k_proj(x).unflatten(-1, (-1, c.head_dim)) * c.key_multiplier  # (b, t, hkv, hd)
+        v = self.v_proj(x).unflatten(-1, (-1, c.head_dim))
+        q, k = rotate(q, *rope), rotate(k, *rope)
+        y = attend(q, k, v, cu) if cache is None else cache.attend(layer, q, k, v)
+        return self.o_proj(y.flatten(2)) * c.attention_out_multiplier
+
+
+@lru_cache(maxsize=64)
+def _mup_vector(widths, multipliers, dtype, device):
+    """The muP multiplier of every output channel of in_proj, in the model's dtype (as published, also in bf16)."""
+    return torch.cat([torch.full((w,), m) for w, m in zip(widths, multipliers)]).to(device, dtype)
+
+
+def gated_norm(y, z, weight, groups, eps, norm_before_gate):
+    """Mamba-2's gated RMSNorm over each group's channels. y, z (b, t, I) -> (b, t, I) float32.
+
+    norm_before_gate False (the published checkpoints): w * RMS(y silu(z));  True: w * RMS(y) silu(z)."""
+    gate = F.silu(z.float())
+    y = y.float() if norm_before_gate else y.float() * gate
+    by_group = y.unflatten(-1, (groups, -1))
+    y = (by_group * torch.rsqrt(by_group.square().mean(-1, keepdim=True) + eps)).flatten(-2) * weight
+    return y * gate if norm_before_gate else y
+
+
+class Mamba(nn.Module):
+    """The Mamba-2 mixer; numbers of the steps as in ssm_scan's docstrings, names as published."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.config = c
+        channels = sum(c.mamba_widths[1:4])  # x, B and C pass the convolution; z and dt do not
+        self.in_proj = nn.Linear(c.hidden_size, sum(c.mamba_widths), bias=c.mamba_proj_bias)
+        self.conv1d = nn.Conv1d(channels, channels, c.mamba_d_conv, groups=channels, bias=c.mamba_conv_bias)  # holds weights only
+        self.dt_bias = nn.Parameter(torch.empty(c.mamba_n_heads))
+        self.A_log = nn.Parameter(torch.empty(c.mamba_n_heads))
+        self.D = nn.Parameter(torch.ones(c.mamba_n_heads))
+        if c.mamba_rms_norm:
+            self.norm = RMSNorm(c.mamba_d_ssm, c.rms_norm_eps)  # holds the weight of gated_norm
+        self.out_proj = nn.Linear(c.mamba_d_ssm, c.hidden_size, bias=c.projectors_bias)
+
+    def forward(self, u, cu, cache, layer):
+        c, (b, t, _) = self.config, u.shape
+        mup = _mup_vector(c.mamba_widths, c.ssm_multipliers, u.dtype, u.device)
+        z, xBC, dt = (self.in_proj(u * c.ssm_in_multiplier) * mup).split(
+            [c.mamba_d_ssm, sum(c.mamba_widths[1:4]), c.mamba_n_heads], -1)
+        weight, bias, A = self.conv1d.weight[:, 0], self.conv1d.bias, -self.A_log.float().exp()
+        step = cache is not None and t == 1
+        conv_state, state = (None, None) if cache is None else (cache.conv[layer], cache.ssm[layer])
+        if step:
+            xBC, conv_state = causal_conv1d_step(conv_state, xBC[:, 0], weight, bias, activation="silu")
+        else:
+            xBC, conv_state = causal_conv1d(xBC, weight, bias, initial_states=conv_state, cu_seqlens=cu, activation="silu")
+        x, B, C = xBC.split(list(c.mamba_widths[1:4]), -1)
+        x = x.unflatten(-1, (c.mamba_n_heads, -1))  # (b, t, h, p), without t in a single step
+        B, C = (v.unflatten(-1, (c.mamba_n_groups, -1)) for v in (B, C))  # (b, t, g, n)
+        dt = F.softplus(dt + self.dt_bias).clamp(*c.time_step_limit)  # in the model's dtype, as published
+        if step:
+            y, state = ssd_step(state, x, dt[:, 0], A, B, C, D=self.D)
+            y = y[:, None]
+        else:
+            y, state = ssd_scan(x, dt, A, B, C, D=self.D, initial_states=state, cu_seqlens=cu, chunk_size=c.mamba_chunk_size)
+        if cache is not None and not step:  # a step has updated them in place
+            cache.conv[layer].copy_(conv_state)
+            cache.ssm[layer].copy_(state)
+        y = y.flatten(2)  # (b, t, I)
+        if c.mamba_rms_norm:
+            y = gated_norm(y, z, self.norm.weight, c.mamba_n_groups, c.rms_norm_eps, c.mamba_norm_before_gate).to(u.dtype)
+        else:
+            y = y * F.silu(z)
+        return self.out_proj(y) * c.ssm_out_multiplier
+
+
+class MLP(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.multipliers = c.mlp_multipliers
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
+
+    def forward(self, x):
+        gate = F.silu(self.gate_proj(x) * self.multipliers[0])
+        return self.down_proj(self.up_proj(x) * gate) * self.multipliers[1]
+
+
+class Block(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.mamba = Mamba(c)
+        self.self_attn = Attention(c)
+        self.pre_ff_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.feed_forward = MLP(c)
+
+    def forward(self, h, rope, cu, cache, layer):
+        n = self.input_layernorm(h)  # one norm feeds both branches
+        h = h + (self.mamba(n, cu, cache, layer) + self.self_attn(n, rope, cu, cache, layer))
+        return h + self.feed_forward(self.pre_ff_layernorm(h))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. The model
+
+
+class Backbone(nn.Module):
+    """Everything below the head: ids (b, t) -> hidden states (b, t, d)."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.config = c
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
+        self.final_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+
+    def forward(self, input_ids, cu=None, cache=None):
+        b, t = input_ids.shape
+        positions = torch.arange(t, device=input_ids.device)[None]
+        if cu is not None:  # positions start anew in every document
+            starts, lengths = torch.tensor(cu[:-1]), torch.tensor(cu).diff()
+            positions = positions - starts.repeat_interleave(lengths).to(positions.device)
+        elif cache is not None:
+            positions = cache.lengths[:, None] + positions
+            cache.extend(positions)
+        h = self.embed_tokens(input_ids) * self.config.embedding_multiplier
+        rope = rope_table(positions, self.config.head_dim, self.config.rope_theta, h.dtype)
+        for layer, block in enumerate(self.layers):
+            h = block(h, rope, cu, cache, layer)
+        if cache is not None:
+            cache.lengths += t
+        return self.final_layernorm(h)
+
+
+class FalconH1(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.model = Backbone(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        if not self.lm_head.weight.is_meta:
+            self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """Normal matrices; A in (1, 16) and softplus(dt_bias) in (0.001, 0.1), log-uniform, as in Mamba-2."""
+        for m in self.modules():
+            if isinstance(m, (nn.Linear, nn.Embedding)):
+                m.weight.normal_(0, self.config.initializer_range)
+                if getattr(m, "bias", None) is not None:
+                    m.bias.zero_()
+            elif isinstance(m, Mamba):
+                m.A_log.uniform_(1, 16).log_()
+                dt = m.dt_bias.uniform_(-6.9, -2.3).exp()  # ln 0.001, ln 0.1
+                m.dt_bias.copy_(dt.expm1().log())  # the inverse of softplus
+
+    def forward(self, input_ids, *, cu_seqlens=None, cache=None, targets=None, temperature=1.0):
+        """input_ids (b, t) -> logits (b, t, vocab), in the model's dtype.
+
+        cu_seqlens (s + 1,) packs s documents into one row (b = 1). cache: a Cache of b slots; every row appends its t tokens.
+        targets (b, t): return instead their log-probabilities at `temperature` and the entropy of the distributions they come
+        from, both (b, t) float32, without ever holding all logits. Negative targets give 0 and no gradient."""
+        if input_ids.dim() != 2 or input_ids.shape[1] < 1:
+            raise ValueError(f"input_ids: got {tuple(input_ids.shape)}, expected (b, t) with t >= 1")
+        if cache is not None and (cu_seqlens is not None or cache.lengths.shape[0] != input_ids.shape[0]):
+            raise ValueError(f"cache: {cache.lengths.shape[0]} slots, expected {input_ids.shape[0]} and no cu_seqlens")
+        cu = None if cu_seqlens is None else check_cu_seqlens(cu_seqlens, *input_ids.shape)
+        h = self.model(input_ids, cu, cache)
+        if targets is None:
+            return self.lm_head(h) * self.config.lm_head_multiplier
+        scale = self.config.lm_head_multiplier / temperature
+        logprobs, entropy = token_logprobs(h.flatten(0, 1), self.lm_head.weight, targets.flatten(), scale)
+        return logprobs.view(targets.shape), entropy.view(targets.shape)
+
+    def save_pretrained(self, folder):
+        """Write config.json and model.safetensors in the published format. Under FSDP every rank must call, rank 0 writes."""
+        state = {name: v.full_tensor() if hasattr(v, "full_tensor") else v for name, v in self.state_dict().items()
+                 if not (name == "lm_head.weight" and self.config.tie_word_embeddings)}
+        if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
+            return
+        os.makedirs(folder, exist_ok=True)
+        write_safetensors(Path(folder) / "model.safetensors", state)
+        config = json.dumps(self.config.to_json(next(iter(state.values())).dtype), indent=2) + "\n"
+        _replace(Path(folder) / "config.json", lambda f: f.write(config.encode()))
+
+    @classmethod
+    def from_pretrained(cls, folder, *, dtype=None, device=None):
+        """Read what save_pretrained wrote. dtype None keeps the stored one. Every tensor must be there, and no other."""
+        path = Path(folder) / "model.safetensors"
+        config = FalconH1Config.from_json(Path(folder) / "config.json")
+        state = read_safetensors(path)
+        if config.tie_word_embeddings and "model.embed_tokens.weight" in state:
+            state["lm_head.weight"] = state["model.embed_tokens.weight"]
+        with torch.device("meta"):
+            model = cls(config)
+        expected = model.state_dict()
+        for name in sorted({*expected, *state}):
+            if name not in state or name not in expected:
+                raise ValueError(f"{path}: tensor {name} is " + ("missing" if name in expected else "not part of this model"))
+            if state[name].shape != expected[name].shape:
+                raise ValueError(f"{path}: tensor {name} is {tuple(state[name].shape)}, "
+                                 f"config.json makes it {tuple(expected[name].shape)}")
+        model.load_state_dict({name: v.to(device, dtype, copy=True) for name, v in state.items()}, assign=True)
+        if config.tie_word_embeddings:
+            model.lm_head.weight = model.model.embed_tokens.weight
+        return model
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """log softmax(scale h W^T)[target] and the entropy, a chunk of tokens at a time. The backward pass computes the logits
+    once more instead of keeping them:  dlogits = (onehot(target) - softmax) * dlogp."""
+
+    @staticmethod
+    def forward(ctx, h, weight, targets, scale, chunk):
+        logprobs, entropy, lse = (h.new_empty(len(h), dtype=torch.float32) for _ in range(3))
+        for i in range(0, len(h), chunk):
+            part = slice(i, i + chunk)
+            logits = (h[part] @ weight.T).float() * scale  # (chunk, vocab)
+            lse[part] = logits.logsumexp(-1)
+            logprobs[part] = logits.gather(1, targets[part, None].clamp(min=0))[:, 0] - lse[part]
+            entropy[part] = lse[part] - (torch.exp(logits - lse[part, None]) * logits).sum(-1)
+        ignored = targets < 0
+        ctx.save_for_backward(h, weight, targets, lse)
+        ctx.scale, ctx.chunk = scale, chunk
+        ctx.mark_non_differentiable(entropy)
+        return logprobs.masked_fill_(ignored, 0), entropy.masked_fill_(ignored, 0)
+
+    @staticmethod
+    def backward(ctx, dlogprobs, _):
+        h, weight, targets, lse = ctx.saved_tensors
+        dh, dweight = torch.empty_like(h), torch.zeros_like(weight, dtype=torch.float32)
+        dlogprobs = dlogprobs.float().masked_fill(targets < 0, 0) * ctx.scale
+        for i in range(0, len(h), ctx.chunk):
+            part = slice(i, i + ctx.chunk)
+            d = torch.exp((h[part] @ weight.T).float() * ctx.scale - lse[part, None]) * -dlogprobs[part, None]
+            d.scatter_add_(1, targets[part, None].clamp(min=0), dlogprobs[part, None])
+            d = d.to(h.dtype)
+            dh[part] = d @ weight
+            dweight += d.T @ h[part]
+        return dh, dweight.to(weight.dtype), None, None, None
+
+
+def token_logprobs(h, weight, targets, scale=1.0, chunk=None):
+    """h (t, d), weight (vocab, d), targets (t,) -> log-probabilities (t,) and entropies (t,, no gradient), float32.
+
+    scale multiplies the logits: lm_head_multiplier / temperature. chunk tokens are in work at a time; by default as many as
+    keep the logits at 2^24 numbers (64 MB), whatever the vocabulary."""
+    return _TokenLogprobs.apply(h, weight, targets, scale, chunk or max(1, 2**24 // len(weight)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. The cache
+
+
+class Cache:
+    """What a sequence has left behind, for `slots` sequences: keys and values of every token, and the fixed-size states.
+
+    k, v (layers, slots, hkv, length, hd) and conv (layers, slots, channels, d_conv - 1) in the model's dtype, ssm (layers,
+    slots, h, p, n) always float32, lengths (slots,). Attention looks at `used` positions, an upper bound on the lengths
+    kept on the host (reading it back from a GPU would stall every step), rounded up to 64 so that shapes repeat."""
+
+    def __init__(self, config, slots, length, *, dtype=torch.float32, device=None):
+        c, layers = config, config.num_hidden_layers
+        self.k = torch.zeros(layers, slots, c.num_key_value_heads, length, c.head_dim, dtype=dtype, device=device)
+        self.v = torch.zeros_like(self.k)
+        self.conv = torch.zeros(layers, slots, sum(c.mamba_widths[1:4]), c.mamba_d_conv - 1, dtype=dtype, device=device)
+        self.ssm = torch.zeros(layers, slots, c.mamba_n_heads, c.mamba_d_head, c.mamba_d_state, device=device)
+        self.lengths = torch.zeros(slots, dtype=torch.long, device=device)
+        self.used = 0
+
+    def load(self, slot, other):
+        """Make `slot` a copy of the only sequence of `other`: a prompt is prefilled once and sampled many times."""
+        self.k[:, slot, :, : other.used] = other.k[:, 0, :, : other.used]
+        self.v[:, slot, :, : other.used] = other.v[:, 0, :, : other.used]
+        self.conv[:, slot], self.ssm[:, slot], self.lengths[slot] = other.conv[:, 0], other.ssm[:, 0], other.lengths[0]
+        self.used = max(self.used, other.used)
+
+    def extend(self, positions):
+        """The next forward appends tokens at `positions` (slots, t)."""
+        self.used += positions.shape[1]
+        length = self.k.shape[3]
+        if self.used > length:
+            raise ValueError(f"cache: {self.used} tokens do not fit a length of {length}")
+        self.positions, self.window = positions, min(-(-self.used // 64) * 64, length)
+        self.mask = (torch.arange(self.window, device=positions.device) <= positions[:, None, :, None])  # (slots, 1, t, window)
+
+    def attend(self, layer, q, k, v):
+        """Append k, v (slots, t, hkv, hd), then attend with q (slots, t, hq, hd) to all that each slot holds."""
+        rows = torch.arange(len(q), device=q.device)[:, None]
+        self.k[layer][rows, :, self.positions] = k
+        self.v[layer][rows, :, self.positions] = v
+        k, v = self.k[layer][:, :, : self.window], self.v[layer][:, :, : self.window]
+        return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=self.mask, enable_gqa=True).transpose(1, 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. The sampler: one for RL rollouts, evaluation, DeepConf and chat
+
+
+@dataclass
+class Trace:
+    """One sample. The stop token, where one was sampled, is part of it."""
+    prompt_index: int
+    sample_index: int
+    tokens: list = field(default_factory=list)
+    logprobs: list = field(default_factory=list)  # of each token under the distribution it was drawn from
+    confidences: list = field(default_factory=list)  # DeepConf's token confidence, see `draw`
+    stop: str = ""  # "stop" | "length" | "deepconf" (the callback said so)
+
+
+def _mix(z):
+    """splitmix64's finaliser on int64 tensors: a bijection whose output bits all depend on all input bits."""
+    def xor_shift(z, bits):
+        return z ^ ((z >> bits) & (2 ** (64 - bits) - 1))  # >> is arithmetic on int64; the mask makes it logical
+    z = xor_shift(z, 30) * -4658895280553007687  # 0xBF58476D1CE4E5B9 as a signed number
+    return xor_shift(xor_shift(z, 27) * -7723592293110705685, 31)  # 0x94D049BB133111EB
+
+
+def trace_key(seed, prompt_index, sample_index):
+    """The random stream of a trace, int64: a counter-based generator needs no state and does not care about its neighbours."""
+    key = torch.tensor(seed)
+    for value in (prompt_index, sample_index):
+        key = _mix(key * 2862933555777941757 + value + 1)
+    return int(key)
+
+
+def uniforms(keys, positions):
+    """keys, positions (b,) int64 -> (b,) float64 in [0, 1), 53 random bits each."""
+    return ((_mix(keys + positions * -7046029254386353131) >> 11) & (2**53 - 1)).double() * 2.0**-53
+
+
+def draw(logits, u, temperature, top_p, top=20):
+    """One token a row. logits (b, vocab), u (b,) uniform -> tokens (b,), their log-probabilities (b,), confidences (b,).
+
+    Tokens come from softmax(logits / temperature), cut to the smallest set of probability >= top_p and renormalised, by
+    inverting its cumulative distribution at u. Temperature 0 takes the most likely token, and gives its log-probability at 1.
+    Confidence: -mean log P over the `top` most likely tokens of the untempered, uncut distribution (DeepConf, equation 2)."""
+    logits = logits.float()
+    logp = logits.log_softmax(-1)
+    confidence = -logp.topk(min(top, logp.shape[-1]), -1).values.mean(-1)
+    if temperature == 0:
+        best = logp.max(-1)
+        return best.indices, best.values, confidence
+    probs = (logits / temperature).softmax(-1)
+    if top_p < 1:
+        ranked, order = probs.sort(-1, descending=True)
+        outside = ranked.cumsum(-1) - ranked >= top_p  # the most likely token is never outside
+        probs = probs.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), 0)
+    cdf = probs.double().cumsum(-1)
+    tokens = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)
+    chosen = probs.double().gather(-1, tokens)
+    return tokens[:, 0], (chosen / cdf[:, -1:]).log()[:, 0].float(), confidence
+
+
+@torch.no_grad()
+def prefill(model, prompt, chunk=512):
+    """A Cache of one slot that has read all of `prompt` but its last token, in chunks of bounded memory."""
+    p = next(model.parameters())
+    cache = Cache(model.config, 1, max(len(prompt) - 1, 1), dtype=p.dtype, device=p.device)
+    for i in range(0, len(prompt) - 1, chunk):
+        model.model(torch.tensor([prompt[i : min(i + chunk, len(prompt) - 1)]], device=p.device), cache=cache)
+    return cache
+
+
+@torch.no_grad()
+def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_p=1.0, seed=0, stop_ids=(), samples=1, slots=None,
+             admit=None, on_token=None, on_trace=None, progress=False):
+    """Sample `samples` traces of each prompt (a list of lists of token ids) -> list of Trace, by prompt, then by sample.
+
+    A fixed number of `slots` decodes together; a slot whose trace has ended takes the next one at once. A trace depends on
+    weights, prompt, settings, seed and its own two indices; what else is in the batch changes its numbers by rounding only.
+    admit(prompt_index, sample_index) -> "go" | "wait" | "done" is asked, in sample order, before a trace is started; "done"
+    means no further trace of that prompt. on_token(trace) -> True stops a trace; on_trace(trace) sees every ended one.
+    temperature 0 is greedy. Raises ValueError for an empty prompt, ids out of range, or more tokens than positions."""
+    c, device = model.config, next(model.parameters()).device
+    for i, prompt in enumerate(prompts):
+        if not prompt or min(prompt) < 0 or max(prompt) >= c.vocab_size:
+            raise ValueError(f"prompt {i}: " + ("it is empty" if not prompt else f"a token id is outside 0..{c.vocab_size - 1}"))
+        if len(prompt) + max_new_tokens > c.max_position_embeddings:
+            raise ValueError(f"prompt {i}: {len(prompt)} tokens and max_new_tokens {max_new_tokens} exceed "
+                             f"max_position_embeddings {c.max_position_embeddings}")
+    if not (max_new_tokens >= 1 and samples >= 1 and temperature >= 0 and 0 < top_p <= 1):
+        raise ValueError(f"generate: got max_new_tokens {max_new_tokens}, samples {samples}, temperature {temperature}, "
+                         f"top_p {top_p}; expected >= 1, >= 1, >= 0 and in (0, 1]")
+    if not prompts:
+        return []
+    slots = min(slots or 64, len(prompts) * samples)
+    longest = max(map(len, prompts)) + max_new_tokens
+    cache = Cache(c, slots, longest, dtype=next(model.parameters()).dtype, device=device)
+    active = [None] * slots  # the trace in each slot
+    tokens, keys, steps = (torch.zeros(slots, dtype=torch.long) for _ in range(3))
+    waiting = deque([i, 0] for i in range(len(prompts)))  # prompts with the index of their next sample
+    prefilled, ended, bar = {}, [], tqdm(total=len(prompts) * samples, disable=not progress, desc="sampling", unit="trace")
+
+    def next_job():
+        """(prompt, sample) to start now, or None. Prompts in order, so that few prefilled states are alive at a time."""
+        for entry in list(waiting):
+            i, sample = entry
+            verdict = "go" if admit is None else admit(i, sample)
+            entry[1] += verdict == "go"
+            if verdict == "done" or entry[1] == samples:
+                waiting.remove(entry)
+            if verdict == "go":
+                return i, sample
+            if verdict == "done":
+                prefilled.pop(i, None)
+                bar.total -= samples - sample
+        return None
+
+    while True:
+        for slot in (s for s in range(slots) if active[s] is None):
+            if (job := next_job()) is None:
+                break
+            i, sample = job
+            if i not in prefilled:
+                prefilled[i] = prefill(model, prompts[i])
+            cache.load(slot, prefilled[i])
+            if sample == samples - 1:
+                del prefilled[i]
+            active[slot], tokens[slot] = Trace(i, sample), prompts[i][-1]
+            keys[slot], steps[slot] = trace_key(seed, i, sample), 0
+        busy = [s for s in range(slots) if active[s] is not None]
+        if not busy:
+            if waiting:
+                raise RuntimeError(f"generate: prompt {waiting[0][0]} waits to be admitted and nothing is running")
+            break
+        cache.used = max(len(prompts[active[s].prompt_index]) - 1 + len(active[s].tokens) for s in busy)
+        cache.lengths.clamp_(max=cache.used)  # idle slots go on decoding nonsense, inside the window
+        logits = model(tokens[:, None].to(device), cache=cache)[:, 0]
+        new, logprob, confidence = draw(logits, uniforms(keys, steps).to(device), temperature, top_p)
+        tokens, steps = new.cpu(), steps + 1
+        for slot, token, lp, conf in zip(range(slots), tokens.tolist(), logprob.tolist(), confidence.tolist()):
+            if (trace := active[slot]) is None:
+                continue
+            trace.tokens.append(token)
+            trace.logprobs.append(lp)
+            trace.confidences.append(conf)
+            halted = on_token is not None and on_token(trace)
+            trace.stop = "stop" if token in stop_ids else "deepconf" if halted else \
+                "length" if len(trace.tokens) == max_new_tokens else ""
+            if trace.stop:
+                active[slot] = None
+                ended.append(trace)
+                bar.update()
+                if on_trace is not None:
+                    on_trace(trace)
+    bar.close()
+    return sorted(ended, key=lambda t: (t.prompt_index, t.sample_index))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. safetensors: eight bytes of header length, a JSON header, the tensors' bytes. Nothing in it can run.
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
+
+
+def _replace(path, write):
+    """Write through a temporary name: a reader sees the old file or the new one, never half of either."""
+    temporary = Path(f"{path}.tmp")
+    with open(temporary, "wb") as f:
+        write(f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def write_safetensors(path, tensors):
+    """tensors {name: tensor} -> file, little-endian, in the order of the names."""
+    names, header, offset = {v: k for k, v in _DTYPES.items()}, {"__metadata__": {"format": "pt"}}, 0
+    for name, v in sorted(tensors.items()):
+        size = v.numel() * v.element_size()
+        header[name] = {"dtype": names[v.dtype], "shape": list(v.shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+
+    def write(f):
+        f.write(struct.pack("<Q", len(text)) + text)
+        for _, v in sorted(tensors.items()):
+            f.write(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    _replace(path, write)
+
+
+def read_safetensors(path):
+    """file -> {name: tensor}, memory-mapped (copy what you want to keep or to change). A header that lies is a ValueError."""
+    def check(ok, what):
+        if not ok:
+            raise ValueError(f"{path}: not a whole safetensors file: {what}")
+    try:
+        with open(path, "rb") as f:
+            size = os.fstat(f.fileno()).st_size
+            check(size >= 8, f"{size} bytes")
+            data = memoryview(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY))
+    except OSError as e:
+        raise ValueError(f"{path}: {e.strerror}") from None
+    (length,) = struct.unpack("<Q", data[:8])
+    check(length <= min(size - 8, 100_000_000), f"a header of {length} bytes in a file of {size}")
+    try:
+        header = json.loads(bytes(data[8 : 8 + length]))
+        header.pop("__metadata__", None)
+        entries = sorted((e["data_offsets"][0], e["data_offsets"][1], e["dtype"], tuple(e["shape"]), n) for n, e in header.items())
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
+        raise ValueError(f"{path}: not a whole safetensors file: unreadable header ({type(e).__name__})") from None
+    tensors, end = {}, 0
+    for start, stop, dtype, shape, name in entries:
+        check(dtype in _DTYPES, f"tensor {name} has dtype {dtype}")
+        check(all(type(v) is int and v >= 0 for v in (start, stop, *shape)), f"tensor {name} has no natural shape or offsets")
+        count = torch.Size(shape).numel()
+        check(start == end and stop - start == count * _DTYPES[dtype].itemsize, f"tensor {name} is at {start}..{stop}")
+        end = stop
+        check(8 + length + end <= size, f"tensor {name} ends at byte {8 + length + end} of {size}")
+        raw = data[8 + length + start : 8 + length + stop]
+        flat = torch.frombuffer(raw, dtype=_DTYPES[dtype]) if count else torch.empty(0, dtype=_DTYPES[dtype])
+        tensors[name] = flat.view(shape)
+    check(8 + length + end == size, f"{size - 8 - length - end} bytes too many")
+    return tensors
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def count_parameters(model):
+    """{part: parameters}, tied weights once."""
+    parts = {"embedding": 0, "attention": 0, "mamba": 0, "mlp": 0, "norms": 0, "head": 0}
+    where = {"embed": "embedding", "self_attn": "attention", "mamba": "mamba", "feed_forward": "mlp", "layernorm": "norms"}
+    for name, p in model.named_parameters():
+        parts[next((part for key, part in where.items() if key in name), "head")] += p.numel()
+    return parts
+
+
+def main():
+    print(f"{'preset':8s} {'all':>14s}  " + "  ".join(f"{part:>13s}" for part in ("embedding", "attention", "mamba", "mlp", "norms", "head")))
+    for name, config in PRESETS.items():
+        with torch.device("meta"):
+            parts = count_parameters(FalconH1(config))
+        print(f"{name:8s} {sum(parts.values()):14,d}  " + "  ".join(f"{v:13,d}" for v in parts.values()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,428 @@
+"""Supervised fine-tuning on long chains of thought (Falcon-H1R, section 2), and what both trainers share: arguments, ranks,
+sharding, checkpoints, the log.
+
+    python train_sft.py                                        the small CPU run: makes its data, trains, saves runs/tiny/sft
+    python train_sft.py --data my.jsonl --out runs/my --init FOLDER --lr 1e-4 --steps 500
+    torchrun --nproc-per-node 2 train_sft.py --fresh           the same losses and gradients on two ranks
+
+A step draws one global batch of samples, packs them into rows of at most --pack-tokens tokens, and deals the rows out to the
+ranks. Every rank knows the whole batch, so the loss is divided by the weight of *all* its tokens before any gradient is
+computed: each token weighs the same, on whichever rank and in whichever row it stands (the paper's "balanced data-parallel
+token normalisation"), and ranks or --pack-tokens change the result by rounding only.
+
+An interrupted run continues where it was when the same command is given again, bit for bit. Nothing in training draws from a
+random generator that has a state: data order, problems and samples are functions of (seed, position), so a checkpoint is
+weights, optimiser, step and positions.
+
+    OUT/run.json      arguments, versions, hardware, commit        OUT/trainer/step-N/   what a resumed run needs
+    OUT/log.jsonl     one object a step                            OUT/model/            the model in the published format
+
+Deviations from the paper: no context parallelism; the samples of a batch are packed (the paper does not say); a sample's
+difficulty weight enters the loss and its normalisation alike, so a batch of hard samples takes no larger step; the tiny run's
+learning rate and batch are its own.
+To copy this file, also take model.py, ssm_scan.py and data.py.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+import zlib
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from tqdm import tqdm
+
+import data
+from model import PRESETS, FalconH1, generate
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Arguments: a dataclass whose fields are the flags
+
+
+def flag(default, text):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class Args:
+    out: str = flag("runs/tiny/sft", "folder of the run")
+    data: str = flag("runs/tiny/data/sft.jsonl", "SFT samples; the default is made when it is not there")
+    init: str = flag("", "checkpoint folder to start from; empty: --preset with random weights and byte tokens")
+    preset: str = flag("tiny", "model size when --init is empty")
+    steps: int = flag(1200, "optimiser steps")
+    batch: int = flag(28, "samples of a global batch")
+    pack_tokens: int = flag(2048, "longest row, in tokens: bounds memory, does not change the result")
+    context: int = flag(1024, "longest sample, in tokens")
+    trim: bool = flag(False, "cut longer samples on the right instead of refusing them")
+    lr: float = flag(4e-3, "peak learning rate (the paper's 1.024e-3 is for published multipliers)")
+    warmup: float = flag(0.04, "share of steps with rising learning rate; it then falls linearly to 0")
+    weight_decay: float = flag(0.01, "AdamW decay of matrices; vectors have none")
+    clip: float = flag(1.0, "largest norm of the whole gradient")
+    mixture: str = flag("", "weights of domains, as math=0.6,code=0.4; empty: as many as there are")
+    held_out: int = flag(100, "samples of the file kept from training, for the held-out loss")
+    eval_every: int = flag(200, "steps between held-out losses and sample texts")
+    save_every: int = flag(200, "steps between checkpoints")
+    seed: int = flag(0, "of weights and data order")
+    limit: int = flag(0, "use the first samples of the file only; 0: all")
+    device: str = flag("", "cpu or cuda; empty: cuda where there is one")
+    fresh: bool = flag(False, "start over, deleting what --out holds of an earlier run")
+
+
+def parse_args(cls, description, argv=None):
+    """Flags of a dataclass: --kebab-case, its types, its defaults; unknown or abbreviated flags are errors."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    for f in fields(cls):
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
+        shown = f"{f.metadata['help']} (default: {f.default!r})"
+        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=shown.replace("%", "%%"), **kind)
+    return cls(**vars(parser.parse_args(argv)))
+
+
+def check(ok, message):
+    if not ok:
+        raise ValueError(message)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Ranks and sharding
+
+
+@dataclass
+class Ranks:
+    rank: int = 0
+    world: int = 1
+    device: str = "cpu"
+
+    def all_sum(self, values):
+        """Sum of a list of floats over the ranks."""
+        t = torch.tensor(values, dtype=torch.float64, device=self.device)
+        if self.world > 1:
+            dist.all_reduce(t)
+        return t.tolist()
+
+
+def start_ranks(device):
+    """One process, or what torchrun started. A GPU always gets a process group, so that FSDP2 shards and casts there."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check(device == "cpu" or torch.cuda.is_available(), f"--device {device}: there is no GPU here")
+    if device == "cpu" and "WORLD_SIZE" not in os.environ:
+        return Ranks()
+    backend = "gloo" if device == "cpu" else "nccl"
+    if device != "cpu":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.cuda.set_device(device)
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return Ranks(dist.get_rank(), dist.get_world_size(), device)
+
+
+def shard(model, ranks):
+    """FSDP2: each rank keeps a slice of every parameter, gathers a block's when it needs them, and averages gradients.
+    On a GPU compute is bf16 over float32 master weights and float32 reductions; on a CPU it is float32 throughout."""
+    model.to(ranks.device)
+    if not dist.is_initialized():
+        return model
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if "cuda" in ranks.device \
+        else MixedPrecisionPolicy()
+    for block in model.model.layers:
+        fully_shard(block, mp_policy=policy)
+    return fully_shard(model, mp_policy=policy)
+
+
+@torch.no_grad()
+def replica(model, copy=None):
+    """A model to sample from: the model itself, or under FSDP an unsharded copy (refreshed in `copy` when that is given),
+    gathered one parameter at a time. Every rank must call."""
+    if not dist.is_initialized():
+        return model
+    device = next(model.parameters()).device
+    copy = copy or FalconH1(model.config).to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    for target, p in zip(copy.parameters(), model.parameters()):
+        target.copy_(p.full_tensor())
+    return copy
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. A run and its folder
+
+
+class Run:
+    """The folder of a run: its identity, its log, its checkpoints. Only rank 0 writes, except the shards of a checkpoint."""
+
+    VOLATILE = ("fresh", "device", "save_every", "eval_every")  # may differ between the parts of one run
+
+    def __init__(self, args, ranks):
+        self.out, self.args, self.ranks = Path(args.out), asdict(args), ranks
+        self.identity = {k: v for k, v in self.args.items() if k not in self.VOLATILE}
+        if ranks.rank == 0:
+            self._open()
+        if dist.is_initialized():
+            dist.barrier()
+        self.log = open(self.out / "log.jsonl", "a", encoding="utf-8") if ranks.rank == 0 else None
+        self.started, self.first_step = time.time(), None
+
+    def _open(self):
+        path = self.out / "run.json"
+        if path.exists() and not self.args["fresh"]:
+            try:
+                before = json.loads(path.read_text())["identity"]
+            except (ValueError, KeyError) as e:
+                raise ValueError(f"{path}: not readable ({e}); --fresh starts over") from None
+            for name, value in self.identity.items():
+                check(before.get(name) == value, f"{path}: this folder holds another run, with --{name.replace('_', '-')} "
+                      f"{before.get(name)!r} and not {value!r}: choose another --out, or --fresh to start over")
+            return
+        for old in ("trainer", "model"):
+            shutil.rmtree(self.out / old, ignore_errors=True)
+        self.out.mkdir(parents=True, exist_ok=True)
+        (self.out / "log.jsonl").unlink(missing_ok=True)
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+        about = {"identity": self.identity, "torch": torch.__version__, "python": platform.python_version(),
+                 "hardware": torch.cuda.get_device_name() if "cuda" in self.ranks.device else f"{os.cpu_count()} CPU cores",
+                 "ranks": self.ranks.world, "commit": commit.stdout.strip() or "unknown"}
+        data.write_text(path, json.dumps(about, indent=2) + "\n")
+
+    def write(self, step, steps, record):
+        """One aligned line with the time left, and the same fields in log.jsonl."""
+        if self.ranks.rank != 0:
+            return
+        self.log.write(json.dumps({"step": step, **record}) + "\n")
+        self.log.flush()
+        self.first_step = step if self.first_step is None else self.first_step
+        done = step - self.first_step
+        left = (time.time() - self.started) / done * (steps - step) if done else math.nan
+        text = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items())
+        tqdm.write(f"step {step:5d}/{steps}  {text}  left {left:.0f}s", file=sys.stdout)
+
+    def save(self, step, model, optimizer, tokenizer, state):
+        """Checkpoint `step`: shards first, then state.json with every file's size and checksum, then the rename that makes it
+        count; then the model in the published format. The last two are kept: one may be broken without a run being lost."""
+        final = self.out / "trainer" / f"step-{step:06d}"
+        temporary = final.with_suffix(".tmp")
+        if self.ranks.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        weights, moments = get_state_dict(model, optimizer)
+        dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=temporary)
+        if self.ranks.rank == 0:
+            files = {p.name: [p.stat().st_size, zlib.crc32(p.read_bytes())] for p in sorted(temporary.iterdir())}
+            data.write_text(temporary / "state.json", json.dumps({"step": step, "files": files, **state}))
+            shutil.rmtree(final, ignore_errors=True)
+            temporary.rename(final)
+            for old in sorted((self.out / "trainer").glob("step-??????"))[:-2]:
+                shutil.rmtree(old)
+            tokenizer.save(self.out / "model")
+        model.save_pretrained(self.out / "model")
+
+    def resume(self, model, optimizer):
+        """Load the newest whole checkpoint into model and optimizer; return its state, or None at the start of a run."""
+        for folder in sorted((self.out / "trainer").glob("step-??????"), reverse=True):
+            try:
+                state = json.loads((folder / "state.json").read_text())
+                for name, (size, crc) in state["files"].items():
+                    raw = (folder / name).read_bytes()
+                    check(len(raw) == size and zlib.crc32(raw) == crc, f"{name} is damaged")
+            except (OSError, ValueError, KeyError, TypeError) as e:
+                print(f"{folder}: not a whole checkpoint ({e}); trying the one before", file=sys.stderr)
+                continue
+            weights, moments = get_state_dict(model, optimizer)
+            dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=folder)
+            set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+            if self.ranks.rank == 0:
+                kept = [r for _, r in data.read_records(self.out / "log.jsonl") if r["step"] <= state["step"]]
+                data.write_jsonl(self.out / "log.jsonl", kept)
+                self.log = open(self.out / "log.jsonl", "a", encoding="utf-8")
+                print(f"{folder}: continuing after step {state['step']}")
+            return state
+        return None
+
+
+def run_main(body):
+    """Run a script's body; what a user can put right ends in one line and exit status 1, from whichever rank saw it."""
+    try:
+        body()
+    except (ValueError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr, flush=True)
+        os._exit(1) if dist.is_initialized() else sys.exit(1)  # other ranks may hang in a collective: torchrun ends them
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. The optimiser
+
+
+def learning_rate(step, steps, peak, warmup):
+    """Linear up over the first `warmup` share of the steps, linear down to 0 at the end; step counts from 0."""
+    rising = max(1, round(warmup * steps))
+    return peak * min((step + 1) / rising, (steps - step) / max(1, steps - rising))
+
+
+def make_optimizer(model, lr, weight_decay):
+    """AdamW with default betas. Vectors (norms, biases, A_log, dt_bias, D) are scales, and decay would pull them to 0."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, fused=True)
+
+
+def update(model, optimizer, lr, clip):
+    """Clip, step, clear; returns the gradient's norm before clipping. The norm is of the whole gradient, over all ranks."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+    norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    check(math.isfinite(norm), f"the gradient's norm is {norm}")
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
+def backward_all(model, packs, ranks, loss_of):
+    """Accumulate the gradient of sum over all packs of loss_of(pack); this rank takes every world-th pack. Returns this
+    rank's loss. FSDP averages over ranks, so each loss is scaled by their number; only the last pass reduces."""
+    own, total = packs[ranks.rank :: ranks.world], 0.0
+    for i, row in enumerate(own):
+        if dist.is_initialized():
+            model.set_requires_gradient_sync(i == len(own) - 1)
+        loss = loss_of(row)
+        (loss * ranks.world).backward()
+        total += float(loss.detach())
+    return total
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. The loss
+
+
+def pack_logprobs(model, row, temperature=1.0):
+    """Log-probabilities and entropies (t,) of a Pack's targets; positions without a target give 0."""
+    device = next(model.parameters()).device
+    targets = np.where(row.weights != 0, row.targets, -1)
+    logprobs, entropy = model(torch.from_numpy(row.input_ids)[None].to(device), cu_seqlens=row.cu_seqlens.tolist(),
+                              targets=torch.from_numpy(targets)[None].to(device), temperature=temperature)
+    return logprobs[0], entropy[0]
+
+
+def sft_loss(model, row, total_weight):
+    """- sum_i w_i log p(target_i) / sum over the *global* batch of w; w is the loss mask times the sample's weight.
+
+    The paper's L_r = R sum_i l_i m_i / (eps + sum over all ranks of sum_i m_i), its factor R being in `backward_all`."""
+    logprobs, _ = pack_logprobs(model, row)
+    return -(torch.from_numpy(row.weights).to(logprobs.device) * logprobs).sum() / total_weight
+
+
+@torch.no_grad()
+def held_out_loss(model, samples, args, ranks):
+    """Mean loss per token over samples that are not trained on, in nats, every token alike."""
+    packs = data.pack(samples, args.pack_tokens, ranks.world)
+    total = float(sum(row.weights.sum() for row in packs))
+    return ranks.all_sum([sum(float(sft_loss(model, row, total)) for row in packs[ranks.rank :: ranks.world])])[0]
+
+
+def sample_text(model, tokenizer, sample, max_new_tokens=200):
+    """What the model answers to the first prompt of a sample, greedily."""
+    prompt = sample.ids[: int(sample.mask.argmax())].tolist()
+    room = min(max_new_tokens, model.config.max_position_embeddings - len(prompt))
+    trace = generate(model, [prompt], max_new_tokens=room, temperature=0, stop_ids=tokenizer.stop_ids)[0]
+    return tokenizer.decode(prompt) + " >>> " + tokenizer.decode(trace.tokens)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. Training
+
+
+def load(args, ranks):
+    """Tokenizer, model and samples."""
+    check(args.preset in PRESETS, f"--preset {args.preset}: not one of {', '.join(PRESETS)}")
+    check(args.steps >= 1 and args.batch >= 1, "--steps and --batch must be at least 1")
+    check(args.pack_tokens >= args.context, f"--pack-tokens {args.pack_tokens} must hold a sample of --context {args.context}")
+    if args.data == Args.data and not Path(args.data).exists() and ranks.rank == 0:
+        check(data.main(["make", "--out", str(Path(args.data).parent)]) == 0, f"{args.data}: could not be made")
+    if dist.is_initialized():
+        dist.barrier()
+    tokenizer = data.Tokenizer.from_pretrained(model_folder(args.init)) if args.init else data.Tokenizer.byte_level()
+    samples = data.load_sft(args.data, tokenizer, args.context, args.trim)
+    samples = samples[: args.limit or None]
+    check(len(samples) > args.held_out, f"{args.data}: {len(samples)} samples, of which --held-out keeps {args.held_out}")
+    torch.manual_seed(args.seed)
+    model = load_model(args.init) if args.init else FalconH1(PRESETS[args.preset])
+    check(model.config.vocab_size >= tokenizer.vocab_size, f"{args.init}: the model has {model.config.vocab_size} words and its "
+          f"tokenizer {tokenizer.vocab_size}")
+    check(args.context <= model.config.max_position_embeddings, f"--context {args.context} exceeds the model's "
+          f"max_position_embeddings {model.config.max_position_embeddings}")
+    return tokenizer, shard(model, ranks), samples[args.held_out :], samples[: args.held_out]
+
+
+def load_model(folder):
+    """A checkpoint: the folder of a run (its model/ is meant) or a model folder; float32 master weights."""
+    return FalconH1.from_pretrained(model_folder(folder), dtype=torch.float32)
+
+
+def model_folder(folder):
+    return Path(folder) / "model" if (Path(folder) / "model").is_dir() else Path(folder)
+
+
+def parse_mixture(text):
+    """ "math=0.6,code=0.4" -> {"math": 0.6, "code": 0.4}; "" -> None."""
+    try:
+        return {k.strip(): float(v) for k, v in (part.split("=") for part in text.split(","))} if text else None
+    except ValueError:
+        raise ValueError(f"--mixture {text!r}: expected domain=weight,domain=weight") from None
+
+
+def main():
+    args = parse_args(Args, __doc__.partition("\n\n")[0])
+    ranks = start_ranks(args.device)
+    tokenizer, model, samples, held_out = load(args, ranks)  # before --fresh deletes anything: bad data must cost nothing
+    run = Run(args, ranks)
+    optimizer = make_optimizer(model, args.lr, args.weight_decay)
+    loader = data.Loader(samples, args.batch, args.seed, parse_mixture(args.mixture))
+    state = run.resume(model, optimizer)
+    if state is not None:
+        loader.load_state_dict(state["loader"])
+    elif ranks.rank == 0:
+        print("  ".join(f"{k}={v}" for k, v in asdict(args).items()))
+        print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(samples):,} samples, {ranks.world} rank(s)")
+
+    for step in range(state["step"] if state else 0, args.steps):
+        start = time.time()
+        packs = data.pack(next(loader), args.pack_tokens, ranks.world)
+        total = float(sum(row.weights.sum() for row in packs))
+        loss = ranks.all_sum([backward_all(model, packs, ranks, lambda row: sft_loss(model, row, total))])[0]
+        check(math.isfinite(loss), f"step {step + 1}: the loss is {loss} on batch {step + 1} (samples {step * args.batch} to "
+              f"{(step + 1) * args.batch - 1} of the stream); the last checkpoint in {run.out / 'trainer'} is good")
+        lr = learning_rate(step, args.steps, args.lr, args.warmup)
+        norm = update(model, optimizer, lr, args.clip)
+        tokens, seconds = sum(len(row.input_ids) for row in packs), time.time() - start
+        record = {"loss": loss, "grad_norm": norm, "lr": lr, "tokens": tokens, "seconds": round(seconds, 3)}
+        last = step + 1 == args.steps
+        if last or (step + 1) % args.save_every == 0:  # before evaluating: what follows may fail and must not cost the run
+            run.save(step + 1, model, optimizer, tokenizer, {"loader": loader.state_dict()})
+        if last or (step + 1) % args.eval_every == 0:
+            if held_out:
+                record["held_out"] = held_out_loss(model, held_out, args, ranks)
+            text = sample_text(replica(model), tokenizer, (held_out or samples)[step % max(1, len(held_out))])
+            if ranks.rank == 0:
+                tqdm.write("sample: " + " ".join(text.split()), file=sys.stdout)
+        run.write(step + 1, args.steps, record)
+    if ranks.rank == 0:
+        print(f"the model is in {run.out / 'model'}")
+
+
+if __name__ == "__main__":
+    run_main(main)
