@@ -28,7 +28,6 @@ import json
 import math
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -197,8 +196,8 @@ class Run:
                  "ranks": self.ranks.world, "commit": commit.stdout.strip() or "unknown"}
         data.write_text(path, json.dumps(about, indent=2) + "\n")
 
-    def write(self, step, steps, record):
-        """One aligned line with the time left, and the same fields in log.jsonl."""
+    def write(self, step, steps, record, shown=()):
+        """All of record into log.jsonl, and one line with the time left: its fields, or those of `shown`."""
         if self.ranks.rank != 0:
             return
         self.log.write(json.dumps({"step": step, **record}) + "\n")
@@ -206,7 +205,8 @@ class Run:
         self.first_step = step if self.first_step is None else self.first_step
         done = step - self.first_step
         left = (time.time() - self.started) / done * (steps - step) if done else math.nan
-        text = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items())
+        text = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items()
+                         if k in (shown or record))
         tqdm.write(f"step {step:5d}/{steps}  {text}  left {left:.0f}s", file=sys.stdout)
 
     def save(self, step, model, optimizer, tokenizer, state):

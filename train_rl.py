@@ -1,0 +1,391 @@
+"""GRPO with verifiable rewards (Falcon-H1R, section 3): sample groups of answers, score them, push towards the better ones.
+
+    python train_rl.py                                   the small CPU run: starts from runs/tiny/sft, saves runs/tiny/rl
+    torchrun --nproc-per-node 2 train_rl.py --fresh      the same on two ranks
+
+One step: sample G traces of each prompt until enough groups carry signal (backfill); advantages within each group; one update
+on exactly the tokens that were sampled, stop token included, at the temperature they were sampled with.
+
+What is logged, by name
+    reward, reward_std      mean and spread over everything sampled, before groups are chosen; correct, well_formed: its parts
+    all_right, all_wrong    share of sampled groups without signal for that reason
+    calls, cached, age      sampling calls of the step, groups taken from the cache, their mean age in steps
+    entropy                 of the trainer's distribution, from the logits, nats per token
+    clip_low, clip_high     share of tokens where the clipped term is the active one (0 at one update per batch)
+    kl                      mean k3 estimate of KL(old || new), nats per token
+    mismatch, mismatch_max  |p_trainer - p_sampler| of the sampled tokens; capped: share of tokens that TIS caps
+    length, length_right, length_wrong, truncated, unparsed   tokens a trace, share that ran out of tokens, without an answer
+    t_sample, t_score, t_update   seconds (t_score: the verifier)
+
+Deviations from the paper: the weight of the cross-entropy on positives (0.1), the cache's size and age and the format penalty
+are not given there; groups without signal are dropped altogether; of rewards, maths and format are built. The paper's
+G = 16, temperature 0.85, clip (0.2, 0.28), TIS cap 2, beta = 0 and gamma = 0 are kept.
+To copy this file, also take train_sft.py, model.py, ssm_scan.py, data.py and eval.py.
+"""
+
+import math
+import re
+import sys
+import time
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import data
+import train_sft
+from eval import check_gold, extract_answer, is_equivalent
+from model import generate
+from train_sft import check, flag
+
+
+@dataclass
+class Args:
+    out: str = flag("runs/tiny/rl", "folder of the run")
+    init: str = flag("runs/tiny/sft", "checkpoint to start from")
+    problems: str = flag("runs/tiny/data/rl.jsonl", "problems with answers, disjoint from the SFT data")
+    steps: int = flag(20, "updates")
+    prompts: int = flag(16, "groups in an update, and prompts in a sampling call")
+    group: int = flag(16, "traces of a prompt, the paper's G")
+    temperature: float = flag(0.85, "of sampling and of the loss alike")
+    max_new_tokens: int = flag(160, "longest answer, in tokens")
+    lr: float = flag(7e-5, "learning rate after warm-up (the paper's 2e-6 is for 7B)")
+    warmup_steps: int = flag(2, "steps with rising learning rate (the paper: 10)")
+    updates: int = flag(1, "passes over a batch, an optimiser step each")
+    clip_low: float = flag(0.2, "ratio below 1 at which the gradient ends")
+    clip_high: float = flag(0.28, "ratio above 1 at which the gradient ends")
+    tis_cap: float = flag(2.0, "cap of the importance weight between sampler and trainer")
+    positive_weight: float = flag(0.1, "mu, weight of the cross-entropy on correct samples")
+    normalise: str = flag("sequence", "sequence: mean over each answer, then over answers (paper); token: over all tokens (DAPO)")
+    format_penalty: float = flag(0.1, "taken off an answer that is not <think>reasoning</think>answer")
+    max_calls: int = flag(6, "sampling calls a step may make before it goes on with fewer groups")
+    cache: int = flag(32, "surplus groups kept for later steps")
+    cache_age: int = flag(2, "steps after which a kept group is dropped")
+    weight_decay: float = flag(0.0, "AdamW decay of matrices")
+    clip: float = flag(1.0, "largest norm of the whole gradient")
+    pack_tokens: int = flag(4096, "longest row, in tokens: bounds memory, does not change the result")
+    slots: int = flag(128, "traces decoded together")
+    save_every: int = flag(5, "steps between checkpoints")
+    eval_every: int = flag(5, "steps between printed samples, one good and one bad")
+    seed: int = flag(0, "of prompt order and sampling")
+    limit: int = flag(0, "use the first problems of the file only; 0: all")
+    device: str = flag("", "cpu or cuda; empty: cuda where there is one")
+    fresh: bool = flag(False, "start over, deleting what --out holds of an earlier run")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. The formulas. Tensors of token terms are (t,), masked by weights that are 0 where nothing was sampled.
+
+
+def advantages(rewards, gate=1e-4):
+    """A_i = (R_i - mean) / (std + 1e-6) over the G rewards of one prompt (population std). Returns (G,) float64, or None when
+    the rewards' range is below `gate`: rounding differences would otherwise be blown up to advantages of size one."""
+    r = np.asarray(rewards, np.float64)
+    if len(r) < 2 or r.max() - r.min() < gate:
+        return None
+    return (r - r.mean()) / (r.std() + 1e-6)
+
+
+def policy_term(new, old, advantage, clip_low, clip_high):
+    """-min(rho A, clip(rho, 1 - low, 1 + high) A) with rho = exp(new - old), per token (PPO; "clip-higher" is DAPO's)."""
+    rho = torch.exp(new - old)
+    return -torch.minimum(rho * advantage, rho.clamp(1 - clip_low, 1 + clip_high) * advantage)
+
+
+def tis_weight(old, sampler, cap):
+    """min(exp(old - sampler), cap): the trainer's probability over the sampler's, truncated above only; no gradient."""
+    return torch.exp((old - sampler).detach()).clamp(max=cap)
+
+
+def k3(new, old):
+    """Schulman's k3 estimate of KL(old || new) at tokens drawn from old: e^d - 1 - d, d = new - old. Never negative."""
+    d = new - old
+    return torch.expm1(d) - d
+
+
+def token_weights(lengths, normalise):
+    """Weight of each token of answers with these lengths, summing to 1 over the batch; one number per answer.
+
+    "sequence" (the paper): 1 / (answers * length).  "token" (DAPO): 1 / (all tokens)."""
+    check(normalise in ("sequence", "token"), f"--normalise {normalise}: expected sequence or token")
+    if normalise == "token":
+        return [1 / sum(lengths)] * len(lengths)
+    return [1 / (len(lengths) * length) for length in lengths]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Rewards
+
+WELL_FORMED = re.compile(r"<think>(?!\s*</think>)((?!<think>|</think>).)+</think>((?!<think>|</think>|<\|im_end\|>).)+<\|im_end\|>", re.S)
+
+
+def reward(text, gold, penalty):
+    """Score of one trace and its parts: 1 for an answer equivalent to gold, less `penalty` for leaving the format
+    <think>reasoning</think>answer<|im_end|>. text holds special tokens as text."""
+    answer = extract_answer(text)
+    correct = answer is not None and is_equivalent(answer, gold)
+    well_formed = WELL_FORMED.fullmatch(text) is not None
+    return {"score": float(correct) - penalty * (not well_formed), "correct": correct, "well_formed": well_formed,
+            "parsed": answer is not None}
+
+
+def check_verifier():
+    """A verifier that silently says no would train on noise: known pairs must come out right before anything is sampled."""
+    for text, gold, right in (("<think>x</think>\\boxed{\\frac12}", "0.5", True), ("<think>x</think>\\boxed{41}", "42", False),
+                              ("no answer", "42", False)):
+        check(reward(text, gold, 0)["correct"] == right, f"the verifier is broken: {text!r} against {gold!r}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Rollouts
+
+
+@dataclass
+class Rollout:
+    """One scored trace, in the form that data.pack takes (ids, mask, weight), with what the loss needs."""
+    ids: np.ndarray  # (prompt + n,) int32
+    mask: np.ndarray  # (prompt + n,) bool, True on the n sampled tokens
+    sampler: list  # n log-probabilities under the sampler
+    score: float
+    correct: bool
+    advantage: float = 0.0
+    token_weight: float = 0.0
+    weight: float = 1.0
+
+
+def new_rollout(prompt, trace, score):
+    ids = np.array([*prompt, *trace.tokens], np.int32)
+    return Rollout(ids, np.arange(len(ids)) >= len(prompt), trace.logprobs, score["score"], score["correct"])
+
+
+class Prompts:
+    """Problems in an order that is shuffled anew each epoch; `position` is all its state."""
+
+    def __init__(self, problems, tokenizer, seed, position=0):
+        self.problems, self.seed, self.position = problems, seed, position
+        self.ids = [data.render_chat([{"role": "user", "content": p.prompt}], tokenizer, generation_prompt=True)[0]
+                    for p in problems]
+
+    def take(self, count):
+        """The next `count` pairs of a problem and its prompt's ids."""
+        taken = []
+        for _ in range(count):
+            epoch, place = divmod(self.position, len(self.problems))
+            i = np.random.default_rng([self.seed, epoch]).permutation(len(self.problems))[place]
+            taken.append((self.problems[i], self.ids[i]))
+            self.position += 1
+        return taken
+
+
+def sample_groups(sampler, pairs, tokenizer, args, seed, ranks, stats):
+    """Sample and score args.group traces for each (problem, prompt). Every rank samples its share of the prompts, then all
+    hold all groups, in the order of the prompts: a list of lists of Rollout."""
+    start = time.time()
+    def own(i, sample):
+        return "go" if i % ranks.world == ranks.rank else "done"
+    traces = generate(sampler, [ids for _, ids in pairs], samples=args.group, max_new_tokens=args.max_new_tokens,
+                      temperature=args.temperature, seed=seed, stop_ids=tokenizer.stop_ids, slots=args.slots, admit=own)
+    stats["t_sample"] += time.time() - start
+    start, groups = time.time(), {}
+    for trace in traces:
+        problem, prompt = pairs[trace.prompt_index]
+        text = tokenizer.decode(trace.tokens)
+        score = reward(text, problem.answer, args.format_penalty)
+        groups.setdefault(trace.prompt_index, []).append(new_rollout(prompt, trace, score))
+        stats["samples"].append({**score, "length": len(trace.tokens), "truncated": trace.stop == "length", "text": text,
+                                 "prompt": problem.prompt, "gold": problem.answer, "domain": problem.domain})
+    stats["t_score"] += time.time() - start
+    if ranks.world > 1:
+        everyone = [None] * ranks.world
+        dist.all_gather_object(everyone, (groups, stats["samples"][-len(traces):] if traces else []))
+        groups = {i: g for theirs, _ in everyone for i, g in theirs.items()}
+        stats["samples"] = stats["samples"][: len(stats["samples"]) - len(traces)] + [s for _, theirs in everyone for s in theirs]
+    return [groups[i] for i in sorted(groups)]
+
+
+def collect(sampler, prompts, cache, step, tokenizer, args, ranks, stats):
+    """Groups with signal for one update: first from the cache, then from as many sampling calls as it takes (backfill).
+    Surplus groups go into the cache, first in, first out, with the sampler's log-probabilities and the step they are of."""
+    cache[:] = [(made, group) for made, group in cache if step - made <= args.cache_age]
+    chosen = [cache.pop(0) for _ in range(min(len(cache), args.prompts))]
+    stats["cached"], stats["age"] = len(chosen), float(np.mean([step - made for made, _ in chosen])) if chosen else 0.0
+    while len(chosen) < args.prompts and stats["calls"] < args.max_calls:
+        seed = args.seed * 1_000_003 + step * 1_009 + stats["calls"]  # another stream for every call of the run
+        stats["calls"] += 1
+        for group in sample_groups(sampler, prompts.take(args.prompts), tokenizer, args, seed, ranks, stats):
+            values = advantages([r.score for r in group])
+            stats["groups"] += 1
+            if values is None:
+                stats["all_right"] += all(r.correct for r in group)
+                stats["all_wrong"] += not any(r.correct for r in group)
+                continue
+            for r, value in zip(group, values):
+                r.advantage = float(value)
+            chosen.append((step, group))
+    cache.extend(chosen[args.prompts :])
+    del cache[: max(0, len(cache) - args.cache)]
+    return [group for _, group in chosen[: args.prompts]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. The update
+
+
+def pack_values(row, value):
+    """(t,) float32 of a Pack: value(rollout) -> one number, or one per sampled token, at the positions that predict them."""
+    out = np.zeros(len(row.input_ids), np.float32)
+    for start, r in zip(row.cu_seqlens, row.members):
+        out[start + np.flatnonzero(r.mask) - 1] = value(r)
+    return torch.from_numpy(out)
+
+
+def grpo_loss(model, row, args, positives, old=None, stats=None):
+    """Loss of one Pack, and its log-probabilities (t,); old (t,) are the trainer's before the first update, None then.
+
+        sum over tokens of weight * TIS * policy_term   -   mu * sum over tokens of correct answers of log p / their number"""
+    device = next(model.parameters()).device
+    new, entropy = train_sft.pack_logprobs(model, row, args.temperature)
+    old = new.detach() if old is None else old
+    sampler, advantage, weight, correct = (pack_values(row, v).to(device) for v in (
+        lambda r: r.sampler, lambda r: r.advantage, lambda r: r.token_weight, lambda r: r.correct))
+    tis = tis_weight(old, sampler, args.tis_cap)
+    loss = (weight * tis * policy_term(new, old, advantage, args.clip_low, args.clip_high)).sum()
+    loss = loss - args.positive_weight * (correct * new).sum() / max(1, positives)
+    if stats is not None:
+        real, rho, off = weight > 0, torch.exp(new.detach() - old), (old.exp() - sampler.exp()).abs()
+        sums = (real, entropy * real, real & (rho < 1 - args.clip_low) & (advantage < 0),
+                real & (rho > 1 + args.clip_high) & (advantage > 0), k3(new.detach(), old) * real, off * real,
+                real & (torch.exp(old - sampler) > args.tis_cap))
+        stats["sums"] += np.array([float(v.sum()) for v in sums])
+        stats["mismatch_max"] = max(stats["mismatch_max"], float((off * real).max()))
+    return loss, new.detach()
+
+
+def train_step(model, optimizer, groups, args, lr, ranks, stats):
+    """args.updates passes over the groups; returns loss and gradient norm of the last one."""
+    rollouts = [r for group in groups for r in group]
+    for r, weight in zip(rollouts, token_weights([int(r.mask.sum()) for r in rollouts], args.normalise)):
+        r.token_weight = weight
+    positives = sum(int(r.mask.sum()) for r in rollouts if r.correct)
+    packs, old = data.pack(rollouts, args.pack_tokens, ranks.world), {}
+    for _ in range(args.updates):
+        def loss_of(row):
+            if not any(isinstance(r, Rollout) for r in row.members):  # a dummy that keeps ranks in step
+                return train_sft.pack_logprobs(model, row)[0].sum() * 0
+            loss, new = grpo_loss(model, row, args, positives, old.get(id(row)), stats)
+            old.setdefault(id(row), new)
+            return loss
+        loss = ranks.all_sum([train_sft.backward_all(model, packs, ranks, loss_of)])[0]
+        check(math.isfinite(loss), f"the loss is {loss}")
+        norm = train_sft.update(model, optimizer, lr, args.clip)
+    return loss, norm
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. The loop
+
+
+def new_stats():
+    return {"samples": [], "groups": 0, "all_right": 0, "all_wrong": 0, "calls": 0, "cached": 0, "age": 0.0, "t_sample": 0.0,
+            "t_score": 0.0, "t_update": 0.0, "sums": np.zeros(7), "mismatch_max": 0.0}
+
+
+def record_of(stats, loss, norm, lr, ranks):
+    """The log's fields (see the top) from what a step gathered."""
+    def mean(values):
+        values = list(values)
+        return float(np.mean(values)) if values else 0.0
+    s, n = stats["samples"], max(1, stats["groups"])
+    tokens, entropy, low, high, kl, off, capped = ranks.all_sum(stats["sums"].tolist())
+    off_max = torch.tensor(stats["mismatch_max"])
+    if ranks.world > 1:
+        dist.all_reduce(off_max, dist.ReduceOp.MAX)
+    domains = sorted({x["domain"] for x in s})
+    return {
+        "loss": loss, "reward": mean(x["score"] for x in s), "reward_std": float(np.std([x["score"] for x in s] or [0])),
+        "correct": mean(x["correct"] for x in s), "well_formed": mean(x["well_formed"] for x in s),
+        **{f"reward_{d}": mean(x["score"] for x in s if x["domain"] == d) for d in domains if len(domains) > 1},
+        "all_right": stats["all_right"] / n, "all_wrong": stats["all_wrong"] / n,
+        "calls": stats["calls"], "cached": stats["cached"], "age": stats["age"],
+        "entropy": entropy / tokens, "clip_low": low / tokens, "clip_high": high / tokens, "kl": kl / tokens,
+        "mismatch": off / tokens, "mismatch_max": float(off_max), "capped": capped / tokens,
+        "length": mean(x["length"] for x in s), "length_right": mean(x["length"] for x in s if x["correct"]),
+        "length_wrong": mean(x["length"] for x in s if not x["correct"]), "truncated": mean(x["truncated"] for x in s),
+        "unparsed": mean(not x["parsed"] for x in s), "grad_norm": norm, "lr": lr, "tokens": int(tokens),
+        "sampled": sum(x["length"] for x in s), **{k: round(stats[k], 3) for k in ("t_sample", "t_score", "t_update")},
+    }
+
+
+def print_samples(samples):
+    """One good and one bad answer, to see what the reward sees."""
+    for label, right in (("right", True), ("wrong", False)):
+        if shown := next((x for x in samples if x["correct"] == right), None):
+            tqdm.write(f"{label}: {shown['prompt']} (gold {shown['gold']}, score {shown['score']:g}) {shown['text']!r}", file=sys.stdout)
+
+
+SHOWN = ("reward", "correct", "entropy", "mismatch", "length", "calls", "cached", "grad_norm", "t_sample", "t_update")
+
+
+def load(args, ranks):
+    check(args.group >= 2, f"--group {args.group}: one answer has nothing to be compared with, give at least 2")
+    check(args.temperature > 0, f"--temperature {args.temperature}: must be above 0, or all answers are the same")
+    token_weights([1], args.normalise)
+    check_verifier()
+    problems = data.read_problems(args.problems)[: args.limit or None]
+    for p in problems:
+        try:
+            check_gold(p.answer)
+        except ValueError as e:
+            raise ValueError(f"{args.problems}: problem {p.id}: field answer: {e}") from None
+    tokenizer = data.Tokenizer.from_pretrained(train_sft.model_folder(args.init))
+    model = train_sft.load_model(args.init)
+    return tokenizer, train_sft.shard(model, ranks), problems
+
+
+def to_json(cache):
+    return [[made, [{**asdict(r), "ids": r.ids.tolist(), "mask": int(r.mask.sum())} for r in group]] for made, group in cache]
+
+
+def from_json(cache):
+    def rollout(r):
+        ids = np.array(r["ids"], np.int32)
+        return Rollout(**{**r, "ids": ids, "mask": np.arange(len(ids)) >= len(ids) - r["mask"]})
+    return [(made, [rollout(r) for r in group]) for made, group in cache]
+
+
+def main():
+    args = train_sft.parse_args(Args, __doc__.partition("\n\n")[0])
+    ranks = train_sft.start_ranks(args.device)
+    tokenizer, model, problems = load(args, ranks)
+    run = train_sft.Run(args, ranks)
+    optimizer = train_sft.make_optimizer(model, args.lr, args.weight_decay)
+    state = run.resume(model, optimizer)
+    prompts = Prompts(problems, tokenizer, args.seed, state["position"] if state else 0)
+    cache = from_json(state["cache"]) if state else []
+    sampler = train_sft.replica(model)
+    if ranks.rank == 0 and state is None:
+        print("  ".join(f"{k}={v}" for k, v in asdict(args).items()))
+
+    for step in range(state["step"] if state else 0, args.steps):
+        start, stats = time.time(), new_stats()
+        groups = collect(sampler, prompts, cache, step, tokenizer, args, ranks, stats)
+        check(groups, f"step {step + 1}: none of {stats['groups']} groups carries any signal (all right {stats['all_right']}, all wrong "
+              f"{stats['all_wrong']}): the problems are too easy or too hard for this model, or the verifier cannot read its answers")
+        before, lr = time.time(), args.lr * min(1, (step + 1) / max(1, args.warmup_steps))
+        loss, norm = train_step(model, optimizer, groups, args, lr, ranks, stats)
+        sampler = train_sft.replica(model, sampler)
+        stats["t_update"] = time.time() - before
+        record = record_of(stats, loss, norm, lr, ranks)
+        if step + 1 == args.steps or (step + 1) % args.save_every == 0:
+            run.save(step + 1, model, optimizer, tokenizer, {"position": prompts.position, "cache": to_json(cache)})
+        if ranks.rank == 0 and (step + 1) % args.eval_every == 0:
+            print_samples(stats["samples"])
+        run.write(step + 1, args.steps, {**record, "seconds": round(time.time() - start, 3)}, SHOWN)
+    if ranks.rank == 0:
+        print(f"the model is in {run.out / 'model'}")
+
+
+if __name__ == "__main__":
+    train_sft.run_main(main)
