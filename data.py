@@ -378,14 +378,14 @@ def parse_problem(record, where):
 
 # 4. Problems made here: arithmetic whose every step can be checked ----------------------------------------------------
 #
-#   family  level            prompt          careful trace, one small step at a time        careless, steps merged
-#   mul     digits           4374*8=?        4*8+0=32;7*8+3=59;3*8+5=29;4*8+2=34;            74*8+0=592;43*8+5=349;
-#   sum     number of terms  37+58-14+92=?   37+58=95;95-14=81;81+92=173;                    37+58-14=81;81+92=173;
+#   family  level            prompt                  careful trace, one small step at a time   careless, steps merged
+#   mul     digits           4374*8=?                4*8+0=32;7*8+3=59;3*8+5=29;4*8+2=34;       74*8+0=592;43*8+5=349;
+#   sum     number of terms  37+58-14+92 mod 100=?   37+58=95;95-14=81;81+92=73;                37+58-14=81;81+92=73;
 #
 # A step of mul multiplies some digits, lowest first, and adds the carry. All traces are true, but a merged step asks
 # for more in one breath, and there a small model errs: RL can learn to skip less, and confidence has something to see.
 
-MIX = {(family, level): 1 for family in ("mul", "sum") for level in range(4, 11)}  # how often, relative to each other
+MIX = {(family, level): 1 for family in ("mul", "sum") for level in range(3, 9)}  # how often, relative to each other
 CAREFUL = 0.5  # share of careful traces in the SFT data
 SKIP = 0.5  # in a careless trace: the probability that a step is a merged one
 SKIP_WIDTHS = (2, 3)  # and of how many steps it is made, at random
@@ -401,9 +401,9 @@ def make_problem(family, level, rng):
         answer = rng.randint(10, 99)
         text = str(answer)
         for _ in range(level - 1):
-            term = rng.randint(10, 99)
-            sign = rng.choice((1, -1)) if term <= answer else 1  # running totals stay at zero or above
-            text, answer = f"{text}{'+' if sign > 0 else '-'}{term}", answer + sign * term
+            sign, term = rng.choice((1, -1)), rng.randint(10, 99)
+            text, answer = f"{text}{'+' if sign > 0 else '-'}{term}", (answer + sign * term) % 100
+        text += " mod 100"
     else:
         raise ValueError(f"family {family!r} is neither mul nor sum")
     return Problem(text, "math", text + "=?", str(answer), {"family": family, "level": level})
@@ -421,10 +421,10 @@ def make_trace(problem, rng, careful):
             steps.append(f"{digits}*{factor}+{carry}={product};")
             carry = product // 10**size
     else:
-        total, *terms = re.findall(r"[+-]?\d+", text)
+        total, *terms = re.findall(r"[+-]?\d+", text.removesuffix(" mod 100"))
         for size in step_sizes(len(terms), rng, careful):
             now, terms = terms[:size], terms[size:]
-            result = int(total) + sum(map(int, now))
+            result = (int(total) + sum(map(int, now))) % 100
             steps.append(f"{total}{''.join(now)}={result};")
             total = result
     return "".join(steps)

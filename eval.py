@@ -1,12 +1,58 @@
-"""Answers and evaluation."""
+r"""Evaluation: answers, how they are compared, pass@k, votes, DeepConf, and the report.
 
+    python eval.py                                          # the small CPU run: runs/tiny/sft and runs/tiny/rl, minutes
+    python eval.py --model FOLDER --problems FILE --out FOLDER --fresh --temperature 0.6 --top-p 0.95 \
+        --samples 512 --max-new-tokens 65536 --window 2048                             # the paper's setting (section 5)
+    python eval.py --chat --model FOLDER                    # talk to a checkpoint; Ctrl-D ends
+
+What it writes to --out
+    traces.jsonl            every sampled reply, one a line, with its answer and confidences; traces-sft.jsonl the other
+                            checkpoint's, traces-low.jsonl and traces-high.jsonl those of DeepConf online
+    report.json, report.md  the table that is also printed at the end
+    accuracy.png            accuracy against tokens; training.png: the runs' log.jsonl. Both need matplotlib
+    run.json                arguments, versions, hardware, commit
+
+Methods (rows of the report), n samples a problem
+    pass@1                   the mean over samples
+    majority@n               one vote each
+    majority@equal-tokens    as many votes as DeepConf LOW's tokens pay for: the fair comparison
+    deepconf-offline@n       the most confident tenth votes
+    deepconf-low@n, -high@n  the same while generating: after 16 warm-up traces one is stopped when its confidence falls
+                             below the top 10% (LOW) or 90% (HIGH) of the warm-up's, and all of it when 95% agree.
+                             Run live, so tokens and seconds are measured, not simulated
+
+Deviations from the paper (arXiv 2601.02346)
+- Its first tier compares strings and uses a computer algebra system, its second is a model. Here one parser of its own
+  does all: it knows numbers, roots and polynomials exactly or to 1e-13, and no calculus. It never runs eval().
+- Its 32768 tokens or more, temperature 0.6 and top-p 0.95 are flags; the defaults fit the small run.
+
+To copy sections 1 to 3 (answers, estimators) nothing else is needed; to copy all, also take the other four files that
+it builds on: model.py, ssm_scan.py, data.py, deepconf.py.
+"""
+
+import argparse
 import cmath
 import itertools
+import json
 import math
+import os
+import platform
 import re
+import subprocess
+import sys
+import time
 import zlib
+from dataclasses import asdict, dataclass, field, fields
 from fractions import Fraction
 from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import data
+import deepconf
+from model import FalconH1, generate
 
 # 1. The answer in a text ----------------------------------------------------------------------------------------------
 
@@ -25,7 +71,7 @@ def extract_answer(text):
     reply = text.rpartition("</think>")[2].partition("<think>")[0]
     # One pass with a stack of open braces, so that a text of nothing but `\boxed{` costs linear time. `\{` is a symbol.
     open_braces, last, answer = [], -1, None
-    for brace in re.finditer(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", reply, re.S):
+    for brace in re.finditer(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", reply, re.DOTALL):
         if brace[0] == "}":
             start, boxed = open_braces.pop() if open_braces else (-1, False)
             if boxed and start > last:
@@ -66,13 +112,14 @@ TOKEN = re.compile(
        |(?P<matrix>\\(?:begin|end)\s*\{{[bpv]?matrix\}})
        |(?P<word>[A-Za-z]+)
        |(?P<symbol>\\[A-Za-z]+|\\.|\*\*|<=|>=|!=|.)""",
-    re.X | re.S,
+    re.VERBOSE | re.DOTALL,
 )
 SPELLINGS = {
     "*": r"\cdot \times × · ⋅", "/": r"\div ÷", "-": "− –", "^": "**", "±": r"\pm", "∓": r"\mp", "%": r"\%",
     "<": r"\lt", "<=": r"\le \leq \leqslant ≤", ">": r"\gt", ">=": r"\ge \geq \geqslant ≥", "!=": r"\ne \neq ≠",
     "∈": r"\in", "∪": r"\cup", "∅": r"\emptyset \varnothing", "∞": r"\infty inf infinity", "π": r"\pi pi",
-    r"\frac": r"\dfrac \tfrac \cfrac", r"\sqrt": "sqrt √", "(": r"\langle \lparen", ")": r"\rangle \rparen", r"\{": r"\lbrace", r"\}": r"\rbrace", ",": "; or and",
+    "(": r"\langle \lparen", ")": r"\rangle \rparen", r"\{": r"\lbrace", r"\}": r"\rbrace", ",": "; or and",
+    r"\frac": r"\dfrac \tfrac \cfrac", r"\sqrt": "sqrt √",
 }  # fmt: skip
 SPELLING = {other: one for one, others in SPELLINGS.items() for other in others.split()}
 # Functions and Greek letters are variables like others: \log 8 equals itself, and not 3 \log 2.
@@ -138,7 +185,13 @@ def text_tokens(text):
     if re.search("[0-9]", text) or len(text.strip(" ().")) < 2:
         return tokenize(text.strip(" ."))
     text = " ".join(text.casefold().split())
-    return [("op", {"and": ",", "or": ",", "percent": "%"}[text])] if text in ("and", "or", "percent") else [("text", text)]
+    sign = {"and": ",", "or": ",", "percent": "%"}.get(text)
+    return [("op", sign) if sign else ("text", text)]
+
+
+SIGNS = ("+", "-", "±", "∓")
+RELATIONS = ("=", "<", "<=", ">", ">=", "!=", "∈")
+CLOSING = {"(": (")", "]"), "[": (")", "]"), "{": ("}",), r"\{": (r"\}",)}
 
 
 class Parser:
@@ -157,10 +210,6 @@ class Parser:
     sum      product (sign product)*                   primary  number | name | word | matrix
     product  unary (("*" | "/") unary | power)*                 | bracket list bracket | \frac, \sqrt argument
     """
-
-    SIGNS = ("+", "-", "±", "∓")
-    RELATIONS = ("=", "<", "<=", ">", ">=", "!=", "∈")
-    CLOSING = {"(": (")", "]"), "[": (")", "]"), "{": ("}",), r"\{": (r"\}",)}
 
     def __init__(self, tokens, either, percent):
         self.tokens, self.at, self.depth = [*tokens, ("end", "")], 0, 0
@@ -204,10 +253,10 @@ class Parser:
         while self.op == ",":  # "a, b, and c"
             self.take()
         start = self.at
-        relations, members = self.chain(self.union, self.RELATIONS)
+        relations, members = self.chain(self.union, RELATIONS)
         if not relations:
             return members[0]
-        left = itertools.takewhile(lambda token: token[1] not in self.RELATIONS, self.tokens[start:])
+        left = itertools.takewhile(lambda token: token[1] not in RELATIONS, self.tokens[start:])
         named = all(kind == "name" or text in ("(", ")", ",") for kind, text in left)
         return members[1] if relations == ["∈"] and named else ("relation", relations, members, named)
 
@@ -216,10 +265,10 @@ class Parser:
         return ("union", members) if len(members) > 1 else members[0]
 
     def sum(self):
-        signs, terms = self.chain(self.product, self.SIGNS)
+        signs, terms = self.chain(self.product, SIGNS)
         total = terms[0]
         for sign, term in zip(signs, terms[1:]):
-            total = number(lambda x, y: x + self.sign[sign] * y, total, term)
+            total = number(lambda x, y, sign=self.sign[sign]: x + sign * y, total, term)
         return total
 
     def product(self):
@@ -251,7 +300,7 @@ class Parser:
             self.units.add((UNIT[unit], str(exponent)))
 
     def unary(self):
-        if self.op in self.SIGNS:
+        if self.op in SIGNS:
             sign = self.sign[self.take()]
             return number(lambda x: sign * x, self.unary())
         return self.power()
@@ -283,7 +332,7 @@ class Parser:
             return ("number", [value_of_name(text, point) for point in range(POINTS)])
         if kind == "text":
             return ("word", text)
-        if kind == "op" and text in self.CLOSING:
+        if kind == "op" and text in CLOSING:
             return self.bracket(text)
         if text == r"\frac":
             return number(lambda x, y: x / y, self.argument(), self.argument())
@@ -327,8 +376,8 @@ class Parser:
         return number(lambda x, n: power(x, 1 / n), radicand, index)
 
     def bracket(self, opening):
-        items = [] if self.op in self.CLOSING[opening] else self.chain(self.item, [","])[1]
-        brackets = opening + self.take(*self.CLOSING[opening])
+        items = [] if self.op in CLOSING[opening] else self.chain(self.item, [","])[1]
+        brackets = opening + self.take(*CLOSING[opening])
         if opening == r"\{" or brackets == "{}" and len(items) > 1:
             return bag(items)
         if len(items) == 1 and brackets in ("()", "[]", "{}"):
@@ -452,7 +501,7 @@ def statements(relations, members):
         if all(close(x, difference[1][0]) for x in difference[1]):
             raise Unreadable("a relation without a variable")
         scale = abs(difference[1][0]) if "<" in op else difference[1][0]
-        said.append(("tuple", op, [number(lambda x: x / scale, difference)]))
+        said.append(("tuple", op, [number(lambda x, scale=scale: x / scale, difference)]))
     return said
 
 
@@ -486,11 +535,11 @@ def is_equivalent(prediction, gold):
     both 0.5 and 50. Words ignore case, variables do not.
 
     Args:
-        prediction: text, or None (no answer was found), which equals nothing.  gold: the reference answer.
+        prediction, gold: text, or None (no answer was found), which equals nothing.
     Returns:
         False also for anything blank, too long or unreadable. Takes milliseconds and never raises, whatever the texts.
     """
-    if prediction is None or max(len(prediction), len(gold)) > MAX_CHARS:
+    if prediction is None or gold is None or max(len(prediction), len(gold)) > MAX_CHARS:
         return False
     tokens, gold_tokens = (tokenize(answer.strip().rstrip(".")) for answer in (prediction, gold))
     if not tokens or not gold_tokens:
@@ -524,6 +573,9 @@ def check_gold(answer):
         raise ValueError(f"the answer {answer!r} cannot be checked: {error}") from None
 
 
+# 3. Estimators --------------------------------------------------------------------------------------------------------
+
+
 def pass_at_k(n, c, k):
     """The chance that one at least of k samples drawn from n is correct, of which c are: unbiased for any k <= n.
 
@@ -538,9 +590,376 @@ def pass_at_k(n, c, k):
 
 
 def mean_and_stderr(scores):
-    """Mean over m problems and its standard error s / sqrt(m), s^2 = sum (x - mean)^2 / (m - 1); (x, None) for m = 1."""
+    """Mean over m problems and its standard error s / sqrt(m), s^2 = sum (x - mean)^2 / (m - 1); None for m = 1."""
     m = len(scores)
     if m == 0:
         raise ValueError("there are no problems to average over")
     mean = math.fsum(scores) / m
     return mean, math.sqrt(math.fsum((x - mean) ** 2 for x in scores) / (m - 1) / m) if m > 1 else None
+
+
+# 4. Sampling ----------------------------------------------------------------------------------------------------------
+
+
+def read_checked(path, limit):
+    """The first limit problems of a file (0: all), each with an answer that predictions can be compared with."""
+    problems = data.read_problems(path)[: limit or None]
+    for problem in problems:
+        try:
+            check_gold(problem.answer)
+        except ValueError as error:
+            raise ValueError(f"{path}: problem {problem.id!r}: field answer: {error}") from None
+    return problems
+
+
+def load(folder, device):
+    """(model, tokenizer) of a checkpoint folder."""
+    if not (Path(folder) / "config.json").is_file():
+        raise ValueError(f"{folder}: no checkpoint here (config.json is missing); train one, or name one with --model")
+    return FalconH1.from_pretrained(folder, device=device), data.Tokenizer.from_pretrained(folder)
+
+
+def reply_text(trace, tokenizer):
+    """What a model wrote, without the token that ends it."""
+    ended = trace.tokens and trace.tokens[-1] in tokenizer.stop_ids
+    return tokenizer.decode(trace.tokens[:-1] if ended else trace.tokens)
+
+
+def write(model, tokenizer, chats, args, samples=1, admit=None, on_token=None, on_trace=None):
+    """model.generate() on conversations that end in a user's turn."""
+    prompts = [data.render_chat(messages, tokenizer, generation_prompt=True)[0] for messages in chats]
+    return generate(
+        model, prompts, samples=samples, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
+        top_p=args.top_p, seed=args.seed, stop_ids=tokenizer.stop_ids, admit=admit, on_token=on_token,
+        on_trace=on_trace, progress=len(chats) > 1,
+    )  # fmt: skip
+
+
+def sample(model, tokenizer, problems, args, samples, online=None):
+    """Sample replies to every problem and judge them.
+
+    Args:
+        online: None, or a deepconf.Online for each problem. It decides during generation which traces start and which
+            stop early; what they hold until then is what they would hold without it.
+    Returns:
+        (groups, seconds): for each problem the records of its traces, as traces.jsonl holds them, and the wall time.
+    """
+
+    def record(trace):
+        problem, text = problems[trace.prompt_index], reply_text(trace, tokenizer)
+        answer = extract_answer(text)
+        return {
+            "problem": problem.id, "domain": problem.domain, "gold": problem.answer, "sample": trace.sample_index,
+            "seed": args.seed, "text": text, "tokens": len(trace.tokens), "answer": answer,
+            "correct": is_equivalent(answer, problem.answer), "stop": trace.stop,
+            "confidences": [round(confidence, 4) for confidence in trace.confidences],
+        }  # fmt: skip
+
+    def admit(prompt, index):
+        return online[prompt].admit(index)
+
+    def on_token(trace):
+        return online[trace.prompt_index].on_token(trace.sample_index, trace.confidences[-1])
+
+    def on_trace(trace):
+        online[trace.prompt_index].finish(trace.sample_index, extract_answer(reply_text(trace, tokenizer)))
+
+    chats = [[{"role": "user", "content": problem.prompt}] for problem in problems]
+    start = time.perf_counter()
+    traces = write(model, tokenizer, chats, args, samples, *((admit, on_token, on_trace) if online else ()))
+    seconds = time.perf_counter() - start
+    groups = [[] for _ in problems]
+    for trace in traces:
+        groups[trace.prompt_index].append(record(trace))
+    return groups, seconds
+
+
+# 5. Methods -----------------------------------------------------------------------------------------------------------
+
+
+WARM_UP = 16  # traces before DeepConf online stops any (its paper, arXiv 2508.15260)
+
+
+def row(checkpoint, method, scores, tokens, seconds):
+    """A row of report.json. scores: one per problem, from 0 to 1; tokens, seconds: what all of them cost together."""
+    accuracy, stderr = mean_and_stderr(scores)
+    return {
+        "checkpoint": checkpoint, "method": method, "accuracy": accuracy, "stderr": stderr, "tokens": round(tokens),
+        "seconds": round(seconds, 2), "problems": len(scores),
+    }  # fmt: skip
+
+
+def count_tokens(groups):
+    return sum(record["tokens"] for record in itertools.chain(*groups))
+
+
+def ballot(group):
+    """The traces of a problem as deepconf takes them, equivalent answers spelled alike: votes then compare plain text."""
+    spelling, traces = {}, []
+    for record in group:
+        answer = record["answer"]
+        if answer not in spelling:
+            spelling[answer] = next((one for one in spelling.values() if is_equivalent(answer, one)), answer)
+        traces.append(deepconf.Recorded(**{f.name: record[f.name] for f in fields(deepconf.Recorded)}))
+        traces[-1].answer = spelling[answer]
+    return traces
+
+
+def majority_score(traces, m):
+    """How often a majority of m traces is right: the mean over the n // m disjoint runs of m among a problem's n."""
+    runs = [traces[i : i + m] for i in range(0, len(traces) - m + 1, m)]
+    votes = [deepconf.vote([trace.answer for trace in run])[0] for run in runs]
+    return sum(deepconf.is_right(answer, traces) for answer in votes) / len(votes)
+
+
+def calibration(ballots, window):
+    """Whether confidence tells right traces from wrong ones; where it does not, a vote by confidence must fail.
+
+    Returns:
+        dict: "auroc", the chance that a right trace's lowest group confidence is above a wrong one's (0.5: it says
+        nothing), and its means over right and wrong traces; None where there are no such traces.
+    """
+    pooled = [(deepconf.lowest_group(t.confidences, window), t.correct) for t in itertools.chain(*ballots)]
+    lowest, correct = np.array([c for c, _ in pooled]), np.array([right for _, right in pooled])
+    means = [float(lowest[side].mean()) if side.any() else None for side in (correct, ~correct)]
+    auroc = None if None in means else deepconf.auroc(lowest, correct)
+    return {"auroc": auroc, "confidence_right": means[0], "confidence_wrong": means[1]}
+
+
+def pass_row(name, groups, seconds):
+    """pass@1 from n samples a problem. Its cost is that of one sample, a share 1/n of what was measured."""
+    n = len(groups[0])
+    scores = [pass_at_k(n, sum(record["correct"] for record in group), 1) for group in groups]
+    return row(name, "pass@1", scores, count_tokens(groups) / n, seconds / n)
+
+
+def evaluate(name, model, tokenizer, problems, args):
+    """All methods on one checkpoint.
+
+    Returns:
+        (rows, calibration, curve): curve lists (tokens, accuracy) of the majority of 1, 2, 4, ... traces.
+    """
+    groups, seconds = sample(model, tokenizer, problems, args, args.samples)
+    data.write_jsonl(Path(args.out) / "traces.jsonl", itertools.chain(*groups))
+    n, tokens, ballots = args.samples, count_tokens(groups), [ballot(group) for group in groups]
+
+    def majority(m):
+        return [majority_score(traces, m) for traces in ballots]
+
+    answers = [deepconf.offline(traces, eta=10, window=args.window)[0] for traces in ballots]
+    right = [float(deepconf.is_right(*pair)) for pair in zip(answers, ballots)]
+    rows = [
+        pass_row(name, groups, seconds),
+        row(name, f"majority@{n}", majority(n), tokens, seconds),
+        row(name, f"deepconf-offline@{n}", right, tokens, seconds),
+    ]
+    for level, eta in (("low", 10), ("high", 90)) if n > WARM_UP else ():
+        online = [deepconf.Online(n, n_init=WARM_UP, eta=eta, window=args.window, same=is_equivalent) for _ in problems]
+        stopped, spent = sample(model, tokenizer, problems, args, n, online)
+        data.write_jsonl(Path(args.out) / f"traces-{level}.jsonl", itertools.chain(*stopped))
+        answers = [machine.result()[0] for machine in online]
+        right = [float(is_equivalent(answer, problem.answer)) for answer, problem in zip(answers, problems)]
+        rows.append(row(name, f"deepconf-{level}@{n}", right, count_tokens(stopped), spent))
+        if level == "low":  # what plain voting makes of the tokens that LOW took for each problem
+            plain = [deepconf.majority_at(traces, machine.tokens) for traces, machine in zip(ballots, online)]
+            right, used = [float(deepconf.is_right(a, t)) for (a, _), t in zip(plain, ballots)], sum(u for _, u in plain)
+            rows.insert(2, row(name, "majority@equal-tokens", right, used, seconds * used / tokens))
+    curve = [(tokens * m / n, sum(majority(m)) / len(problems)) for m in (2**i for i in range(n.bit_length()))]
+    return rows, calibration(ballots, args.window), curve
+
+
+# 6. The report --------------------------------------------------------------------------------------------------------
+
+
+def table(rows):
+    """A Markdown table whose columns also line up in a terminal."""
+    lines = ["| checkpoint | method                | accuracy % | stderr |     tokens | seconds | problems |"]
+    lines.append(re.sub("[^|]", "-", lines[0]))
+    for r in rows:
+        stderr = "-" if r["stderr"] is None else f"{100 * r['stderr']:.1f}"
+        lines.append(
+            f"| {r['checkpoint']:10} | {r['method']:21} | {100 * r['accuracy']:10.1f} | {stderr:>6} "
+            f"| {r['tokens']:10,} | {r['seconds']:7.1f} | {r['problems']:8} |"
+        )
+    return "\n".join(lines)
+
+
+def explain(name, measured):
+    """calibration() as a sentence."""
+    if measured["auroc"] is None:
+        return f"{name}: all traces are right, or all are wrong; confidence cannot tell them apart."
+    return (
+        f"{name}: lowest group confidence of right traces {measured['confidence_right']:.2f}, of wrong ones "
+        f"{measured['confidence_wrong']:.2f} on average; AUROC {measured['auroc']:.3f}."
+    )
+
+
+def plot(out, rows, curve, logs):
+    """accuracy.png: accuracy against tokens. training.png: a curve for each log.jsonl in logs, a dict name -> path."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("no plots: matplotlib is not installed (pip install matplotlib)")
+        return
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(*zip(*[(tokens, 100 * accuracy) for tokens, accuracy in curve]), "o-", label="majority of 1, 2, 4, ...")
+    for r in rows:
+        if "deepconf" in r["method"]:
+            axes.errorbar(r["tokens"], 100 * r["accuracy"], 100 * (r["stderr"] or 0), fmt="s", label=r["method"])
+    axes.set(xlabel="generated tokens, all problems", ylabel="accuracy, %", xscale="log")
+    axes.legend()
+    save_figure(figure, out / "accuracy.png")
+
+    if logs:
+        figure = Figure(figsize=(6 * len(logs), 4), layout="constrained")
+        for axes, (name, path) in zip(figure.subplots(1, len(logs), squeeze=False)[0], logs.items()):
+            steps = [record for _, record in data.read_records(path)]
+            measure = "reward" if "reward" in steps[-1] else "loss"
+            axes.plot([step["step"] for step in steps], [step[measure] for step in steps])
+            axes.set(title=name, xlabel="step", ylabel=measure)
+        save_figure(figure, out / "training.png")
+
+
+def save_figure(figure, path):
+    temporary = path.with_name("unfinished-" + path.name)
+    figure.savefig(temporary, dpi=150)
+    temporary.replace(path)
+
+
+# 7. The command line --------------------------------------------------------------------------------------------------
+
+
+def option(default, text):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class Args:
+    model: str = option("", "checkpoint folder (default: runs/tiny/rl/model, and runs/tiny/sft/model for pass@1)")
+    problems: str = option("runs/tiny/data/heldout.jsonl", "file of problems, in any shape that data.py reads")
+    out: str = option("runs/tiny/eval", "folder to write")
+    limit: int = option(200, "problems to take, from the first on; 0 is all")
+    samples: int = option(32, "traces of a problem; DeepConf online needs more than its 16 warm-up traces")
+    temperature: float = option(0.85, "of sampling, 0 is greedy; the paper evaluates at 0.6")
+    top_p: float = option(1.0, "sample from the likeliest tokens of this total probability; the paper: 0.95")
+    max_new_tokens: int = option(256, "of a trace; the paper: 32768 or 65536")
+    window: int = option(16, "tokens of a confidence group, for traces of some 100 tokens; the paper: 2048")
+    seed: int = option(0, "of sampling")
+    device: str = option("", "to run on (default: cuda where there is a GPU, else cpu)")
+    fresh: bool = option(False, "replace what another evaluation left in --out")
+    chat: bool = option(False, "talk to the checkpoint instead; Ctrl-D ends")
+
+
+def parse_args(argv):
+    def fail(message):
+        raise ValueError(message)
+
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.error = fail  # like any other bad input, rather than argparse's usage text and exit status 2
+    for f in fields(Args):
+        kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "metavar": f.name.upper()}
+        text = f.metadata["help"] + ("" if f.type is bool or f.default == "" else f" (default: {f.default})")
+        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=text, **kind)
+    args = parser.parse_args(argv)
+    for name, least in {"limit": 0, "samples": 1, "max_new_tokens": 1, "window": 1}.items():
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
+    if not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1:
+        raise ValueError("--temperature must be 0 or more, and --top-p above 0 and at most 1")
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return Args(**vars(args))
+
+
+OUTPUTS = ("run.json", "traces*.jsonl", "report.json", "report.md", "accuracy.png", "training.png")
+
+
+def claim(args):
+    """Make --out ours, or raise ValueError if it holds what other arguments gave."""
+    out, ours = Path(args.out), {k: v for k, v in asdict(args).items() if k not in ("fresh", "chat", "out")}
+    left = [path for pattern in OUTPUTS for path in out.glob(pattern)]
+    if left and not args.fresh:
+        try:
+            theirs = json.loads((out / "run.json").read_text())["identity"]
+            other = [name for name in ours if theirs.get(name) != ours[name]]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            other = ["origin"]
+        if other:
+            raise ValueError(f"{out} holds an evaluation of other {', '.join(other)}: name another --out, or --fresh")
+    for path in left:
+        path.unlink()
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+    about = {"identity": ours, "torch": torch.__version__, "machine": platform.platform(), "cores": os.cpu_count()}
+    data.write_text(out / "run.json", json.dumps(about | {"commit": commit.stdout.strip()}, indent=2) + "\n")
+
+
+def checkpoint_name(folder):
+    """runs/tiny/rl/model is "rl": the folder's name, or its parent's where the folder is the `model` of a run."""
+    path = Path(folder).resolve()
+    return path.parent.name if path.name == "model" else path.name
+
+
+def run(args):
+    folders = [args.model] if args.model else ["runs/tiny/sft/model", "runs/tiny/rl/model"]
+    problems = read_checked(args.problems, args.limit)
+    loaded = [(checkpoint_name(folder), *load(folder, args.device)) for folder in folders]
+    claim(args)
+    print(" ".join(f"{name}={value}" for name, value in asdict(args).items()))
+    out, rows = Path(args.out), []
+    for name, model, tokenizer in loaded[:-1]:
+        groups, seconds = sample(model, tokenizer, problems, args, min(4, args.samples))
+        data.write_jsonl(out / f"traces-{name}.jsonl", itertools.chain(*groups))
+        rows.append(pass_row(name, groups, seconds))
+    name, model, tokenizer = loaded[-1]
+    more, measured, curve = evaluate(name, model, tokenizer, problems, args)
+    rows += more
+
+    report = f"{table(rows)}\n\n{explain(name, measured)}\n"
+    data.write_text(out / "report.json", json.dumps({"rows": rows, "calibration": measured}, indent=1) + "\n")
+    data.write_text(out / "report.md", f"# Evaluation on {args.problems}\n\n{report}")
+    logs = {checkpoint_name(folder): Path(folder).parent / "log.jsonl" for folder in folders}
+    plot(out, rows, curve, {name: path for name, path in logs.items() if path.is_file()})
+    example = json.loads((out / "traces.jsonl").open().readline())
+    print(f"\n{problems[0].prompt}\n{example['text']}\nanswer {example['answer']}, correct: {example['correct']}\n")
+    print(report)
+
+
+def chat(args):
+    """Talk to a checkpoint. The history holds whole replies; render_chat drops the reasoning of earlier turns."""
+    model, tokenizer = load(args.model or "runs/tiny/rl/model", args.device)
+    messages, shown = [], ""
+
+    def stream(trace):
+        nonlocal shown
+        text = reply_text(trace, tokenizer)
+        if not text.endswith("\ufffd"):  # the bytes of an unfinished character wait for the rest
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+        return False
+
+    while True:
+        try:
+            question = input("> ").strip()
+        except EOFError:
+            print()
+            return
+        if question:
+            messages.append({"role": "user", "content": question})
+            shown = ""
+            trace = write(model, tokenizer, [messages], args, on_token=stream)[0]
+            messages.append({"role": "assistant", "content": reply_text(trace, tokenizer)})
+            print()
+
+
+def main(argv=None):
+    try:
+        args = parse_args(argv)
+        chat(args) if args.chat else run(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

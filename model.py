@@ -147,6 +147,11 @@ PRESETS = {
 # 2. The pieces of a block
 
 
+def scaled(x, multiplier):
+    """A muP multiplier at work; presets that leave it at 1 pay nothing for it."""
+    return x if multiplier == 1 else x * multiplier
+
+
 class RMSNorm(nn.Module):
     """w * x / sqrt(mean(x^2) + eps), the mean in float32 and the cast before the weight, as in the published model."""
 
@@ -222,13 +227,13 @@ class Attention(nn.Module):
 
     def forward(self, x, rope, cu, cache, layer):
         c = self.config
-        x = x * c.attention_in_multiplier
+        x = scaled(x, c.attention_in_multiplier)
         q = self.q_proj(x).unflatten(-1, (-1, c.head_dim))  # (b, t, hq, hd)
-        k = self.k_proj(x).unflatten(-1, (-1, c.head_dim)) * c.key_multiplier  # (b, t, hkv, hd)
+        k = scaled(self.k_proj(x).unflatten(-1, (-1, c.head_dim)), c.key_multiplier)  # (b, t, hkv, hd)
         v = self.v_proj(x).unflatten(-1, (-1, c.head_dim))
         q, k = rotate(q, *rope), rotate(k, *rope)
         y = attend(q, k, v, cu) if cache is None else cache.attend(layer, q, k, v)
-        return self.o_proj(y.flatten(2)) * c.attention_out_multiplier
+        return scaled(self.o_proj(y.flatten(2)), c.attention_out_multiplier)
 
 
 @lru_cache(maxsize=64)
@@ -265,10 +270,11 @@ class Mamba(nn.Module):
         self.out_proj = nn.Linear(c.mamba_d_ssm, c.hidden_size, bias=c.projectors_bias)
 
     def forward(self, u, cu, cache, layer):
-        c, (b, t, _) = self.config, u.shape
-        mup = _mup_vector(c.mamba_widths, c.ssm_multipliers, u.dtype, u.device)
-        z, xBC, dt = (self.in_proj(u * c.ssm_in_multiplier) * mup).split(
-            [c.mamba_d_ssm, sum(c.mamba_widths[1:4]), c.mamba_n_heads], -1)
+        c, t = self.config, u.shape[1]
+        p = self.in_proj(scaled(u, c.ssm_in_multiplier))
+        if set(c.ssm_multipliers) != {1}:
+            p = p * _mup_vector(c.mamba_widths, c.ssm_multipliers, u.dtype, u.device)
+        z, xBC, dt = p.split([c.mamba_d_ssm, sum(c.mamba_widths[1:4]), c.mamba_n_heads], -1)
         weight, bias, A = self.conv1d.weight[:, 0], self.conv1d.bias, -self.A_log.float().exp()
         step = cache is not None and t == 1
         conv_state, state = (None, None) if cache is None else (cache.conv[layer], cache.ssm[layer])
@@ -293,7 +299,7 @@ class Mamba(nn.Module):
             y = gated_norm(y, z, self.norm.weight, c.mamba_n_groups, c.rms_norm_eps, c.mamba_norm_before_gate).to(u.dtype)
         else:
             y = y * F.silu(z)
-        return self.out_proj(y) * c.ssm_out_multiplier
+        return scaled(self.out_proj(y), c.ssm_out_multiplier)
 
 
 class MLP(nn.Module):
@@ -305,8 +311,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
 
     def forward(self, x):
-        gate = F.silu(self.gate_proj(x) * self.multipliers[0])
-        return self.down_proj(self.up_proj(x) * gate) * self.multipliers[1]
+        gate = F.silu(scaled(self.gate_proj(x), self.multipliers[0]))
+        return scaled(self.down_proj(self.up_proj(x) * gate), self.multipliers[1])
 
 
 class Block(nn.Module):
@@ -339,7 +345,7 @@ class Backbone(nn.Module):
         self.final_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
     def forward(self, input_ids, cu=None, cache=None):
-        b, t = input_ids.shape
+        t = input_ids.shape[1]
         positions = torch.arange(t, device=input_ids.device)[None]
         if cu is not None:  # positions start anew in every document
             starts, lengths = torch.tensor(cu[:-1]), torch.tensor(cu).diff()
@@ -347,7 +353,7 @@ class Backbone(nn.Module):
         elif cache is not None:
             positions = cache.lengths[:, None] + positions
             cache.extend(positions)
-        h = self.embed_tokens(input_ids) * self.config.embedding_multiplier
+        h = scaled(self.embed_tokens(input_ids), self.config.embedding_multiplier)
         rope = rope_table(positions, self.config.head_dim, self.config.rope_theta, h.dtype)
         for layer, block in enumerate(self.layers):
             h = block(h, rope, cu, cache, layer)
@@ -393,7 +399,7 @@ class FalconH1(nn.Module):
         cu = None if cu_seqlens is None else check_cu_seqlens(cu_seqlens, *input_ids.shape)
         h = self.model(input_ids, cu, cache)
         if targets is None:
-            return self.lm_head(h) * self.config.lm_head_multiplier
+            return scaled(self.lm_head(h), self.config.lm_head_multiplier)
         scale = self.config.lm_head_multiplier / temperature
         logprobs, entropy = token_logprobs(h.flatten(0, 1), self.lm_head.weight, targets.flatten(), scale)
         return logprobs.view(targets.shape), entropy.view(targets.shape)
@@ -516,6 +522,9 @@ class Cache:
         self.k[layer][rows, :, self.positions] = k
         self.v[layer][rows, :, self.positions] = v
         k, v = self.k[layer][:, :, : self.window], self.v[layer][:, :, : self.window]
+        if q.shape[1] == 1:  # the queries that share a key head stand in for the tokens: keys are read once, not copied
+            q = q.view(len(q), k.shape[1], -1, q.shape[-1])  # (slots, hkv, hq / hkv, hd)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask).reshape(len(q), 1, -1, q.shape[-1])
         return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=self.mask, enable_gqa=True).transpose(1, 2)
 
 

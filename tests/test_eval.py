@@ -1,14 +1,18 @@
 """Tests of eval.py: answers, estimators, and an evaluation from end to end with a stand-in for the model."""
 
 import itertools
+import json
 import math
+import sys
 import time
-from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import data
 import eval as ev
 
 PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the machine may be busy
@@ -259,7 +263,7 @@ HOSTILE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("text", HOSTILE)
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
 def test_hostile_text_is_another_answer_and_takes_no_time(text):
     start = time.perf_counter()
     ev.extract_answer(text)
@@ -374,3 +378,228 @@ def test_mean_and_stderr_by_hand():
     assert ev.mean_and_stderr([0.25]) == (0.25, None)
     with pytest.raises(ValueError, match="no problems"):
         ev.mean_and_stderr([])
+
+
+# A whole evaluation ---------------------------------------------------------------------------------------------------
+# The stand-in for the model answers each problem by a script, so that every number of the report is known beforehand.
+# It keeps generate()'s promises: callbacks in its order, and a trace that depends on its own indices alone.
+
+SCRIPT = {  # sample index -> (answer, confidence of every token)
+    "easy": lambda i: ("5", 3.0),
+    "split": lambda i: ("7", 2.0) if i % 2 else ("8", 1.0),
+    "hard": lambda i: ("9", 1.0 + i / 100),
+}
+LENGTH = 20  # tokens before the answer
+
+
+def scripted_generate(model, prompts, *, samples, stop_ids, admit, on_token, on_trace, progress=False, **settings):
+    tokenizer = data.Tokenizer.byte_level()
+    traces = []
+    for prompt_index, prompt in enumerate(prompts):
+        name = next(name for name in SCRIPT if name in tokenizer.decode(prompt))
+        for index in range(samples):
+            state = admit(prompt_index, index) if admit else "go"
+            assert state in ("go", "done")  # one trace after the other: there is never anything to wait for
+            if state == "done":
+                break
+            answer, confidence = SCRIPT[name](index)
+            tokens = [*tokenizer.encode("." * LENGTH + rf"\boxed{{{answer}}}"), stop_ids[0]]
+            trace = SimpleNamespace(prompt_index=prompt_index, sample_index=index, tokens=[], confidences=[])
+            trace.stop = "stop"
+            for token in tokens:
+                trace.tokens.append(token)
+                trace.confidences.append(confidence)
+                if on_token and on_token(trace):
+                    trace.stop = "deepconf"
+                    break
+            if on_trace:
+                on_trace(trace)
+            traces.append(trace)
+    return traces
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with problems and a checkpoint folder, to which the stand-in answers."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ev, "generate", scripted_generate)
+    monkeypatch.setattr(ev, "load", lambda folder, device: (None, data.Tokenizer.byte_level()))
+    golds = {"easy": "5", "split": "7", "hard": "1"}
+    problems = [{"id": name, "domain": "math", "prompt": name, "answer": gold} for name, gold in golds.items()]
+    data.write_jsonl("problems.jsonl", problems)
+    return tmp_path
+
+
+ARGV = ["--model", "runs/x/rl/model", "--problems", "problems.jsonl", "--out", "out", "--window", "4"]
+
+
+def test_report_of_the_script(place, capsys):
+    assert ev.main(ARGV) == 0
+    report = json.loads(Path("out/report.json").read_text())
+    rows = {r["method"]: r for r in report["rows"]}
+    assert list(rows) == [
+        "pass@1", "majority@32", "majority@equal-tokens", "deepconf-offline@32", "deepconf-low@32", "deepconf-high@32"
+    ]  # fmt: skip
+    assert {r["checkpoint"] for r in report["rows"]} == {"rl"}
+    assert {r["problems"] for r in report["rows"]} == {3}
+    each = LENGTH + len(r"\boxed{5}") + 1
+    assert rows["pass@1"]["accuracy"] == pytest.approx((1 + 1 / 2 + 0) / 3)
+    assert rows["pass@1"]["tokens"] == 3 * each
+    assert rows["majority@32"]["tokens"] == 3 * 32 * each
+    # Right in easy and split, where the right half is the more confident one; in hard all agree on a wrong answer.
+    for method in ("deepconf-offline@32", "deepconf-low@32"):
+        assert rows[method]["accuracy"] == pytest.approx(2 / 3)
+        assert rows[method]["stderr"] == pytest.approx(math.sqrt(2 * (1 / 3) ** 2 + (2 / 3) ** 2) / math.sqrt(2 * 3))
+    # easy and hard agree after the warm-up of 16. In split, LOW's votes come from the confident half and agree as well.
+    assert rows["deepconf-low@32"]["tokens"] == 3 * 16 * each
+    assert rows["majority@equal-tokens"]["tokens"] == rows["deepconf-low@32"]["tokens"]
+    # HIGH takes both halves of split, so that they never agree: all 32 traces
+    assert rows["deepconf-high@32"]["tokens"] == (16 + 32 + 16) * each
+    # Right traces: 32 at 3.0, 16 at 2.0. Wrong: 16 at 1.0, 32 from 1.0 to 1.31.
+    assert report["calibration"]["auroc"] == 1.0
+    assert report["calibration"]["confidence_right"] == pytest.approx((32 * 3 + 16 * 2) / 48)
+    traces = [json.loads(line) for line in Path("out/traces.jsonl").read_text().splitlines()]
+    assert len(traces) == 96
+    assert traces[0] == {
+        "problem": "easy", "domain": "math", "gold": "5", "sample": 0, "seed": 0, "text": "." * LENGTH + r"\boxed{5}",
+        "tokens": each, "answer": "5", "correct": True, "stop": "stop", "confidences": [3.0] * each,
+    }  # fmt: skip
+    assert ev.table(report["rows"]) in Path("out/report.md").read_text()
+    assert ev.table(report["rows"]) in capsys.readouterr().out
+
+
+def test_the_default_evaluates_both_checkpoints(place):
+    data.write_jsonl("runs/tiny/data/heldout.jsonl", [{"id": "a", "domain": "math", "prompt": "easy", "answer": "5"}])
+    assert ev.main([]) == 0
+    rows = json.loads(Path("runs/tiny/eval/report.json").read_text())["rows"]
+    assert [r["checkpoint"] for r in rows] == ["sft"] + ["rl"] * 6
+    assert [r["method"] for r in rows[:3]] == ["pass@1", "pass@1", "majority@32"]
+    assert Path("runs/tiny/eval/traces-sft.jsonl").is_file()
+    assert rows[0]["stderr"] is None  # of one problem
+
+
+def test_few_samples_leave_online_out(place):
+    assert ev.main([*ARGV, "--samples", "4"]) == 0
+    rows = json.loads(Path("out/report.json").read_text())["rows"]
+    assert [r["method"] for r in rows] == ["pass@1", "majority@4", "deepconf-offline@4"]
+
+
+def test_another_evaluation_is_not_overwritten(place, capsys):
+    assert ev.main([*ARGV, "--samples", "4"]) == 0
+    before = {path: path.read_bytes() for path in Path("out").iterdir()}
+    capsys.readouterr()
+    assert ev.main([*ARGV, "--samples", "5"]) == 1
+    assert "samples" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in Path("out").iterdir()} == before
+    assert ev.main([*ARGV, "--samples", "4"]) == 0  # the same arguments
+    assert ev.main([*ARGV, "--samples", "5", "--fresh"]) == 0
+    Path("out/run.json").write_text("{")
+    assert ev.main([*ARGV, "--samples", "5"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--nonsense"], "--nonsense"),
+        (["--sam", "4"], "--sam"),
+        (["--samples", "0"], "--samples must be at least 1"),
+        (["--limit", "-1"], "--limit must be at least 0"),
+        (["--samples", "many"], "many"),
+        (["--temperature", "-1"], "--temperature"),
+        (["--top-p", "0"], "--top-p"),
+        (["--problems", "missing.jsonl"], "missing.jsonl"),
+        (["--problems", "broken.jsonl"], "broken.jsonl, line 2"),
+        (["--problems", "unreadable.jsonl"], r"unreadable.jsonl: problem 'p': field answer: the answer '\\frac{1}{' can"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(place, capsys, argv, message):
+    Path("broken.jsonl").write_text('{"id": "p", "domain": "math", "prompt": "q", "answer": "1"}\n{"id": \n')
+    Path("unreadable.jsonl").write_text('{"id": "p", "domain": "math", "prompt": "q", "answer": "\\\\frac{1}{"}\n')
+    assert ev.main(ARGV + argv) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert message in error
+    assert not Path("out").exists()
+
+
+def test_missing_checkpoint(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    data.write_jsonl("problems.jsonl", [{"id": "a", "domain": "math", "prompt": "q", "answer": "5"}])
+    assert ev.main(ARGV) == 1
+    assert "runs/x/rl/model: no checkpoint here" in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
+def test_chat_streams_and_keeps_history(place, monkeypatch, capsys):
+    prompts, questions = [], iter(["easy?", "", "easy again é?"])
+
+    def ask(_):
+        try:
+            return next(questions)
+        except StopIteration:
+            raise EOFError from None
+
+    def generate(model, asked, **settings):
+        prompts.append(data.Tokenizer.byte_level().decode(asked[0]))
+        monkeypatch.setitem(SCRIPT, "easy", lambda i: ("é", 1.0))
+        return scripted_generate(model, asked, **settings)
+
+    monkeypatch.setattr("builtins.input", ask)
+    monkeypatch.setattr(ev, "generate", generate)
+    assert ev.main([*ARGV, "--chat"]) == 0
+    reply = "." * LENGTH + r"\boxed{é}"
+    assert capsys.readouterr().out == f"{reply}\n{reply}\n\n"
+    assert len(prompts) == 2
+    assert reply in prompts[1] and "easy?" in prompts[1]
+    assert not Path("out").exists()
+
+
+# Methods --------------------------------------------------------------------------------------------------------------
+
+
+def ballot(*answers, gold="1", confidences=(1.0,)):
+    return ev.ballot(
+        [
+            {"problem": "p", "sample": i, "answer": a, "correct": ev.is_equivalent(a, gold), "confidences": [*confidences]}
+            for i, a in enumerate(answers)
+        ]
+    )
+
+
+def test_majority_score_by_hand():
+    # One by one half are right; of the pairs (1, 1.0) and (2, 2) one.
+    assert ev.majority_score(ballot("1", "1.0", "2", "2"), 1) == 0.5
+    assert ev.majority_score(ballot("1", "1.0", "2", "2"), 2) == 0.5
+    assert ev.majority_score(ballot("2", r"\frac12", "0.5", "1", gold="1/2"), 4) == 1  # spelled twice, counted as one
+    assert ev.majority_score(ballot("1", "2", "2", "1"), 3) == 0  # one run of three; the last trace is left over
+    assert ev.majority_score(ballot(None, None, "1"), 3) == 1  # no answer is no vote
+    assert ev.majority_score(ballot(None, None), 2) == 0
+
+
+def test_calibration_by_hand():
+    # Windows of two: right traces' lowest groups 1.5 and 3.5, the wrong one's 2.5. One of two pairs is in order.
+    right, other, wrong = ballot("1", confidences=(2, 1, 3)), ballot("1", confidences=(3, 4)), ballot("2", confidences=(2, 3))
+    expected = {"auroc": 0.5, "confidence_right": 2.5, "confidence_wrong": 2.5}
+    assert ev.calibration([right, other + wrong], 2) == expected
+    assert ev.calibration([right], 2) == {"auroc": None, "confidence_right": 1.5, "confidence_wrong": None}
+    assert "cannot tell" in ev.explain("rl", ev.calibration([right], 2))
+
+
+LOG = [{"step": 1, "loss": 1.0, "reward": 0.1}, {"step": 2, "loss": 0.9, "reward": 0.2}]
+
+
+def test_without_matplotlib_there_are_no_plots_and_a_message(place, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # as if it were not installed
+    assert ev.main([*ARGV, "--samples", "4"]) == 0
+    assert "pip install matplotlib" in capsys.readouterr().out
+    assert not list(Path("out").glob("*.png"))
+
+
+def test_plots(place):
+    pytest.importorskip("matplotlib")
+    assert ev.main(ARGV) == 0
+    assert {path.name for path in Path("out").glob("*.png")} == {"accuracy.png"}
+    data.write_jsonl("runs/x/rl/log.jsonl", LOG)
+    assert ev.main(ARGV) == 0
+    assert {path.name for path in Path("out").glob("*.png")} == {"accuracy.png", "training.png"}
+    assert Path("out/training.png").read_bytes().startswith(b"\x89PNG")
