@@ -378,14 +378,14 @@ def parse_problem(record, where):
 
 # 4. Problems made here: arithmetic whose every step can be checked ----------------------------------------------------
 #
-#   family  level            prompt                  careful trace, one small step at a time   careless, steps merged
-#   mul     digits           4374*8=?                4*8+0=32;7*8+3=59;3*8+5=29;4*8+2=34;       74*8+0=592;43*8+5=349;
-#   sum     number of terms  37+58-14+92 mod 100=?   37+58=95;95-14=81;81+92=73;                37+58-14=81;81+92=73;
+#   family  level   prompt        careful trace, one digit at a time              careless, steps merged
+#   mul     digits  4374*8=?      4*8+0=32;7*8+3=59;3*8+5=29;4*8+2=34;            74*8+0=592;43*8+5=349;
+#   add     digits  4374+8812=?   4+2+0=6;7+1+0=8;3+8+0=11;4+8+1=13;              74+12+0=86;43+88+0=131;
 #
-# A step of mul multiplies some digits, lowest first, and adds the carry. All traces are true, but a merged step asks
+# A step takes some digits, lowest first, and adds the carry. All traces are true, but a merged step asks
 # for more in one breath, and there a small model errs: RL can learn to skip less, and confidence has something to see.
 
-MIX = {(family, level): 1 for family in ("mul", "sum") for level in range(3, 9)}  # how often, relative to each other
+MIX = {(family, level): 1 for family in ("mul", "add") for level in range(3, 9)}  # how often, relative to each other
 CAREFUL = 0.5  # share of careful traces in the SFT data
 SKIP = 0.5  # in a careless trace: the probability that a step is a merged one
 SKIP_WIDTHS = (2, 3)  # and of how many steps it is made, at random
@@ -393,40 +393,30 @@ SPLIT = {"train": 0.6, "rl": 0.2, "heldout": 0.2}  # shares of all prompts there
 
 
 def make_problem(family, level, rng):
-    """A random Problem. family: "mul" or "sum"; level: see above, at least 1 (sum: 2); rng: random.Random."""
+    """A random Problem. family: "mul" or "add"; level: digits, at least 1; rng: random.Random."""
+    def digits(n):
+        return rng.randrange(10 ** (n - 1), 10**n)
     if family == "mul":
-        number, factor = rng.randrange(10 ** (level - 1), 10**level), rng.randint(2, 9)
-        text, answer = f"{number}*{factor}", number * factor
-    elif family == "sum":
-        answer = rng.randint(10, 99)
-        text = str(answer)
-        for _ in range(level - 1):
-            sign, term = rng.choice((1, -1)), rng.randint(10, 99)
-            text, answer = f"{text}{'+' if sign > 0 else '-'}{term}", (answer + sign * term) % 100
-        text += " mod 100"
+        left, right = digits(level), rng.randint(2, 9)
+        text, answer = f"{left}*{right}", left * right
+    elif family == "add":
+        left, right = digits(level), digits(level)
+        text, answer = f"{left}+{right}", left + right
     else:
-        raise ValueError(f"family {family!r} is neither mul nor sum")
+        raise ValueError(f"family {family!r} is neither mul nor add")
     return Problem(text, "math", text + "=?", str(answer), {"family": family, "level": level})
 
 
 def make_trace(problem, rng, careful):
     """A true computation of a made problem: steps `left=right;`, one at a time or, if not careful, some merged."""
-    text, steps = problem.prompt.removesuffix("=?"), []
-    if problem.extra["family"] == "mul":
-        number, factor = text.split("*")
-        carry = 0
-        for size in step_sizes(len(number), rng, careful):
-            number, digits = number[:-size], number[-size:]
-            product = int(digits) * int(factor) + carry
-            steps.append(f"{digits}*{factor}+{carry}={product};")
-            carry = product // 10**size
-    else:
-        total, *terms = re.findall(r"[+-]?\d+", text.removesuffix(" mod 100"))
-        for size in step_sizes(len(terms), rng, careful):
-            now, terms = terms[:size], terms[size:]
-            result = (int(total) + sum(map(int, now))) % 100
-            steps.append(f"{total}{''.join(now)}={result};")
-            total = result
+    left, sign, right = re.split(r"([+*])", problem.prompt.removesuffix("=?"))
+    steps, carry = [], 0
+    for size in step_sizes(len(left), rng, careful):
+        low, left = left[-size:], left[:-size]
+        other, right = (right, right) if sign == "*" else (right[-size:], right[:-size])
+        result = (int(low) * int(other) if sign == "*" else int(low) + int(other)) + carry
+        steps.append(f"{low}{sign}{other}+{carry}={result};")
+        carry = result // 10**size
     return "".join(steps)
 
 

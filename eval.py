@@ -132,6 +132,7 @@ UNITS = {
     "yd": "yard", "mi": "mile", "g": "gram", "kg": "kilogram", "lb": "pound", "oz": "ounce", "s": "second sec",
     "min": "minute", "h": "hour hr", "day": "", "week": "", "year": "", "cent": "", "dollar": "", "degree": "",
 }  # fmt: skip
+SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
 UNIT = {
     spelling + plural: unit
     for unit, others in UNITS.items()
@@ -195,25 +196,31 @@ CLOSING = {"(": (")", "]"), "[": (")", "]"), "{": ("}",), r"\{": (r"\}",)}
 
 
 class Parser:
-    r"""Recursive descent that computes as it reads. What it returns is
+    r"""Recursive descent that computes as it reads. A value is one of
 
-    ("number", [x, ...])      at each point, an exact Fraction as long as it is rational, else a float or complex
-    ("tuple", brackets, [value, ...])         a point, an interval, a matrix of rows
-    ("bag", [value, ...])     a set, or a bare list: no order, no duplicates, and a bag of one is that one
-    ("union", [value, ...])   of intervals
-    ("relation", operators, [value, ...], named)                              named: the left side is a name, x or f(x)
+    ("number", [x, ...])           x at each point: an exact Fraction as long as it is rational, else float or complex
+    ("tuple", brackets, [value, ...])         a point, an interval, a matrix as a tuple of rows
+    ("bag", [value, ...])                     a set or a bare list, without order; what is there twice counts once
+    ("union", [value, ...])                   of intervals
+    ("relation", signs, [value, ...], named)  named: on the left stands just a name, such as x, f(x) or (x, y)
     ("word", text)
 
-    list     item ("," item)*                          unary    sign unary | power
-    item     union (relation union)*                   power    postfix ("^" unary)?
-    union    sum ("∪" sum)*                            postfix  primary ("!" | "%" | "°" | base)*
-    sum      product (sign product)*                   primary  number | name | word | matrix
-    product  unary (("*" | "/") unary | power)*                 | bracket list bracket | \frac, \sqrt argument
+    The grammar, a rule a method:
+
+    answer   item ("," item)*
+    item     union (relation union)*
+    union    sum ("∪" sum)*
+    sum      product (sign product)*
+    product  unary ((("*" | "/") unary) | power | unit)*
+    unary    sign unary | power
+    power    postfix ("^" unary)?
+    postfix  primary ("!" | "%" | "°" | base)*
+    primary  number | name | word | bracket answer bracket | \frac argument argument | \sqrt[sum] argument | matrix
     """
 
     def __init__(self, tokens, either, percent):
-        self.tokens, self.at, self.depth = [*tokens, ("end", "")], 0, 0
-        self.sign = {"+": 1, "-": -1, "±": either, "∓": -either}
+        self.tokens, self.at = [*tokens, ("end", "")], 0
+        self.sign = {"+": 1, "-": -1, "±": either, "∓": -either}  # either: 1 or -1, what ± means this time
         self.percent = percent  # what % multiplies by
         self.units, self.met = set(), set()  # units and signs met on the way
 
@@ -280,7 +287,7 @@ class Parser:
             elif self.starts_factor():
                 result = number(lambda x, y: x * y, result, self.power())
             elif self.kind == "text":
-                self.unit()
+                result = self.unit(result)
             else:
                 return result
 
@@ -289,15 +296,19 @@ class Parser:
             return self.tokens[self.at - 1][0] == "op" or self.tokens[self.at - 1][1].startswith("\\")
         return self.kind == "name" or self.op in ("(", "[", "{", r"\frac", r"\sqrt")
 
-    def unit(self):
-        """`cm`, `square inches`, `inches^2`. A word that is no known unit (5 apples) is passed over."""
-        power, _, unit = self.take().strip(".").rpartition(" ")
-        exponent = constant({"square": 2, "sq": 2, "cubic": 3}.get(power, 1))
+    def unit(self, value):
+        """`million`, `cm`, `square inches`, `inches^2`. A word that is no known unit (5 apples) is passed over."""
+        *words, unit = self.take().strip(".").split()
+        if {*words, unit} & {"not", "or", "more", "less", "least", "most", "than"}:
+            raise Unreadable(f"{unit} after a number")
+        exponent = constant({"square": 2, "sq": 2, "cubic": 3}.get(words[-1] if words else "", 1))
         if self.op == "^":
             self.take()
             exponent = self.argument()
         if unit in UNIT:
             self.units.add((UNIT[unit], str(exponent)))
+        scale = math.prod(SCALES.get(word, 1) for word in (*words, unit))
+        return number(lambda x: x * scale, value)
 
     def unary(self):
         if self.op in SIGNS:
@@ -678,6 +689,7 @@ def sample(model, tokenizer, problems, args, samples, online=None):
 
 
 WARM_UP = 16  # traces before DeepConf online stops any (its paper, arXiv 2508.15260)
+BATCH = 4  # traces of a problem that start together after that; one by one halves the tokens per second and saves few
 
 
 def row(checkpoint, method, scores, tokens, seconds):
@@ -754,7 +766,8 @@ def evaluate(name, model, tokenizer, problems, args):
         row(name, f"deepconf-offline@{n}", right, tokens, seconds),
     ]
     for level, eta in (("low", 10), ("high", 90)) if n > WARM_UP else ():
-        online = [deepconf.Online(n, n_init=WARM_UP, eta=eta, window=args.window, same=is_equivalent) for _ in problems]
+        settings = {"n_init": WARM_UP, "eta": eta, "window": args.window, "batch": BATCH, "same": is_equivalent}
+        online = [deepconf.Online(n, **settings) for _ in problems]
         stopped, spent = sample(model, tokenizer, problems, args, n, online)
         data.write_jsonl(Path(args.out) / f"traces-{level}.jsonl", itertools.chain(*stopped))
         answers = [machine.result()[0] for machine in online]
@@ -807,7 +820,7 @@ def plot(out, rows, curve, logs):
     for r in rows:
         if "deepconf" in r["method"]:
             axes.errorbar(r["tokens"], 100 * r["accuracy"], 100 * (r["stderr"] or 0), fmt="s", label=r["method"])
-    axes.set(xlabel="generated tokens, all problems", ylabel="accuracy, %", xscale="log")
+    axes.set(xlabel="generated tokens, all problems", ylabel="accuracy, %")
     axes.legend()
     save_figure(figure, out / "accuracy.png")
 
@@ -888,9 +901,14 @@ def claim(args):
             raise ValueError(f"{out} holds an evaluation of other {', '.join(other)}: name another --out, or --fresh")
     for path in left:
         path.unlink()
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
-    about = {"identity": ours, "torch": torch.__version__, "machine": platform.platform(), "cores": os.cpu_count()}
-    data.write_text(out / "run.json", json.dumps(about | {"commit": commit.stdout.strip()}, indent=2) + "\n")
+    here = Path(__file__).parent
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=here)
+    about = {
+        "identity": ours, "torch": torch.__version__, "python": platform.python_version(),
+        "hardware": torch.cuda.get_device_name() if "cuda" in args.device else f"{os.cpu_count()} CPU cores",
+        "commit": commit.stdout.strip() or "unknown",
+    }  # fmt: skip
+    data.write_text(out / "run.json", json.dumps(about, indent=2) + "\n")
 
 
 def checkpoint_name(folder):

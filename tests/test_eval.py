@@ -9,11 +9,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import data
 import eval as ev
+from model import PRESETS, FalconH1
 
 PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the machine may be busy
 
@@ -151,6 +153,8 @@ A. == A
 5\text{ cm} == 5
 5 cm == 5 centimeters
 5 apples == 5
+2.5 million == 2500000
+\$3\text{ million dollars} == 3000000
 864 \mbox{ inches}^2 == 864
 15\mbox{ cm}^2 == 15 \text{ square centimeters}
 10 \text{ miles per hour} == 10
@@ -227,6 +231,9 @@ A != B
 (A) != (B)
 None != none of these
 5 apples != 6 apples
+2 million != 2
+5\text{ or more} != 5
+not 5 != 5
 10:30 != 10:31
 \frac{1}{2 != \frac12
 1/0 != 1/0+1
@@ -552,6 +559,27 @@ def test_chat_streams_and_keeps_history(place, monkeypatch, capsys):
     assert len(prompts) == 2
     assert reply in prompts[1] and "easy?" in prompts[1]
     assert not Path("out").exists()
+
+
+def test_a_real_model_from_end_to_end(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    FalconH1(PRESETS["tiny"]).save_pretrained("model")
+    data.Tokenizer.byte_level().save("model")
+    data.write_jsonl("problems.jsonl", [{"id": c, "domain": "math", "prompt": c, "answer": "1"} for c in "ab"])
+    argv = ["--model", "model", "--problems", "problems.jsonl", "--out", "out", "--device", "cpu"]
+    assert ev.main([*argv, "--samples", "20", "--max-new-tokens", "6", "--window", "2"]) == 0
+    rows = json.loads(Path("out/report.json").read_text())["rows"]
+    assert [r["accuracy"] for r in rows] == [0] * 6  # it babbles
+    whole = {(t["problem"], t["sample"]): t for _, t in data.read_records("out/traces.jsonl")}
+    assert len(whole) == 40
+    assert {t["tokens"] == len(t["confidences"]) for t in whole.values()} == {True}
+    low = [t for _, t in data.read_records("out/traces-low.jsonl")]
+    assert "deepconf" in {t["stop"] for t in low}
+    assert sum(t["tokens"] for t in low) == rows[4]["tokens"] < rows[1]["tokens"]
+    for trace in low:  # stopped live, it is the beginning of what it would have been
+        whole_confidences = whole[trace["problem"], trace["sample"]]["confidences"]
+        assert trace["confidences"] == pytest.approx(whole_confidences[: trace["tokens"]], abs=1e-3)
 
 
 # Methods --------------------------------------------------------------------------------------------------------------

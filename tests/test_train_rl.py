@@ -1,0 +1,233 @@
+"""GRPO's formulas by hand; the loss does not depend on rows or ranks; the loop's traps; resuming."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from test_train_sft import killed_and_resumed, run
+
+import data
+import train_rl as r
+import train_sft
+from model import PRESETS, FalconH1, generate
+
+
+def test_advantages_by_hand():
+    assert r.advantages([1, 0, 0, 1]) == pytest.approx([1, -1, -1, 1], abs=1e-5)
+    assert r.advantages([1, 0, 0, 0]) == pytest.approx([math.sqrt(3)] + [-1 / math.sqrt(3)] * 3, abs=1e-5)
+    assert r.advantages([1, 1, 1]) is None and r.advantages([0.5]) is None
+    assert r.advantages([0.3, 0.3 + 1e-9]) is None  # rounding is no signal
+
+
+def test_policy_term_by_hand():
+    old = torch.zeros(6)
+    rho, A = torch.tensor([1.0, 2.0, 0.5, 2.0, 0.5, 1.1]), torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0, 2.0])
+    expected = [-1, -1.28, -0.5, 2, 0.8, -2.2]
+    assert r.policy_term(rho.log(), old, A, 0.2, 0.28).tolist() == pytest.approx(expected)
+    new = rho.log().requires_grad_()
+    r.policy_term(new, old, A, 0.2, 0.28).sum().backward()
+    assert new.grad.tolist() == pytest.approx([-1, 0, -0.5, 2, 0, -2.2])  # no gradient where the clip is active
+
+
+def test_other_formulas_by_hand():
+    w = r.tis_weight(torch.tensor([0.0, -1.0, 3.0], requires_grad=True), torch.zeros(3), 2)
+    assert w.tolist() == pytest.approx([1, math.exp(-1), 2]) and not w.requires_grad
+    assert r.k3(torch.tensor([0.0, 1.0, -1.0]), torch.zeros(3)).tolist() == pytest.approx([0, math.e - 2, 1 / math.e])
+    assert r.token_weights([1, 4], "sequence") == [0.5, 0.125] and r.token_weights([1, 4], "token") == [0.2, 0.2]
+    for normalise in ("sequence", "token"):
+        assert sum(n * w for n, w in zip([3, 5, 9], r.token_weights([3, 5, 9], normalise))) == pytest.approx(1)
+    with pytest.raises(ValueError, match="sequence or token"):
+        r.token_weights([1], "mean")
+
+
+@pytest.mark.parametrize(("text", "correct", "well_formed"), [
+    ("<think>x</think>\\boxed{42}<|im_end|>", True, True),
+    ("<think>x</think>\\boxed{41}<|im_end|>", False, True),
+    ("<think>x</think>\\boxed{42}", True, False),  # did not end
+    ("\\boxed{42}<|im_end|>", True, False),
+    ("<think></think>\\boxed{42}<|im_end|>", True, False),
+    ("<think>x</think><think>y</think>\\boxed{42}<|im_end|>", True, False),
+    ("<think>x\\boxed{42}", False, False),
+    ("<think>x</think>\\boxed{41 = 42}<|im_end|>", False, True),
+])
+def test_reward(text, correct, well_formed):
+    score = r.reward(text, "42", 0.1)
+    assert (score["correct"], score["well_formed"]) == (correct, well_formed)
+    assert score["score"] == pytest.approx(correct - 0.1 * (not well_formed))
+
+
+def test_a_broken_verifier_is_noticed(monkeypatch):
+    r.check_verifier()
+    for answer in (True, False):
+        monkeypatch.setattr(r, "is_equivalent", lambda a, b, answer=answer: answer)
+        with pytest.raises(ValueError, match="verifier is broken"):
+            r.check_verifier()
+
+
+@pytest.fixture(scope="module")
+def setting():
+    """A random model, and two groups of its own rollouts with scores made up so that there is signal."""
+    torch.manual_seed(0)
+    model, tokenizer = FalconH1(PRESETS["tiny"]), data.Tokenizer.byte_level()
+    prompts = [tokenizer.encode("12*3=?"), tokenizer.encode("4+5=?")]
+    traces = generate(model, prompts, max_new_tokens=12, samples=4, temperature=0.85, stop_ids=list(range(0, 272, 9)))
+    groups = [[], []]
+    for i, trace in enumerate(traces):
+        right = i % 3 == 0
+        groups[trace.prompt_index].append(r.new_rollout(prompts[trace.prompt_index], trace, {"score": float(right), "correct": right}))
+    for group in groups:
+        for rollout, a in zip(group, r.advantages([x.score for x in group])):
+            rollout.advantage = float(a)
+    return model, groups
+
+
+class NoStep:
+    """An optimiser that leaves the gradient to be looked at."""
+    param_groups = ()
+    def step(self):
+        pass
+    def zero_grad(self):
+        pass
+
+
+def gradient(model, groups, **changes):
+    model.zero_grad()
+    stats = r.new_stats()
+    loss, _ = r.train_step(model, NoStep(), groups, r.Args(clip=1e9, **changes), 0, train_sft.Ranks(), stats)
+    return loss, torch.cat([p.grad.flatten() for p in model.parameters()]), stats
+
+
+@pytest.mark.parametrize("normalise", ["sequence", "token"])
+def test_the_gradient_is_the_formula(setting, normalise):
+    model, groups = setting
+    loss, grad, stats = gradient(model, groups, normalise=normalise)
+    model.zero_grad()
+    rollouts = [x for g in groups for x in g]
+    tokens, positives, expected = sum(len(x.sampler) for x in rollouts), sum(len(x.sampler) for x in rollouts if x.correct), 0
+    for x in rollouts:  # at one update per batch the policy term's gradient is that of -A log p
+        ids = torch.tensor(x.ids[None].astype(np.int64))
+        logp = (model(ids)[0, :-1] / 0.85).log_softmax(-1).gather(1, ids[0, 1:, None])[x.mask[1:], 0]
+        tis = torch.exp(logp.detach() - torch.tensor(x.sampler)).clamp(max=2)
+        per_token = 1 / (len(rollouts) * len(x.sampler)) if normalise == "sequence" else 1 / tokens
+        expected = expected - (tis * x.advantage * torch.exp(logp - logp.detach())).sum() * per_token
+        expected = expected - 0.1 * x.correct * logp.sum() / positives
+    expected.backward()
+    assert loss == pytest.approx(float(expected), rel=1e-5, abs=1e-6)
+    theirs = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert (grad - theirs).norm() / theirs.norm() < 1e-5
+    assert stats["sums"][0] == tokens and stats["sums"][2] == stats["sums"][3] == 0  # rho is 1: nothing is clipped
+    assert stats["mismatch_max"] < 1e-5  # the recurrent sampler and the chunked trainer are the same model
+
+
+@pytest.mark.parametrize("normalise", ["sequence", "token"])
+def test_rows_do_not_change_the_gradient(setting, normalise):
+    model, groups = setting
+    _, whole, _ = gradient(model, groups, normalise=normalise)
+    _, split, _ = gradient(model, groups, normalise=normalise, pack_tokens=25)
+    assert (whole - split).norm() / whole.norm() < 1e-6
+
+
+def test_the_stop_token_is_learned_and_the_prompt_is_not(setting):
+    rollout = setting[1][0][0]
+    assert rollout.mask.sum() == len(rollout.sampler) and rollout.mask[-1] and not rollout.mask[0]
+    row = data.pack([rollout], 100)[0]
+    values = r.pack_values(row, lambda x: x.sampler)
+    assert values[rollout.mask.argmax() - 1 : -1].tolist() == pytest.approx(rollout.sampler) and values[-1] == 0
+    assert (values[: rollout.mask.argmax() - 1] == 0).all()
+
+
+def test_cache_survives_json(setting):
+    cache = [(3, setting[1][0])]
+    (made, group), = r.from_json(json.loads(json.dumps(r.to_json(cache))))
+    assert made == 3
+    for a, b in zip(group, setting[1][0]):
+        assert a.ids.tolist() == b.ids.tolist() and a.mask.tolist() == b.mask.tolist() and a.sampler == b.sampler
+        assert (a.advantage, a.score, a.correct) == (b.advantage, b.score, b.correct)
+
+
+def test_backfill_and_the_bounded_cache(monkeypatch):
+    """Every third group has signal; 4 are wanted, 6 prompts a call: two calls, nothing over; then from the cache."""
+    class Source:
+        made = 0
+        def take(self, count):
+            return [None] * count
+    def groups(sampler, pairs, tokenizer, args, seed, ranks, stats):
+        source.made += len(pairs)
+        return [[r.Rollout(np.zeros(2, np.int32), np.array([False, True]), [0.0], float(i % 3 == 0 and j), i % 3 == 0 and j > 0)
+                 for j in range(2)] for i in range(source.made - len(pairs), source.made)]
+    source, args, cache = Source(), r.Args(prompts=5, group=2, cache=3, cache_age=1), []
+    monkeypatch.setattr(r, "sample_groups", groups)
+    stats = r.new_stats()
+    chosen = r.collect(None, source, cache, 0, None, args, train_sft.Ranks(), stats)
+    assert len(chosen) == 5 and stats["calls"] == 3 and stats["groups"] == 15 and stats["all_wrong"] == 10 and not cache
+    args.prompts, stats = 4, r.new_stats()
+    cache.extend((made, chosen[0]) for made in (0, 1, 1))
+    assert len(r.collect(None, source, cache, 2, None, args, train_sft.Ranks(), stats)) == 4
+    assert stats["cached"] == 2 and stats["age"] == 1  # the one of step 0 is too old
+    assert len(cache) <= 3
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """A checkpoint that has just learned to answer at all, and problems so easy that some answers are right."""
+    folder = tmp_path_factory.mktemp("rl")
+    rows = [{"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"<think>{i}</think>\\boxed{{{i % 2}}}"}],
+             "domain": "math", "weight": 1} for i in range(10)] * 6
+    (folder / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "rl.jsonl").write_text("".join(json.dumps({"id": str(i), "domain": "math", "prompt": f"{i}?", "answer": str(i % 2)}) + "\n"
+                                             for i in range(10)))
+    status, _, err = run("train_sft.py", "--data", folder / "sft.jsonl", "--out", folder / "sft", "--steps", 60, "--batch", 10, "--held-out",
+                         0, "--lr", 0.01)
+    assert status == 0, err
+    return folder
+
+
+def rl_args(start):
+    return ("--init", start / "sft", "--problems", start / "rl.jsonl", "--steps", 4, "--prompts", 4, "--group", 6, "--max-new-tokens", 24,
+            "--save-every", 2, "--eval-every", 1, "--cache", 4, "--temperature", 1.5)
+
+
+@pytest.fixture(scope="module")
+def whole_run(start):
+    status, out, err = run("train_rl.py", *rl_args(start), "--out", start / "whole")
+    assert status == 0, err
+    assert "wrong: " in out
+    return start / "whole"
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_a_killed_run_ends_like_one_that_was_not(start, tmp_path, whole_run, step):
+    killed_and_resumed("train_rl.py", rl_args(start), whole_run, tmp_path / "run", step)
+
+
+def test_the_log_has_what_it_promises(whole_run):
+    records = [json.loads(line) for line in open(whole_run / "log.jsonl")]
+    promised = {name for line in r.__doc__.split("by name")[1].split("Deviations")[0].splitlines() if line.startswith("    ")
+                for name in line.split("   ")[1].replace(" ", "").split(",") if name}
+    promised |= {"correct", "well_formed", "capped", "t_score", "t_update", "loss", "grad_norm", "lr", "seconds", "tokens"}
+    assert len(records) == 4 and not {name for name in promised if name.isidentifier()} - set(records[0])
+    for record in records:
+        assert record["clip_low"] == record["clip_high"] == 0 and record["mismatch_max"] < 1e-4 and record["entropy"] > 0
+        assert record["calls"] + record["cached"] > 0 and 0 <= record["reward"] <= 1
+
+
+def test_two_ranks_sample_and_reward_like_one(start, tmp_path, whole_run):
+    status, _, err = run("train_rl.py", *rl_args(start), "--out", tmp_path / "run", ranks=2)
+    assert status == 0, err
+    one, two = ([json.loads(line) for line in open(folder / "log.jsonl")][0] for folder in (whole_run, tmp_path / "run"))
+    for name in ("reward", "correct", "all_right", "all_wrong", "length", "calls", "tokens"):
+        assert two[name] == one[name], name
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-4, abs=1e-6) and two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize(("args", "message"), [
+    (("--group", 1), "--group 1"), (("--temperature", 0), "--temperature 0"), (("--normalise", "x"), "sequence or token"),
+    (("--init", "nowhere"), "nowhere"), (("--problems", "{bad}"), "field answer"), (("--problems", "{hard}"), "carries any signal")])
+def test_bad_input_is_one_line(start, tmp_path, args, message):
+    (tmp_path / "bad.jsonl").write_text(json.dumps({"id": "1", "domain": "math", "prompt": "p", "answer": ""}) + "\n")
+    (tmp_path / "hard.jsonl").write_text(json.dumps({"id": "1", "domain": "math", "prompt": "1?", "answer": "123456789"}) + "\n")
+    args = [str(a).format(bad=tmp_path / "bad.jsonl", hard=tmp_path / "hard.jsonl") for a in args]
+    status, _, err = run("train_rl.py", *rl_args(start), "--format-penalty", 0, "--max-calls", 1, *args, "--out", tmp_path / "run")
+    assert status == 1 and "error: " in err and message in err and err.count("\n") == 1, err

@@ -1,0 +1,179 @@
+"""The recipe's formulas by hand; ranks and row lengths change nothing; killed runs end like others; bad input costs nothing."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import train_sft as t
+from model import PRESETS, FalconH1, read_safetensors
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def sft_file(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    assert data.main(["make", "--out", str(folder), "--sft", "60", "--rl", "40", "--heldout", "10"]) == 0
+    return folder / "sft.jsonl"
+
+
+def run(script, *args, ranks=1, **environment):
+    """A script in its own process -> (exit status, stdout, stderr)."""
+    launcher = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"} | environment
+    done = subprocess.run([*launcher, str(ROOT / script), *map(str, args)], capture_output=True, text=True, env=env, timeout=120)
+    return done.returncode, done.stdout, done.stderr
+
+
+SMALL_RUN = ("--batch", 6, "--held-out", 4, "--steps", 6, "--eval-every", 100)
+
+
+def test_learning_rate_by_hand():
+    rates = [t.learning_rate(step, 10, 1.0, 0.2) for step in range(10)]
+    assert rates == pytest.approx([0.5, 1.0, 1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125])
+    assert t.learning_rate(0, 1, 1.0, 0.04) == 1.0
+
+
+def test_vectors_do_not_decay():
+    model = FalconH1(PRESETS["tiny"])
+    matrices, vectors = t.make_optimizer(model, 1.0, 0.01).param_groups
+    assert matrices["weight_decay"] == 0.01 and vectors["weight_decay"] == 0
+    assert len(matrices["params"]) + len(vectors["params"]) == len(list(model.parameters()))
+    assert all(p.dim() == 1 for p in vectors["params"]) and len(vectors["params"]) == 3 * 7 + 1
+
+
+def gradients(model, packs, rank=0, world=1):
+    model.zero_grad()
+    total = float(sum(row.weights.sum() for row in packs))
+    loss = sum(t.backward_all(model, packs, t.Ranks(r, world), lambda row: t.sft_loss(model, row, total)) for r in range(world))
+    return loss, torch.cat([p.grad.flatten() for p in model.parameters()]) / world
+
+
+def test_the_split_into_rows_changes_nothing(sft_file):
+    torch.manual_seed(0)
+    model, samples = FalconH1(PRESETS["tiny"]), data.load_sft(sft_file, data.Tokenizer.byte_level(), 512)[:9]
+    loss, grad = gradients(model, data.pack(samples, 4096))
+    # By definition: every sample by itself, all token losses weighted and divided by all weights.
+    plain = [(float(s.weight), -model(torch.tensor(s.ids[None].astype(np.int64))).log_softmax(-1)[0, :-1].gather(
+        1, torch.tensor(s.ids[1:, None].astype(np.int64)))[s.mask[1:], 0]) for s in samples]
+    assert loss == pytest.approx(float(sum(w * v.sum() for w, v in plain) / sum(w * len(v) for w, v in plain)), rel=1e-6)
+    for capacity, world in ((512, 1), (200, 1), (4096, 2), (300, 4), (4096, 16)):
+        other, theirs = gradients(model, data.pack(samples, capacity, world), world=world)
+        assert other == pytest.approx(loss, rel=1e-6)
+        assert (theirs - grad).norm() / grad.norm() < 1e-6
+
+
+def test_two_ranks_train_like_one(sft_file, tmp_path):
+    logs = []
+    for ranks in (1, 2):
+        status, _, err = run("train_sft.py", "--data", sft_file, "--out", tmp_path / str(ranks), *SMALL_RUN, ranks=ranks)
+        assert status == 0, err
+        logs.append([json.loads(line) for line in open(tmp_path / str(ranks) / "log.jsonl")])
+    # The first steps are the claim; later ones show that Adam, which divides by small numbers, has not been misled.
+    for one, two in zip(*logs):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-6 if one["step"] <= 2 else 1e-4)
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-6 if one["step"] <= 1 else 1e-3)
+
+
+KILL = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import {module}, train_sft
+write, step_to_die = train_sft.Run.write, {step}
+def write_and_die(self, step, *rest):
+    if step == step_to_die:
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(self, step, *rest)
+train_sft.Run.write = write_and_die
+sys.argv = ['x', *{args!r}]
+train_sft.run_main({module}.main)
+"""
+
+
+def killed_and_resumed(script, args, whole, out, step):
+    """Run a script until `step`, SIGKILL it there, resume it, and compare its weights and log with those of `whole`."""
+    program = KILL.format(root=str(ROOT), module=script.removesuffix(".py"), step=step, args=[str(a) for a in (*args, "--out", out)])
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, env=env, timeout=120).returncode == -9
+    status, _, err = run(script, *args, "--out", out)
+    assert status == 0, err
+    a, b = (read_safetensors(folder / "model" / "model.safetensors") for folder in (whole, out))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    logs = [[json.loads(line) for line in open(folder / "log.jsonl")] for folder in (whole, out)]
+    timing = ("seconds", "t_sample", "t_score", "t_update")
+    strip = [[{k: v for k, v in r.items() if k not in timing} for r in log] for log in logs]
+    assert strip[0] == strip[1]
+    return err
+
+
+@pytest.fixture(scope="module")
+def whole_run(sft_file, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "whole"
+    status, stdout, err = run("train_sft.py", "--data", sft_file, "--out", out, *SMALL_RUN, "--save-every", 2)
+    assert status == 0, err
+    assert "sample: " in stdout and "left" in stdout
+    return out
+
+
+@pytest.mark.parametrize("step", [1, 4, 5])
+def test_a_killed_run_ends_like_one_that_was_not(sft_file, tmp_path, whole_run, step):
+    killed_and_resumed("train_sft.py", ("--data", sft_file, *SMALL_RUN, "--save-every", 2), whole_run, tmp_path / "run", step)
+
+
+def test_a_damaged_checkpoint_is_passed_over(sft_file, tmp_path, whole_run):
+    import shutil
+
+    out = tmp_path / "run"
+    shutil.copytree(whole_run, out)
+    run_json = json.loads((out / "run.json").read_text())
+    run_json["identity"]["out"] = str(out)
+    (out / "run.json").write_text(json.dumps(run_json))
+    newest = out / "trainer" / "step-000006"
+    largest = max(newest.iterdir(), key=lambda p: p.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-7])
+    status, stdout, err = run("train_sft.py", "--data", sft_file, "--out", out, *SMALL_RUN, "--save-every", 2)
+    assert status == 0 and "step-000006: not a whole checkpoint" in err and "continuing after step 4" in stdout
+    a, b = (read_safetensors(folder / "model" / "model.safetensors") for folder in (whole_run, out))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize(("args", "message"), [
+    (("--steps", 7), "holds another run, with --steps 6"),
+    (("--fresh", "--data", "{bad}"), "bad.jsonl, line 2"),
+    (("--fresh", "--data", "{empty}"), "empty.jsonl"),
+    (("--fresh", "--data", "nowhere.jsonl"), "nowhere.jsonl"),
+    (("--fresh", "--context", 50), "the limit is 50"),
+    (("--fresh", "--init", "nowhere"), "nowhere"),
+    (("--fresh", "--preset", "huge"), "--preset huge"),
+    (("--fresh", "--mixture", "math"), "--mixture 'math'"),
+    (("--fresh", "--device", "cuda"), "no GPU"),
+])
+def test_bad_input_is_one_line_and_costs_nothing(sft_file, tmp_path, whole_run, args, message):
+    if "cuda" in args and torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    (tmp_path / "bad.jsonl").write_text(sft_file.read_text().splitlines()[0] + "\n{\n")
+    (tmp_path / "empty.jsonl").write_text("")
+    before = {p: p.stat().st_mtime_ns for p in whole_run.rglob("*") if p.is_file()}
+    args = [str(a).format(bad=tmp_path / "bad.jsonl", empty=tmp_path / "empty.jsonl") for a in args]
+    status, _, err = run("train_sft.py", "--data", sft_file, "--out", whole_run, *SMALL_RUN, "--save-every", 2, *args)
+    assert status == 1 and err.startswith("error: ") and message in err and err.count("\n") == 1, err
+    assert before == {p: p.stat().st_mtime_ns for p in whole_run.rglob("*") if p.is_file()}
+
+
+def test_unknown_flags_are_errors():
+    status, _, err = run("train_sft.py", "--stpes", 3)
+    assert status == 2 and "unrecognized arguments: --stpes" in err
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(sft_file, tmp_path):
+    out = tmp_path / "run"
+    status, _, err = run("train_sft.py", "--data", sft_file, "--out", out, *SMALL_RUN, "--save-every", 1, "--lr", "1e30")
+    assert status == 1 and "is nan" in err or "is inf" in err, err
+    assert all(torch.isfinite(v).all() for v in read_safetensors(out / "model" / "model.safetensors").values())
