@@ -402,7 +402,8 @@ class FalconH1(nn.Module):
             return scaled(self.lm_head(h), self.config.lm_head_multiplier)
         scale = self.config.lm_head_multiplier / temperature
         logprobs, entropy = token_logprobs(h.flatten(0, 1), self.lm_head.weight, targets.flatten(), scale)
-        return logprobs.view(targets.shape), entropy.view(targets.shape)
+        # Copies, not views: FSDP2 hangs its backward hook on the output, and a view changed in place would lose it.
+        return logprobs.view(targets.shape).clone(), entropy.view(targets.shape).clone()
 
     def save_pretrained(self, folder):
         """Write config.json and model.safetensors in the published format. Under FSDP every rank must call, rank 0 writes."""

@@ -368,6 +368,8 @@ def main():
     if ranks.rank == 0 and state is None:
         print("  ".join(f"{k}={v}" for k, v in asdict(args).items()))
 
+    if state is not None and run.logged < state["step"]:  # it was killed between saving and logging
+        run.write(state["step"], args.steps, state["record"], SHOWN)
     for step in range(state["step"] if state else 0, args.steps):
         start, stats = time.time(), new_stats()
         groups = collect(sampler, prompts, cache, step, tokenizer, args, ranks, stats)
@@ -377,12 +379,12 @@ def main():
         loss, norm = train_step(model, optimizer, groups, args, lr, ranks, stats)
         sampler = train_sft.replica(model, sampler)
         stats["t_update"] = time.time() - before
-        record = record_of(stats, loss, norm, lr, ranks)
+        record = {**record_of(stats, loss, norm, lr, ranks), "seconds": round(time.time() - start, 3)}
         if step + 1 == args.steps or (step + 1) % args.save_every == 0:
-            run.save(step + 1, model, optimizer, tokenizer, {"position": prompts.position, "cache": to_json(cache)})
+            run.save(step + 1, model, optimizer, tokenizer, {"position": prompts.position, "cache": to_json(cache), "record": record})
         if ranks.rank == 0 and (step + 1) % args.eval_every == 0:
             print_samples(stats["samples"])
-        run.write(step + 1, args.steps, {**record, "seconds": round(time.time() - start, 3)}, SHOWN)
+        run.write(step + 1, args.steps, record, SHOWN)
     if ranks.rank == 0:
         print(f"the model is in {run.out / 'model'}")
 

@@ -151,8 +151,9 @@ def replica(model, copy=None):
         return model
     device = next(model.parameters()).device
     copy = copy or FalconH1(model.config).to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    for target, p in zip(copy.parameters(), model.parameters()):
-        target.copy_(p.full_tensor())
+    target = copy.state_dict()
+    for name, p in model.state_dict().items():  # state_dict reshards what the last forward pass has gathered
+        target[name].copy_(p.full_tensor())
     return copy
 
 
@@ -174,6 +175,7 @@ class Run:
             dist.barrier()
         self.log = open(self.out / "log.jsonl", "a", encoding="utf-8") if ranks.rank == 0 else None
         self.started, self.first_step = time.time(), None
+        self.logged = 0  # the last step that log.jsonl holds when a run is resumed
 
     def _open(self):
         path = self.out / "run.json"
@@ -242,10 +244,14 @@ class Run:
             weights, moments = get_state_dict(model, optimizer)
             dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=folder)
             set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+            log = self.out / "log.jsonl"
+            kept = [r for _, r in data.read_records(log) if r["step"] <= state["step"]] if log.stat().st_size else []
+            self.logged = max([r["step"] for r in kept], default=0)
+            if dist.is_initialized():
+                dist.barrier()
             if self.ranks.rank == 0:
-                kept = [r for _, r in data.read_records(self.out / "log.jsonl") if r["step"] <= state["step"]]
-                data.write_jsonl(self.out / "log.jsonl", kept)
-                self.log = open(self.out / "log.jsonl", "a", encoding="utf-8")
+                data.write_jsonl(log, kept)
+                self.log = open(log, "a", encoding="utf-8")
                 print(f"{folder}: continuing after step {state['step']}")
             return state
         return None
@@ -326,6 +332,14 @@ def sft_loss(model, row, total_weight):
     return -(torch.from_numpy(row.weights).to(logprobs.device) * logprobs).sum() / total_weight
 
 
+def train_step(model, optimizer, packs, lr, clip, ranks):
+    """One update on a global batch of packs; returns its loss and the gradient's norm."""
+    total = float(sum(row.weights.sum() for row in packs))
+    loss = ranks.all_sum([backward_all(model, packs, ranks, lambda row: sft_loss(model, row, total))])[0]
+    check(math.isfinite(loss), f"the loss is {loss}")
+    return loss, update(model, optimizer, lr, clip)
+
+
 @torch.no_grad()
 def held_out_loss(model, samples, args, ranks):
     """Mean loss per token over samples that are not trained on, in nats, every token alike."""
@@ -389,9 +403,9 @@ def main():
     args = parse_args(Args, __doc__.partition("\n\n")[0])
     ranks = start_ranks(args.device)
     tokenizer, model, samples, held_out = load(args, ranks)  # before --fresh deletes anything: bad data must cost nothing
+    loader = data.Loader(samples, args.batch, args.seed, parse_mixture(args.mixture))
     run = Run(args, ranks)
     optimizer = make_optimizer(model, args.lr, args.weight_decay)
-    loader = data.Loader(samples, args.batch, args.seed, parse_mixture(args.mixture))
     state = run.resume(model, optimizer)
     if state is not None:
         loader.load_state_dict(state["loader"])
@@ -399,27 +413,31 @@ def main():
         print("  ".join(f"{k}={v}" for k, v in asdict(args).items()))
         print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(samples):,} samples, {ranks.world} rank(s)")
 
-    for step in range(state["step"] if state else 0, args.steps):
-        start = time.time()
-        packs = data.pack(next(loader), args.pack_tokens, ranks.world)
-        total = float(sum(row.weights.sum() for row in packs))
-        loss = ranks.all_sum([backward_all(model, packs, ranks, lambda row: sft_loss(model, row, total))])[0]
-        check(math.isfinite(loss), f"step {step + 1}: the loss is {loss} on batch {step + 1} (samples {step * args.batch} to "
-              f"{(step + 1) * args.batch - 1} of the stream); the last checkpoint in {run.out / 'trainer'} is good")
-        lr = learning_rate(step, args.steps, args.lr, args.warmup)
-        norm = update(model, optimizer, lr, args.clip)
-        tokens, seconds = sum(len(row.input_ids) for row in packs), time.time() - start
-        record = {"loss": loss, "grad_norm": norm, "lr": lr, "tokens": tokens, "seconds": round(seconds, 3)}
-        last = step + 1 == args.steps
-        if last or (step + 1) % args.save_every == 0:  # before evaluating: what follows may fail and must not cost the run
-            run.save(step + 1, model, optimizer, tokenizer, {"loader": loader.state_dict()})
-        if last or (step + 1) % args.eval_every == 0:
+    def report(step, record):
+        """Evaluate where it is due, then log: after saving, since what happens here must not cost the run its last steps."""
+        if step == args.steps or step % args.eval_every == 0:
             if held_out:
                 record["held_out"] = held_out_loss(model, held_out, args, ranks)
             text = sample_text(replica(model), tokenizer, (held_out or samples)[step % max(1, len(held_out))])
             if ranks.rank == 0:
                 tqdm.write("sample: " + " ".join(text.split()), file=sys.stdout)
-        run.write(step + 1, args.steps, record)
+        run.write(step, args.steps, record)
+
+    if state is not None and run.logged < state["step"]:  # it was killed between saving and logging
+        report(state["step"], state["record"])
+    for step in range(state["step"] if state else 0, args.steps):
+        start, lr = time.time(), learning_rate(step, args.steps, args.lr, args.warmup)
+        packs = data.pack(next(loader), args.pack_tokens, ranks.world)
+        try:
+            loss, norm = train_step(model, optimizer, packs, lr, args.clip, ranks)
+        except ValueError as e:
+            raise ValueError(f"step {step + 1}, samples {step * args.batch} to {(step + 1) * args.batch - 1} of the stream: {e}; the last "
+                             f"checkpoint in {run.out / 'trainer'} is good") from None
+        record = {"loss": loss, "grad_norm": norm, "lr": lr, "tokens": sum(len(row.input_ids) for row in packs),
+                  "seconds": round(time.time() - start, 3)}
+        if step + 1 == args.steps or (step + 1) % args.save_every == 0:
+            run.save(step + 1, model, optimizer, tokenizer, {"loader": loader.state_dict(), "record": record})
+        report(step + 1, record)
     if ranks.rank == 0:
         print(f"the model is in {run.out / 'model'}")
 

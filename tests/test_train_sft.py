@@ -63,7 +63,7 @@ def test_the_split_into_rows_changes_nothing(sft_file):
     # By definition: every sample by itself, all token losses weighted and divided by all weights.
     plain = [(float(s.weight), -model(torch.tensor(s.ids[None].astype(np.int64))).log_softmax(-1)[0, :-1].gather(
         1, torch.tensor(s.ids[1:, None].astype(np.int64)))[s.mask[1:], 0]) for s in samples]
-    assert loss == pytest.approx(float(sum(w * v.sum() for w, v in plain) / sum(w * len(v) for w, v in plain)), rel=1e-6)
+    assert loss == pytest.approx(float(sum(w * v.detach().sum() for w, v in plain) / sum(w * len(v) for w, v in plain)), rel=1e-6)
     for capacity, world in ((512, 1), (200, 1), (4096, 2), (300, 4), (4096, 16)):
         other, theirs = gradients(model, data.pack(samples, capacity, world), world=world)
         assert other == pytest.approx(loss, rel=1e-6)
@@ -175,5 +175,5 @@ def test_unknown_flags_are_errors():
 def test_a_loss_that_is_not_finite_stops_the_run(sft_file, tmp_path):
     out = tmp_path / "run"
     status, _, err = run("train_sft.py", "--data", sft_file, "--out", out, *SMALL_RUN, "--save-every", 1, "--lr", "1e30")
-    assert status == 1 and "is nan" in err or "is inf" in err, err
+    assert status == 1 and "of the stream: " in err and "is good" in err, err
     assert all(torch.isfinite(v).all() for v in read_safetensors(out / "model" / "model.safetensors").values())
