@@ -620,7 +620,7 @@ def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_p=1.0, seed
                          f"top_p {top_p}; expected >= 1, >= 1, >= 0 and in (0, 1]")
     if not prompts:
         return []
-    slots = min(slots or 64, len(prompts) * samples)
+    slots = min(slots or 256, len(prompts) * samples)  # 256 suits small models; a large one's cache wants fewer
     longest = max(map(len, prompts)) + max_new_tokens
     cache = Cache(c, slots, longest, dtype=next(model.parameters()).dtype, device=device)
     active = [None] * slots  # the trace in each slot

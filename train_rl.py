@@ -46,7 +46,7 @@ class Args:
     out: str = flag("runs/tiny/rl", "folder of the run")
     init: str = flag("runs/tiny/sft", "checkpoint to start from")
     problems: str = flag("runs/tiny/data/rl.jsonl", "problems with answers, disjoint from the SFT data")
-    steps: int = flag(20, "updates")
+    steps: int = flag(16, "updates")
     prompts: int = flag(16, "groups in an update, and prompts in a sampling call")
     group: int = flag(16, "traces of a prompt, the paper's G")
     temperature: float = flag(0.85, "of sampling and of the loss alike")
