@@ -61,7 +61,7 @@ class Args:
     data: str = flag("runs/tiny/data/sft.jsonl", "SFT samples; the default is made when it is not there")
     init: str = flag("", "checkpoint folder to start from; empty: --preset with random weights and byte tokens")
     preset: str = flag("tiny", "model size when --init is empty")
-    steps: int = flag(1000, "optimiser steps")
+    steps: int = flag(900, "optimiser steps")
     batch: int = flag(24, "samples of a global batch")
     pack_tokens: int = flag(2048, "longest row, in tokens: bounds memory, does not change the result")
     context: int = flag(1024, "longest sample, in tokens")
