@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -70,7 +71,8 @@ def test_a_broken_verifier_is_noticed(monkeypatch):
 def setting():
     """A random model, and two groups of its own rollouts with scores made up so that there is signal."""
     torch.manual_seed(0)
-    model, tokenizer = FalconH1(PRESETS["tiny"]), data.Tokenizer.byte_level()
+    # The published initialiser: wider matrices (0.1) saturate the softmaxes, and rounding alone then reaches 1e-6 of the gradient.
+    model, tokenizer = FalconH1(replace(PRESETS["tiny"], initializer_range=0.02)), data.Tokenizer.byte_level()
     prompts = [tokenizer.encode("12*3=?"), tokenizer.encode("4+5=?")]
     traces = generate(model, prompts, max_new_tokens=12, samples=4, temperature=0.85, stop_ids=list(range(0, 272, 9)))
     groups = [[], []]
