@@ -122,7 +122,7 @@ PRESETS = {
     # Two CPU cores train this one in minutes. RoPE's 1e11 serves 256k tokens of context; at 16 frequencies and traces of a
     # hundred tokens 1e4 leaves more of them useful. initializer_range is 1/sqrt(hidden_size).
     "tiny": FalconH1Config(
-        vocab_size=272, hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=3,
+        vocab_size=272, hidden_size=96, intermediate_size=160, num_hidden_layers=3, num_attention_heads=3,
         num_key_value_heads=1, head_dim=32, mamba_d_ssm=96, mamba_n_heads=3, mamba_d_head=32, mamba_d_state=32,
         mamba_chunk_size=32, rope_theta=1e4, initializer_range=0.1),
     "0.5b": FalconH1Config(
@@ -400,10 +400,10 @@ class FalconH1(nn.Module):
         h = self.model(input_ids, cu, cache)
         if targets is None:
             return scaled(self.lm_head(h), self.config.lm_head_multiplier)
-        scale = self.config.lm_head_multiplier / temperature
-        logprobs, entropy = token_logprobs(h.flatten(0, 1), self.lm_head.weight, targets.flatten(), scale)
-        # Copies, not views: FSDP2 hangs its backward hook on the output, and a view changed in place would lose it.
-        return logprobs.view(targets.shape).clone(), entropy.view(targets.shape).clone()
+        scale, targets = self.config.lm_head_multiplier / temperature, targets.flatten()
+        kept = (targets >= 0).nonzero()[:, 0]  # prompts have no targets and need no logits
+        values = token_logprobs(take_rows(h.flatten(0, 1), kept), self.lm_head.weight, targets[kept], scale)
+        return tuple(v.new_zeros(len(targets)).index_copy(0, kept, v).view(input_ids.shape) for v in values)
 
     def save_pretrained(self, folder):
         """Write config.json and model.safetensors in the published format. Under FSDP every rank must call, rank 0 writes."""
@@ -450,23 +450,22 @@ class _TokenLogprobs(torch.autograd.Function):
             part = slice(i, i + chunk)
             logits = (h[part] @ weight.T).float() * scale  # (chunk, vocab)
             lse[part] = logits.logsumexp(-1)
-            logprobs[part] = logits.gather(1, targets[part, None].clamp(min=0))[:, 0] - lse[part]
+            logprobs[part] = logits.gather(1, targets[part, None])[:, 0] - lse[part]
             entropy[part] = lse[part] - (torch.exp(logits - lse[part, None]) * logits).sum(-1)
-        ignored = targets < 0
         ctx.save_for_backward(h, weight, targets, lse)
         ctx.scale, ctx.chunk = scale, chunk
         ctx.mark_non_differentiable(entropy)
-        return logprobs.masked_fill_(ignored, 0), entropy.masked_fill_(ignored, 0)
+        return logprobs, entropy
 
     @staticmethod
     def backward(ctx, dlogprobs, _):
         h, weight, targets, lse = ctx.saved_tensors
         dh, dweight = torch.empty_like(h), torch.zeros_like(weight, dtype=torch.float32)
-        dlogprobs = dlogprobs.float().masked_fill(targets < 0, 0) * ctx.scale
+        dlogprobs = dlogprobs.float() * ctx.scale
         for i in range(0, len(h), ctx.chunk):
             part = slice(i, i + ctx.chunk)
             d = torch.exp((h[part] @ weight.T).float() * ctx.scale - lse[part, None]) * -dlogprobs[part, None]
-            d.scatter_add_(1, targets[part, None].clamp(min=0), dlogprobs[part, None])
+            d.scatter_add_(1, targets[part, None], dlogprobs[part, None])
             d = d.to(h.dtype)
             dh[part] = d @ weight
             dweight += d.T @ h[part]

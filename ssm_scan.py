@@ -116,8 +116,9 @@ def take_rows(x, index):
 def chunk_table(cu, chunk_size, device):
     """Cut sequences with boundaries `cu` (a tuple) into chunks; a chunk holds tokens of one sequence only.
 
-    Returns index (k, l): the token at place l of chunk k, padding repeats the sequence's last token; valid (k, l);
-    inverse (tokens,); and order: for the c-th chunk of all sequences that are so long, the list of (chunk numbers).
+    Returns index (k, l): the token at place l of chunk k, padding repeats the sequence's last token; valid (k, l); inverse
+    (tokens,), each token's place; by_length (s,), the sequences with the longest first; and order (k,), the first chunks of all
+    sequences, then their second ones, ..., steps long in turn, with the inverse permutation back (k,).
     """
     length = torch.tensor([end - start for start, end in zip(cu, cu[1:])])
     chunks = (length + chunk_size - 1) // chunk_size  # (s,)
@@ -130,7 +131,10 @@ def chunk_table(cu, chunk_size, device):
     # Long sequences first: those that still have a c-th chunk are then a prefix, as in torch's PackedSequence.
     by_length = torch.sort(chunks, descending=True, stable=True).indices
     order = [first[by_length[: int((chunks > c).sum())]] + c for c in range(int(chunks.max()))]
-    return tuple(v.to(device) for v in (index, valid, inverse, by_length)) + ([o.to(device) for o in order],)
+    steps, order = [len(o) for o in order], torch.cat(order)
+    index, valid, inverse, by_length, order, back = (
+        v.to(device) for v in (index, valid, inverse, by_length, order, torch.argsort(order)))
+    return index, valid, inverse, by_length, steps, order, back
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -199,36 +203,38 @@ def _scan_chunked(x, dt, B, C, A, S, cu, chunk_size):
     """
     h, g = x.shape[1], B.shape[1]
     chunk_size = min(chunk_size, max(end - start for start, end in zip(cu, cu[1:])))
-    index, valid, inverse, by_length, order = chunk_table(cu, chunk_size, x.device)
+    index, valid, inverse, by_length, steps, order, back = chunk_table(cu, chunk_size, x.device)
     x, dt, B, C = (gather_rows(v, index, inverse) for v in (x, dt, B, C))  # (k, l, h, p), (k, l, h), (k, l, g, n)
-    x, B, C = x.transpose(1, 2), B.transpose(1, 2), C.transpose(1, 2)  # (k, h, l, p), (k, g, l, n)
     dt = torch.where(valid[..., None], dt, 0).transpose(1, 2)  # (k, h, l)
     c = (dt * A[:, None]).cumsum(2, dtype=torch.float64)  # (k, h, l)
+    # Time stands last from here on: the heads of a group are then rows of one matrix, and B and C need no copy for each.
+    dtx = x.permute(0, 2, 3, 1) * dt[:, :, None]  # (k, h, p, l)
+    B, C = B.transpose(1, 2), C.permute(0, 2, 3, 1)  # (k, g, l, n), (k, g, n, l)
+
+    def by_group(v):  # (k, h, p, .) -> (k, g, p h / g, .)
+        return v.reshape(len(v), g, -1, v.shape[-1])
 
     # Step 1, within the chunk. The mask stands inside the exponent: exp of a positive difference could overflow.
-    causal = torch.ones(chunk_size, chunk_size, dtype=torch.bool, device=x.device).tril()
-    decay = (c[..., :, None] - c[..., None, :]).to(x.dtype).masked_fill(~causal, -torch.inf).exp()  # (k, h, l, l)
-    CB = C @ B.mT  # (k, g, l, l)
-    weights = (CB.unsqueeze(2) * decay.unflatten(1, (g, h // g))).flatten(1, 2) * dt[..., None, :]
-    y = weights @ x
+    later = torch.ones(chunk_size, chunk_size, dtype=torch.bool, device=x.device).triu()  # column i is not before row j
+    decay = (c[..., None, :] - c[..., :, None]).to(x.dtype).masked_fill(~later, -torch.inf).exp()  # (k, h, l, l)
+    y = dtx @ ((B @ C).unsqueeze(2) * decay.unflatten(1, (g, -1))).flatten(1, 2)  # (k, h, p, l)
 
-    # Step 2, what each chunk adds to the state: one (p x l)(l x n) product per head.
-    written = x * (dt * (c[..., -1:] - c).to(x.dtype).exp())[..., None]  # (k, h, l, p)
-    local = (written.mT.unflatten(1, (g, h // g)) @ B.unsqueeze(2)).flatten(1, 2)  # (k, h, p, n)
+    # Step 2, what each chunk adds to the state: one (p h / g x l)(l x n) product per group.
+    written = dtx * (c[..., -1:] - c).to(x.dtype).exp()[:, :, None]  # (k, h, p, l)
+    local = (by_group(written) @ B).view(len(x), h, -1, B.shape[-1])  # (k, h, p, n)
 
     # Step 3, along the chunks of every sequence at once. Only this loop is sequential: t / l short steps.
     keep = c[..., -1].to(x.dtype).exp()[..., None, None]  # (k, h, 1, 1)
     entering, final = [], S[by_length]
-    for now in order:  # chunk numbers (s',) of the sequences that have one more chunk, a prefix of by_length
-        entering.append(final[: len(now)])
-        final = torch.cat([keep[now] * final[: len(now)] + local[now], final[len(now):]])
-    place = torch.argsort(torch.cat(order))
-    entering = torch.cat(entering)[place]  # (k, h, p, n)
+    for kept, added in zip(gather_rows(keep, order, back).split(steps), gather_rows(local, order, back).split(steps)):
+        entering.append(final[: len(kept)])  # of the sequences that have one more chunk, a prefix of by_length
+        now = kept * entering[-1] + added
+        final = torch.cat([now, final[len(now) :]]) if len(now) < len(final) else now
+    entering = gather_rows(torch.cat(entering), back, order)  # (k, h, p, n)
 
     # Step 4, what the entering state adds to each token's output.
-    read = (C.unsqueeze(2) @ entering.mT.unflatten(1, (g, h // g))).flatten(1, 2)  # (k, h, l, p)
-    y = y + read * c.to(x.dtype).exp()[..., None]
-    return take_rows(y.transpose(1, 2).flatten(0, 1), inverse), final[torch.argsort(by_length)]
+    y = y + (by_group(entering) @ C).view(y.shape) * c.to(x.dtype).exp()[:, :, None]
+    return take_rows(y.permute(0, 3, 1, 2).flatten(0, 1), inverse), final[torch.argsort(by_length)]
 
 
 def ssd_step(state, x, dt, A, B, C, *, D=None, dt_bias=None, dt_softplus=False):

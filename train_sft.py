@@ -63,7 +63,7 @@ class Args:
     preset: str = flag("tiny", "model size when --init is empty")
     steps: int = flag(900, "optimiser steps")
     batch: int = flag(24, "samples of a global batch")
-    pack_tokens: int = flag(2048, "longest row, in tokens: bounds memory, does not change the result")
+    pack_tokens: int = flag(4096, "longest row, in tokens: bounds memory, does not change the result")
     context: int = flag(1024, "longest sample, in tokens")
     trim: bool = flag(False, "cut longer samples on the right instead of refusing them")
     lr: float = flag(4e-3, "peak learning rate (the paper's 1.024e-3 is for published multipliers)")

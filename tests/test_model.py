@@ -231,19 +231,31 @@ def test_random_numbers():
 @pytest.mark.parametrize("chunk", [1, 3, 100])
 def test_token_logprobs(chunk):
     torch.manual_seed(0)
-    h, w, targets = torch.randn(7, 5, requires_grad=True), torch.randn(11, 5, requires_grad=True), torch.tensor([0, 1, -1, 3, 10, -5, 2])
+    h, w, targets = torch.randn(7, 5, requires_grad=True), torch.randn(11, 5, requires_grad=True), torch.tensor([0, 1, 7, 3, 10, 5, 2])
     g = torch.randn(7)
     logprobs, entropy = token_logprobs(h, w, targets, 0.7, chunk)
     logprobs.backward(g)
     mine = h.grad.clone(), w.grad.clone()
     h.grad = w.grad = None
     logp = (h @ w.T * 0.7).log_softmax(-1)
-    keep = targets >= 0
-    plain = torch.where(keep, logp.gather(1, targets.clamp(min=0)[:, None])[:, 0], 0)
+    plain = logp.gather(1, targets[:, None])[:, 0]
     plain.backward(g)
     torch.testing.assert_close(logprobs, plain)
-    torch.testing.assert_close(entropy[keep], -(logp.exp() * logp).sum(-1)[keep])
+    torch.testing.assert_close(entropy, -(logp.exp() * logp).sum(-1))
     torch.testing.assert_close(mine, (h.grad, w.grad), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("targets", [[3, -1, 5, -7], [-1, -1, -1, -1]])
+def test_negative_targets_give_zero_and_no_gradient(targets):
+    torch.manual_seed(0)
+    model, ids, targets = build(), torch.tensor([[1, 2, 3, 4]]), torch.tensor([targets])
+    logprobs, entropy = model(ids, targets=targets, temperature=2.0)
+    logp = (model(ids) / 2.0).log_softmax(-1)
+    want = torch.where(targets < 0, 0, logp.gather(2, targets.clamp(min=0)[..., None])[..., 0])
+    torch.testing.assert_close(logprobs, want)
+    torch.testing.assert_close(entropy, torch.where(targets < 0, 0, -(logp.exp() * logp).sum(-1)))
+    ours, theirs = (torch.autograd.grad(v.sum(), list(model.parameters())) for v in (logprobs, want))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(("prompts", "settings", "message"), [
