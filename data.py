@@ -1,6 +1,6 @@
 r"""Data for the whole pipeline: tokenizer, chat format, problems, curation, packing, loader.
 
-    python data.py make --out runs/tiny/data --seed 0               # generated arithmetic: sft, rl and heldout.jsonl
+    python data.py make --out runs/tiny/data --seed 0               # long divisions: sft, rl and heldout.jsonl
     python data.py convert train.jsonl --out sft.jsonl              # worked solutions (GSM8K, MATH) -> SFT samples
     python data.py convert traces.jsonl --problems rl.jsonl --out sft.jsonl      # correct rollouts -> SFT samples
     python data.py curate traces.jsonl --problems rl.jsonl --out rl_kept.jsonl   # the RL pass-rate filter
@@ -376,56 +376,48 @@ def parse_problem(record, where):
     return Problem(*(text_field(row, name, where) for name in ("id", "domain", "prompt")), answer.strip(), rest)
 
 
-# 4. Problems made here: arithmetic whose every step can be checked ----------------------------------------------------
+# 4. Problems made here: long division, every step of which can be checked -----------------------------------------------
 #
-#   family  level   prompt        careful trace, one digit at a time              careless, steps merged
-#   mul     digits  4374*8=?      4*8+0=32;7*8+3=59;3*8+5=29;4*8+2=34;            74*8+0=592;43*8+5=349;
-#   add     digits  4374+8812=?   4+2+0=6;7+1+0=8;3+8+0=11;4+8+1=13;              74+12+0=86;43+88+0=131;
+#   family  level   prompt    answer  careful trace, one digit at a time       careless, some digits taken together
+#   div     digits  4376/8=?  547     04/8=0r4;43/8=5r3;37/8=4r5;56/8=7r0;     0437/8=054r5;56/8=7r0;
+#   mod     digits  4374%8=?  6       04/8=0r4;43/8=5r3;37/8=4r5;54/8=6r6;     04/8=0r4;4374/8=546r6;
 #
-# A step takes some digits, lowest first, and adds the carry. All traces are true, but a merged step asks
-# for more in one breath, and there a small model errs: RL can learn to skip less, and confidence has something to see.
+# A step brings down one digit or several behind the remainder so far. Every trace is true, but a step of several digits is
+# more than a small model can do at once: there it errs, and its confidence falls. Careless traces are the more frequent the
+# longer the number. So RL can learn to skip less, majority voting fails where hardly any trace is careful (the more so in
+# mod, where wrong answers are few and collide), and DeepConf can find the one that is.
 
-MIX = {(family, level): 1 for family in ("mul", "add") for level in range(3, 9)}  # how often, relative to each other
-CAREFUL = 0.5  # share of careful traces in the SFT data
-SKIP = 0.5  # in a careless trace: the probability that a step is a merged one
-SKIP_WIDTHS = (2, 3)  # and of how many steps it is made, at random
-SPLIT = {"train": 0.6, "rl": 0.2, "heldout": 0.2}  # shares of all prompts there are
+MIX = {(family, level): 1 for family in ("div", "mod") for level in range(3, 9)}  # how often, relative to each other
+CAREFUL = 0.65, 0.05  # share of careful traces in the SFT data, at the easiest level and at the hardest
+SKIP = 0.5  # in a careless trace: the probability that a step takes several digits
+SKIP_WIDTHS = (3, 4)  # and how many, at random: two at once would be learned
+SPLIT = {"train": 0.6, "rl": 0.2, "heldout": 0.2}  # shares of all divisions there are
 
 
 def make_problem(family, level, rng):
-    """A random Problem. family: "mul" or "add"; level: digits, at least 1; rng: random.Random."""
-    def digits(n):
-        return rng.randrange(10 ** (n - 1), 10**n)
-    if family == "mul":
-        left, right = digits(level), rng.randint(2, 9)
-        text, answer = f"{left}*{right}", left * right
-    elif family == "add":
-        left, right = digits(level), digits(level)
-        text, answer = f"{left}+{right}", left + right
+    """A random Problem. family: "div" (an exact division) or "mod" (its remainder); level: digits of the dividend."""
+    low, high, divisor = 10 ** (level - 1), 10**level, rng.randint(3, 9)
+    if family == "div":  # from ceil(low / divisor) on, the quotients of dividends of this many digits
+        answer = rng.randrange(-(-low // divisor), -(-high // divisor))
+        text = f"{answer * divisor}/{divisor}"
+    elif family == "mod":
+        dividend = rng.randrange(low, high)
+        text, answer = f"{dividend}%{divisor}", dividend % divisor
     else:
-        raise ValueError(f"family {family!r} is neither mul nor add")
+        raise ValueError(f"family {family!r} is neither div nor mod")
     return Problem(text, "math", text + "=?", str(answer), {"family": family, "level": level})
 
 
 def make_trace(problem, rng, careful):
-    """A true computation of a made problem: steps `left=right;`, one at a time or, if not careful, some merged."""
-    left, sign, right = re.split(r"([+*])", problem.prompt.removesuffix("=?"))
-    steps, carry = [], 0
-    for size in step_sizes(len(left), rng, careful):
-        low, left = left[-size:], left[:-size]
-        other, right = (right, right) if sign == "*" else (right[-size:], right[:-size])
-        result = (int(low) * int(other) if sign == "*" else int(low) + int(other)) + carry
-        steps.append(f"{low}{sign}{other}+{carry}={result};")
-        carry = result // 10**size
+    """A true computation of a made problem: steps `dividend/divisor=quotient r remainder`, see the table above."""
+    digits, divisor = re.split("[/%]", problem.prompt.removesuffix("=?"))
+    steps, remainder = [], 0
+    while digits:
+        size = 1 if careful or rng.random() >= SKIP else min(len(digits), rng.choice(SKIP_WIDTHS))
+        now, digits = f"{remainder}{digits[:size]}", digits[size:]
+        quotient, remainder = divmod(int(now), int(divisor))
+        steps.append(f"{now}/{divisor}={quotient:0{size}}r{remainder};")
     return "".join(steps)
-
-
-def step_sizes(pieces, rng, careful):
-    """How many of the pieces (digits, terms) each step takes: all ones if careful, else some merged at random."""
-    sizes = []
-    while left := pieces - sum(sizes):
-        sizes.append(1 if careful or rng.random() >= SKIP else min(left, rng.choice(SKIP_WIDTHS)))
-    return sizes
 
 
 def random_point(text):
@@ -433,9 +425,14 @@ def random_point(text):
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) / 2**64
 
 
+def division_of(prompt):
+    """What a made problem computes: 4374%8=? and 4374/8=? have one trace, and must not be told apart by a split."""
+    return prompt.replace("%", "/")
+
+
 def split_of(prompt):
-    """ "train", "rl" or "heldout": decided by the question alone, so no seed or count can ever mix the three."""
-    point = random_point(prompt)
+    """ "train", "rl" or "heldout": decided by the division alone, so no seed or count can ever mix the three."""
+    point = random_point(division_of(prompt))
     for name, share in SPLIT.items():
         point -= share
         if point < 0:
@@ -446,7 +443,7 @@ def split_of(prompt):
 def make_problems(split, count, seed):
     """count different problems of one split, families and levels in the proportions of MIX.
 
-    Where a level has too few different problems (mul, level 1: 72 in all splits), others take its place; where all of
+    Where a level has too few different problems (div, level 1: 15 in all splits), others take its place; where all of
     them have, this is an error and not an endless search.
     """
     rng, problems = random.Random(f"{seed} {split}"), {}
@@ -462,26 +459,26 @@ def make_problems(split, count, seed):
 
 
 def make_sft(problem, rng):
-    """An SFT record with one trace. Its weight follows the level's place among its family's levels in MIX."""
-    family, level = problem.extra["family"], problem.extra["level"]
-    levels = [other for name, other in MIX if name == family]
-    ease = (max(levels) - level) / (max(levels) - min(levels) or 1)  # 1 is the easiest: it stands in for a pass rate
-    trace = make_trace(problem, rng, rng.random() < CAREFUL)
+    """An SFT record with one trace. Its weight, and how likely it is careful, follow the level's place among MIX's levels."""
+    levels = [level for _, level in MIX]
+    ease = (max(levels) - problem.extra["level"]) / (max(levels) - min(levels) or 1)  # 1 is the easiest
+    trace = make_trace(problem, rng, rng.random() < ease * CAREFUL[0] + (1 - ease) * CAREFUL[1])
+    # The ease stands in for the pass rate that difficulty_weight takes: there is no model yet to measure one.
     record = sft_record(problem, f"<think>{trace}</think>\\boxed{{{problem.answer}}}", difficulty_weight(ease))
-    return record | {"family": family, "level": level}
+    return record | problem.extra
 
 
 def check_disjoint(prompts):
-    """Raise unless no prompt is in two of the sets. prompts: dict from a set's name to its prompts."""
+    """Raise unless no division is in two of the sets. prompts: dict from a set's name to its prompts."""
     owner = {}
     for name, texts in prompts.items():
         for text in texts:
-            if owner.setdefault(text, name) != name:
-                raise ValueError(f"the problem {short(text)} is in both {owner[text]} and {name}")
+            if owner.setdefault(division_of(text), name) != name:
+                raise ValueError(f"the problem {short(text)} is in both {owner[division_of(text)]} and {name}")
 
 
 def make(args):
-    """Generate arithmetic problems: sft.jsonl, rl.jsonl and heldout.jsonl."""
+    """Generate long divisions: sft.jsonl, rl.jsonl and heldout.jsonl."""
     problems = {
         "sft": make_problems("train", args.sft, args.seed),
         "rl": make_problems("rl", args.rl, args.seed),

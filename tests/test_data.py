@@ -306,69 +306,65 @@ def test_malformed_lines_are_read_or_refused(tmp_path_factory, lines):
 
 def check_trace(problem, trace):
     """Parse and verify every step; return how many digits each took. Independent of how traces are made."""
-    (left, sign, right), answer, carry, sizes = re.split(r"([+*])", problem.prompt.split("=")[0]), "", 0, []
-    assert re.fullmatch(r"(\d+[+*]\d+\+\d+=\d+;)+", trace)
+    digits, sign, divisor = re.fullmatch(r"(\d+)([/%])(\d)=\?", problem.prompt).groups()
+    taken, quotients, remainder, sizes = "", "", 0, []
+    assert re.fullmatch(r"(\d+/\d=\d+r\d;)+", trace)
     for step in trace.rstrip(";").split(";"):
-        low, other, plus, result = re.fullmatch(rf"(\d+)[{sign}](\d+)\+(\d+)=(\d+)", step).groups()
-        size = len(low)
-        assert left.endswith(low) and int(plus) == carry
-        left = left[:-size]
-        if sign == "*":
-            assert other == right and int(low) * int(other) + carry == int(result)
-        else:
-            assert right.endswith(other) and len(other) == size and int(low) + int(other) + carry == int(result)
-            right = right[:-size]
-        carry, answer = int(result) // 10**size, str(int(result) % 10**size).zfill(size) + answer
-        sizes.append(size)
-    assert left == "" and (sign == "*" or right == "")
-    assert (str(carry) if carry else "") + answer == problem.answer
+        now, by, quotient, rest = re.fullmatch(r"(\d+)/(\d)=(\d+)r(\d)", step).groups()
+        assert by == divisor and int(now[0]) == remainder and len(quotient) == len(now) - 1
+        assert int(quotient) * int(divisor) + int(rest) == int(now) and int(rest) < int(divisor)
+        taken, quotients, remainder = taken + now[1:], quotients + quotient, int(rest)
+        sizes.append(len(quotient))
+    assert taken == digits and problem.answer == (str(int(quotients)) if sign == "/" else str(remainder))
+    assert sign == "%" or remainder == 0
     return sizes
 
 
-@given(st.sampled_from(["mul", "add"]), st.integers(2, 12), st.integers(0, 999), st.booleans())
+@given(st.sampled_from(["div", "mod"]), st.integers(1, 12), st.integers(0, 999), st.booleans())
 def test_every_step_is_true(family, level, seed, careful):
     rng = random.Random(seed)
     problem = data.make_problem(family, level, rng)
     sizes = check_trace(problem, data.make_trace(problem, rng, careful))
     assert sum(sizes) == level
-    assert set(sizes) == {1} if careful else set(sizes) <= {1, *data.SKIP_WIDTHS}
+    assert set(sizes) == {1} if careful else set(sizes) <= {1, 2, *data.SKIP_WIDTHS}  # 2: where no more digits are left
 
 
 def test_traces_by_hand(monkeypatch):
-    mul = data.Problem("", "math", "4374*8=?", "34992", {"family": "mul", "level": 4})
-    plus = data.Problem("", "math", "4374+8812=?", "13186", {"family": "add", "level": 4})
-    assert data.make_trace(mul, random.Random(0), True) == "4*8+0=32;7*8+3=59;3*8+5=29;4*8+2=34;"
-    assert data.make_trace(plus, random.Random(0), True) == "4+2+0=6;7+1+0=8;3+8+0=11;4+8+1=13;"
+    div = data.Problem("", "math", "4376/8=?", "547", {"family": "div", "level": 4})
+    mod = data.Problem("", "math", "4374%8=?", "6", {"family": "mod", "level": 4})
+    assert data.make_trace(div, random.Random(0), True) == "04/8=0r4;43/8=5r3;37/8=4r5;56/8=7r0;"
+    assert data.make_trace(mod, random.Random(0), True) == "04/8=0r4;43/8=5r3;37/8=4r5;54/8=6r6;"
     monkeypatch.setattr(data, "SKIP", 1.0)
-    monkeypatch.setattr(data, "SKIP_WIDTHS", (2,))
-    assert data.make_trace(mul, random.Random(0), False) == "74*8+0=592;43*8+5=349;"
-    assert data.make_trace(plus, random.Random(0), False) == "74+12+0=86;43+88+0=131;"
-    with pytest.raises(ValueError, match="family 'div'"):
-        data.make_problem("div", 3, random.Random(0))
+    monkeypatch.setattr(data, "SKIP_WIDTHS", (3,))
+    assert data.make_trace(div, random.Random(0), False) == "0437/8=054r5;56/8=7r0;"
+    assert data.make_trace(mod, random.Random(0), False) == "0437/8=054r5;54/8=6r6;"
+    with pytest.raises(ValueError, match="family 'mul'"):
+        data.make_problem("mul", 3, random.Random(0))
 
 
 def test_careless_traces_are_mixtures():
     rng = random.Random(0)
-    problems = [data.make_problem("mul", 8, rng) for _ in range(99)]
+    problems = [data.make_problem("div", 8, rng) for _ in range(99)]
     sizes = [check_trace(problem, data.make_trace(problem, rng, False)) for problem in problems]
-    assert {1, 2, 3} == set().union(*sizes) and any(1 in some and max(some) > 1 for some in sizes)
+    assert {1, 2, 3, 4} == set().union(*sizes) and any(1 in some and max(some) > 1 for some in sizes)
 
 
 def test_small_spaces_end(monkeypatch):
-    monkeypatch.setattr(data, "MIX", {("mul", 1): 1})  # 72 problems in all
+    monkeypatch.setattr(data, "MIX", {("mod", 1): 1})  # 63 problems in all
     with pytest.raises(ValueError, match=r"only \d+ different train problems found, 500 wanted"):
         data.make_problems("train", 500, 0)
-    found = data.make_problems("train", 30, 0)
-    assert len({problem.prompt for problem in found}) == 30
+    found = data.make_problems("train", 20, 0)
+    assert len({problem.prompt for problem in found}) == 20
 
 
 def test_splits():
     counts = Counter(data.split_of(str(i)) for i in range(5000))
     assert {name: count / 5000 for name, count in counts.items()} == pytest.approx(data.SPLIT, abs=0.03)
-    assert data.split_of("4374*8=?") == data.split_of("4374*8=?")
+    assert len({data.split_of(f"{i}{sign}7=?") for i in range(9) for sign in "/%"}) == 3
+    assert all(data.split_of(f"{i}/7=?") == data.split_of(f"{i}%7=?") for i in range(99))
     data.check_disjoint({"sft": ["a", "b", "a"], "rl": ["c"]})
-    with pytest.raises(ValueError, match='"b" is in both sft and heldout'):
-        data.check_disjoint({"sft": ["a", "b"], "rl": [], "heldout": ["b"]})
+    with pytest.raises(ValueError, match='"4%3" is in both sft and heldout'):
+        data.check_disjoint({"sft": ["a", "4/3"], "rl": [], "heldout": ["4%3"]})
 
 
 def test_make(tmp_path, capsys):
@@ -389,7 +385,7 @@ def test_make(tmp_path, capsys):
         sizes = check_trace(data.Problem("", "", row["messages"][0]["content"], answer), trace)
         careful += set(sizes) == {1}
         assert data.why_not_sft(row) is None and row["weight"] in {0.5, 1.0} or 1.25 <= row["weight"] <= 1.75
-    assert 0.4 < careful / 300 < 0.75  # half of them, and careless ones that happen to skip nothing
+    assert 0.25 < careful / 300 < 0.6  # 0.35 on average, and careless ones that happen to skip nothing
     assert {0.5, 1.0, 1.75} <= {row["weight"] for row in rows}
     assert len(data.load_sft(tmp_path / "a" / "sft.jsonl", TOKENIZER, 200)) == 300
 
