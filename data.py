@@ -26,16 +26,20 @@ import argparse
 import ast
 import gzip
 import hashlib
+import importlib.metadata
 import json
 import math
 import os
+import platform
 import random
 import re
+import shutil
+import subprocess
 import sys
 import textwrap
 import zlib
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -254,8 +258,12 @@ def write_text(path, text):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path}: could not be written: {error.strerror}") from None
 
 
 def write_jsonl(path, records):
@@ -849,11 +857,71 @@ class Loader:
         self.drawn = {domain: int(state["drawn"][domain]) for domain in self.drawn}
 
 
-# 9. Commands ----------------------------------------------------------------------------------------------------------
+# 9. Arguments and folders of runs, for the scripts that train and evaluate ---------------------------------------------
+
+
+def flag(default, text):
+    """A field of a script's Args: its default, and a line for --help."""
+    return field(default=default, metadata={"help": text})
+
+
+class Flags(argparse.ArgumentParser):
+    """Bad flags are a ValueError, as any other bad input is: one line and exit status 1 instead of argparse's usage and 2."""
+
+    def error(self, message):
+        raise ValueError(f"{message}; see --help")
+
+
+def parse_args(cls, description, argv=None):
+    """Flags of a dataclass: --kebab-case, its types, its defaults; unknown or abbreviated flags are errors."""
+    parser = Flags(description=description, allow_abbrev=False)
+    for f in fields(cls):
+        kind = {"action": "store_true"} if f.type is bool else {"type": f.type}
+        text = f"{f.metadata['help']} (default: {f.default!r})".replace("%", "%%")
+        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=text, **kind)
+    return cls(**vars(parser.parse_args(argv)))
+
+
+def open_run(out, identity, outputs, *, fresh, device, **about):
+    """Make `out` the folder of a run: run.json then holds its identity, versions, hardware and commit.
+
+    Args:
+        identity: dict of the arguments that two parts of one run must share.
+        outputs: glob patterns of what such a run leaves in its folder; `fresh` deletes these and starts over.
+    Raises:
+        ValueError: the folder holds another run, or outputs of nobody knows what; nothing is changed then.
+    """
+    path = Path(out) / "run.json"
+    left = [old for pattern in outputs for old in Path(out).glob(pattern)]
+    if not fresh and (left or path.exists()):
+        try:
+            before = json.loads(path.read_text())["identity"]
+            other = next((name for name in identity if before.get(name) != identity[name]), None)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            what = f"holds {left[0].name if left else 'files'} of no known run ({type(error).__name__})"
+            raise ValueError(f"{path}: {what}: choose another --out, or --fresh to start over") from None
+        if other is not None:
+            what = f"holds another run, with --{other.replace('_', '-')} {before.get(other)!r} and not {identity[other]!r}"
+            raise ValueError(f"{path}: this folder {what}: choose another --out, or --fresh to start over")
+        return
+    for old in left:
+        shutil.rmtree(old) if old.is_dir() else old.unlink()
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    hardware = f"{os.cpu_count()} CPU cores"
+    if "cuda" in device:
+        import torch
+
+        hardware = torch.cuda.get_device_name(device)
+    about |= {"torch": importlib.metadata.version("torch"), "python": platform.python_version(), "hardware": hardware,
+              "commit": commit.stdout.strip() or "unknown"}  # fmt: skip
+    write_text(path, json.dumps({"identity": identity, **about}, indent=2) + "\n")
+
+
+# 10. Commands ---------------------------------------------------------------------------------------------------------
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = Flags(description=__doc__.partition("\n")[0])
     commands, flags = parser.add_subparsers(required=True, metavar="COMMAND"), {}
     for run in (make, convert, curate, show):
         options = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter, "allow_abbrev": False}
@@ -873,8 +941,8 @@ def main(argv=None):
     flags[show]("file", help="sft.jsonl, problems.jsonl, or a public shape")
     flags[show]("--rows", type=int, default=3, help="rows to print")
     flags[show]("--model", help="checkpoint folder whose tokenizer counts; bytes if not given")
-    args = parser.parse_args(argv)
     try:
+        args = parser.parse_args(argv)
         args.run(args)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -339,8 +339,13 @@ def main(argv=None):
     parser.add_argument("--budget", type=int, default=32, help="traces of a problem to use")
     parser.add_argument("--n-init", type=int, default=16, help="warm-up traces")
     parser.add_argument("--tau", type=float, default=0.95, help="consensus")
-    args = parser.parse_args(argv)
+
+    def fail(message):  # like other bad input: one line and exit status 1
+        raise ValueError(message)
+
+    parser.error = fail
     try:
+        args = parser.parse_args(argv)
         problems = {name: traces[: args.budget] for name, traces in read_traces(args.traces).items()}
         print(f"{len(problems)} problems, {args.budget} traces each, window {args.window}, consensus {args.tau}\n")
         print("| method | accuracy % | stderr | tokens / majority |\n| --- | --- | --- | --- |")

@@ -30,19 +30,15 @@ To copy sections 1 to 3 (answers, estimators) nothing else is needed; to copy al
 it builds on: model.py, ssm_scan.py, data.py, deepconf.py.
 """
 
-import argparse
 import cmath
 import itertools
 import json
 import math
-import os
-import platform
 import re
-import subprocess
 import sys
 import time
 import zlib
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -52,6 +48,7 @@ import torch
 
 import data
 import deepconf
+from data import flag
 from model import FalconH1, generate
 
 # 1. The answer in a text ----------------------------------------------------------------------------------------------
@@ -843,72 +840,33 @@ def save_figure(figure, path):
 # 7. The command line --------------------------------------------------------------------------------------------------
 
 
-def option(default, text):
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass
 class Args:
-    model: str = option("", "checkpoint folder (default: runs/tiny/rl/model, and runs/tiny/sft/model for pass@1)")
-    problems: str = option("runs/tiny/data/heldout.jsonl", "file of problems, in any shape that data.py reads")
-    out: str = option("runs/tiny/eval", "folder to write")
-    limit: int = option(200, "problems to take, from the first on; 0 is all")
-    samples: int = option(32, "traces of a problem; DeepConf online needs more than its 16 warm-up traces")
-    temperature: float = option(0.85, "of sampling, 0 is greedy; the paper evaluates at 0.6")
-    top_p: float = option(1.0, "sample from the likeliest tokens of this total probability; the paper: 0.95")
-    max_new_tokens: int = option(256, "of a trace; the paper: 32768 or 65536")
-    window: int = option(16, "tokens of a confidence group, for traces of some 100 tokens; the paper: 2048")
-    seed: int = option(0, "of sampling")
-    device: str = option("", "to run on (default: cuda where there is a GPU, else cpu)")
-    fresh: bool = option(False, "replace what another evaluation left in --out")
-    chat: bool = option(False, "talk to the checkpoint instead; Ctrl-D ends")
+    model: str = flag("", "checkpoint folder; empty: runs/tiny/rl/model, and runs/tiny/sft/model for pass@1")
+    problems: str = flag("runs/tiny/data/heldout.jsonl", "file of problems, in any shape that data.py reads")
+    out: str = flag("runs/tiny/eval", "folder to write")
+    limit: int = flag(200, "problems to take, from the first on; 0 is all")
+    samples: int = flag(32, "traces of a problem; DeepConf online needs more than its 16 warm-up traces")
+    temperature: float = flag(0.85, "of sampling, 0 is greedy; the paper evaluates at 0.6")
+    top_p: float = flag(1.0, "sample from the likeliest tokens of this total probability; the paper: 0.95")
+    max_new_tokens: int = flag(256, "of a trace; the paper: 32768 or 65536")
+    window: int = flag(16, "tokens of a confidence group, for traces of some 100 tokens; the paper: 2048")
+    seed: int = flag(0, "of sampling")
+    device: str = flag("", "cpu or cuda; empty: cuda where there is one")
+    fresh: bool = flag(False, "replace what another evaluation left in --out")
+    chat: bool = flag(False, "talk to the checkpoint instead; Ctrl-D ends")
 
 
-def parse_args(argv):
-    def fail(message):
-        raise ValueError(message)
-
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.error = fail  # like any other bad input, rather than argparse's usage text and exit status 2
-    for f in fields(Args):
-        kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "metavar": f.name.upper()}
-        text = f.metadata["help"] + ("" if f.type is bool or f.default == "" else f" (default: {f.default})")
-        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=text, **kind)
-    args = parser.parse_args(argv)
+def check_args(args):
     for name, least in {"limit": 0, "samples": 1, "max_new_tokens": 1, "window": 1}.items():
         if getattr(args, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
     if not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1:
         raise ValueError("--temperature must be 0 or more, and --top-p above 0 and at most 1")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return Args(**vars(args))
 
 
-OUTPUTS = ("run.json", "traces*.jsonl", "report.json", "report.md", "accuracy.png", "training.png")
-
-
-def claim(args):
-    """Make --out ours, or raise ValueError if it holds what other arguments gave."""
-    out, ours = Path(args.out), {k: v for k, v in asdict(args).items() if k not in ("fresh", "chat", "out")}
-    left = [path for pattern in OUTPUTS for path in out.glob(pattern)]
-    if left and not args.fresh:
-        try:
-            theirs = json.loads((out / "run.json").read_text())["identity"]
-            other = [name for name in ours if theirs.get(name) != ours[name]]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            other = ["origin"]
-        if other:
-            raise ValueError(f"{out} holds an evaluation of other {', '.join(other)}: name another --out, or --fresh")
-    for path in left:
-        path.unlink()
-    here = Path(__file__).parent
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=here)
-    about = {
-        "identity": ours, "torch": torch.__version__, "python": platform.python_version(),
-        "hardware": torch.cuda.get_device_name() if "cuda" in args.device else f"{os.cpu_count()} CPU cores",
-        "commit": commit.stdout.strip() or "unknown",
-    }  # fmt: skip
-    data.write_text(out / "run.json", json.dumps(about, indent=2) + "\n")
+OUTPUTS = ("traces*.jsonl", "report.json", "report.md", "accuracy.png", "training.png")
 
 
 def checkpoint_name(folder):
@@ -921,7 +879,8 @@ def run(args):
     folders = [args.model] if args.model else ["runs/tiny/sft/model", "runs/tiny/rl/model"]
     problems = read_checked(args.problems, args.limit)
     loaded = [(checkpoint_name(folder), *load(folder, args.device)) for folder in folders]
-    claim(args)
+    identity = {name: value for name, value in asdict(args).items() if name not in ("out", "fresh", "chat")}
+    data.open_run(args.out, identity, OUTPUTS, fresh=args.fresh, device=args.device)
     print(" ".join(f"{name}={value}" for name, value in asdict(args).items()))
     out, rows = Path(args.out), []
     for name, model, tokenizer in loaded[:-1]:
@@ -971,7 +930,8 @@ def chat(args):
 
 def main(argv=None):
     try:
-        args = parse_args(argv)
+        args = data.parse_args(Args, __doc__.partition("\n")[0], argv)
+        check_args(args)
         chat(args) if args.chat else run(args)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

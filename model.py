@@ -692,11 +692,15 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 def _replace(path, write):
     """Write through a temporary name: a reader sees the old file or the new one, never half of either."""
     temporary = Path(f"{path}.tmp")
-    with open(temporary, "wb") as f:
-        write(f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError as e:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path}: could not be written: {e.strerror}") from None
 
 
 def write_safetensors(path, tensors):

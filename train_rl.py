@@ -36,9 +36,10 @@ from tqdm import tqdm
 
 import data
 import train_sft
+from data import flag
 from eval import check_gold, extract_answer, is_equivalent
 from model import generate
-from train_sft import check, flag
+from train_sft import check
 
 
 @dataclass
@@ -356,7 +357,7 @@ def from_json(cache):
 
 
 def main():
-    args = train_sft.parse_args(Args, __doc__.partition("\n\n")[0])
+    args = data.parse_args(Args, __doc__.partition("\n\n")[0])
     ranks = train_sft.start_ranks(args.device)
     tokenizer, model, problems = load(args, ranks)
     run = train_sft.Run(args, ranks)

@@ -23,17 +23,15 @@ learning rate and batch are its own.
 To copy this file, also take model.py, ssm_scan.py and data.py.
 """
 
-import argparse
 import json
 import math
 import os
-import platform
 import shutil
-import subprocess
 import sys
 import time
+import warnings
 import zlib
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -45,14 +43,11 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
 import data
+from data import flag
 from model import PRESETS, FalconH1, generate
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Arguments: a dataclass whose fields are the flags
-
-
-def flag(default, text):
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass
@@ -78,16 +73,6 @@ class Args:
     limit: int = flag(0, "use the first samples of the file only; 0: all")
     device: str = flag("", "cpu or cuda; empty: cuda where there is one")
     fresh: bool = flag(False, "start over, deleting what --out holds of an earlier run")
-
-
-def parse_args(cls, description, argv=None):
-    """Flags of a dataclass: --kebab-case, its types, its defaults; unknown or abbreviated flags are errors."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
-    for f in fields(cls):
-        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
-        shown = f"{f.metadata['help']} (default: {f.default!r})"
-        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=shown.replace("%", "%%"), **kind)
-    return cls(**vars(parser.parse_args(argv)))
 
 
 def check(ok, message):
@@ -167,36 +152,16 @@ class Run:
     VOLATILE = ("fresh", "device", "save_every", "eval_every")  # may differ between the parts of one run
 
     def __init__(self, args, ranks):
-        self.out, self.args, self.ranks = Path(args.out), asdict(args), ranks
-        self.identity = {k: v for k, v in self.args.items() if k not in self.VOLATILE}
+        self.out, self.ranks = Path(args.out), ranks
+        self.identity = {k: v for k, v in asdict(args).items() if k not in self.VOLATILE}
         if ranks.rank == 0:
-            self._open()
+            data.open_run(self.out, self.identity, ("log.jsonl", "trainer", "model"), fresh=args.fresh, device=ranks.device,
+                          ranks=ranks.world)
         if dist.is_initialized():
             dist.barrier()
         self.log = open(self.out / "log.jsonl", "a", encoding="utf-8") if ranks.rank == 0 else None
         self.started, self.first_step = time.time(), None
         self.logged = 0  # the last step that log.jsonl holds when a run is resumed
-
-    def _open(self):
-        path = self.out / "run.json"
-        if path.exists() and not self.args["fresh"]:
-            try:
-                before = json.loads(path.read_text())["identity"]
-            except (ValueError, KeyError) as e:
-                raise ValueError(f"{path}: not readable ({e}); --fresh starts over") from None
-            for name, value in self.identity.items():
-                check(before.get(name) == value, f"{path}: this folder holds another run, with --{name.replace('_', '-')} "
-                      f"{before.get(name)!r} and not {value!r}: choose another --out, or --fresh to start over")
-            return
-        for old in ("trainer", "model"):
-            shutil.rmtree(self.out / old, ignore_errors=True)
-        self.out.mkdir(parents=True, exist_ok=True)
-        (self.out / "log.jsonl").unlink(missing_ok=True)
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-        about = {"identity": self.identity, "torch": torch.__version__, "python": platform.python_version(),
-                 "hardware": torch.cuda.get_device_name() if "cuda" in self.ranks.device else f"{os.cpu_count()} CPU cores",
-                 "ranks": self.ranks.world, "commit": commit.stdout.strip() or "unknown"}
-        data.write_text(path, json.dumps(about, indent=2) + "\n")
 
     def write(self, step, steps, record, shown=()):
         """All of record into log.jsonl, and one line with the time left: its fields, or those of `shown`."""
@@ -206,29 +171,35 @@ class Run:
         self.log.flush()
         self.first_step = step if self.first_step is None else self.first_step
         done = step - self.first_step
-        left = (time.time() - self.started) / done * (steps - step) if done else math.nan
+        left = f"{(time.time() - self.started) / done * (steps - step):.0f}s" if done else "?"
         text = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items()
                          if k in (shown or record))
-        tqdm.write(f"step {step:5d}/{steps}  {text}  left {left:.0f}s", file=sys.stdout)
+        tqdm.write(f"step {step:5d}/{steps}  {text}  left {left}", file=sys.stdout)
 
     def save(self, step, model, optimizer, tokenizer, state):
         """Checkpoint `step`: shards first, then state.json with every file's size and checksum, then the rename that makes it
         count; then the model in the published format. The last two are kept: one may be broken without a run being lost."""
         final = self.out / "trainer" / f"step-{step:06d}"
         temporary = final.with_suffix(".tmp")
-        if self.ranks.rank == 0:
+        try:
+            if self.ranks.rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+            weights, moments = get_state_dict(model, optimizer)
+            dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=temporary)
+            if self.ranks.rank == 0:
+                files = {p.name: [p.stat().st_size, zlib.crc32(p.read_bytes())] for p in sorted(temporary.iterdir())}
+                data.write_text(temporary / "state.json", json.dumps({"step": step, "files": files, **state}))
+                shutil.rmtree(final, ignore_errors=True)
+                temporary.rename(final)
+                for old in sorted((self.out / "trainer").glob("step-??????"))[:-2]:
+                    shutil.rmtree(old)
+                tokenizer.save(self.out / "model")
+            model.save_pretrained(self.out / "model")
+        except (OSError, RuntimeError, dcp.CheckpointException) as e:  # a full disk: torch's writer has a RuntimeError for it
             shutil.rmtree(temporary, ignore_errors=True)
-        weights, moments = get_state_dict(model, optimizer)
-        dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=temporary)
-        if self.ranks.rank == 0:
-            files = {p.name: [p.stat().st_size, zlib.crc32(p.read_bytes())] for p in sorted(temporary.iterdir())}
-            data.write_text(temporary / "state.json", json.dumps({"step": step, "files": files, **state}))
-            shutil.rmtree(final, ignore_errors=True)
-            temporary.rename(final)
-            for old in sorted((self.out / "trainer").glob("step-??????"))[:-2]:
-                shutil.rmtree(old)
-            tokenizer.save(self.out / "model")
-        model.save_pretrained(self.out / "model")
+            why = str(e).strip().splitlines()[-1]
+            raise OSError(f"{self.out}: step {step} could not be saved ({why}); is the disk full? Earlier checkpoints are whole: "
+                          f"make room and give the same command again") from None
 
     def resume(self, model, optimizer):
         """Load the newest whole checkpoint into model and optimizer; return its state, or None at the start of a run."""
@@ -259,6 +230,7 @@ class Run:
 
 def run_main(body):
     """Run a script's body; what a user can put right ends in one line and exit status 1, from whichever rank saw it."""
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is what is meant here, not a mistake
     try:
         body()
     except (ValueError, OSError) as e:
@@ -400,7 +372,7 @@ def parse_mixture(text):
 
 
 def main():
-    args = parse_args(Args, __doc__.partition("\n\n")[0])
+    args = data.parse_args(Args, __doc__.partition("\n\n")[0])
     ranks = start_ranks(args.device)
     tokenizer, model, samples, held_out = load(args, ranks)  # before --fresh deletes anything: bad data must cost nothing
     loader = data.Loader(samples, args.batch, args.seed, parse_mixture(args.mixture))

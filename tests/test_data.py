@@ -676,10 +676,40 @@ def test_loader_refuses(samples, batch, mixture, error):
 
 
 def test_commands_refuse_unknown_flags_and_print_one_line(tmp_path, capsys):
-    for arguments in (["make", "--sftt", "3"], ["curate"], []):
-        with pytest.raises(SystemExit, match="2"):
-            data.main(arguments)
-    capsys.readouterr()
     (tmp_path / "file").touch()
-    assert data.main(["make", "--out", str(tmp_path / "file"), "--sft", "3", "--rl", "3", "--heldout", "3"]) == 1
-    assert re.fullmatch("error: .+\n", capsys.readouterr().err)
+    rows = ["--sft", "3", "--rl", "3", "--heldout", "3"]
+    for arguments, message in [
+        (["make", "--sftt", "3"], "unrecognized arguments: --sftt 3"), (["make", "--sft", "x"], "argument --sft"),
+        (["curate"], "arguments are required: traces"), ([], "arguments are required"), (["fetch"], "invalid choice: 'fetch'"),
+        (["make", "--out", str(tmp_path / "file"), *rows], "file"),
+    ]:
+        assert data.main(arguments) == 1
+        printed = capsys.readouterr().err
+        assert re.fullmatch("error: .+\n", printed) and message in printed
+
+
+# --- Folders of runs
+
+
+def test_a_folder_is_opened_once_and_never_taken_from_another_run(tmp_path):
+    def open_run(**changes):
+        data.open_run(tmp_path / "run", {"seed": 0, "data": "a"} | changes, ("log.jsonl", "model"), fresh=False, device="cpu", ranks=1)
+
+    open_run()
+    about = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert about["identity"] == {"seed": 0, "data": "a"} and about["ranks"] == 1 and about["hardware"].endswith("CPU cores")
+    assert {"torch", "python", "commit"} <= set(about)
+    (tmp_path / "run" / "model").mkdir()
+    open_run()  # the same run goes on
+    with pytest.raises(ValueError, match="run.json: this folder holds another run, with --seed 0 and not 1"):
+        open_run(seed=1)
+    for broken in ("{", "[]", "{}"):
+        (tmp_path / "run" / "run.json").write_text(broken)
+        with pytest.raises(ValueError, match="holds model of no known run"):
+            open_run()
+    (tmp_path / "run" / "run.json").unlink()
+    with pytest.raises(ValueError, match="holds model of no known run"):  # a folder of somebody's own work
+        open_run()
+    assert (tmp_path / "run" / "model").is_dir()
+    data.open_run(tmp_path / "run", {"seed": 1}, ("log.jsonl", "model"), fresh=True, device="cpu")
+    assert not (tmp_path / "run" / "model").exists()

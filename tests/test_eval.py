@@ -278,7 +278,7 @@ def test_hostile_text_is_another_answer_and_takes_no_time(text):
     assert not ev.is_equivalent(text, "17")
     assert not ev.is_equivalent("17", text)
     assert not ev.is_equivalent(text, text + " + 19")
-    assert time.perf_counter() - start < 0.5
+    assert time.process_time() - start < 0.5
 
 
 PIECES = r"\frac \sqrt \pm \cup \{ \} \pi \infty \text{ \left \right \% \\ \begin{pmatrix} \end{pmatrix} 1,000 2^{9^9} cm"

@@ -199,9 +199,9 @@ def whole_run(start):
     return start / "whole"
 
 
-@pytest.mark.parametrize("step", [1, 3])
-def test_a_killed_run_ends_like_one_that_was_not(start, tmp_path, whole_run, step):
-    killed_and_resumed("train_rl.py", rl_args(start), whole_run, tmp_path / "run", step)
+@pytest.mark.parametrize("moment", ["log of step 1", "log of step 3", "step-000004.tmp/state.json"])
+def test_a_killed_run_ends_like_one_that_was_not(start, tmp_path, whole_run, moment):
+    killed_and_resumed("train_rl.py", rl_args(start), whole_run, tmp_path / "run", moment)
 
 
 def test_the_log_has_what_it_promises(whole_run):

@@ -85,21 +85,23 @@ def test_two_ranks_train_like_one(sft_file, tmp_path):
 KILL = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
-import {module}, train_sft
-write, step_to_die = train_sft.Run.write, {step}
-def write_and_die(self, step, *rest):
-    if step == step_to_die:
-        os.kill(os.getpid(), signal.SIGKILL)
-    write(self, step, *rest)
-train_sft.Run.write = write_and_die
+import data, {module}, train_sft
+def dying(function, name):
+    def inner(*args):
+        if name(*args).endswith({moment!r}):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args)
+    return inner
+train_sft.Run.write = dying(train_sft.Run.write, lambda run, step, *rest: f"log of step {{step}}")
+data.write_text = dying(data.write_text, lambda path, text: str(path))
 sys.argv = ['x', *{args!r}]
 train_sft.run_main({module}.main)
 """
 
 
-def killed_and_resumed(script, args, whole, out, step):
-    """Run a script until `step`, SIGKILL it there, resume it, and compare its weights and log with those of `whole`."""
-    program = KILL.format(root=str(ROOT), module=script.removesuffix(".py"), step=step, args=[str(a) for a in (*args, "--out", out)])
+def killed_and_resumed(script, args, whole, out, moment):
+    """Run a script until `moment`, SIGKILL it there, resume it, and compare its weights and log with those of `whole`."""
+    program = KILL.format(root=str(ROOT), module=script.removesuffix(".py"), moment=moment, args=[str(a) for a in (*args, "--out", out)])
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, env=env, timeout=120).returncode == -9
     status, _, err = run(script, *args, "--out", out)
@@ -122,9 +124,22 @@ def whole_run(sft_file, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("step", [1, 4, 5])
-def test_a_killed_run_ends_like_one_that_was_not(sft_file, tmp_path, whole_run, step):
-    killed_and_resumed("train_sft.py", ("--data", sft_file, *SMALL_RUN, "--save-every", 2), whole_run, tmp_path / "run", step)
+@pytest.mark.parametrize("moment", ["log of step 1", "log of step 4", "log of step 5", "step-000004.tmp/state.json", "model/tokenizer.json"])
+def test_a_killed_run_ends_like_one_that_was_not(sft_file, tmp_path, whole_run, moment):
+    killed_and_resumed("train_sft.py", ("--data", sft_file, *SMALL_RUN, "--save-every", 2), whole_run, tmp_path / "run", moment)
+
+
+def test_a_full_disk_costs_nothing_but_the_step(sft_file, tmp_path, whole_run):
+    out, args = tmp_path / "run", ("--data", sft_file, *SMALL_RUN, "--save-every", 2)
+    program = (f"import resource as r, sys; r.setrlimit(r.RLIMIT_FSIZE, (2_000_000, 2_000_000)); sys.path.insert(0, {str(ROOT)!r}); "
+               f"import train_sft; sys.argv = {['x', *map(str, args), '--out', str(out)]!r}; train_sft.run_main(train_sft.main)")
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    full = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=env, timeout=120)
+    assert full.returncode == 1 and full.stderr.startswith(f"error: {out}: step 2 could not be saved"), full.stderr
+    assert full.stderr.count("\n") == 1 and not list(out.rglob("*.tmp"))
+    status, _, err = run("train_sft.py", *args, "--out", out)
+    a, b = (read_safetensors(folder / "model" / "model.safetensors") for folder in (whole_run, out))
+    assert status == 0 and all(torch.equal(a[k], b[k]) for k in a), err
 
 
 def test_a_damaged_checkpoint_is_passed_over(sft_file, tmp_path, whole_run):
@@ -169,7 +184,7 @@ def test_bad_input_is_one_line_and_costs_nothing(sft_file, tmp_path, whole_run, 
 
 def test_unknown_flags_are_errors():
     status, _, err = run("train_sft.py", "--stpes", 3)
-    assert status == 2 and "unrecognized arguments: --stpes" in err
+    assert status == 1 and err == "error: unrecognized arguments: --stpes 3; see --help\n"
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(sft_file, tmp_path):
