@@ -395,16 +395,16 @@ def parse_problem(record, where):
 # longer the number. So RL can learn to skip less, majority voting fails where hardly any trace is careful (the more so in
 # mod, where wrong answers are few and collide), and DeepConf can find the one that is.
 
-MIX = {(family, level): 1 for family in ("div", "mod") for level in range(3, 9)}  # how often, relative to each other
-CAREFUL = 0.65, 0.05  # share of careful traces in the SFT data, at the easiest level and at the hardest
-SKIP = 0.5  # in a careless trace: the probability that a step takes several digits
+MIX = {(family, level): level - 2 for family in ("div", "mod") for level in range(3, 9)}  # how often, relative to each other
+CAREFUL = 0.55, 0.05  # share of careful traces in the SFT data, at the easiest level and at the hardest
+SKIP = 0.5  # in a careless trace: the probability that a step takes several digits, where as many are left
 SKIP_WIDTHS = (3, 4)  # and how many, at random: two at once would be learned
 SPLIT = {"train": 0.6, "rl": 0.2, "heldout": 0.2}  # shares of all divisions there are
 
 
 def make_problem(family, level, rng):
     """A random Problem. family: "div" (an exact division) or "mod" (its remainder); level: digits of the dividend."""
-    low, high, divisor = 10 ** (level - 1), 10**level, rng.randint(3, 9)
+    low, high, divisor = 10 ** (level - 1), 10**level, rng.randint(2, 9)
     if family == "div":  # from ceil(low / divisor) on, the quotients of dividends of this many digits
         answer = rng.randrange(-(-low // divisor), -(-high // divisor))
         text = f"{answer * divisor}/{divisor}"
@@ -421,7 +421,8 @@ def make_trace(problem, rng, careful):
     digits, divisor = re.split("[/%]", problem.prompt.removesuffix("=?"))
     steps, remainder = [], 0
     while digits:
-        size = 1 if careful or rng.random() >= SKIP else min(len(digits), rng.choice(SKIP_WIDTHS))
+        several = [] if careful or rng.random() >= SKIP else [size for size in SKIP_WIDTHS if size <= len(digits)]
+        size = rng.choice(several or [1])
         now, digits = f"{remainder}{digits[:size]}", digits[size:]
         quotient, remainder = divmod(int(now), int(divisor))
         steps.append(f"{now}/{divisor}={quotient:0{size}}r{remainder};")
@@ -451,7 +452,7 @@ def split_of(prompt):
 def make_problems(split, count, seed):
     """count different problems of one split, families and levels in the proportions of MIX.
 
-    Where a level has too few different problems (div, level 1: 15 in all splits), others take its place; where all of
+    Where a level has too few different problems (div, level 1: 18 in all splits), others take its place; where all of
     them have, this is an error and not an endless search.
     """
     rng, problems = random.Random(f"{seed} {split}"), {}
