@@ -396,7 +396,7 @@ def parse_problem(record, where):
 # mod, where wrong answers are few and collide), and DeepConf can find the one that is.
 
 MIX = {(family, level): level - 2 for family in ("div", "mod") for level in range(3, 9)}  # how often, relative to each other
-CAREFUL = 0.55, 0.05  # share of careful traces in the SFT data, at the easiest level and at the hardest
+CAREFUL = 0.55, 0.03  # share of careful traces in the SFT data, at the easiest level and at the hardest
 SKIP = 0.5  # in a careless trace: the probability that a step takes several digits, where as many are left
 SKIP_WIDTHS = (3, 4)  # and how many, at random: two at once would be learned
 SPLIT = {"train": 0.6, "rl": 0.2, "heldout": 0.2}  # shares of all divisions there are
@@ -452,7 +452,7 @@ def split_of(prompt):
 def make_problems(split, count, seed):
     """count different problems of one split, families and levels in the proportions of MIX.
 
-    Where a level has too few different problems (div, level 1: 18 in all splits), others take its place; where all of
+    Where a level has too few different problems (div, level 1: 14 in all splits), others take its place; where all of
     them have, this is an error and not an endless search.
     """
     rng, problems = random.Random(f"{seed} {split}"), {}
