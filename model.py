@@ -507,6 +507,11 @@ class Cache:
         self.conv[:, slot], self.ssm[:, slot], self.lengths[slot] = other.conv[:, 0], other.ssm[:, 0], other.lengths[0]
         self.used = max(self.used, other.used)
 
+    def keep(self, slots):
+        """Hold only the sequences of these slots, in this order."""
+        self.k, self.v, self.conv, self.ssm = (x[:, slots] for x in (self.k, self.v, self.conv, self.ssm))
+        self.lengths = self.lengths[slots]
+
     def extend(self, positions):
         """The next forward appends tokens at `positions` (slots, t)."""
         self.used += positions.shape[1]
@@ -659,6 +664,10 @@ def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_p=1.0, seed
             if waiting:
                 raise RuntimeError(f"generate: prompt {waiting[0][0]} waits to be admitted and nothing is running")
             break
+        if not waiting and 2 * len(busy) <= slots:  # the last traces: decoding only these is faster
+            cache.keep(busy)
+            active, tokens, keys, steps = [active[s] for s in busy], tokens[busy], keys[busy], steps[busy]
+            slots, busy = len(busy), range(len(busy))
         cache.used = max(len(prompts[active[s].prompt_index]) - 1 + len(active[s].tokens) for s in busy)
         cache.lengths.clamp_(max=cache.used)  # idle slots go on decoding nonsense, inside the window
         logits = model(tokens[:, None].to(device), cache=cache)[:, 0]

@@ -67,7 +67,7 @@ class Args:
     weight_decay: float = flag(0.0, "AdamW decay of matrices")
     clip: float = flag(1.0, "largest norm of the whole gradient")
     pack_tokens: int = flag(4096, "longest row, in tokens: bounds memory, does not change the result")
-    slots: int = flag(128, "traces decoded together")
+    slots: int = flag(256, "traces decoded together")
     save_every: int = flag(5, "steps between checkpoints")
     eval_every: int = flag(5, "steps between printed samples, one good and one bad")
     seed: int = flag(0, "of prompt order and sampling")
