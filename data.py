@@ -340,8 +340,8 @@ PUBLIC = {"question": "prompt", "problem": "prompt", "unique_id": "id", "task_id
           "canonical_solution": "solution"}  # fmt: skip
 
 
-def read_problems(path):
-    """Problems of a file, in our shape or a public one; what a line holds decides its shape.
+def read_problems(path, limit=0, check_answer=None):
+    """The first limit problems (0: all) of a file, in our shape or a public one; what a line holds decides its shape.
 
         ours        id, domain, prompt, answer (or tests)
         GSM8K       question, answer: a worked solution whose last line is `#### 18`
@@ -350,6 +350,7 @@ def read_problems(path):
 
     Args:
         path: .jsonl, .jsonl.gz or a JSON array.
+        check_answer: a function that raises ValueError at an answer which nothing could be compared with.
     Returns:
         List of Problem. One without an id is named after its file and line.
     Raises:
@@ -361,7 +362,14 @@ def read_problems(path):
         if problem.id in seen:
             raise ValueError(f"{where}: field id: {short(problem.id)} is also the id of {seen[problem.id]}")
         seen[problem.id] = where.rpartition(", ")[2]
+        try:
+            if check_answer is not None:
+                check_answer(problem.answer)
+        except ValueError as error:
+            raise ValueError(f"{where}: field answer: {error}") from None
         problems.append(problem)
+        if len(problems) == limit:
+            break
     return problems
 
 

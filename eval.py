@@ -609,17 +609,6 @@ def mean_and_stderr(scores):
 # 4. Sampling ----------------------------------------------------------------------------------------------------------
 
 
-def read_checked(path, limit):
-    """The first limit problems of a file (0: all), each with an answer that predictions can be compared with."""
-    problems = data.read_problems(path)[: limit or None]
-    for problem in problems:
-        try:
-            check_gold(problem.answer)
-        except ValueError as error:
-            raise ValueError(f"{path}: problem {problem.id!r}: field answer: {error}") from None
-    return problems
-
-
 def load(folder, device):
     """(model, tokenizer) of a checkpoint folder."""
     if not (Path(folder) / "config.json").is_file():
@@ -877,7 +866,7 @@ def checkpoint_name(folder):
 
 def run(args):
     folders = [args.model] if args.model else ["runs/tiny/sft/model", "runs/tiny/rl/model"]
-    problems = read_checked(args.problems, args.limit)
+    problems = data.read_problems(args.problems, args.limit, check_gold)
     loaded = [(checkpoint_name(folder), *load(folder, args.device)) for folder in folders]
     identity = {name: value for name, value in asdict(args).items() if name not in ("out", "fresh", "chat")}
     data.open_run(args.out, identity, OUTPUTS, fresh=args.fresh, device=args.device)

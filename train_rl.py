@@ -334,12 +334,7 @@ def load(args, ranks):
     check(args.temperature > 0, f"--temperature {args.temperature}: must be above 0, or all answers are the same")
     token_weights([1], args.normalise)
     check_verifier()
-    problems = data.read_problems(args.problems)[: args.limit or None]
-    for p in problems:
-        try:
-            check_gold(p.answer)
-        except ValueError as e:
-            raise ValueError(f"{args.problems}: problem {p.id}: field answer: {e}") from None
+    problems = data.read_problems(args.problems, args.limit, check_gold)
     tokenizer = data.Tokenizer.from_pretrained(train_sft.model_folder(args.init))
     model = train_sft.load_model(args.init)
     return tokenizer, train_sft.shard(model, ranks), problems
