@@ -694,7 +694,7 @@ def load_sft(path, tokenizer, max_tokens, trim=False):
 
 
 def parse_sft(record, tokenizer, where):
-    domain, weight = text_field(record, "domain", where), record.get("weight")
+    domain, weight = text_field(record, "domain", where), record.get("weight", "missing")
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < 1e6:
         raise ValueError(f"{where}: field weight must be a positive number, not {short(weight)}")
     try:
@@ -915,14 +915,18 @@ def open_run(out, identity, outputs, *, fresh, device, **about):
         return
     for old in left:
         shutil.rmtree(old) if old.is_dir() else old.unlink()
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    try:
+        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+        commit = git.stdout.strip() or "unknown"
+    except OSError:  # there is no git here
+        commit = "unknown"
     hardware = f"{os.cpu_count()} CPU cores"
     if "cuda" in device:
         import torch
 
         hardware = torch.cuda.get_device_name(device)
     about |= {"torch": importlib.metadata.version("torch"), "python": platform.python_version(), "hardware": hardware,
-              "commit": commit.stdout.strip() or "unknown"}  # fmt: skip
+              "commit": commit}  # fmt: skip
     write_text(path, json.dumps({"identity": identity, **about}, indent=2) + "\n")
 
 

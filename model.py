@@ -611,7 +611,8 @@ def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_p=1.0, seed
     weights, prompt, settings, seed and its own two indices; what else is in the batch changes its numbers by rounding only.
     admit(prompt_index, sample_index) -> "go" | "wait" | "done" is asked, in sample order, before a trace is started; "done"
     means no further trace of that prompt. on_token(trace) -> True stops a trace; on_trace(trace) sees every ended one.
-    temperature 0 is greedy. Raises ValueError for an empty prompt, ids out of range, or more tokens than positions."""
+    temperature 0 is greedy. Raises ValueError for an empty prompt, ids out of range, more tokens than positions, or logits that
+    are not finite."""
     c, device = model.config, next(model.parameters()).device
     for i, prompt in enumerate(prompts):
         if not prompt or min(prompt) < 0 or max(prompt) >= c.vocab_size:
@@ -671,6 +672,8 @@ def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_p=1.0, seed
         cache.used = max(len(prompts[active[s].prompt_index]) - 1 + len(active[s].tokens) for s in busy)
         cache.lengths.clamp_(max=cache.used)  # idle slots go on decoding nonsense, inside the window
         logits = model(tokens[:, None].to(device), cache=cache)[:, 0]
+        if not logits.isfinite().all():
+            raise ValueError("generate: the model's logits are not finite")
         new, logprob, confidence = draw(logits, uniforms(keys, steps).to(device), temperature, top_p)
         tokens, steps = new.cpu(), steps + 1
         for slot, token, lp, conf in zip(range(slots), tokens.tolist(), logprob.tolist(), confidence.tolist()):

@@ -367,12 +367,17 @@ def main():
     if state is not None and run.logged < state["step"]:  # it was killed between saving and logging
         run.write(state["step"], args.steps, state["record"], SHOWN)
     for step in range(state["step"] if state else 0, args.steps):
-        start, stats = time.time(), new_stats()
-        groups = collect(sampler, prompts, cache, step, tokenizer, args, ranks, stats)
-        check(groups, f"step {step + 1}: none of {stats['groups']} groups carries any signal (all right {stats['all_right']}, all wrong "
-              f"{stats['all_wrong']}): the problems are too easy or too hard for this model, or the verifier cannot read its answers")
-        before, lr = time.time(), args.lr * min(1, (step + 1) / max(1, args.warmup_steps))
-        loss, norm = train_step(model, optimizer, groups, args, lr, ranks, stats)
+        start, stats, first = time.time(), new_stats(), prompts.position
+        lr = args.lr * min(1, (step + 1) / max(1, args.warmup_steps))
+        try:
+            groups = collect(sampler, prompts, cache, step, tokenizer, args, ranks, stats)
+            check(groups, f"none of {stats['groups']} groups carries any signal (all right {stats['all_right']}, all wrong "
+                  f"{stats['all_wrong']}): the problems are too easy or too hard for this model, or the verifier cannot read its answers")
+            before = time.time()
+            loss, norm = train_step(model, optimizer, groups, args, lr, ranks, stats)
+        except ValueError as e:
+            raise ValueError(f"step {step + 1}, prompts {first} to {prompts.position - 1} of the stream: {e}; the last checkpoint in "
+                             f"{run.out / 'trainer'} is good") from None
         sampler = train_sft.replica(model, sampler)
         stats["t_update"] = time.time() - before
         record = {**record_of(stats, loss, norm, lr, ranks), "seconds": round(time.time() - start, 3)}

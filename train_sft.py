@@ -1,5 +1,5 @@
-"""Supervised fine-tuning on long chains of thought (Falcon-H1R, section 2), and what both trainers share: arguments, ranks,
-sharding, checkpoints, the log.
+"""Supervised fine-tuning on long chains of thought (Falcon-H1R, section 2), and what both trainers share: ranks, sharding,
+checkpoints, the log.
 
     python train_sft.py                                        the small CPU run: makes its data, trains, saves runs/tiny/sft
     python train_sft.py --data my.jsonl --out runs/my --init FOLDER --lr 1e-4 --steps 500
@@ -47,7 +47,7 @@ from data import flag
 from model import PRESETS, FalconH1, generate
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 1. Arguments: a dataclass whose fields are the flags
+# 1. Arguments
 
 
 @dataclass

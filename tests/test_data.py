@@ -691,7 +691,7 @@ def test_commands_refuse_unknown_flags_and_print_one_line(tmp_path, capsys):
 # --- Folders of runs
 
 
-def test_a_folder_is_opened_once_and_never_taken_from_another_run(tmp_path):
+def test_a_folder_is_opened_once_and_never_taken_from_another_run(tmp_path, monkeypatch):
     def open_run(**changes):
         data.open_run(tmp_path / "run", {"seed": 0, "data": "a"} | changes, ("log.jsonl", "model"), fresh=False, device="cpu", ranks=1)
 
@@ -711,5 +711,7 @@ def test_a_folder_is_opened_once_and_never_taken_from_another_run(tmp_path):
     with pytest.raises(ValueError, match="holds model of no known run"):  # a folder of somebody's own work
         open_run()
     assert (tmp_path / "run" / "model").is_dir()
+    monkeypatch.setenv("PATH", "")  # where there is no git
     data.open_run(tmp_path / "run", {"seed": 1}, ("log.jsonl", "model"), fresh=True, device="cpu")
     assert not (tmp_path / "run" / "model").exists()
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["commit"] == "unknown"

@@ -516,7 +516,7 @@ def test_another_evaluation_is_not_overwritten(place, capsys):
         (["--top-p", "0"], "--top-p"),
         (["--problems", "missing.jsonl"], "missing.jsonl"),
         (["--problems", "broken.jsonl"], "broken.jsonl, line 2"),
-        (["--problems", "unreadable.jsonl"], r"unreadable.jsonl: problem 'p': field answer: the answer '\\frac{1}{' can"),
+        (["--problems", "unreadable.jsonl"], r"unreadable.jsonl, line 1: field answer: the answer '\\frac{1}{' can"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(place, capsys, argv, message):

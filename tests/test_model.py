@@ -258,6 +258,14 @@ def test_negative_targets_give_zero_and_no_gradient(targets):
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
+def test_generate_does_not_sample_from_nonsense():
+    model = build()
+    with torch.no_grad():
+        model.lm_head.weight[3] = torch.nan
+    with pytest.raises(ValueError, match="logits are not finite"):
+        generate(model, [[1]], max_new_tokens=2)
+
+
 @pytest.mark.parametrize(("prompts", "settings", "message"), [
     ([[]], {}, "prompt 0: it is empty"), ([[1], [37]], {}, "prompt 1: a token id"), ([[-1]], {}, "a token id"),
     ([[1] * 250], {"max_new_tokens": 7}, "max_position_embeddings 256"), ([[1]], {"max_new_tokens": 0}, "max_new_tokens 0"),
