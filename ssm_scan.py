@@ -26,7 +26,10 @@ strongly decaying chunk reaches -10^4, where float32 has only three digits left 
 never share a chunk, so no mask inside a chunk is needed and nothing can leak from one document into the next.
 """
 
+import os
+from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +65,17 @@ def _check_scan(x, dt, A, B, C, D, dt_bias, states, s):
         _expect(v is None or tuple(v.shape) == (h,), name, None if v is None else tuple(v.shape), (h,))
     want = (s, h, p, B.shape[-1])
     _expect(states is None or tuple(states.shape) == want, "initial_states", states is not None and tuple(states.shape), want)
-    _expect(A.device.type != "cpu" or bool((A < 0).all()), "A", "a value that is not negative", "A < 0 in every head")
+    look = A.device.type == "cpu" and not torch.compiler.is_compiling()
+    _expect(not look or bool((A < 0).all()), "A", "a value that is not negative", "A < 0 in every head")
+
+
+def _backend(name, x):
+    """The backend's name; None becomes the best there is where x lies. float64 is the oracle's, the kernels have none."""
+    there = triton is not None and (x.is_cuda or "TRITON_INTERPRET" in os.environ) and x.dtype != torch.float64
+    _expect(name in (None, "recurrent", "torch", "triton"), "backend", repr(name), '"recurrent", "torch", "triton" or None')
+    _expect(name != "triton" or there, "backend", f'"triton" for {x.dtype} on {x.device.type}',
+            "float32, bfloat16 or float16 on a GPU with triton installed")
+    return name or ("triton" if there and x.is_cuda else "torch")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -112,29 +125,37 @@ def take_rows(x, index):
     return _TakeRows.apply(x, index)
 
 
+class ChunkTable(NamedTuple):
+    index: torch.Tensor  # (k, l) the token at each place of a chunk; padding repeats the sequence's last token
+    valid: torch.Tensor  # (k, l) False where there is padding
+    inverse: torch.Tensor  # (tokens,) each token's place in index.flatten()
+    start: torch.Tensor  # (k,) a chunk's first token,
+    length: torch.Tensor  # (k,) its number of tokens
+    seq: torch.Tensor  # (k,) and its sequence
+    first: torch.Tensor  # (s + 1,) each sequence's first chunk, and their number
+    by_length: torch.Tensor  # (s,) the sequences, the longest first
+    order: torch.Tensor  # (k,) the first chunks of all sequences by_length, then their second ones, ...
+    back: torch.Tensor  # (k,) the inverse permutation
+    steps: list  # how many of them there are in turn
+
+
 @lru_cache(maxsize=16)  # once for a batch, then shared by all layers and by the backward pass
 def chunk_table(cu, chunk_size, device):
-    """Cut sequences with boundaries `cu` (a tuple) into chunks; a chunk holds tokens of one sequence only.
-
-    Returns index (k, l): the token at place l of chunk k, padding repeats the sequence's last token; valid (k, l); inverse
-    (tokens,), each token's place; by_length (s,), the sequences with the longest first; and order (k,), the first chunks of all
-    sequences, then their second ones, ..., steps long in turn, with the inverse permutation back (k,).
-    """
+    """Cut sequences with boundaries `cu` (a tuple) into chunks; a chunk holds tokens of one sequence only."""
     length = torch.tensor([end - start for start, end in zip(cu, cu[1:])])
     chunks = (length + chunk_size - 1) // chunk_size  # (s,)
-    first = F.pad(chunks.cumsum(0), (1, 0))  # (s + 1,) number of each sequence's first chunk
-    seq = torch.repeat_interleave(torch.arange(len(length)), chunks)  # (k,)
+    first = F.pad(chunks.cumsum(0), (1, 0))
+    seq = torch.repeat_interleave(torch.arange(len(length)), chunks)
     offset = (torch.arange(len(seq)) - first[seq])[:, None] * chunk_size + torch.arange(chunk_size)  # (k, l) in the sequence
     valid = offset < length[seq, None]
     index = torch.tensor(cu)[seq, None] + torch.minimum(offset, length[seq, None] - 1)
-    inverse = valid.flatten().nonzero()[:, 0]
     # Long sequences first: those that still have a c-th chunk are then a prefix, as in torch's PackedSequence.
     by_length = torch.sort(chunks, descending=True, stable=True).indices
     order = [first[by_length[: int((chunks > c).sum())]] + c for c in range(int(chunks.max()))]
     steps, order = [len(o) for o in order], torch.cat(order)
-    index, valid, inverse, by_length, order, back = (
-        v.to(device) for v in (index, valid, inverse, by_length, order, torch.argsort(order)))
-    return index, valid, inverse, by_length, steps, order, back
+    tensors = (index, valid, valid.flatten().nonzero()[:, 0], index[:, 0].contiguous(), valid.sum(1), seq, first, by_length, order,
+               torch.argsort(order))  # fmt: skip
+    return ChunkTable(*(v.to(device) for v in tensors), steps)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -160,9 +181,7 @@ def ssd_scan(x, dt, A, B, C, *, D=None, dt_bias=None, dt_softplus=False, initial
     Differentiable in every tensor. backend: "recurrent", "torch", or None for the best there is on x's device.
     Raises ValueError, naming the argument, for shapes that do not fit, A >= 0, unsorted cu_seqlens, an unknown backend.
     """
-    backends = {"recurrent": _scan_recurrent, "torch": _scan_chunked}
-    _expect(backend is None or backend in backends, "backend", repr(backend),
-            '"recurrent" or "torch" (the "triton" kernels are not part of this version)')
+    backend = _backend(backend, x)
     _expect(x.dim() == 4 and x.shape[1] >= 1, "x", tuple(x.shape), "(b, t, h, p) with t >= 1")
     _expect(isinstance(chunk_size, int) and chunk_size >= 1, "chunk_size", chunk_size, "an integer >= 1")
     b, t = x.shape[:2]
@@ -172,12 +191,15 @@ def ssd_scan(x, dt, A, B, C, *, D=None, dt_bias=None, dt_softplus=False, initial
     dtype = torch.promote_types(x.dtype, torch.float32)  # of the state and of all sums
     delta = _step_size(dt, dt_bias, dt_softplus, dtype)
     S = x.new_zeros(len(cu) - 1, *x.shape[2:], B.shape[3], dtype=dtype) if initial_states is None else initial_states.to(dtype)
-    flat = [v.flatten(0, 1).to(dtype) for v in (x, delta, B, C)]  # tokens of all sequences in one row, (tokens, ...)
-    y, S = backends[backend or "torch"](*flat, A.to(dtype), S, cu, chunk_size)
-    y = y.view(x.shape)
-    if D is not None:
-        y = y + D.to(dtype)[:, None] * x
-    return y.to(x.dtype), S
+    x, delta, B, C = (v.flatten(0, 1) for v in (x, delta, B, C))  # tokens of all sequences in one row, (tokens, ...)
+    D = D if D is None else D.to(dtype)
+    if backend == "triton":
+        y, S = _scan_triton(x, delta, B, C, A.to(dtype), D, S, cu, chunk_size)
+    else:
+        scan = _scan_chunked if backend == "torch" else _scan_recurrent
+        y, S = scan(x.to(dtype), delta, B.to(dtype), C.to(dtype), A.to(dtype), S, cu, chunk_size)
+        y = y if D is None else y + D[:, None] * x
+    return y.to(x.dtype).view(b, t, *x.shape[1:]), S
 
 
 def _scan_recurrent(x, dt, B, C, A, S, cu, chunk_size):
@@ -203,9 +225,10 @@ def _scan_chunked(x, dt, B, C, A, S, cu, chunk_size):
     """
     h, g = x.shape[1], B.shape[1]
     chunk_size = min(chunk_size, max(end - start for start, end in zip(cu, cu[1:])))
-    index, valid, inverse, by_length, steps, order, back = chunk_table(cu, chunk_size, x.device)
-    x, dt, B, C = (gather_rows(v, index, inverse) for v in (x, dt, B, C))  # (k, l, h, p), (k, l, h), (k, l, g, n)
-    dt = torch.where(valid[..., None], dt, 0).transpose(1, 2)  # (k, h, l)
+    table = chunk_table(cu, chunk_size, x.device)
+    order, back, by_length = table.order, table.back, table.by_length
+    x, dt, B, C = (gather_rows(v, table.index, table.inverse) for v in (x, dt, B, C))  # (k, l, h, p), (k, l, h), (k, l, g, n)
+    dt = torch.where(table.valid[..., None], dt, 0).transpose(1, 2)  # (k, h, l)
     c = (dt * A[:, None]).cumsum(2, dtype=torch.float64)  # (k, h, l)
     # Time stands last from here on: the heads of a group are then rows of one matrix, and B and C need no copy for each.
     dtx = x.permute(0, 2, 3, 1) * dt[:, :, None]  # (k, h, p, l)
@@ -226,7 +249,7 @@ def _scan_chunked(x, dt, B, C, A, S, cu, chunk_size):
     # Step 3, along the chunks of every sequence at once. Only this loop is sequential: t / l short steps.
     keep = c[..., -1].to(x.dtype).exp()[..., None, None]  # (k, h, 1, 1)
     entering, final = [], S[by_length]
-    for kept, added in zip(gather_rows(keep, order, back).split(steps), gather_rows(local, order, back).split(steps)):
+    for kept, added in zip(gather_rows(keep, order, back).split(table.steps), gather_rows(local, order, back).split(table.steps)):
         entering.append(final[: len(kept)])  # of the sequences that have one more chunk, a prefix of by_length
         now = kept * entering[-1] + added
         final = torch.cat([now, final[len(now) :]]) if len(now) < len(final) else now
@@ -234,28 +257,425 @@ def _scan_chunked(x, dt, B, C, A, S, cu, chunk_size):
 
     # Step 4, what the entering state adds to each token's output.
     y = y + (by_group(entering) @ C).view(y.shape) * c.to(x.dtype).exp()[:, :, None]
-    return take_rows(y.permute(0, 3, 1, 2).flatten(0, 1), inverse), final[torch.argsort(by_length)]
+    return take_rows(y.permute(0, 3, 1, 2).flatten(0, 1), table.inverse), final[torch.argsort(by_length)]
 
 
-def ssd_step(state, x, dt, A, B, C, *, D=None, dt_bias=None, dt_softplus=False):
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. The scan in Triton
+#
+# The same four steps as `_scan_chunked`, in kernels that keep the two large things out of memory: the (l, l) matrix of a
+# chunk's decays, and all copies of B and C for the heads of a group. The host cuts tokens into chunks as above, so a chunk
+# holds tokens of one sequence and packed batches need no mask. Tokens lie flat in memory, (tokens, h, p) and (tokens, g, n);
+# what belongs to chunks, (k, h, l). One program, the unit that Triton runs in parallel, computes one tile of an output:
+#
+#                source j ->                      of one chunk (k), head (h), 2 x 2 tiles of l / 2 tokens. The program of the
+#              +-------+-------+   value (l, p)   marked tile of y walks over the tiles of its row up to the diagonal, and
+#     output i | W 0 0 |       |    +-------+     multiplies W with the values it meets:
+#         |    | W W 0 |       |    | dt x  |
+#         v    | W W W |       |    |       |         W_ij = (C_i . B_j) 2^(c_i - c_j)   where j <= i, else 0
+#              +-------+-------+ @  +-------+
+#              | W W W | W 0 0 |    | dt x  |     C B^T is the same for all heads of a group and was stored by `_cb_kernel`;
+#           ** | W W W | W W 0 | ** |       |     the decay is made on the fly; W lives in registers only.
+#              | W W W | W W W |    |       |
+#              +-------+-------+    +-------+
+#
+# Decays are always 2^(c_i - c_j) <= 1 with c = log2(e) cumsum(dt A), never quotients of exponentials, which overflow. c is a
+# pair of float32, the rounded sum and what rounding lost: neighbours late in a strongly decaying chunk differ by less than
+# the last digit of the sum alone.
+#
+# Backward. With R_t = dL/dS_t, everything the loss sees of the state, the definition differentiates to
+#
+#     R_t = dy_t C_t^T + a_{t+1} R_{t+1}      dx_t = dt_t R_t B_t + D dy_t    d(dt_t) = x_t . R_t B_t   (but for a_t's share)
+#     a_t = exp(dt_t A)                       dB_t = dt_t R_t^T x_t           dC_t = S_t^T dy_t
+#
+# R is a scan as S is, run from the last token to the first, with dy and C written into it and B read from it. So the kernels
+# for states, outputs and dB, dC exist once: REVERSED turns the sign of the decay's exponent and the triangle around.
+#
+# The gradient of log a_t sums over every path from a source to an output that crosses step t. With q_ij the share of source
+# j in the loss through output i, F_i that of the entering state, E_j that of source j through the leaving state:
+#
+#     sum_{j < t <= i} q_ij  +  sum_{i >= t} F_i  +  sum_{j < t} E_j  +  <entering state, leaving state's gradient> 2^(c_l)
+#
+# and the first sum is sum_{i >= t} (row_i - col_i), where row and col add up the same numbers q without their diagonal. No
+# term is a difference of large ones. (y . dy - x . dx, shorter and common, is; it loses all digits where decays are strong.)
+#
+# Nothing is added up by atomics: programs that share a sum store their parts, torch adds them, and two runs give the same
+# bits. Chunk and token numbers are int64, because t h p passes 2^31 at 700,000 tokens of the 7B model. Tile sizes are chosen
+# by the size of shared memory alone: autotuning stalls at every new shape, and different tiles round differently.
+#
+# Arguments of all kernels, each a pointer: `start`, `length` (k,) first token and number of tokens of a chunk; `c` (2, k, h, l),
+# its second half at c + s_lo; `dt` (k, h, l), 0 in the padding; `cb` (k, g, l, l); `states` (k, h, p, n). s_x is the number of
+# elements from one token of x to the next, and so on: tokens may be slices of a wider row. In capitals what is known when
+# the kernel is compiled: the sizes above, and BM, BK, ... those of tiles.
+
+try:
+    import triton
+    import triton.language as tl
+
+    _jit, constexpr = triton.jit, tl.constexpr
+except ImportError:  # macOS and Windows: `backend="torch"` needs no Triton
+    triton, tl, constexpr = None, None, int
+
+    def _jit(kernel):
+        return kernel
+
+
+@_jit
+def _program(tiles, heads):
+    """Programs are numbered with the tile fastest, then the head or group, whose neighbours share cb in the L2 cache."""
+    pid = tl.program_id(0)
+    return pid % tiles, pid // tiles % heads, (pid // (tiles * heads)).to(tl.int64)
+
+
+@_jit
+def _decay(c, s_lo, i, j):
+    """2^(c_i - c_j), at most 1, for places i and j that broadcast against each other."""
+    return tl.exp2(tl.minimum((tl.load(c + i) - tl.load(c + j)) + (tl.load(c + s_lo + i) - tl.load(c + s_lo + j)), 0.0))
+
+
+@_jit
+def _load(rows, columns, token, stride, row_mask, column_mask):
+    """A tile of tokens' vectors: element columns of row `token`, 0 outside of the masks."""
+    return tl.load(rows + token * stride + columns, mask=row_mask & column_mask, other=0.0)
+
+
+@_jit
+def _cb_kernel(B, C, start, length, cb, s_b, s_c, G: constexpr, N: constexpr, L: constexpr, BM: constexpr, BK: constexpr):
+    """cb[k, g, i, j] = C_i . B_j, one BM x BM tile a program; tiles above the diagonal are left as they are."""
+    tile, g, k = _program((L // BM) * (L // BM), G)
+    i0, j0 = tile // (L // BM) * BM, tile % (L // BM) * BM
+    num, token = tl.load(length + k), tl.load(start + k)
+    if (j0 <= i0) & (i0 < num):
+        i, j, n = i0 + tl.arange(0, BM)[:, None], j0 + tl.arange(0, BM)[None, :], tl.arange(0, BK)
+        acc = tl.zeros((BM, BM), tl.float32)
+        for n0 in range(0, N, BK):
+            row, column = n0 + n[None, :], n0 + n[:, None]
+            c = _load(C + g * N, row, token + i, s_c, i < num, row < N)  # (BM, BK)
+            b = _load(B + g * N, column, token + j, s_b, j < num, column < N)  # (BK, BM)
+            acc = tl.dot(c, b, acc, input_precision="ieee")
+        tl.store(cb + (k * G + g) * L * L + i * L + j, acc)
+
+
+@_jit
+def _states_kernel(value, key, dt, c, s_lo, start, length, first, initial, states, final, entering, crossing, s_v, s_k,
+                   H: constexpr, G: constexpr, P: constexpr, N: constexpr, L: constexpr,
+                   BP: constexpr, BN: constexpr, BL: constexpr, REVERSED: constexpr):  # fmt: skip
+    """Steps 2 and 3. One program carries a BP x BN tile of one head's state through all chunks of one sequence, in float32
+    registers: states[k] = S before chunk k, then S <- 2^(c_l) S + sum_j 2^(c_l - c_j) dt_j value_j key_j^T.
+
+    REVERSED (value dy, key C): states[k] = R after chunk k, then R <- 2^(c_l) R + sum_i 2^(c_i) dy_i C_i^T; and
+    crossing[k, h, tile] = 2^(c_l) <R after, S before>, the tile's share in the gradient of the chunk's whole decay."""
+    TILES: constexpr = tl.cdiv(P, BP) * tl.cdiv(N, BN)
+    tile, h, s = _program(TILES, H)
+    p, n, j = tile // tl.cdiv(N, BN) * BP + tl.arange(0, BP), tile % tl.cdiv(N, BN) * BN + tl.arange(0, BN), tl.arange(0, BL)
+    inside, place = (p < P)[:, None] & (n < N)[None, :], p[:, None] * N + n[None, :]
+    S = tl.load(initial + (s * H + h) * P * N + place, mask=inside, other=0.0)
+    begin, end = tl.load(first + s), tl.load(first + s + 1)
+    for count in range(0, (end - begin).to(tl.int32)):
+        k = end - 1 - count if REVERSED else begin + count
+        head, token, num = k * H + h, tl.load(start + k), tl.load(length + k)
+        tl.store(states + head * P * N + place, S, mask=inside)
+        ck, last = c + head * L, L - 1  # in the padding c stays constant, so its last entry is the chunk's end in any case
+        S *= tl.exp2(tl.load(ck + last) + tl.load(ck + s_lo + last))
+        if REVERSED:
+            before = tl.load(entering + head * P * N + place, mask=inside, other=0.0).to(tl.float32)
+            tl.store(crossing + head * TILES + tile, tl.sum(S * before))
+        for j0 in range(0, num, BL):
+            jj = j0 + j
+            if REVERSED:
+                weight = tl.exp2(tl.load(ck + jj) + tl.load(ck + s_lo + jj))
+            else:
+                weight = _decay(ck, s_lo, last, jj) * tl.load(dt + head * L + jj)
+            v = _load(value + h * P, p[:, None], token + jj[None, :], s_v, (jj < num)[None, :], (p < P)[:, None])  # (BP, BL)
+            q = _load(key + h // (H // G) * N, n[None, :], token + jj[:, None], s_k, (jj < num)[:, None], (n < N)[None, :])
+            S = tl.dot(v, (q.to(tl.float32) * weight[:, None]).to(v.dtype), S, input_precision="ieee")
+    tl.store(final + (s * H + h) * P * N + place, S, mask=inside)
+
+
+@_jit
+def _scan_kernel(value, query, cb, states, dt, c, s_lo, D, start, length, out, x, ddt, dD, s_v, s_q, s_out, s_x,
+                 H: constexpr, G: constexpr, P: constexpr, N: constexpr, L: constexpr,
+                 BM: constexpr, BP: constexpr, BK: constexpr, BL: constexpr, REVERSED: constexpr):  # fmt: skip
+    """Steps 1 and 4, BM rows of one chunk and head a program (the picture above):
+    y_i = 2^(c_i) S C_i + sum_{j <= i} W_ij dt_j x_j + D x_i.
+
+    REVERSED (value dy, query B, states R): u_j = 2^(c_l - c_j) R B_j + sum_{i >= j} W_ij dy_i = R_j B_j of the derivation,
+    and then dx = dt u + D dy, ddt = u . x, dD[k, h, tile] = sum of dy . x over the tile."""
+    tile, h, k = _program(L // BM, H)
+    num, token, head = tl.load(length + k), tl.load(start + k), k * H + h
+    if tile * BM < num:
+        i, p, n, l = tile * BM + tl.arange(0, BM), tl.arange(0, BP), tl.arange(0, BK), tl.arange(0, BL)
+        group, row, in_p, ck = h // (H // G), (i < num)[:, None], (p < P)[None, :], c + head * L
+        acc = tl.zeros((BM, BP), tl.float32)
+        for n0 in range(0, N, BK):
+            nn = n0 + n
+            q = _load(query + group * N, nn[None, :], token + i[:, None], s_q, row, (nn < N)[None, :])  # (BM, BK)
+            S = tl.load(states + head * P * N + p[None, :] * N + nn[:, None], mask=in_p & (nn < N)[:, None], other=0.0)
+            acc = tl.dot(q, S, acc, input_precision="ieee")
+        acc *= (_decay(ck, s_lo, L - 1, i) if REVERSED else tl.exp2(tl.load(ck + i) + tl.load(ck + s_lo + i)))[:, None]
+        begin, end = (tile * BM, num) if REVERSED else (0, tl.minimum(tile * BM + BM, num))
+        for l0 in range(begin, end, BL):
+            j = l0 + l
+            rows, columns = (j[None, :], i[:, None]) if REVERSED else (i[:, None], j[None, :])  # rows are the later tokens
+            keep = (rows >= columns) & (j < num)[None, :]
+            W = tl.load(cb + (k * G + group) * L * L + rows * L + columns, mask=keep, other=0.0).to(tl.float32)
+            W *= _decay(ck, s_lo, rows, columns)
+            if not REVERSED:
+                W *= tl.load(dt + head * L + j)[None, :]
+            v = _load(value + h * P, p[None, :], token + j[:, None], s_v, (j < num)[:, None], in_p)  # (BL, BP)
+            acc = tl.dot(W.to(v.dtype), v, acc, input_precision="ieee")
+        skip = _load(value + h * P, p[None, :], token + i[:, None], s_v, row, in_p).to(tl.float32)  # (BM, BP)
+        if REVERSED:
+            xi = _load(x + h * P, p[None, :], token + i[:, None], s_x, row, in_p).to(tl.float32)
+            tl.store(ddt + head * L + i, tl.sum(acc * xi, 1))
+            tl.store(dD + head * (L // BM) + tile, tl.sum(skip * xi))
+            acc *= tl.load(dt + head * L + i)[:, None]
+        acc += tl.load(D + h) * skip
+        tl.store(out + (token + i)[:, None] * s_out + h * P + p[None, :], acc, mask=row & in_p)
+
+
+@_jit
+def _dcb_kernel(x, dy, cb, dt, c, s_lo, start, length, dcb, row, col, s_x, s_dy,
+                H: constexpr, G: constexpr, P: constexpr, L: constexpr, BM: constexpr, BJ: constexpr, BP: constexpr):  # fmt: skip
+    """d(cb)_ij = sum over the group's heads of 2^(c_i - c_j) dt_j (dy_i . x_j), a BM x BJ tile a program; and of every head's
+    q = d(cb) cb below the diagonal the sums of rows, row[k, h, tile's column, i], and columns, col[k, h, tile's row, j]."""
+    DOWN: constexpr = L // BM
+    ACROSS: constexpr = L // BJ
+    tile, g, k = _program(DOWN * ACROSS, G)
+    num, token = tl.load(length + k), tl.load(start + k)
+    i0, j0 = tile // ACROSS * BM, tile % ACROSS * BJ
+    if (j0 < i0 + BM) & (i0 < num):
+        i, j, p = i0 + tl.arange(0, BM), j0 + tl.arange(0, BJ), tl.arange(0, BP)
+        place = (k * G + g) * L * L + i[:, None] * L + j[None, :]
+        below = tl.load(cb + place, mask=i[:, None] > j[None, :], other=0.0).to(tl.float32)
+        acc = tl.zeros((BM, BJ), tl.float32)
+        for h in range(g * (H // G), (g + 1) * (H // G)):
+            head = k * H + h
+            d = _load(dy + h * P, p[None, :], token + i[:, None], s_dy, (i < num)[:, None], (p < P)[None, :])  # (BM, BP)
+            v = _load(x + h * P, p[:, None], token + j[None, :], s_x, (j < num)[None, :], (p < P)[:, None])  # (BP, BJ)
+            decay = _decay(c + head * L, s_lo, i[:, None], j[None, :]) * tl.load(dt + head * L + j)[None, :]
+            share = tl.where(i[:, None] >= j[None, :], tl.dot(d, v, input_precision="ieee") * decay, 0.0)
+            acc += share
+            tl.store(row + (head * ACROSS + tile % ACROSS) * L + i, tl.sum(share * below, 1))
+            tl.store(col + (head * DOWN + tile // ACROSS) * L + j, tl.sum(share * below, 0))
+        tl.store(dcb + place, acc, mask=i[:, None] >= j[None, :])
+
+
+@_jit
+def _dbc_kernel(value, own, other, dcb, states, dt, c, s_lo, start, length, out, through, s_v, s_own, s_other, s_out,
+                H: constexpr, G: constexpr, P: constexpr, N: constexpr, L: constexpr,
+                BM: constexpr, BN: constexpr, BP: constexpr, BL: constexpr, REVERSED: constexpr):  # fmt: skip
+    """dC_i = sum_h 2^(c_i) S^T dy_i + sum_{j <= i} d(cb)_ij B_j, BM x BN a program (value dy, own C, other B, states S), and
+    of every head through[k, h, tile of n, i] = C_i . (its first term), which is F_i.
+
+    REVERSED: dB_j = sum_h 2^(c_l - c_j) dt_j R^T x_j + sum_{i >= j} d(cb)_ij C_i (value x, own B, other C, states R), and E_j."""
+    SPLIT: constexpr = tl.cdiv(N, BN)
+    tile, g, k = _program((L // BM) * SPLIT, G)
+    num, token = tl.load(length + k), tl.load(start + k)
+    i0, half = tile // SPLIT * BM, tile % SPLIT
+    if i0 < num:
+        i, n, p, l = i0 + tl.arange(0, BM), half * BN + tl.arange(0, BN), tl.arange(0, BP), tl.arange(0, BL)
+        row, in_n = (i < num)[:, None], (n < N)[None, :]
+        mine = _load(own + g * N, n[None, :], token + i[:, None], s_own, row, in_n).to(tl.float32)  # (BM, BN)
+        acc = tl.zeros((BM, BN), tl.float32)
+        for h in range(g * (H // G), (g + 1) * (H // G)):
+            head = k * H + h
+            ck = c + head * L
+            if REVERSED:
+                weight = _decay(ck, s_lo, L - 1, i) * tl.load(dt + head * L + i)
+            else:
+                weight = tl.exp2(tl.load(ck + i) + tl.load(ck + s_lo + i))
+            v = _load(value + h * P, p[None, :], token + i[:, None], s_v, row, (p < P)[None, :])  # (BM, BP)
+            S = tl.load(states + head * P * N + p[:, None] * N + n[None, :], mask=(p < P)[:, None] & in_n, other=0.0)
+            term = tl.dot(v, S, input_precision="ieee") * weight[:, None]
+            tl.store(through + (head * SPLIT + half) * L + i, tl.sum(term * mine, 1))
+            acc += term
+        begin, end = (i0, num) if REVERSED else (0, tl.minimum(i0 + BM, num))
+        for l0 in range(begin, end, BL):
+            j = l0 + l
+            rows, columns = (j[None, :], i[:, None]) if REVERSED else (i[:, None], j[None, :])
+            keep = (rows >= columns) & (rows < num)
+            d = tl.load(dcb + (k * G + g) * L * L + rows * L + columns, mask=keep, other=0.0)
+            o = _load(other + g * N, n[None, :], token + j[:, None], s_other, (j < num)[:, None], in_n)  # (BL, BN)
+            acc = tl.dot(d.to(o.dtype), o, acc, input_precision="ieee")
+        tl.store(out + (token + i)[:, None] * s_out + g * N + n[None, :], acc, mask=row & in_n)
+
+
+def _power(size):
+    return max(16, 1 << (size - 1).bit_length())  # tl.dot wants at least 16, tl.arange a power of two
+
+
+def _tiling(l, p, n, shared_memory):
+    """Tile sizes and launch options of every kernel, for chunks of l tokens. Hopper has 227 KB of shared memory for a block
+    and takes tiles of 128; Ampere, Ada and consumer Blackwell, from 99 KB, take 64."""
+    big = shared_memory >= 200_000
+    bm, options = min(128 if big else 64, l), dict(num_warps=8, num_stages=3) if big else dict(num_warps=4, num_stages=2)
+    bl, bp, bk, bn = min(64 if big else 32, l), _power(p), min(64 if big else 32, _power(n)), min(128 if big else 64, _power(n))
+    return {
+        "cb": dict(BM=bm, BK=bk, **options),
+        "states": dict(BP=min(64, bp), BN=min(64, _power(n)), BL=bl, num_warps=4, num_stages=options["num_stages"]),
+        "scan": dict(BM=bm, BP=bp, BK=bk, BL=bl, **options),
+        "dcb": dict(BM=bm, BJ=max(16, bm // 2), BP=bp, **options),
+        "dbc": dict(BM=bm, BN=bn, BP=bp, BL=bl, **options),
+    }
+
+
+def _shared_memory(x):
+    return torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin if x.is_cuda else 0
+
+
+def _chunk_decays(dt, A, table):
+    """dt (tokens, h) -> dt (k, h, l), 0 in the padding, and c (2, k, h, l), the pair of float32 for log2(e) cumsum(dt A)."""
+    dt = torch.where(table.valid[..., None], dt[table.index], 0).transpose(1, 2).contiguous()
+    c = (dt * (A.double() * 1.4426950408889634)[:, None]).cumsum(2)  # 1 / ln 2
+    return dt, torch.stack([c.float(), (c - c.float()).float()])
+
+
+def _launch(kernel, programs, *args, **sizes):
+    kernel[(programs,)](*args, **sizes)
+
+
+@torch.library.custom_op("falcon_h1r::ssd", mutates_args=())  # opaque to torch.compile, which therefore has no graph break
+def _ssd(x: torch.Tensor, dt: torch.Tensor, B: torch.Tensor, C: torch.Tensor, A: torch.Tensor, D: torch.Tensor,
+         S: torch.Tensor, cu: Sequence[int], l: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """x (tokens, h, p), dt (tokens, h), B and C (tokens, g, n), A and D (h,), S (s, h, p, n) -> y, final states, and for the
+    backward pass the states (k, h, p, n) that enter each chunk, and cb (k, g, l, l)."""
+    (h, p), (g, n), table = x.shape[1:], B.shape[1:], chunk_table(tuple(cu), l, x.device)
+    k, tiles, (dt, c) = len(table.start), _tiling(l, p, n, _shared_memory(x)), _chunk_decays(dt, A, table)
+    y, states = torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty(k, h, p, n, dtype=x.dtype, device=x.device)
+    final, cb = torch.empty_like(S), torch.empty(k, g, l, l, dtype=x.dtype, device=x.device)
+    sizes, chunks = dict(H=h, G=g, P=p, N=n, L=l), (table.start, table.length)
+    bm, bp, bn = tiles["scan"]["BM"], tiles["states"]["BP"], tiles["states"]["BN"]
+    _launch(_cb_kernel, (l // bm) ** 2 * g * k, B, C, *chunks, cb, B.stride(0), C.stride(0), G=g, N=n, L=l, **tiles["cb"])
+    _launch(_states_kernel, triton.cdiv(p, bp) * triton.cdiv(n, bn) * h * len(S), x, B, dt, c, c.stride(0), *chunks, table.first,
+            S, states, final, None, None, x.stride(0), B.stride(0), **sizes, **tiles["states"], REVERSED=False)  # fmt: skip
+    _launch(_scan_kernel, l // bm * h * k, x, C, cb, states, dt, c, c.stride(0), D, *chunks, y, None, None, None,
+            x.stride(0), C.stride(0), y.stride(0), 0, **sizes, **tiles["scan"], REVERSED=False)  # fmt: skip
+    return y, final, states, cb
+
+
+@_ssd.register_fake
+def _(x, dt, B, C, A, D, S, cu, l):
+    k = sum((end - start + l - 1) // l for start, end in zip(cu, cu[1:]))
+    return (x.new_empty(x.shape), torch.empty_like(S), x.new_empty(k, *x.shape[1:], B.shape[2]), x.new_empty(k, B.shape[1], l, l))
+
+
+@torch.library.custom_op("falcon_h1r::ssd_backward", mutates_args=())
+def _ssd_backward(dy: torch.Tensor, dfinal: torch.Tensor, x: torch.Tensor, dt: torch.Tensor, B: torch.Tensor, C: torch.Tensor,
+                  A: torch.Tensor, D: torch.Tensor, states: torch.Tensor, cb: torch.Tensor, cu: Sequence[int],
+                  l: int) -> list[torch.Tensor]:  # fmt: skip
+    """Gradients of x, dt, B, C, A, D and the initial states."""
+    (h, p), (g, n), table = x.shape[1:], B.shape[1:], chunk_table(tuple(cu), l, x.device)
+    k, tiles, (dt, c) = len(table.start), _tiling(l, p, n, _shared_memory(x)), _chunk_decays(dt, A, table)
+    sizes, chunks = dict(H=h, G=g, P=p, N=n, L=l), (table.start, table.length)
+    side, across = l // tiles["scan"]["BM"], l // tiles["dcb"]["BJ"]
+    parts, split = triton.cdiv(p, tiles["states"]["BP"]) * triton.cdiv(n, tiles["states"]["BN"]), triton.cdiv(n, tiles["dbc"]["BN"])
+    dx, dB, dC = (torch.empty(v.shape, dtype=v.dtype, device=v.device) for v in (x, B, C))
+    R, dS, dcb = torch.empty_like(states), torch.empty_like(dfinal), torch.empty_like(cb)
+    # Tiles beyond a chunk's tokens are not computed; what is summed up below therefore starts as 0.
+    crossing, ddt, dD, row, col, through, leaving = (x.new_zeros(k, h, *size, dtype=torch.float32) for size in (
+        (parts,), (l,), (side,), (across, l), (side, l), (split, l), (split, l)))  # fmt: skip
+    v, q = dy.stride(0), x.stride(0)
+    _launch(_states_kernel, parts * h * len(dfinal), dy, C, dt, c, c.stride(0), *chunks, table.first, dfinal, R, dS, states, crossing,
+            v, C.stride(0), **sizes, **tiles["states"], REVERSED=True)  # fmt: skip
+    _launch(_scan_kernel, side * h * k, dy, B, cb, R, dt, c, c.stride(0), D, *chunks, dx, x, ddt, dD, v, B.stride(0), dx.stride(0), q,
+            **sizes, **tiles["scan"], REVERSED=True)  # fmt: skip
+    _launch(_dcb_kernel, side * across * g * k, x, dy, cb, dt, c, c.stride(0), *chunks, dcb, row, col, q, v, H=h, G=g, P=p, L=l, **tiles["dcb"])
+    _launch(_dbc_kernel, side * split * g * k, dy, C, B, dcb, states, dt, c, c.stride(0), *chunks, dC, through, v, C.stride(0),
+            B.stride(0), dC.stride(0), **sizes, **tiles["dbc"], REVERSED=False)  # fmt: skip
+    _launch(_dbc_kernel, side * split * g * k, x, B, C, dcb, R, dt, c, c.stride(0), *chunks, dB, leaving, q, B.stride(0), C.stride(0),
+            dB.stride(0), **sizes, **tiles["dbc"], REVERSED=True)  # fmt: skip
+    # The gradient of log a_t, by the formula on top; sums of many small parts, so in float64.
+    from_here = (row.sum(2) - col.sum(2) + through.sum(2)).double().flip(-1).cumsum(-1).flip(-1)
+    da = from_here + F.pad(leaving.sum(2).double().cumsum(-1)[..., :-1], (1, 0)) + crossing.sum(2, keepdim=True)
+    da = torch.where(table.valid[:, None], da, 0).float()  # (k, h, l)
+    ddt = (ddt + A[:, None] * da).transpose(1, 2).flatten(0, 1)[table.inverse]  # (tokens, h)
+    return [dx, ddt, dB, dC, (dt * da).sum((0, 2)), dD.sum((0, 2)), dS]
+
+
+@_ssd_backward.register_fake
+def _(dy, dfinal, x, dt, B, C, A, D, states, cb, cu, l):
+    return [v.new_empty(v.shape) for v in (x, dt, B, C, A, D, dfinal)]
+
+
+def _ssd_setup(ctx, inputs, output):
+    *tensors, S, ctx.cu, ctx.l = inputs
+    ctx.save_for_backward(*tensors, *output[2:])
+    ctx.set_materialize_grads(False)  # the states have no gradient from outside; zeros for them would be as large as they are
+
+
+def _ssd_gradients(ctx, dy, dfinal, dstates, dcb):
+    x, dt, B, C, A, D, states, cb = ctx.saved_tensors
+    dy = x.new_zeros(x.shape) if dy is None else dy.contiguous()
+    dfinal = x.new_zeros(len(ctx.cu) - 1, *states.shape[1:], dtype=torch.float32) if dfinal is None else dfinal.contiguous()
+    return *_ssd_backward(dy, dfinal, x, dt, B, C, A, D, states, cb, ctx.cu, ctx.l), None, None
+
+
+_ssd.register_autograd(_ssd_gradients, setup_context=_ssd_setup)
+
+
+def _scan_triton(x, dt, B, C, A, D, S, cu, chunk_size):
+    """x (tokens, h, p) in its own dtype, dt (tokens, h) float32 -> y with D x in it, final states."""
+    l = max(16, 1 << (min(chunk_size, max(end - start for start, end in zip(cu, cu[1:]))) - 1).bit_length())
+    x, B, C = (v if v[0].is_contiguous() else v.contiguous() for v in (x, B, C))
+    D = torch.zeros_like(A) if D is None else D
+    # A step that does not forget (A >= 0) is an error; looking for it would stop the host at every layer, NaN does not.
+    A = torch.where(A < 0, A, torch.nan)
+    return _ssd(x, dt.contiguous(), B, C, A, D, S.contiguous(), cu, l)[:2]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. One token
+
+
+@_jit
+def _step_kernel(state, x, dt, A, B, C, D, y, s_state, s_x, s_dt, s_b, s_c,
+                 H: constexpr, G: constexpr, P: constexpr, N: constexpr, BP: constexpr, BN: constexpr):  # fmt: skip
+    """S <- exp(dt A) S + dt x B^T in place and y = S C + D x, BP rows of one state a program: read once, written once."""
+    tile, h, b = _program(tl.cdiv(P, BP), H)
+    p, n = tile * BP + tl.arange(0, BP), tl.arange(0, BN)
+    place = state + b * s_state + h * P * N + p[:, None] * N + n[None, :]
+    S = tl.load(place, mask=(p < P)[:, None] & (n < N)[None, :], other=0.0)
+    xp = tl.load(x + b * s_x + h * P + p, mask=p < P, other=0.0).to(tl.float32)
+    Bn = tl.load(B + b * s_b + h // (H // G) * N + n, mask=n < N, other=0.0).to(tl.float32)
+    Cn = tl.load(C + b * s_c + h // (H // G) * N + n, mask=n < N, other=0.0).to(tl.float32)
+    delta = tl.load(dt + b * s_dt + h)
+    S = S * tl.exp(delta * tl.load(A + h)) + (delta * xp)[:, None] * Bn[None, :]
+    tl.store(place, S, mask=(p < P)[:, None] & (n < N)[None, :])
+    tl.store(y + (b * H + h) * P + p, tl.sum(S * Cn[None, :], 1) + tl.load(D + h) * xp, mask=p < P)
+
+
+def _step_triton(state, x, dt, A, B, C, D):
+    (b, h, p), (g, n) = x.shape, B.shape[1:]
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    x, B, C = (v if v[0].is_contiguous() else v.contiguous() for v in (x, B, C))
+    _launch(_step_kernel, triton.cdiv(p, 16) * h * b, state, x, dt.contiguous(), A, B, C, torch.zeros_like(A) if D is None else D, y,
+            state.stride(0), x.stride(0), h, B.stride(0), C.stride(0), H=h, G=g, P=p, N=n, BP=16, BN=_power(n), num_warps=4)  # fmt: skip
+    return y
+
+
+def ssd_step(state, x, dt, A, B, C, *, D=None, dt_bias=None, dt_softplus=False, backend=None):
     """One token of `ssd_scan`. state (b, h, p, n), x (b, h, p), dt (b, h), B and C (b, g, n) -> y (b, h, p), new state.
 
     Without gradients the state is updated in place (and returned): decoding then allocates no second one, and the state is
     what decoding at large batch spends its memory bandwidth on."""
     _expect(x.dim() == 3, "x", tuple(x.shape), "(b, h, p)")
     _check_scan(x, dt, A, B, C, D, dt_bias, state, x.shape[0])
-    delta = _step_size(dt, dt_bias, dt_softplus, state.dtype)
+    delta, A, D = _step_size(dt, dt_bias, dt_softplus, state.dtype), A.to(state.dtype), D if D is None else D.to(state.dtype)
+    fused = state.dtype == torch.float32 and state[0].is_contiguous() and not torch.is_grad_enabled()
+    if fused and _backend(backend, x) == "triton":
+        return _step_triton(state, x, delta, A, B, C, D), state
     B, C = (v.to(state.dtype).repeat_interleave(x.shape[1] // v.shape[1], 1) for v in (B, C))  # (b, h, n)
-    keep = torch.exp(delta * A.to(state.dtype))[..., None, None]
+    keep = torch.exp(delta * A)[..., None, None]
     write = (delta[..., None] * x).unsqueeze(-1), B.unsqueeze(-2)  # (b, h, p, 1), (b, h, 1, n)
     state = torch.addcmul(state * keep, *write) if torch.is_grad_enabled() else state.mul_(keep).addcmul_(*write)
     y = (state @ C.unsqueeze(-1)).squeeze(-1)
-    y = y if D is None else y + D.to(state.dtype)[:, None] * x
+    y = y if D is None else y + D[:, None] * x
     return y.to(x.dtype), state
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 4. The causal convolution. Depthwise, k taps (4 in Falcon-H1): each channel sees itself now and k - 1 tokens ago.
+# 6. The causal convolution. Depthwise, k taps (4 in Falcon-H1): each channel sees itself now and k - 1 tokens ago.
 
 
 def _check_conv(x, weight, bias, activation, states, s):
@@ -270,39 +690,159 @@ def _check_conv(x, weight, bias, activation, states, s):
 @lru_cache(maxsize=16)
 def _conv_table(cu, history, device):
     """Rows of the buffer [history of sequence 0 | its tokens | history of sequence 1 | ...], as places in [tokens | histories];
-    which rows of the convolved buffer belong to tokens; and the rows (s, history) that are left as final states."""
-    rows, outputs, final = [], [], []
+    and which rows of the convolved buffer belong to tokens."""
+    rows, outputs = [], []
     for i, (start, end) in enumerate(zip(cu, cu[1:])):
         outputs += range(len(rows), len(rows) + end - start)
         rows += [*range(cu[-1] + i * history, cu[-1] + (i + 1) * history), *range(start, end)]
-        final.append(range(len(rows) - history, len(rows)))
-    table = rows, outputs, [list(f) for f in final]
-    return tuple(torch.tensor(v, dtype=torch.long, device=device) for v in table)
+    return tuple(torch.tensor(v, dtype=torch.long, device=device) for v in (rows, outputs))
 
 
-def causal_conv1d(x, weight, bias=None, *, initial_states=None, cu_seqlens=None, activation=None):
+def _conv_torch(x, weight, bias, history, cu, activation):
+    """x (tokens, d), weight (d, k), bias (d,), history (s, d, k - 1) -> y (tokens, d): k shifted multiply-adds."""
+    k = weight.shape[1]
+    rows, outputs = _conv_table(cu, k - 1, x.device)
+    buffer = take_rows(torch.cat([x, history.mT.flatten(0, 1)]), rows)  # (tokens + s (k - 1), d)
+    width = len(buffer) - (k - 1)
+    y = take_rows(sum(buffer[j : j + width] * weight[:, j] for j in range(k)), outputs) + bias
+    return F.silu(y) if activation else y
+
+
+# In Triton, a sequence with its history is one row of k - 1 + len places: place e holds history for e < k - 1, else token
+# e - (k - 1). So token i sees the places i ... i + k - 1, and place e is seen by the tokens e - (k - 1) ... e. One program
+# computes BT places of BD channels. Backward, with z before and y after the activation:
+#
+#     dz_i = act'(z_i) dy_i      d(place e) = sum_j w_j dz_{e - j}      dw_j = sum_i dz_i place_{i + j}      d(bias) = sum_i dz_i
+#
+# z is computed again from the k places it saw: they are in the cache, and storing dz would cost more than the k^2 products.
+
+
+@_jit
+def _places(x, history, e, d, s, begin, num, s_x, CHANNELS: constexpr, K: constexpr):
+    """Places e (BT, 1) of channels d (1, BD), in float32; 0 outside of the sequence."""
+    old = tl.load(history + (s * CHANNELS + d) * (K - 1) + e, mask=(e >= 0) & (e < K - 1) & (d < CHANNELS), other=0.0)
+    token = begin + e - (K - 1)
+    new = tl.load(x + token * s_x + d, mask=(e >= K - 1) & (e < num + K - 1) & (d < CHANNELS), other=0.0)
+    return old.to(tl.float32) + new.to(tl.float32)
+
+
+@_jit
+def _conv_kernel(x, weight, bias, history, y, dy, dx, dhistory, dweight, dbias, start, length, seq, cu, s_x, s_dy,
+                 CHANNELS: constexpr, K: constexpr, SILU: constexpr, BT: constexpr, BD: constexpr, BACKWARD: constexpr):  # fmt: skip
+    """y, or BACKWARD the gradients: dweight[block, j, d] and dbias[block, d] are a block's share in the sums over tokens."""
+    tile, _, block = _program(tl.cdiv(CHANNELS, BD), 1)
+    s = tl.load(seq + block)
+    begin, d, row = tl.load(cu + s), tile * BD + tl.arange(0, BD)[None, :], tl.arange(0, BT)[:, None]
+    num, in_d = tl.load(cu + s + 1) - begin, d < CHANNELS
+    e = tl.load(start + block) - begin - s * (K - 1) + row  # (BT, 1) places of this block
+    in_block, b = row < tl.load(length + block), tl.load(bias + d, mask=in_d, other=0.0).to(tl.float32)
+    dplace = tl.zeros((BT, BD), tl.float32)
+    for back in tl.static_range(K if BACKWARD else 1):
+        i = e - back if BACKWARD else e - (K - 1)  # (BT, 1) tokens
+        z = b + tl.zeros((BT, BD), tl.float32)
+        for j in tl.static_range(K):
+            w = tl.load(weight + d * K + j, mask=in_d, other=0.0).to(tl.float32)
+            z += w * _places(x, history, i + j, d, s, begin, num, s_x, CHANNELS, K)
+        gate = tl.sigmoid(z) if SILU else 1.0
+        inside = in_block & (i >= 0) & (i < num) & in_d
+        if BACKWARD:
+            dz = tl.load(dy + (begin + i) * s_dy + d, mask=inside, other=0.0).to(tl.float32)
+            dz *= gate * (1 + z * (1 - gate)) if SILU else 1.0
+            dplace += tl.load(weight + d * K + back, mask=in_d, other=0.0).to(tl.float32) * dz
+            if back == 0:  # here i = e, so that every token is met exactly once
+                tl.store(dbias + block * CHANNELS + d, tl.sum(dz, 0, keep_dims=True), mask=in_d)
+                for j in tl.static_range(K):
+                    share = tl.sum(dz * _places(x, history, i + j, d, s, begin, num, s_x, CHANNELS, K), 0, keep_dims=True)
+                    tl.store(dweight + (block * K + j) * CHANNELS + d, share, mask=in_d)
+        else:
+            tl.store(y + (begin + i) * CHANNELS + d, z * gate, mask=inside)
+    if BACKWARD:
+        tl.store(dhistory + (s * CHANNELS + d) * (K - 1) + e, dplace, mask=in_block & (e < K - 1) & in_d)
+        tl.store(dx + (begin + e - (K - 1)) * CHANNELS + d, dplace, mask=in_block & (e >= K - 1) & in_d)
+
+
+def _conv_launch(x, weight, bias, history, cu, silu, y=None, dy=None):
+    """Fill y, or for dy return the gradients of x, weight, bias and history."""
+    (d, k), size = weight.shape, 32
+    table, cu = _conv_blocks(tuple(cu), k, size, x.device)
+    blocks = len(table.start)
+    dx, dhistory = (None, None) if dy is None else (torch.empty(v.shape, dtype=v.dtype, device=v.device) for v in (x, history))
+    dweight, dbias = (None, None) if dy is None else (torch.empty(blocks, *v, d, device=x.device) for v in ((k,), ()))
+    _launch(_conv_kernel, blocks * triton.cdiv(d, 64), x, weight, bias, history, y, dy, dx, dhistory, dweight, dbias, table.start,
+            table.length, table.seq, cu, x.stride(0), 0 if dy is None else dy.stride(0),
+            CHANNELS=d, K=k, SILU=silu, BT=size, BD=64, BACKWARD=dy is not None, num_warps=8)  # fmt: skip
+    return None if dy is None else [dx, dweight.sum(0).T.to(weight.dtype), dbias.sum(0).to(bias.dtype), dhistory]
+
+
+@lru_cache(maxsize=16)
+def _conv_blocks(cu, k, size, device):
+    """The chunk table of sequences with their histories, and cu (s + 1,)."""
+    return chunk_table(tuple(end + s * (k - 1) for s, end in enumerate(cu)), size, device), torch.tensor(cu, device=device)
+
+
+@torch.library.custom_op("falcon_h1r::conv", mutates_args=())
+def _conv_triton(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, history: torch.Tensor, cu: Sequence[int],
+                 silu: bool) -> torch.Tensor:  # fmt: skip
+    """As _conv_torch."""
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _conv_launch(x, weight, bias, history, cu, silu, y=y)
+    return y
+
+
+@_conv_triton.register_fake
+def _(x, weight, bias, history, cu, silu):
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("falcon_h1r::conv_backward", mutates_args=())
+def _conv_backward(dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, history: torch.Tensor,
+                   cu: Sequence[int], silu: bool) -> list[torch.Tensor]:  # fmt: skip
+    return _conv_launch(x, weight, bias, history, cu, silu, dy=dy)
+
+
+@_conv_backward.register_fake
+def _(dy, x, weight, bias, history, cu, silu):
+    return [v.new_empty(v.shape) for v in (x, weight, bias, history)]
+
+
+def _conv_setup(ctx, inputs, output):
+    *tensors, ctx.cu, ctx.silu = inputs
+    ctx.save_for_backward(*tensors)
+
+
+_conv_triton.register_autograd(
+    lambda ctx, dy: (*_conv_backward(dy.contiguous(), *ctx.saved_tensors, ctx.cu, ctx.silu), None, None), setup_context=_conv_setup)
+
+
+@lru_cache(maxsize=16)
+def _last_places(cu, history, device):
+    """The last `history` places (s, history) of each sequence with its history in front, and the tokens that stand there."""
+    place = torch.tensor([end - start for start, end in zip(cu, cu[1:])])[:, None] + torch.arange(history)
+    token = torch.tensor(cu[:-1])[:, None] + place - history
+    return place.to(device), token.to(device)
+
+
+def causal_conv1d(x, weight, bias=None, *, initial_states=None, cu_seqlens=None, activation=None, backend=None):
     """y_i = act(bias + sum_j weight[:, j] x_{i - k + 1 + j}): weight[:, k - 1] meets the current token.
 
     x (b, t, d), weight (d, k), bias (d,), initial_states (s, d, k - 1): the inputs before the first token, newest last, zeros
     when None; s = b, or the sequences packed by cu_seqlens. Returns y (b, t, d) and the final states (s, d, k - 1).
+    activation: None or "silu"; backend: "torch", "triton" or None as for `ssd_scan`. Differentiable in every tensor.
     """
     _expect(x.dim() == 3 and x.shape[1] >= 1, "x", tuple(x.shape), "(b, t, d) with t >= 1")
-    b, t, d = x.shape
-    cu = None if cu_seqlens is None else check_cu_seqlens(cu_seqlens, b, t)
-    s, history = (b if cu is None else len(cu) - 1), weight.shape[-1] - 1
-    _check_conv(x, weight, bias, activation, initial_states, s)
-    before = x.new_zeros(s, history, d) if initial_states is None else initial_states.mT.to(x.dtype)
-    if cu is None:
-        buffer = torch.cat([before, x], 1)  # (b, k - 1 + t, d)
+    (b, t, d), k = x.shape, weight.shape[-1]
+    cu = tuple(range(0, b * t + 1, t)) if cu_seqlens is None else check_cu_seqlens(cu_seqlens, b, t)
+    _check_conv(x, weight, bias, activation, initial_states, len(cu) - 1)
+    history = x.new_zeros(len(cu) - 1, d, k - 1) if initial_states is None else initial_states.to(x.dtype)
+    bias, flat = weight.new_zeros(d) if bias is None else bias, x.flatten(0, 1)
+    if _backend(backend, x) == "triton":
+        flat = flat if flat.stride(1) == 1 else flat.contiguous()
+        y = _conv_triton(flat, weight.contiguous(), bias, history.contiguous(), cu, activation is not None)
     else:
-        rows, outputs, final = _conv_table(cu, history, x.device)
-        buffer = take_rows(torch.cat([x[0], before.flatten(0, 1)]), rows)[None]  # (1, t + s (k - 1), d)
-    width = buffer.shape[1] - history
-    y = sum(buffer[:, j : j + width] * weight[:, j] for j in range(history + 1))  # k shifted multiply-adds
-    y = y if bias is None else y + bias
-    y = y if cu is None else take_rows(y[0], outputs)[None]
-    last = buffer[:, t:] if cu is None else buffer[0][final]  # (s, k - 1, d)
-    return (F.silu(y) if activation else y), last.mT
+        y = _conv_torch(flat, weight, bias, history, cu, activation)
+    place, token = _last_places(cu, k - 1, x.device)
+    recent, old = flat[token.clamp(min=0)].mT, history.gather(2, place.clamp(max=max(k - 2, 0))[:, None].expand(-1, d, -1))
+    return y.view(x.shape), torch.where((place >= k - 1)[:, None], recent, old)  # (s, d, k - 1)
 
 
 def causal_conv1d_step(state, x, weight, bias=None, *, activation=None):
@@ -317,7 +857,7 @@ def causal_conv1d_step(state, x, weight, bias=None, *, activation=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 5. python ssm_scan.py
+# 7. python ssm_scan.py
 
 
 def random_inputs(b, t, h, p, g, n, *, states=None, dtype=torch.float32, seed=0):

@@ -1,8 +1,15 @@
 """The chunked scan, the convolution and their steps against the definition, on every shape that has an edge."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+import triton.language as tl
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import ssm_scan as s
@@ -137,7 +144,7 @@ def test_convolution_steps():
     ({"B": torch.zeros(1, 12, 1, 4).bfloat16()}, "dtype"), ({"initial_states": torch.zeros(2, 2, 3, 4)}, "initial_states"),
     ({"cu_seqlens": [1, 12]}, "cu_seqlens"), ({"cu_seqlens": [0, 11]}, "cu_seqlens"), ({"cu_seqlens": [0, 5, 5, 12]}, "cu_seqlens"),
     ({"cu_seqlens": [0, 7, 5, 12]}, "cu_seqlens"), ({"cu_seqlens": torch.tensor([0.0, 12.0])}, "cu_seqlens"),
-    ({"backend": "triton"}, "backend"), ({"backend": "nonsense"}, "backend"), ({"chunk_size": 0}, "chunk_size"),
+    ({"backend": "nonsense"}, "backend"), ({"chunk_size": 0}, "chunk_size"),
 ])
 def test_bad_input_is_named(change, named):
     with pytest.raises(ValueError, match=f"^{named}: got .* expected"):
@@ -151,3 +158,200 @@ def test_packed_batches_are_refused():
         s.causal_conv1d(torch.zeros(1, 4, 3), torch.zeros(2, 4))
     with pytest.raises(ValueError, match="activation"):
         s.causal_conv1d(torch.zeros(1, 4, 3), torch.zeros(3, 4), activation="relu")
+
+
+# --- The Triton kernels: compiled where there is a GPU, else in Triton's interpreter (conftest.py switches it on)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def interpreter(monkeypatch):
+    """New memory holds NaN, so that reading what no kernel has written shows. And two corrections of the interpreter, which
+    keeps bfloat16 as its 16 bits: its tl.dot multiplies those bits as integers, and its cast from float32 cuts instead of rounding."""
+    def poisoned(v):
+        return v.fill_(torch.nan) if v.is_floating_point() and type(v) is torch.Tensor else v
+
+    for name in ("empty", "empty_like"):
+        make = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *a, make=make, **k: poisoned(make(*a, **k)))
+    if DEVICE == "cuda":
+        return
+    from triton.runtime.interpreter import InterpreterBuilder as Builder, TensorHandle
+
+    def widen(v):
+        return TensorHandle((v.data.astype(np.uint32) << 16).view(np.float32), tl.float32) if v.dtype.scalar == tl.bfloat16 else v
+
+    def cast(self, source, target, original=Builder.cast_impl):
+        if target.scalar == tl.bfloat16 and source.dtype.scalar != tl.bfloat16:
+            bits = torch.from_numpy(np.ascontiguousarray(source.data, np.float32)).bfloat16().view(torch.int16).numpy()
+            return TensorHandle(bits.view(np.uint16), tl.bfloat16)
+        source = widen(source) if target.scalar != tl.bfloat16 else source
+        return original(self, source, target) if source.dtype.scalar != target.scalar else source
+
+    dot = Builder.create_dot
+    monkeypatch.setattr(Builder, "create_dot", lambda self, a, b, *rest: dot(self, widen(a), widen(b), *rest))
+    monkeypatch.setattr(Builder, "cast_impl", cast)
+
+
+def triton_errors(shape, *, decay=1.0, dtype=torch.float32, **settings):
+    inputs = {k: v.detach().to(DEVICE) for k, v in s.random_inputs(**shape).items()}
+    inputs["A"] *= decay
+    inputs |= {k: inputs[k].to(dtype) for k in ("x", "dt", "B", "C")}
+    return s.relative_errors(inputs, backend="triton", **settings)
+
+
+@settings(max_examples=6, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(scans())
+def test_triton_scan_is_the_recurrence(interpreter, case):
+    shape, cu, chunk, decay = case
+    errors = triton_errors(shape, cu_seqlens=cu, chunk_size=chunk, decay=decay)
+    assert all(e < 1e-5 for e in errors.values()), errors
+
+
+EDGES = {
+    "more than one tile of every kind": (dict(b=1, t=150, h=2, p=72, g=1, n=80, states=1), None, 128),
+    "packed, 1 to 64 tokens": (dict(b=1, t=125, h=4, p=16, g=2, n=32, states=5), [0, 1, 65, 66, 92, 125], 32),
+    "no power of two": (dict(b=2, t=37, h=6, p=24, g=2, n=40), None, 32),
+}
+
+
+@pytest.mark.parametrize("decay", [1.0, 100.0, 1e-3])
+@pytest.mark.parametrize("case", EDGES)
+def test_triton_scan_at_the_edges(interpreter, case, decay):
+    shape, cu, chunk = EDGES[case]
+    errors = triton_errors(shape, cu_seqlens=cu, chunk_size=chunk, decay=decay)
+    assert all(e < 1e-5 for e in errors.values()), errors
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_triton_scan_in_half_precision(interpreter, dtype):
+    shape, cu, chunk = EDGES["packed, 1 to 64 tokens"]
+    errors = triton_errors(shape, cu_seqlens=cu, chunk_size=chunk, dtype=dtype)
+    assert errors.pop("y") < 5e-3 and all(e < 1e-2 for e in errors.values()), errors
+
+
+def far_apart(v):
+    """v (1, t, ...) with its tokens 2^30 elements apart: address space of which only the pages with tokens exist."""
+    t, width, stride = v.shape[1], v[0, 0].numel(), 2**30
+    storage = torch.UntypedStorage(4 * ((t - 1) * stride + width), device=DEVICE)
+    far = torch.tensor([], dtype=torch.float32, device=DEVICE).set_(storage, 0, v.shape, (t * stride, stride, *v[0, 0].stride()))
+    return far.copy_(v)
+
+
+def test_triton_reaches_beyond_32_bits(interpreter):
+    inputs = {k: v.detach().to(DEVICE) for k, v in s.random_inputs(b=1, t=4, h=2, p=16, g=1, n=16).items()}
+    leaves = {k: (far_apart(v) if k in ("x", "B", "C") else v).requires_grad_() for k, v in inputs.items()}
+    assert (leaves["x"].stride(1) * 3).bit_length() > 31
+    y, S = s.ssd_scan(**leaves, dt_softplus=True, backend="triton")
+    twins = {k: v.detach().clone().requires_grad_() for k, v in inputs.items()}
+    expected, final = s.ssd_scan(**twins, dt_softplus=True, backend="recurrent")
+    (y.sin().sum() + S.sin().sum()).backward()
+    (expected.sin().sum() + final.sin().sum()).backward()
+    torch.testing.assert_close(y, expected)
+    for k in ("x", "B", "C", "A"):
+        torch.testing.assert_close(leaves[k].grad, twins[k].grad)
+    x, weight = far_apart(inputs["x"].flatten(2)), torch.randn(32, 4, device=DEVICE)
+    torch.testing.assert_close(s.causal_conv1d(x, weight, backend="triton")[0], s.causal_conv1d(x, weight, backend="torch")[0])
+
+
+def test_triton_documents_do_not_leak(interpreter):
+    inputs, cu = {k: v.to(DEVICE) for k, v in small(t=40).items()} | {"dt_softplus": True}, [0, 17, 18, 40]
+    keep = [i for i in range(40) if i != 17]
+    before, S = s.ssd_scan(**inputs, cu_seqlens=cu, backend="triton")
+    inputs["x"][:, 17] = torch.nan
+    after, S2 = s.ssd_scan(**inputs, cu_seqlens=cu, backend="triton")
+    assert torch.equal(before[:, keep], after[:, keep]) and torch.equal(S[[0, 2]], S2[[0, 2]])
+
+
+def test_triton_answers_nan_where_nothing_is_forgotten(interpreter):
+    inputs = {k: v.to(DEVICE) for k, v in small().items()}
+    y, _ = s._scan_triton(*(inputs[k][0] for k in ("x", "dt", "B", "C")), torch.tensor([-1.0, 0.0], device=DEVICE), None,
+                          torch.zeros(1, 2, 3, 4, device=DEVICE), (0, 12), 16)  # fmt: skip
+    assert y[:, 0].isfinite().all() and y[:, 1].isnan().all()
+
+
+@settings(max_examples=6, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=4), st.integers(1, 5), st.integers(1, 70), st.booleans(), st.booleans(), st.booleans())
+def test_triton_convolution(interpreter, lengths, k, d, packed, silu, with_states):
+    cu = [sum(lengths[:i]) for i in range(len(lengths) + 1)] if packed else None
+    b, t = (1, cu[-1]) if packed else (2, lengths[0])
+    torch.manual_seed(0)
+    tensors = [torch.randn(b, t, d), torch.randn(d, k), torch.randn(d), torch.randn(len(lengths) if packed else b, d, k - 1)]
+    tensors = [v.to(DEVICE) for v in (tensors if with_states else tensors[:3])]
+
+    def run(backend, dtype):
+        leaves = [v.detach().clone().to(dtype).requires_grad_() for v in tensors]
+        y, final = s.causal_conv1d(*leaves[:3], initial_states=leaves[3] if with_states else None, cu_seqlens=cu, backend=backend,
+                                   activation="silu" if silu else None)  # fmt: skip
+        (y.sin().sum() + final.sin().sum()).backward()
+        return y, final, *(v.grad for v in leaves)
+
+    for ours, oracle in zip(run("triton", torch.float32), run("torch", torch.float64)):
+        torch.testing.assert_close(ours.double(), oracle, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_triton_step(interpreter, dtype):
+    inputs = {k: v.to(DEVICE) for k, v in small(b=3, t=1, h=6, p=20, g=2, n=9, states=3).items()}
+    state, per_token = inputs.pop("initial_states"), {k: inputs.pop(k)[:, 0].to(dtype) for k in ("x", "dt", "B", "C")}
+    twin = state.clone()
+    with torch.no_grad():
+        y, new = s.ssd_step(state, **per_token, **inputs, dt_softplus=True, backend="triton")
+        expected, _ = s.ssd_step(twin, **per_token, **inputs, dt_softplus=True, backend="torch")
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(state, twin, rtol=1e-6, atol=1e-6)
+    assert new is state
+
+
+def test_triton_compiles_into_one_graph(interpreter):
+    inputs = {k: v.to(DEVICE) for k, v in small(t=20).items()}
+    weight = torch.randn(6, 4, device=DEVICE)
+
+    def layer(x, **rest):
+        x = s.causal_conv1d(x.flatten(2), weight, cu_seqlens=(0, 7, 20), activation="silu", backend="triton")[0].view(x.shape)
+        return s.ssd_scan(x, **rest, dt_softplus=True, cu_seqlens=(0, 7, 20), backend="triton")
+
+    def gradients(layer):
+        leaves = {k: v.clone().requires_grad_() for k, v in inputs.items()}
+        y, S = layer(**leaves)
+        (y.square().sum() + S.sum()).backward()
+        return [y, S, *(v.grad for v in leaves.values())]
+
+    for ours, expected in zip(gradients(torch.compile(layer, fullgraph=True, backend="aot_eager")), gradients(layer)):
+        assert torch.equal(ours, expected)
+
+
+def test_triton_needs_what_it_needs(monkeypatch):
+    with pytest.raises(ValueError, match="^backend: got .*float64"):
+        s.ssd_scan(**{k: v.double() for k, v in small().items()}, backend="triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="^backend: got .* expected .*GPU"):
+        s.ssd_scan(**small(), backend="triton")
+
+
+def test_triton_compiles_ahead_of_time():
+    script, shared_memory = Path(__file__).with_name("compile_kernels.py"), {80: 163, 90: 227, 120: 99}  # KB a block may take
+    jobs = {c: subprocess.Popen([sys.executable, script, str(c)], stdout=subprocess.PIPE, text=True) for c in shared_memory}
+    for capability, job in jobs.items():
+        rows = [json.loads(line) for line in job.communicate()[0].splitlines()]
+        assert job.returncode == 0 and len(rows) == 11
+        for row in rows:
+            assert row["spilled"] <= 64 and row["tensor_core"] >= row["dots"] and row["scalar_products"] == 0, row
+            assert row["shared"] <= shared_memory[capability] * 1024, row
+
+
+@pytest.mark.gpu
+def test_triton_on_a_gpu_gives_the_same_bits_twice():
+    inputs = {k: v.detach().to("cuda") for k, v in s.random_inputs(b=1, t=3000, h=24, p=128, g=1, n=256, states=3).items()}
+    inputs |= {k: inputs[k].bfloat16() for k in ("x", "dt", "B", "C")}
+
+    def run(backend, dtype):
+        leaves = {k: v.to(dtype if k in ("x", "dt", "B", "C") else torch.float32).requires_grad_() for k, v in inputs.items()}
+        y, S = s.ssd_scan(**leaves, cu_seqlens=(0, 1, 2000, 3000), dt_softplus=True, backend=backend)
+        torch.autograd.backward([y, S], [torch.ones_like(y), torch.ones_like(S)])
+        return [y, S, *(v.grad for v in leaves.values())]
+
+    first, second, oracle = run(None, torch.bfloat16), run(None, torch.bfloat16), run("torch", torch.float32)
+    for a, b, c in zip(first, second, oracle):
+        assert torch.equal(a, b) and (a.float() - c).norm() / c.norm() < 1e-2

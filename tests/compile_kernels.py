@@ -1,0 +1,88 @@
+"""Compile every Triton kernel of ssm_scan.py for one GPU generation, without a GPU, at the shapes of the 7B model in bfloat16:
+
+    python tests/compile_kernels.py 90
+
+prints one JSON object a line: kernel, registers, bytes spilled, bytes of shared memory, matrix products in the source program
+and the tensor-core instructions they became. A process of its own, because the interpreter of the other tests replaces @triton.jit.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import ssm_scan as s
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+SHARED = {80: 163, 90: 227, 120: 99}  # KB of shared memory that a block may take
+SIZES = dict(H=24, G=1, P=128, N=256, L=256)
+FLOAT32 = {"dt", "c", "D", "A", "initial", "final", "crossing", "ddt", "dD", "row", "col", "through", "state", "dweight", "dbias"}
+INT64 = {"start", "length", "first", "seq", "cu"}
+
+
+def compiled(kernel, capability, constants, *, num_warps, num_stages=3):
+    signature = {}
+    for name in kernel.arg_names:
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.startswith("s_"):
+            signature[name] = "i64" if name == "s_lo" else "i32"
+        else:
+            signature[name] = "*i64" if name in INT64 else "*fp32" if name in FLOAT32 else "*bf16"
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if signature[name] != "constexpr"}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(num_warps=num_warps, num_stages=num_stages))
+
+
+def report(name, binary, capability):
+    with tempfile.TemporaryDirectory() as folder:
+        ptx, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+        ptx.write_text(binary.asm["ptx"])
+        cubin.write_bytes(binary.asm["cubin"])
+        arch = re.search(r"\.target (\w+)", binary.asm["ptx"])[1]
+        ptxas = TOOLS / ("ptxas-blackwell" if capability >= 100 else "ptxas")
+        verbose = subprocess.run([ptxas, "-v", f"-arch={arch}", ptx, "-o", os.devnull], capture_output=True, text=True, check=True).stderr
+        sass = subprocess.run([TOOLS / "cuobjdump", "-sass", cubin], capture_output=True, text=True, check=True,
+                              env={**os.environ, "PATH": f"{TOOLS}:{os.environ['PATH']}"}).stdout
+    return {"kernel": name, "registers": int(re.search(r"Used (\d+) registers", verbose)[1]),
+            "spilled": sum(map(int, re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", verbose).groups())),
+            "shared": binary.metadata.shared, "dots": len(re.findall(r"\btt\.dot\b", binary.asm["ttir"])),
+            "tensor_core": len(re.findall(r"\b(?:HGMMA|HMMA)\b", sass)),
+            "scalar_products": len(re.findall(r"tt\.dot .*-> tensor<\S+ #blocked", binary.asm["ttgir"]))}
+
+
+def main(capability):
+    tiles = s._tiling(SIZES["L"], SIZES["P"], SIZES["N"], SHARED[capability] * 1024)
+    part = {name: {k: SIZES[k] for k in names} for name, names in {"cb": "GNL", "dcb": "HGPL", "states": "HGPNL", "scan": "HGPNL", "dbc": "HGPNL"}.items()}
+    jobs = [("cb", s._cb_kernel, {}), ("dcb", s._dcb_kernel, {})]
+    for reversed_ in (False, True):
+        none = {} if reversed_ else {"entering": None, "crossing": None}
+        jobs.append(("states", s._states_kernel, {"REVERSED": reversed_} | none))
+        none = {} if reversed_ else {"x": None, "ddt": None, "dD": None, "s_x": 0}
+        jobs.append(("scan", s._scan_kernel, {"REVERSED": reversed_} | none))
+        jobs.append(("dbc", s._dbc_kernel, {"REVERSED": reversed_}))
+    for name, kernel, constants in jobs:
+        options = {k: v for k, v in tiles[name].items() if k.startswith("num_")}
+        constants = constants | part[name] | {k: v for k, v in tiles[name].items() if k not in options}
+        label = name + " reversed" * constants.get("REVERSED", False)
+        print(json.dumps(report(label, compiled(kernel, capability, constants, **options), capability)), flush=True)
+    for backward in (False, True):
+        none = {"y": None} if backward else {k: None for k in ("dy", "dx", "dhistory", "dweight", "dbias")}
+        constants = none | dict(CHANNELS=3584, K=4, SILU=True, BT=32, BD=64, BACKWARD=backward)
+        print(json.dumps(report("conv" + " backward" * backward, compiled(s._conv_kernel, capability, constants, num_warps=8), capability)), flush=True)
+    constants = dict(H=24, G=1, P=128, N=256, BP=16, BN=256)
+    print(json.dumps(report("step", compiled(s._step_kernel, capability, constants, num_warps=4), capability)), flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
