@@ -2,12 +2,14 @@
 
 Every function exists for three readers. `backend="recurrent"` is the definition, one token after another, and the oracle of
 the tests (run it in float64). `backend="torch"` cuts each sequence into chunks and turns the scan into matrix products; it is
-what CPUs run. `backend="triton"` is the place of the GPU kernels; it is not built yet and says so.
+what CPUs run. `backend="triton"` is the same in hand-written kernels, forward and backward, for GPUs; section 4 derives them.
 
-    python ssm_scan.py          parity of the chunked scan with the definition, outputs and every gradient, and its speed
+    python ssm_scan.py                          parity with the definition, outputs and every gradient, then a table of speeds
+    python tests/compile_kernels.py 90          registers, spills and shared memory of the kernels, without a GPU
+    TRITON_INTERPRET=1 python your_script.py    backend="triton" on a CPU, slowly, in Triton's interpreter
 
-To copy this file into another project, take nothing else: it needs torch alone. Argument names follow mamba_ssm and
-causal_conv1d, so that either can take the other's place.
+To copy this file into another project, take nothing else: it needs torch, and for GPUs triton. Argument names follow
+mamba_ssm and causal_conv1d, so that either can take the other's place.
 
 Glossary (Mamba-2 is arXiv 2405.21060)
     b, t, h, p   batch, tokens, heads, channels of one head (the paper's P, "head dim")
@@ -21,12 +23,14 @@ Glossary (Mamba-2 is arXiv 2405.21060)
     S            (s, h, p, n)   the state, one p x n matrix for each head, always float32 or wider
     cu_seqlens   (s + 1,)       where the packed documents start, and the end: [0, 7, 19] is one of 7 and one of 12 tokens
 
-Deviations from Mamba-2: none in the function. Decays are differences of cumulative sums taken in float64 (a sum over a
-strongly decaying chunk reaches -10^4, where float32 has only three digits left behind the point), and packed sequences
-never share a chunk, so no mask inside a chunk is needed and nothing can leak from one document into the next.
+Deviations from Mamba-2: none in the function. Decays are differences of cumulative sums taken in float64: a sum over a
+strongly decaying chunk reaches -10^4, where float32 has only three digits left behind the point (the kernels use pairs of
+float32). Packed sequences never share a chunk, so no mask inside a chunk is needed and nothing can leak from one to the next.
 """
 
+import itertools
 import os
+import time
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -61,6 +65,8 @@ def _check_scan(x, dt, A, B, C, D, dt_bias, states, s):
     _expect(B.shape == C.shape, "C", tuple(C.shape), f"the shape of B, {tuple(B.shape)}")
     _expect(h % B.shape[-2] == 0, "B", f"{B.shape[-2]} groups", f"a number that divides the {h} heads of x")
     _expect(x.dtype == B.dtype == C.dtype, "dtype", f"x {x.dtype}, B {B.dtype}, C {C.dtype}", "the same for x, B and C")
+    for name, v in (("dt", dt), ("A", A), ("B", B), ("C", C), ("D", D), ("dt_bias", dt_bias), ("initial_states", states)):
+        _expect(v is None or v.device == x.device, name, v is not None and f"a tensor on {v.device}", f"one on {x.device}, as x")
     for name, v in (("A", A), ("D", D), ("dt_bias", dt_bias)):
         _expect(v is None or tuple(v.shape) == (h,), name, None if v is None else tuple(v.shape), (h,))
     want = (s, h, p, B.shape[-1])
@@ -178,8 +184,10 @@ def ssd_scan(x, dt, A, B, C, *, D=None, dt_bias=None, dt_softplus=False, initial
     x (b, t, h, p), dt (b, t, h), A (h,) negative, B and C (b, t, g, n), D and dt_bias (h,), initial_states (s, h, p, n) with
     s = b, or the number of sequences when cu_seqlens (s + 1,) packs them along t and b = 1. Any t >= 1.
     Returns y (b, t, h, p) in x's dtype and the final states (s, h, p, n) in float32 (float64 for float64 inputs).
-    Differentiable in every tensor. backend: "recurrent", "torch", or None for the best there is on x's device.
-    Raises ValueError, naming the argument, for shapes that do not fit, A >= 0, unsorted cu_seqlens, an unknown backend.
+    Differentiable in every tensor. dt is positive, after softplus(dt + dt_bias) where asked for. chunk_size: at most so many
+    tokens a chunk, a matter of speed alone. backend: "recurrent", "torch", "triton" or None: triton on a GPU, torch elsewhere.
+    Raises ValueError, naming the argument, for shapes that do not fit, A >= 0 (on a GPU, where looking would stop the host, y is
+    NaN), unsorted cu_seqlens, a backend that is not there. Under torch.compile give cu_seqlens as a tuple of ints.
     """
     backend = _backend(backend, x)
     _expect(x.dim() == 4 and x.shape[1] >= 1, "x", tuple(x.shape), "(b, t, h, p) with t >= 1")
@@ -223,8 +231,10 @@ def _scan_chunked(x, dt, B, C, A, S, cu, chunk_size):
 
     Padding has dt = 0: it neither writes nor decays, so c_l is right for chunks that are not full, too.
     """
-    h, g = x.shape[1], B.shape[1]
-    chunk_size = min(chunk_size, max(end - start for start, end in zip(cu, cu[1:])))
+    (h, p), (g, n) = x.shape[1:], B.shape[1:]
+    # A token costs l entries of the decays and its share p n / l of a chunk's state: least for l = sqrt(p n).
+    fastest = 1 << max(4, (p * n).bit_length() // 2)
+    chunk_size = min(chunk_size, fastest, max(end - start for start, end in zip(cu, cu[1:])))
     table = chunk_table(cu, chunk_size, x.device)
     order, back, by_length = table.order, table.back, table.by_length
     x, dt, B, C = (gather_rows(v, table.index, table.inverse) for v in (x, dt, B, C))  # (k, l, h, p), (k, l, h), (k, l, g, n)
@@ -244,7 +254,7 @@ def _scan_chunked(x, dt, B, C, A, S, cu, chunk_size):
 
     # Step 2, what each chunk adds to the state: one (p h / g x l)(l x n) product per group.
     written = dtx * (c[..., -1:] - c).to(x.dtype).exp()[:, :, None]  # (k, h, p, l)
-    local = (by_group(written) @ B).view(len(x), h, -1, B.shape[-1])  # (k, h, p, n)
+    local = (by_group(written) @ B).view(len(x), h, p, n)  # (k, h, p, n)
 
     # Step 3, along the chunks of every sequence at once. Only this loop is sequential: t / l short steps.
     keep = c[..., -1].to(x.dtype).exp()[..., None, None]  # (k, h, 1, 1)
@@ -296,8 +306,9 @@ def _scan_chunked(x, dt, B, C, A, S, cu, chunk_size):
 #
 #     sum_{j < t <= i} q_ij  +  sum_{i >= t} F_i  +  sum_{j < t} E_j  +  <entering state, leaving state's gradient> 2^(c_l)
 #
-# and the first sum is sum_{i >= t} (row_i - col_i), where row and col add up the same numbers q without their diagonal. No
-# term is a difference of large ones. (y . dy - x . dx, shorter and common, is; it loses all digits where decays are strong.)
+# and the first sum is sum_{i >= t} (row_i - col_i), where row and col add up the same numbers q without their diagonal. The
+# diagonal is what is large there and crosses no step. (y . dy - x . dx, shorter and common, has it in both terms, and loses all
+# digits where decays are strong.)
 #
 # Nothing is added up by atomics: programs that share a sum store their parts, torch adds them, and two runs give the same
 # bits. Chunk and token numbers are int64, because t h p passes 2^31 at 700,000 tokens of the 7B model. Tile sizes are chosen
@@ -885,31 +896,114 @@ def relative_errors(inputs, *, cu_seqlens=None, chunk_size=256, backend="torch")
     return {name: float((ours[name] - v).norm() / v.norm().clamp(min=1e-30)) for name, v in oracle.items()}
 
 
-def main():
-    import time
-
+def parity(device, backend):
     cases = {
         "ragged end": (dict(b=2, t=70, h=4, p=16, g=2, n=32), None),
         "packed, with states": (dict(b=1, t=105, h=4, p=16, g=2, n=32, states=4), [0, 40, 41, 57, 105]),
         "odd sizes": (dict(b=1, t=45, h=6, p=24, g=1, n=40, states=1), None),
     }
-    print("relative error against the float64 recurrence, chunks of 32, float32")
+    print(f"{backend}: relative error against the float64 recurrence, chunks of at most 32, float32")
     for name, (shape, cu) in cases.items():
-        errors = relative_errors(random_inputs(**shape), cu_seqlens=cu, chunk_size=32)
+        inputs = {k: v.detach().to(device) for k, v in random_inputs(**shape).items()}
+        errors = relative_errors(inputs, cu_seqlens=cu, chunk_size=32, backend=backend)
         print(f"  {name:20s}", "  ".join(f"{k} {v:.0e}" for k, v in errors.items()))
 
-    b, t, h, p, n = 8, 512, 8, 64, 64
-    print(f"forward and backward, b={b} t={t} h={h} p={p} n={n}, float32, {torch.get_num_threads()} CPU threads")
-    inputs = random_inputs(b, t, h, p, 1, n)
-    for backend, chunk in (("recurrent", 0), ("torch", 32), ("torch", 64), ("torch", 128), ("torch", 256)):
-        seconds = []
-        for _ in range(1 if backend == "recurrent" else 5):
-            start = time.perf_counter()
-            y, S = ssd_scan(**inputs, dt_softplus=True, chunk_size=max(chunk, 1), backend=backend)
-            (y.sum() + S.sum()).backward()
-            seconds.append(time.perf_counter() - start)
-        print(f"  {backend:9s} chunk {chunk or '-':>3}   {sorted(seconds)[len(seconds) // 2] * 1e3:8.1f} ms")
-    print("rows for the triton kernels need a GPU and are not part of this version")
+
+def milliseconds(run, device):
+    """Median of ten runs, after two that compile and warm up."""
+    times = []
+    for _ in range(12):
+        start = time.perf_counter()
+        run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append((time.perf_counter() - start) * 1e3)
+    return sorted(times[2:])[5]
+
+
+def floors(device):
+    """Bytes a second of a copy and operations a second of a matrix product, measured here: nothing can be faster."""
+    size, dtype = (8192, torch.bfloat16) if device == "cuda" else (1024, torch.float32)
+    a, out = torch.randn(size, size, device=device, dtype=dtype), torch.empty(size, size, device=device, dtype=dtype)
+    long = torch.empty(2**29 if device == "cuda" else 2**26, dtype=torch.uint8, device=device)
+    copy, product = torch.empty_like(long), milliseconds(lambda: torch.mm(a, a, out=out), device)
+    return 2 * long.numel() / milliseconds(lambda: copy.copy_(long), device) * 1e3, 2 * size**3 / product * 1e3
+
+
+def peers():
+    """mamba_ssm's and fla's scans under our arguments, where they can be imported. x, dt, B, C are (1, t, ...)."""
+    found = {}
+    try:
+        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+        def mamba(x, dt, A, B, C, cu):
+            seq = torch.repeat_interleave(torch.arange(len(cu) - 1), torch.tensor(cu).diff())[None].int().to(x.device)
+            return mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size=256, seq_idx=seq if len(cu) > 2 else None)
+
+        found["mamba_ssm"] = mamba
+    except ImportError:
+        pass
+    try:
+        from fla.ops.simple_gla import chunk_simple_gla
+
+        def fla(x, dt, A, B, C, cu):
+            q, k = (v.repeat_interleave(x.shape[2] // v.shape[2], 2) for v in (C, B))
+            written, ends = (x * dt[..., None]).to(x.dtype), torch.tensor(cu, device=x.device)
+            return chunk_simple_gla(q, k, written, g=dt * A, scale=1.0, cu_seqlens=ends)[0]
+
+        found["fla"] = fla
+    except ImportError:
+        pass
+    return found
+
+
+def benchmark(device, shapes, tokens, functions):
+    """Forward and backward of each function (x, dt, A, B, C, cu) -> y, in one document and in documents of 1,000 tokens."""
+    bandwidth, rate = floors(device)
+    dtype, width = (torch.bfloat16, 2) if device == "cuda" else (torch.float32, 4)
+    print(f"copy {bandwidth / 1e9:.0f} GB/s, matrix product {rate / 1e12:.2f} TFLOP/s; ms, GB/s, TFLOP/s, share of the floor")
+    for (shape, (h, p, n)), t, packed in itertools.product(shapes.items(), tokens, (False, True)):
+        cu = (*range(0, t, 1000), t) if packed else (0, t)
+        inputs = {k: v.detach().to(device) for k, v in random_inputs(1, t, h, p, 1, n).items()}
+        leaves = [F.softplus(inputs["dt"]), inputs["A"], *(inputs[k].to(dtype) for k in "xBC")]
+        dt, A, x, B, C = (v.requires_grad_() for v in leaves)
+        # What must be moved, and the operations of the chunked algorithm (chunks of 256, the triangle's half counted).
+        moved = (t * (2 * h * p + 2 * n) * width + 4 * t * h, t * (3 * h * p + 4 * n) * width + 8 * t * h)
+        operations = (t * (h * (256 * p + 4 * p * n) + 256 * n), t * (h * (512 * p + 8 * p * n) + 512 * n))
+        for name, function in functions.items():
+            def both():
+                y = function(x, dt, A, B, C, cu)
+                torch.autograd.grad(y, (x, dt, A, B, C), y)
+            with torch.no_grad():
+                forward = milliseconds(lambda: function(x, dt, A, B, C, cu), device)
+            for part, ms, size, work in zip(("forward", "backward"), (forward, milliseconds(both, device) - forward), moved, operations):
+                floor = max(size / bandwidth, work / rate) * 1e3
+                print(f"  {shape:5s} {t:7,d} tokens {'packed' if packed else '':6s} {name:10s} {part:8s} {ms:9.3f} ms "
+                      f"{size / ms / 1e6:7.1f} GB/s {work / ms / 1e9:7.2f} TFLOP/s {100 * floor / ms:4.0f} %")
+    for (shape, (h, p, n)), b in itertools.product(shapes.items(), (1, 64, 256)):
+        inputs = {k: v.detach().to(device) for k, v in random_inputs(b, 1, h, p, 1, n, states=b).items()}
+        state, A, one = inputs["initial_states"], inputs["A"], {k: inputs[k][:, 0].to(dtype) for k in ("x", "B", "C")}
+        dt = F.softplus(inputs["dt"][:, 0])
+        with torch.no_grad():
+            ms = milliseconds(lambda: ssd_step(state, one["x"], dt, A, one["B"], one["C"]), device)
+        floor = 8 * state.numel() / bandwidth * 1e3  # float32, read once and written once
+        print(f"  {shape:5s} decode step, batch {b:3d}   {ms:9.3f} ms {8 * state.numel() / ms / 1e6:7.1f} GB/s {100 * floor / ms:4.0f} %")
+
+
+def main():
+    def ours(backend):
+        return lambda x, dt, A, B, C, cu: ssd_scan(x, dt, A, B, C, cu_seqlens=cu, backend=backend)[0]
+
+    if torch.cuda.is_available():
+        parity("cuda", "triton")
+        print(torch.cuda.get_device_name(), "torch", torch.__version__, "triton", triton.__version__)
+        shapes = {"0.5B": (24, 64, 128), "7B": (24, 128, 256)}
+        benchmark("cuda", shapes, (4096, 32768, 131072), {"triton": ours("triton"), **peers()})
+    else:
+        parity("cpu", "torch")
+        print(f"{torch.get_num_threads()} CPU threads, torch", torch.__version__)
+        benchmark("cpu", {"small": (8, 64, 64)}, (512,), {"torch": ours("torch"), "recurrent": ours("recurrent")})
+        print("the rows of the triton backend, of the shapes 0.5B and 7B at 4k, 32k and 128k tokens, and of the peers need a GPU")
 
 
 if __name__ == "__main__":

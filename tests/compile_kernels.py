@@ -63,25 +63,21 @@ def report(name, binary, capability):
 
 def main(capability):
     tiles = s._tiling(SIZES["L"], SIZES["P"], SIZES["N"], SHARED[capability] * 1024)
-    part = {name: {k: SIZES[k] for k in names} for name, names in {"cb": "GNL", "dcb": "HGPL", "states": "HGPNL", "scan": "HGPNL", "dbc": "HGPNL"}.items()}
-    jobs = [("cb", s._cb_kernel, {}), ("dcb", s._dcb_kernel, {})]
-    for reversed_ in (False, True):
-        none = {} if reversed_ else {"entering": None, "crossing": None}
-        jobs.append(("states", s._states_kernel, {"REVERSED": reversed_} | none))
-        none = {} if reversed_ else {"x": None, "ddt": None, "dD": None, "s_x": 0}
-        jobs.append(("scan", s._scan_kernel, {"REVERSED": reversed_} | none))
-        jobs.append(("dbc", s._dbc_kernel, {"REVERSED": reversed_}))
-    for name, kernel, constants in jobs:
-        options = {k: v for k, v in tiles[name].items() if k.startswith("num_")}
-        constants = constants | part[name] | {k: v for k, v in tiles[name].items() if k not in options}
-        label = name + " reversed" * constants.get("REVERSED", False)
-        print(json.dumps(report(label, compiled(kernel, capability, constants, **options), capability)), flush=True)
-    for backward in (False, True):
-        none = {"y": None} if backward else {k: None for k in ("dy", "dx", "dhistory", "dweight", "dbias")}
-        constants = none | dict(CHANNELS=3584, K=4, SILU=True, BT=32, BD=64, BACKWARD=backward)
-        print(json.dumps(report("conv" + " backward" * backward, compiled(s._conv_kernel, capability, constants, num_warps=8), capability)), flush=True)
-    constants = dict(H=24, G=1, P=128, N=256, BP=16, BN=256)
-    print(json.dumps(report("step", compiled(s._step_kernel, capability, constants, num_warps=4), capability)), flush=True)
+    forward = {  # what a kernel is not given when it does not run backward
+        "states": {"entering": None, "crossing": None}, "scan": {"x": None, "ddt": None, "dD": None, "s_x": 0}, "dbc": {}}
+    jobs = [("cb", s._cb_kernel, "GNL", tiles["cb"]), ("dcb", s._dcb_kernel, "HGPL", tiles["dcb"])]
+    for name, kernel in (("states", s._states_kernel), ("scan", s._scan_kernel), ("dbc", s._dbc_kernel)):
+        jobs.append((name, kernel, "HGPNL", tiles[name] | forward[name] | {"REVERSED": False}))
+        jobs.append((name + " reversed", kernel, "HGPNL", tiles[name] | {"REVERSED": True}))
+    conv = dict(CHANNELS=3584, K=4, SILU=True, BT=32, BD=64, num_warps=8)
+    gradients = dict.fromkeys(("dy", "dx", "dhistory", "dweight", "dbias"))
+    jobs.append(("conv", s._conv_kernel, "", conv | gradients | {"BACKWARD": False}))
+    jobs.append(("conv backward", s._conv_kernel, "", conv | {"y": None, "BACKWARD": True}))
+    jobs.append(("step", s._step_kernel, "HGPN", dict(BP=16, BN=256, num_warps=4)))
+    for name, kernel, sizes, constants in jobs:
+        options = {k: v for k, v in constants.items() if k.startswith("num_")}
+        constants = {k: v for k, v in constants.items() if k not in options} | {k: SIZES[k] for k in sizes}
+        print(json.dumps(report(name, compiled(kernel, capability, constants, **options), capability)), flush=True)
 
 
 if __name__ == "__main__":
