@@ -56,7 +56,7 @@ class FalconH1Config:
     mamba_d_state: int
     mamba_n_groups: int = 1
     mamba_d_conv: int = 4
-    mamba_chunk_size: int = 128
+    mamba_chunk_size: int = 128  # not read: how long chunks are is a matter of speed, and ssm_scan.py knows best
     mamba_rms_norm: bool = True
     mamba_norm_before_gate: bool = False
     mamba_conv_bias: bool = True
@@ -290,7 +290,7 @@ class Mamba(nn.Module):
             y, state = ssd_step(state, x, dt[:, 0], A, B, C, D=self.D)
             y = y[:, None]
         else:
-            y, state = ssd_scan(x, dt, A, B, C, D=self.D, initial_states=state, cu_seqlens=cu, chunk_size=c.mamba_chunk_size)
+            y, state = ssd_scan(x, dt, A, B, C, D=self.D, initial_states=state, cu_seqlens=cu)
         if cache is not None and not step:  # a step has updated them in place
             cache.conv[layer].copy_(conv_state)
             cache.ssm[layer].copy_(state)

@@ -462,10 +462,14 @@ def _dcb_kernel(x, dy, cb, dt, c, s_lo, start, length, dcb, row, col, s_x, s_dy,
         acc = tl.zeros((BM, BJ), tl.float32)
         for h in range(g * (H // G), (g + 1) * (H // G)):
             head = k * H + h
-            d = _load(dy + h * P, p[None, :], token + i[:, None], s_dy, (i < num)[:, None], (p < P)[None, :])  # (BM, BP)
-            v = _load(x + h * P, p[:, None], token + j[None, :], s_x, (j < num)[None, :], (p < P)[:, None])  # (BP, BJ)
+            share = tl.zeros((BM, BJ), tl.float32)
+            for p0 in range(0, P, BP):
+                q = p0 + p
+                d = _load(dy + h * P, q[None, :], token + i[:, None], s_dy, (i < num)[:, None], (q < P)[None, :])  # (BM, BP)
+                v = _load(x + h * P, q[:, None], token + j[None, :], s_x, (j < num)[None, :], (q < P)[:, None])  # (BP, BJ)
+                share = tl.dot(d, v, share, input_precision="ieee")
             decay = _decay(c + head * L, s_lo, i[:, None], j[None, :]) * tl.load(dt + head * L + j)[None, :]
-            share = tl.where(i[:, None] >= j[None, :], tl.dot(d, v, input_precision="ieee") * decay, 0.0)
+            share = tl.where(i[:, None] >= j[None, :], share * decay, 0.0)
             acc += share
             tl.store(row + (head * ACROSS + tile % ACROSS) * L + i, tl.sum(share * below, 1))
             tl.store(col + (head * DOWN + tile // ACROSS) * L + j, tl.sum(share * below, 0))
@@ -516,17 +520,18 @@ def _power(size):
     return max(16, 1 << (size - 1).bit_length())  # tl.dot wants at least 16, tl.arange a power of two
 
 
-def _tiling(l, p, n, shared_memory):
-    """Tile sizes and launch options of every kernel, for chunks of l tokens. Hopper has 227 KB of shared memory for a block
-    and takes tiles of 128; Ampere, Ada and consumer Blackwell, from 99 KB, take 64."""
-    big = shared_memory >= 200_000
+def _tiling(l, p, n, dtype, shared_memory):
+    """Tile sizes and launch options of every kernel, for chunks of l tokens. In 16 bits, Hopper with its 227 KB of shared
+    memory for a block takes tiles of 128; float32, and Ampere, Ada and consumer Blackwell, from 99 KB, take 64."""
+    big = shared_memory >= 200_000 and dtype.itemsize == 2 and p <= 128
     bm, options = min(128 if big else 64, l), dict(num_warps=8, num_stages=3) if big else dict(num_warps=4, num_stages=2)
+    full = dtype.itemsize == 4  # products of float32 run on no tensor core, and need their registers for themselves
     bl, bp, bk, bn = min(64 if big else 32, l), _power(p), min(64 if big else 32, _power(n)), min(128 if big else 64, _power(n))
     return {
         "cb": dict(BM=bm, BK=bk, **options),
-        "states": dict(BP=min(64, bp), BN=min(64, _power(n)), BL=bl, num_warps=4, num_stages=options["num_stages"]),
+        "states": dict(BP=min(32 if full else 64, bp), BN=min(64, _power(n)), BL=bl, num_warps=4, num_stages=options["num_stages"]),
         "scan": dict(BM=bm, BP=bp, BK=bk, BL=bl, **options),
-        "dcb": dict(BM=bm, BJ=max(16, bm // 2), BP=bp, **options),
+        "dcb": dict(BM=bm, BJ=max(16, bm // 2), BP=min(32, bp) if full else bp, **options),
         "dbc": dict(BM=bm, BN=bn, BP=bp, BL=bl, **options),
     }
 
@@ -543,7 +548,8 @@ def _chunk_decays(dt, A, table):
 
 
 def _launch(kernel, programs, *args, **sizes):
-    kernel[(programs,)](*args, **sizes)
+    with torch.cuda.device_of(args[0]):  # Triton launches on the current GPU, wherever the tensors lie
+        kernel[(programs,)](*args, **sizes)
 
 
 @torch.library.custom_op("falcon_h1r::ssd", mutates_args=())  # opaque to torch.compile, which therefore has no graph break
@@ -552,7 +558,7 @@ def _ssd(x: torch.Tensor, dt: torch.Tensor, B: torch.Tensor, C: torch.Tensor, A:
     """x (tokens, h, p), dt (tokens, h), B and C (tokens, g, n), A and D (h,), S (s, h, p, n) -> y, final states, and for the
     backward pass the states (k, h, p, n) that enter each chunk, and cb (k, g, l, l)."""
     (h, p), (g, n), table = x.shape[1:], B.shape[1:], chunk_table(tuple(cu), l, x.device)
-    k, tiles, (dt, c) = len(table.start), _tiling(l, p, n, _shared_memory(x)), _chunk_decays(dt, A, table)
+    k, tiles, (dt, c) = len(table.start), _tiling(l, p, n, x.dtype, _shared_memory(x)), _chunk_decays(dt, A, table)
     y, states = torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty(k, h, p, n, dtype=x.dtype, device=x.device)
     final, cb = torch.empty_like(S), torch.empty(k, g, l, l, dtype=x.dtype, device=x.device)
     sizes, chunks = dict(H=h, G=g, P=p, N=n, L=l), (table.start, table.length)
@@ -577,7 +583,7 @@ def _ssd_backward(dy: torch.Tensor, dfinal: torch.Tensor, x: torch.Tensor, dt: t
                   l: int) -> list[torch.Tensor]:  # fmt: skip
     """Gradients of x, dt, B, C, A, D and the initial states."""
     (h, p), (g, n), table = x.shape[1:], B.shape[1:], chunk_table(tuple(cu), l, x.device)
-    k, tiles, (dt, c) = len(table.start), _tiling(l, p, n, _shared_memory(x)), _chunk_decays(dt, A, table)
+    k, tiles, (dt, c) = len(table.start), _tiling(l, p, n, x.dtype, _shared_memory(x)), _chunk_decays(dt, A, table)
     sizes, chunks = dict(H=h, G=g, P=p, N=n, L=l), (table.start, table.length)
     side, across = l // tiles["scan"]["BM"], l // tiles["dcb"]["BJ"]
     parts, split = triton.cdiv(p, tiles["states"]["BP"]) * triton.cdiv(n, tiles["states"]["BN"]), triton.cdiv(n, tiles["dbc"]["BN"])
@@ -669,12 +675,14 @@ def ssd_step(state, x, dt, A, B, C, *, D=None, dt_bias=None, dt_softplus=False, 
     """One token of `ssd_scan`. state (b, h, p, n), x (b, h, p), dt (b, h), B and C (b, g, n) -> y (b, h, p), new state.
 
     Without gradients the state is updated in place (and returned): decoding then allocates no second one, and the state is
-    what decoding at large batch spends its memory bandwidth on."""
+    what decoding at large batch spends its memory bandwidth on. backend as for `ssd_scan`; the kernel serves where no gradient
+    is asked for, the state is float32, and each of its (h, p, n) is contiguous."""
     _expect(x.dim() == 3, "x", tuple(x.shape), "(b, h, p)")
+    backend = _backend(backend, x)
     _check_scan(x, dt, A, B, C, D, dt_bias, state, x.shape[0])
     delta, A, D = _step_size(dt, dt_bias, dt_softplus, state.dtype), A.to(state.dtype), D if D is None else D.to(state.dtype)
     fused = state.dtype == torch.float32 and state[0].is_contiguous() and not torch.is_grad_enabled()
-    if fused and _backend(backend, x) == "triton":
+    if fused and backend == "triton":
         return _step_triton(state, x, delta, A, B, C, D), state
     B, C = (v.to(state.dtype).repeat_interleave(x.shape[1] // v.shape[1], 1) for v in (B, C))  # (b, h, n)
     keep = torch.exp(delta * A)[..., None, None]
@@ -841,12 +849,12 @@ def causal_conv1d(x, weight, bias=None, *, initial_states=None, cu_seqlens=None,
     activation: None or "silu"; backend: "torch", "triton" or None as for `ssd_scan`. Differentiable in every tensor.
     """
     _expect(x.dim() == 3 and x.shape[1] >= 1, "x", tuple(x.shape), "(b, t, d) with t >= 1")
-    (b, t, d), k = x.shape, weight.shape[-1]
+    (b, t, d), k, backend = x.shape, weight.shape[-1], _backend(backend, x)
     cu = tuple(range(0, b * t + 1, t)) if cu_seqlens is None else check_cu_seqlens(cu_seqlens, b, t)
     _check_conv(x, weight, bias, activation, initial_states, len(cu) - 1)
     history = x.new_zeros(len(cu) - 1, d, k - 1) if initial_states is None else initial_states.to(x.dtype)
     bias, flat = weight.new_zeros(d) if bias is None else bias, x.flatten(0, 1)
-    if _backend(backend, x) == "triton":
+    if backend == "triton":
         flat = flat if flat.stride(1) == 1 else flat.contiguous()
         y = _conv_triton(flat, weight.contiguous(), bias, history.contiguous(), cu, activation is not None)
     else:
@@ -910,15 +918,16 @@ def parity(device, backend):
 
 
 def milliseconds(run, device):
-    """Median of ten runs, after two that compile and warm up."""
-    times = []
-    for _ in range(12):
+    """Median of five, after one that compiles; each is the mean of some runs in a row, so that a GPU need not wait for the host."""
+    times, runs = [], 10 if device == "cuda" else 1
+    for _ in range(6):
         start = time.perf_counter()
-        run()
+        for _ in range(runs):
+            run()
         if device == "cuda":
             torch.cuda.synchronize()
-        times.append((time.perf_counter() - start) * 1e3)
-    return sorted(times[2:])[5]
+        times.append((time.perf_counter() - start) / runs * 1e3)
+    return sorted(times[1:])[2]
 
 
 def floors(device):

@@ -17,6 +17,7 @@ from pathlib import Path
 os.environ.pop("TRITON_INTERPRET", None)
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -62,7 +63,7 @@ def report(name, binary, capability):
 
 
 def main(capability):
-    tiles = s._tiling(SIZES["L"], SIZES["P"], SIZES["N"], SHARED[capability] * 1024)
+    tiles = s._tiling(SIZES["L"], SIZES["P"], SIZES["N"], torch.bfloat16, SHARED[capability] * 1024)
     forward = {  # what a kernel is not given when it does not run backward
         "states": {"entering": None, "crossing": None}, "scan": {"x": None, "ddt": None, "dD": None, "s_x": 0}, "dbc": {}}
     jobs = [("cb", s._cb_kernel, "GNL", tiles["cb"]), ("dcb", s._dcb_kernel, "HGPL", tiles["dcb"])]

@@ -158,6 +158,10 @@ def test_packed_batches_are_refused():
         s.causal_conv1d(torch.zeros(1, 4, 3), torch.zeros(2, 4))
     with pytest.raises(ValueError, match="activation"):
         s.causal_conv1d(torch.zeros(1, 4, 3), torch.zeros(3, 4), activation="relu")
+    with pytest.raises(ValueError, match="^backend"):
+        s.causal_conv1d(torch.zeros(1, 4, 3), torch.zeros(3, 4), backend="cuda")
+    with pytest.raises(ValueError, match="^A: got a tensor on meta"):
+        s.ssd_scan(**small() | {"A": -torch.ones(2, device="meta")})
 
 
 # --- The Triton kernels: compiled where there is a GPU, else in Triton's interpreter (conftest.py switches it on)
@@ -165,16 +169,24 @@ def test_packed_batches_are_refused():
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
+class Poisoned:
+    """torch, but new memory holds NaN, so that reading what no kernel has written shows."""
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+    def empty(self, *args, **kwargs):
+        return torch.full(args[0] if isinstance(args[0], torch.Size) else args, torch.nan, **kwargs)
+
+    def empty_like(self, v):
+        return torch.full_like(v, torch.nan)
+
+
 @pytest.fixture
 def interpreter(monkeypatch):
-    """New memory holds NaN, so that reading what no kernel has written shows. And two corrections of the interpreter, which
-    keeps bfloat16 as its 16 bits: its tl.dot multiplies those bits as integers, and its cast from float32 cuts instead of rounding."""
-    def poisoned(v):
-        return v.fill_(torch.nan) if v.is_floating_point() and type(v) is torch.Tensor else v
-
-    for name in ("empty", "empty_like"):
-        make = getattr(torch, name)
-        monkeypatch.setattr(torch, name, lambda *a, make=make, **k: poisoned(make(*a, **k)))
+    """Memory full of NaN; and two corrections of Triton's interpreter, which keeps bfloat16 as its 16 bits: its tl.dot multiplies
+    those bits as integers, and its cast from float32 cuts instead of rounding."""
+    monkeypatch.setattr(s, "torch", Poisoned())
     if DEVICE == "cuda":
         return
     from triton.runtime.interpreter import InterpreterBuilder as Builder, TensorHandle
@@ -304,7 +316,7 @@ def test_triton_step(interpreter, dtype):
     assert new is state
 
 
-def test_triton_compiles_into_one_graph(interpreter):
+def test_triton_compiles_into_one_graph():
     inputs = {k: v.to(DEVICE) for k, v in small(t=20).items()}
     weight = torch.randn(6, 4, device=DEVICE)
 
