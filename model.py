@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from ssm_scan import causal_conv1d, causal_conv1d_step, check_cu_seqlens, gather_rows, ssd_scan, ssd_step, take_rows
+from ssm_scan import causal_conv1d, causal_conv1d_step, check_cu_seqlens, gather_rows, ssd_scan, ssd_step
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Configuration, with the field names of the published config.json
@@ -213,7 +213,7 @@ def attend(q, k, v, cu):
     index, shapes, place = _document_groups(cu, q.device)
     rows = [gather_rows(x[0], index, place).split([n * longest for n, longest in shapes]) for x in (q, k, v)]
     y = [causal(*(x.unflatten(0, shape) for x in group)).flatten(0, 1) for shape, group in zip(shapes, zip(*rows))]
-    return take_rows(torch.cat(y), place)[None]
+    return gather_rows(torch.cat(y), place)[None]
 
 
 class Attention(nn.Module):
@@ -402,7 +402,7 @@ class FalconH1(nn.Module):
             return scaled(self.lm_head(h), self.config.lm_head_multiplier)
         scale, targets = self.config.lm_head_multiplier / temperature, targets.flatten()
         kept = (targets >= 0).nonzero()[:, 0]  # prompts have no targets and need no logits
-        values = token_logprobs(take_rows(h.flatten(0, 1), kept), self.lm_head.weight, targets[kept], scale)
+        values = token_logprobs(gather_rows(h.flatten(0, 1), kept), self.lm_head.weight, targets[kept], scale)
         return tuple(v.new_zeros(len(targets)).index_copy(0, kept, v).view(input_ids.shape) for v in values)
 
     def save_pretrained(self, folder):

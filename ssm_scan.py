@@ -28,9 +28,8 @@ strongly decaying chunk reaches -10^4, where float32 has only three digits left 
 float32). Packed sequences never share a chunk, so no mask inside a chunk is needed and nothing can leak from one to the next.
 """
 
-import itertools
 import os
-import time
+import sys
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -89,46 +88,27 @@ def _backend(name, x):
 
 
 class _GatherRows(torch.autograd.Function):
-    """x[index] whose gradient is a gather as well: each token stands exactly once among the rows that are no padding, so
-    the sum that index_select's backward would scatter has one term. Faster, and the same bits on every run."""
-
     @staticmethod
     def forward(ctx, x, index, inverse):
-        ctx.save_for_backward(inverse, index)
-        return x[index]
-
-    @staticmethod
-    def backward(ctx, dout):
-        inverse, index = ctx.saved_tensors
-        return dout.flatten(0, index.dim() - 1)[inverse], None, None
-
-
-def gather_rows(x, index, inverse):
-    """x (tokens, ...), index (rows, width) of tokens, inverse (tokens,) of each token's place in index.flatten() -> x[index].
-
-    Padding may repeat any token of its own sequence. Its gradient is dropped, so nothing downstream may read padding."""
-    return _GatherRows.apply(x, index, inverse)
-
-
-class _TakeRows(torch.autograd.Function):
-    """x[index] for an index without repetition, whose gradient is then a plain store, not a sum."""
-
-    @staticmethod
-    def forward(ctx, x, index):
-        ctx.save_for_backward(index)
+        ctx.save_for_backward(index, inverse)
         ctx.shape = x.shape
         return x[index]
 
     @staticmethod
     def backward(ctx, dout):
-        dx = dout.new_zeros(ctx.shape)
-        dx[ctx.saved_tensors[0]] = dout
-        return dx, None
+        index, inverse = ctx.saved_tensors
+        if inverse is not None:
+            return dout.flatten(0, index.dim() - 1)[inverse], None, None
+        return dout.new_zeros(ctx.shape).index_put_((index,), dout), None, None
 
 
-def take_rows(x, index):
-    """x (rows, ...), index (m,) of different rows -> (m, ...)."""
-    return _TakeRows.apply(x, index)
+def gather_rows(x, index, inverse=None):
+    """x (tokens, ...)[index], index (rows, width) or (rows,). The gradient is a gather or a store, where torch's would be a sum
+    of scattered terms: faster, and the same bits on every run.
+
+    inverse (tokens,), each token's place in index.flatten(), is for an index that meets every token and pads: padding may repeat
+    any token of its own sequence; its gradient is dropped, so nothing downstream may read it. None: index repeats nothing."""
+    return _GatherRows.apply(x, index, inverse)
 
 
 class ChunkTable(NamedTuple):
@@ -239,7 +219,8 @@ def _scan_chunked(x, dt, B, C, A, S, cu, chunk_size):
     order, back, by_length = table.order, table.back, table.by_length
     x, dt, B, C = (gather_rows(v, table.index, table.inverse) for v in (x, dt, B, C))  # (k, l, h, p), (k, l, h), (k, l, g, n)
     dt = torch.where(table.valid[..., None], dt, 0).transpose(1, 2)  # (k, h, l)
-    c = (dt * A[:, None]).cumsum(2, dtype=torch.float64)  # (k, h, l)
+    a = (dt * A[:, None]).double()  # (k, h, l)
+    c = a.cumsum(2)
     # Time stands last from here on: the heads of a group are then rows of one matrix, and B and C need no copy for each.
     dtx = x.permute(0, 2, 3, 1) * dt[:, :, None]  # (k, h, p, l)
     B, C = B.transpose(1, 2), C.permute(0, 2, 3, 1)  # (k, g, l, n), (k, g, n, l)
@@ -247,13 +228,16 @@ def _scan_chunked(x, dt, B, C, A, S, cu, chunk_size):
     def by_group(v):  # (k, h, p, .) -> (k, g, p h / g, .)
         return v.reshape(len(v), g, -1, v.shape[-1])
 
-    # Step 1, within the chunk. The mask stands inside the exponent: exp of a positive difference could overflow.
-    later = torch.ones(chunk_size, chunk_size, dtype=torch.bool, device=x.device).triu()  # column i is not before row j
-    decay = (c[..., None, :] - c[..., :, None]).to(x.dtype).masked_fill(~later, -torch.inf).exp()  # (k, h, l, l)
+    # Step 1, within the chunk. The mask stands inside the exponent: exp of a positive difference could overflow. c_i - c_i is
+    # a constant: its two gradients are large, cancel, and would take with them the digits of what strong decays leave over.
+    later = torch.ones(chunk_size, chunk_size, dtype=torch.bool, device=x.device).triu(1)  # column i comes after row j
+    other = torch.full((chunk_size, chunk_size), -torch.inf, device=x.device, dtype=x.dtype).tril(-1)  # 0 on the diagonal
+    decay = torch.where(later, (c[..., None, :] - c[..., :, None]).to(x.dtype), other).exp()  # (k, h, l, l)
     y = dtx @ ((B @ C).unsqueeze(2) * decay.unflatten(1, (g, -1))).flatten(1, 2)  # (k, h, p, l)
 
     # Step 2, what each chunk adds to the state: one (p h / g x l)(l x n) product per group.
-    written = dtx * (c[..., -1:] - c).to(x.dtype).exp()[:, :, None]  # (k, h, p, l)
+    left = F.pad(a[..., 1:].flip(2).cumsum(2).flip(2), (0, 1)).to(x.dtype)  # (k, h, l), c_l - c_j without taking a difference
+    written = dtx * left.exp()[:, :, None]  # (k, h, p, l)
     local = (by_group(written) @ B).view(len(x), h, p, n)  # (k, h, p, n)
 
     # Step 3, along the chunks of every sequence at once. Only this loop is sequential: t / l short steps.
@@ -267,7 +251,7 @@ def _scan_chunked(x, dt, B, C, A, S, cu, chunk_size):
 
     # Step 4, what the entering state adds to each token's output.
     y = y + (by_group(entering) @ C).view(y.shape) * c.to(x.dtype).exp()[:, :, None]
-    return take_rows(y.permute(0, 3, 1, 2).flatten(0, 1), table.inverse), final[torch.argsort(by_length)]
+    return gather_rows(y.permute(0, 3, 1, 2).flatten(0, 1), table.inverse), final[torch.argsort(by_length)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -284,7 +268,7 @@ def _scan_chunked(x, dt, B, C, A, S, cu, chunk_size):
 #         |    | W W 0 |       |    | dt x  |
 #         v    | W W W |       |    |       |         W_ij = (C_i . B_j) 2^(c_i - c_j)   where j <= i, else 0
 #              +-------+-------+ @  +-------+
-#              | W W W | W 0 0 |    | dt x  |     C B^T is the same for all heads of a group and was stored by `_cb_kernel`;
+#              | W W W | W 0 0 |    | dt x  |     C B^T is the same for all heads of a group and was computed by torch;
 #           ** | W W W | W W 0 | ** |       |     the decay is made on the fly; W lives in registers only.
 #              | W W W | W W W |    |       |
 #              +-------+-------+    +-------+
@@ -348,23 +332,6 @@ def _decay(c, s_lo, i, j):
 def _load(rows, columns, token, stride, row_mask, column_mask):
     """A tile of tokens' vectors: element columns of row `token`, 0 outside of the masks."""
     return tl.load(rows + token * stride + columns, mask=row_mask & column_mask, other=0.0)
-
-
-@_jit
-def _cb_kernel(B, C, start, length, cb, s_b, s_c, G: constexpr, N: constexpr, L: constexpr, BM: constexpr, BK: constexpr):
-    """cb[k, g, i, j] = C_i . B_j, one BM x BM tile a program; tiles above the diagonal are left as they are."""
-    tile, g, k = _program((L // BM) * (L // BM), G)
-    i0, j0 = tile // (L // BM) * BM, tile % (L // BM) * BM
-    num, token = tl.load(length + k), tl.load(start + k)
-    if (j0 <= i0) & (i0 < num):
-        i, j, n = i0 + tl.arange(0, BM)[:, None], j0 + tl.arange(0, BM)[None, :], tl.arange(0, BK)
-        acc = tl.zeros((BM, BM), tl.float32)
-        for n0 in range(0, N, BK):
-            row, column = n0 + n[None, :], n0 + n[:, None]
-            c = _load(C + g * N, row, token + i, s_c, i < num, row < N)  # (BM, BK)
-            b = _load(B + g * N, column, token + j, s_b, j < num, column < N)  # (BK, BM)
-            acc = tl.dot(c, b, acc, input_precision="ieee")
-        tl.store(cb + (k * G + g) * L * L + i * L + j, acc)
 
 
 @_jit
@@ -528,7 +495,6 @@ def _tiling(l, p, n, dtype, shared_memory):
     full = dtype.itemsize == 4  # products of float32 run on no tensor core, and need their registers for themselves
     bl, bp, bk, bn = min(64 if big else 32, l), _power(p), min(64 if big else 32, _power(n)), min(128 if big else 64, _power(n))
     return {
-        "cb": dict(BM=bm, BK=bk, **options),
         "states": dict(BP=min(32 if full else 64, bp), BN=min(64, _power(n)), BL=bl, num_warps=4, num_stages=options["num_stages"]),
         "scan": dict(BM=bm, BP=bp, BK=bk, BL=bl, **options),
         "dcb": dict(BM=bm, BJ=max(16, bm // 2), BP=min(32, bp) if full else bp, **options),
@@ -560,10 +526,9 @@ def _ssd(x: torch.Tensor, dt: torch.Tensor, B: torch.Tensor, C: torch.Tensor, A:
     (h, p), (g, n), table = x.shape[1:], B.shape[1:], chunk_table(tuple(cu), l, x.device)
     k, tiles, (dt, c) = len(table.start), _tiling(l, p, n, x.dtype, _shared_memory(x)), _chunk_decays(dt, A, table)
     y, states = torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty(k, h, p, n, dtype=x.dtype, device=x.device)
-    final, cb = torch.empty_like(S), torch.empty(k, g, l, l, dtype=x.dtype, device=x.device)
+    final, cb = torch.empty_like(S), C[table.index].transpose(1, 2) @ B[table.index].permute(0, 2, 3, 1)  # (k, g, l, l)
     sizes, chunks = dict(H=h, G=g, P=p, N=n, L=l), (table.start, table.length)
     bm, bp, bn = tiles["scan"]["BM"], tiles["states"]["BP"], tiles["states"]["BN"]
-    _launch(_cb_kernel, (l // bm) ** 2 * g * k, B, C, *chunks, cb, B.stride(0), C.stride(0), G=g, N=n, L=l, **tiles["cb"])
     _launch(_states_kernel, triton.cdiv(p, bp) * triton.cdiv(n, bn) * h * len(S), x, B, dt, c, c.stride(0), *chunks, table.first,
             S, states, final, None, None, x.stride(0), B.stride(0), **sizes, **tiles["states"], REVERSED=False)  # fmt: skip
     _launch(_scan_kernel, l // bm * h * k, x, C, cb, states, dt, c, c.stride(0), D, *chunks, y, None, None, None,
@@ -721,9 +686,9 @@ def _conv_torch(x, weight, bias, history, cu, activation):
     """x (tokens, d), weight (d, k), bias (d,), history (s, d, k - 1) -> y (tokens, d): k shifted multiply-adds."""
     k = weight.shape[1]
     rows, outputs = _conv_table(cu, k - 1, x.device)
-    buffer = take_rows(torch.cat([x, history.mT.flatten(0, 1)]), rows)  # (tokens + s (k - 1), d)
+    buffer = gather_rows(torch.cat([x, history.mT.flatten(0, 1)]), rows)  # (tokens + s (k - 1), d)
     width = len(buffer) - (k - 1)
-    y = take_rows(sum(buffer[j : j + width] * weight[:, j] for j in range(k)) + bias, outputs)
+    y = gather_rows(sum(buffer[j : j + width] * weight[:, j] for j in range(k)) + bias, outputs)
     return F.silu(y) if activation else y
 
 
@@ -780,19 +745,6 @@ def _conv_kernel(x, weight, bias, history, y, dy, dx, dhistory, dweight, dbias, 
         tl.store(dx + (begin + e - (K - 1)) * CHANNELS + d, dplace, mask=in_block & (e >= K - 1) & in_d)
 
 
-def _conv_launch(x, weight, bias, history, cu, silu, y=None, dy=None):
-    """Fill y, or for dy return the gradients of x, weight, bias and history."""
-    (d, k), size = weight.shape, 32
-    table, cu = _conv_blocks(tuple(cu), k, size, x.device)
-    blocks = len(table.start)
-    dx, dhistory = (None, None) if dy is None else (torch.empty(v.shape, dtype=v.dtype, device=v.device) for v in (x, history))
-    dweight, dbias = (None, None) if dy is None else (torch.empty(blocks, *v, d, device=x.device) for v in ((k,), ()))
-    _launch(_conv_kernel, blocks * triton.cdiv(d, 64), x, weight, bias, history, y, dy, dx, dhistory, dweight, dbias, table.start,
-            table.length, table.seq, cu, x.stride(0), 0 if dy is None else dy.stride(0),
-            CHANNELS=d, K=k, SILU=silu, BT=size, BD=64, BACKWARD=dy is not None, num_warps=8)  # fmt: skip
-    return None if dy is None else [dx, dweight.sum(0).T.to(weight.dtype), dbias.sum(0).to(bias.dtype), dhistory]
-
-
 @lru_cache(maxsize=16)
 def _conv_blocks(cu, k, size, device):
     """The chunk table of sequences with their histories, and cu (s + 1,)."""
@@ -800,37 +752,36 @@ def _conv_blocks(cu, k, size, device):
 
 
 @torch.library.custom_op("falcon_h1r::conv", mutates_args=())
-def _conv_triton(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, history: torch.Tensor, cu: Sequence[int],
-                 silu: bool) -> torch.Tensor:  # fmt: skip
-    """As _conv_torch."""
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _conv_launch(x, weight, bias, history, cu, silu, y=y)
-    return y
+def _conv_triton(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, history: torch.Tensor, dy: torch.Tensor | None,
+                 cu: Sequence[int], silu: bool) -> list[torch.Tensor]:  # fmt: skip
+    """Arguments as _conv_torch -> [y], or for dy (tokens, d) the gradients of x, weight, bias and history."""
+    (d, k), size = weight.shape, 32
+    table, cu = _conv_blocks(tuple(cu), k, size, x.device)
+    blocks, y, grads = len(table.start), torch.empty(x.shape, dtype=x.dtype, device=x.device), [None] * 4
+    if dy is not None:
+        grads = [y, torch.empty_like(history), *(torch.empty(blocks, *v, d, device=x.device) for v in ((k,), ()))]
+    _launch(_conv_kernel, blocks * triton.cdiv(d, 64), x, weight, bias, history, y, dy, *grads, table.start, table.length, table.seq, cu,
+            x.stride(0), 0 if dy is None else dy.stride(0), CHANNELS=d, K=k, SILU=silu, BT=size, BD=64, BACKWARD=dy is not None,
+            num_warps=8)  # fmt: skip
+    dx, dhistory, dweight, dbias = grads
+    return [y] if dy is None else [dx, dweight.sum(0).T.to(weight.dtype), dbias.sum(0).to(bias.dtype), dhistory]
 
 
 @_conv_triton.register_fake
-def _(x, weight, bias, history, cu, silu):
-    return x.new_empty(x.shape)
-
-
-@torch.library.custom_op("falcon_h1r::conv_backward", mutates_args=())
-def _conv_backward(dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, history: torch.Tensor,
-                   cu: Sequence[int], silu: bool) -> list[torch.Tensor]:  # fmt: skip
-    return _conv_launch(x, weight, bias, history, cu, silu, dy=dy)
-
-
-@_conv_backward.register_fake
-def _(dy, x, weight, bias, history, cu, silu):
-    return [v.new_empty(v.shape) for v in (x, weight, bias, history)]
+def _(x, weight, bias, history, dy, cu, silu):
+    return [v.new_empty(v.shape) for v in ((x,) if dy is None else (x, weight, bias, history))]
 
 
 def _conv_setup(ctx, inputs, output):
-    *tensors, ctx.cu, ctx.silu = inputs
+    *tensors, _, ctx.cu, ctx.silu = inputs
     ctx.save_for_backward(*tensors)
 
 
-_conv_triton.register_autograd(
-    lambda ctx, dy: (*_conv_backward(dy.contiguous(), *ctx.saved_tensors, ctx.cu, ctx.silu), None, None), setup_context=_conv_setup)
+def _conv_gradients(ctx, dy):
+    return *_conv_triton(*ctx.saved_tensors, dy[0].contiguous(), ctx.cu, ctx.silu), None, None, None
+
+
+_conv_triton.register_autograd(_conv_gradients, setup_context=_conv_setup)
 
 
 @lru_cache(maxsize=16)
@@ -856,7 +807,7 @@ def causal_conv1d(x, weight, bias=None, *, initial_states=None, cu_seqlens=None,
     bias, flat = weight.new_zeros(d) if bias is None else bias, x.flatten(0, 1)
     if backend == "triton":
         flat = flat if flat.stride(1) == 1 else flat.contiguous()
-        y = _conv_triton(flat, weight.contiguous(), bias, history.contiguous(), cu, activation is not None)
+        (y,) = _conv_triton(flat, weight.contiguous(), bias, history.contiguous(), None, cu, activation is not None)
     else:
         y = _conv_torch(flat, weight, bias, history, cu, activation)
     place, token = _last_places(cu, k - 1, x.device)
@@ -875,144 +826,12 @@ def causal_conv1d_step(state, x, weight, bias=None, *, activation=None):
     return (F.silu(y) if activation else y), state
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 7. python ssm_scan.py
-
-
-def random_inputs(b, t, h, p, g, n, *, states=None, dtype=torch.float32, seed=0):
-    """Tensors of a plausible layer, for tests and benchmarks: dt around 0.1 after softplus, A between -1 and -16."""
-    r = torch.Generator().manual_seed(seed)
-    def normal(*shape):
-        return torch.randn(*shape, generator=r)
-    inputs = dict(x=normal(b, t, h, p), dt=normal(b, t, h) - 2, A=-1 - 15 * torch.rand(h, generator=r),
-                  B=normal(b, t, g, n) * n**-0.5, C=normal(b, t, g, n), D=normal(h), dt_bias=normal(h) * 0.3)
-    if states is not None:
-        inputs["initial_states"] = normal(states, h, p, n)
-    return {name: v.to(dtype).requires_grad_() for name, v in inputs.items()}
-
-
-def relative_errors(inputs, *, cu_seqlens=None, chunk_size=256, backend="torch"):
-    """|ours - oracle| / |oracle| of y, the final states and every gradient; the oracle is the float64 recurrence."""
-    def run(backend, inputs):
-        leaves = {name: v.detach().requires_grad_() for name, v in inputs.items()}
-        y, S = ssd_scan(**leaves, dt_softplus=True, cu_seqlens=cu_seqlens, chunk_size=chunk_size, backend=backend)
-        r = torch.Generator().manual_seed(1)  # the same cotangents for both
-        dy, dS = (torch.randn(v.shape, generator=r).to(v) for v in (y, S))
-        torch.autograd.backward([y, S], [dy, dS])
-        return {"y": y.detach(), "S": S.detach(), **{"d" + name: v.grad for name, v in leaves.items()}}
-    ours, oracle = run(backend, inputs), run("recurrent", {name: v.double() for name, v in inputs.items()})
-    return {name: float((ours[name] - v).norm() / v.norm().clamp(min=1e-30)) for name, v in oracle.items()}
-
-
-def parity(device, backend):
-    cases = {
-        "ragged end": (dict(b=2, t=70, h=4, p=16, g=2, n=32), None),
-        "packed, with states": (dict(b=1, t=105, h=4, p=16, g=2, n=32, states=4), [0, 40, 41, 57, 105]),
-        "odd sizes": (dict(b=1, t=45, h=6, p=24, g=1, n=40, states=1), None),
-    }
-    print(f"{backend}: relative error against the float64 recurrence, chunks of at most 32, float32")
-    for name, (shape, cu) in cases.items():
-        inputs = {k: v.detach().to(device) for k, v in random_inputs(**shape).items()}
-        errors = relative_errors(inputs, cu_seqlens=cu, chunk_size=32, backend=backend)
-        print(f"  {name:20s}", "  ".join(f"{k} {v:.0e}" for k, v in errors.items()))
-
-
-def milliseconds(run, device):
-    """Median of five, after one that compiles; each is the mean of some runs in a row, so that a GPU need not wait for the host."""
-    times, runs = [], 10 if device == "cuda" else 1
-    for _ in range(6):
-        start = time.perf_counter()
-        for _ in range(runs):
-            run()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append((time.perf_counter() - start) / runs * 1e3)
-    return sorted(times[1:])[2]
-
-
-def floors(device):
-    """Bytes a second of a copy and operations a second of a matrix product, measured here: nothing can be faster."""
-    size, dtype = (8192, torch.bfloat16) if device == "cuda" else (1024, torch.float32)
-    a, out = torch.randn(size, size, device=device, dtype=dtype), torch.empty(size, size, device=device, dtype=dtype)
-    long = torch.empty(2**29 if device == "cuda" else 2**26, dtype=torch.uint8, device=device)
-    copy, product = torch.empty_like(long), milliseconds(lambda: torch.mm(a, a, out=out), device)
-    return 2 * long.numel() / milliseconds(lambda: copy.copy_(long), device) * 1e3, 2 * size**3 / product * 1e3
-
-
-def peers():
-    """mamba_ssm's and fla's scans under our arguments, where they can be imported. x, dt, B, C are (1, t, ...)."""
-    found = {}
-    try:
-        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
-
-        def mamba(x, dt, A, B, C, cu):
-            seq = torch.repeat_interleave(torch.arange(len(cu) - 1), torch.tensor(cu).diff())[None].int().to(x.device)
-            return mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size=256, seq_idx=seq if len(cu) > 2 else None)
-
-        found["mamba_ssm"] = mamba
-    except ImportError:
-        pass
-    try:
-        from fla.ops.simple_gla import chunk_simple_gla
-
-        def fla(x, dt, A, B, C, cu):
-            q, k = (v.repeat_interleave(x.shape[2] // v.shape[2], 2) for v in (C, B))
-            written, ends = (x * dt[..., None]).to(x.dtype), torch.tensor(cu, device=x.device)
-            return chunk_simple_gla(q, k, written, g=dt * A, scale=1.0, cu_seqlens=ends)[0]
-
-        found["fla"] = fla
-    except ImportError:
-        pass
-    return found
-
-
-def benchmark(device, shapes, tokens, functions):
-    """Forward and backward of each function (x, dt, A, B, C, cu) -> y, in one document and in documents of 1,000 tokens."""
-    bandwidth, rate = floors(device)
-    dtype, width = (torch.bfloat16, 2) if device == "cuda" else (torch.float32, 4)
-    print(f"copy {bandwidth / 1e9:.0f} GB/s, matrix product {rate / 1e12:.2f} TFLOP/s; ms, GB/s, TFLOP/s, share of the floor")
-    for (shape, (h, p, n)), t, packed in itertools.product(shapes.items(), tokens, (False, True)):
-        cu = (*range(0, t, 1000), t) if packed else (0, t)
-        inputs = {k: v.detach().to(device) for k, v in random_inputs(1, t, h, p, 1, n).items()}
-        leaves = [F.softplus(inputs["dt"]), inputs["A"], *(inputs[k].to(dtype) for k in "xBC")]
-        dt, A, x, B, C = (v.requires_grad_() for v in leaves)
-        # What must be moved, and the operations of the chunked algorithm (chunks of 256, the triangle's half counted).
-        moved = (t * (2 * h * p + 2 * n) * width + 4 * t * h, t * (3 * h * p + 4 * n) * width + 8 * t * h)
-        operations = (t * (h * (256 * p + 4 * p * n) + 256 * n), t * (h * (512 * p + 8 * p * n) + 512 * n))
-        for name, function in functions.items():
-            def both():
-                y = function(x, dt, A, B, C, cu)
-                torch.autograd.grad(y, (x, dt, A, B, C), y)
-            with torch.no_grad():
-                forward = milliseconds(lambda: function(x, dt, A, B, C, cu), device)
-            for part, ms, size, work in zip(("forward", "backward"), (forward, milliseconds(both, device) - forward), moved, operations):
-                floor = max(size / bandwidth, work / rate) * 1e3
-                print(f"  {shape:5s} {t:7,d} tokens {'packed' if packed else '':6s} {name:10s} {part:8s} {ms:9.3f} ms "
-                      f"{size / ms / 1e6:7.1f} GB/s {work / ms / 1e9:7.2f} TFLOP/s {100 * floor / ms:4.0f} %")
-    for (shape, (h, p, n)), b in itertools.product(shapes.items(), (1, 64, 256)):
-        inputs = {k: v.detach().to(device) for k, v in random_inputs(b, 1, h, p, 1, n, states=b).items()}
-        state, A, one = inputs["initial_states"], inputs["A"], {k: inputs[k][:, 0].to(dtype) for k in ("x", "B", "C")}
-        dt = F.softplus(inputs["dt"][:, 0])
-        with torch.no_grad():
-            ms = milliseconds(lambda: ssd_step(state, one["x"], dt, A, one["B"], one["C"]), device)
-        floor = 8 * state.numel() / bandwidth * 1e3  # float32, read once and written once
-        print(f"  {shape:5s} decode step, batch {b:3d}   {ms:9.3f} ms {8 * state.numel() / ms / 1e6:7.1f} GB/s {100 * floor / ms:4.0f} %")
-
-
 def main():
-    def ours(backend):
-        return lambda x, dt, A, B, C, cu: ssd_scan(x, dt, A, B, C, cu_seqlens=cu, backend=backend)[0]
+    sys.modules["ssm_scan"] = sys.modules["__main__"]  # for measure.py's import: this file, not a second copy of it
+    from tests import measure
 
-    if torch.cuda.is_available():
-        parity("cuda", "triton")
-        print(torch.cuda.get_device_name(), "torch", torch.__version__, "triton", triton.__version__)
-        shapes = {"0.5B": (24, 64, 128), "7B": (24, 128, 256)}
-        benchmark("cuda", shapes, (4096, 32768, 131072), {"triton": ours("triton"), **peers()})
-    else:
-        parity("cpu", "torch")
-        print(f"{torch.get_num_threads()} CPU threads, torch", torch.__version__)
-        benchmark("cpu", {"small": (8, 64, 64)}, (512,), {"torch": ours("torch"), "recurrent": ours("recurrent")})
-        print("the rows of the triton backend, of the shapes 0.5B and 7B at 4k, 32k and 128k tokens, and of the peers need a GPU")
+    measure.scan_parity()
+    measure.scan_speed()
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def main(capability):
     tiles = s._tiling(SIZES["L"], SIZES["P"], SIZES["N"], torch.bfloat16, SHARED[capability] * 1024)
     forward = {  # what a kernel is not given when it does not run backward
         "states": {"entering": None, "crossing": None}, "scan": {"x": None, "ddt": None, "dD": None, "s_x": 0}, "dbc": {}}
-    jobs = [("cb", s._cb_kernel, "GNL", tiles["cb"]), ("dcb", s._dcb_kernel, "HGPL", tiles["dcb"])]
+    jobs = [("dcb", s._dcb_kernel, "HGPL", tiles["dcb"])]
     for name, kernel in (("states", s._states_kernel), ("scan", s._scan_kernel), ("dbc", s._dbc_kernel)):
         jobs.append((name, kernel, "HGPNL", tiles[name] | forward[name] | {"REVERSED": False}))
         jobs.append((name + " reversed", kernel, "HGPNL", tiles[name] | {"REVERSED": True}))

@@ -13,13 +13,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import ssm_scan as s
+from tests.measure import random_inputs, relative_errors
 
-SLOW = settings(deadline=None, max_examples=25, derandomize=True)
+SLOW = settings(deadline=None, max_examples=50, derandomize=True)
 
 
 def small(**changes):
     shape = {"b": 1, "t": 12, "h": 2, "p": 3, "g": 1, "n": 4} | changes
-    return {k: v.detach() for k, v in s.random_inputs(**shape).items()}
+    return {k: v.detach() for k, v in random_inputs(**shape).items()}
 
 
 def test_two_tokens_by_hand():
@@ -53,16 +54,16 @@ def scans(draw):
 @given(scans())
 def test_chunked_scan_is_the_recurrence(case):
     shape, cu, chunk, decay = case
-    inputs = s.random_inputs(**shape)
+    inputs = random_inputs(**shape)
     inputs["A"] = (inputs["A"] * decay).detach()
-    errors = s.relative_errors(inputs, cu_seqlens=cu, chunk_size=chunk)
-    # A gradient that almost cancels to 0 (dA over many tokens, under decays x100) has few digits of its own size.
-    assert all(e < (1e-5 if name not in ("dA", "ddt", "ddt_bias") or decay == 1 else 1e-4) for name, e in errors.items()), errors
+    errors = relative_errors(inputs, cu_seqlens=cu, chunk_size=chunk)
+    # dA adds up tokens of both signs: where they cancel, down to a single number here, it has fewer digits of its own size.
+    assert all(e < (1e-4 if name == "dA" else 1e-5) for name, e in errors.items()), errors
 
 
 def test_chunked_scan_in_float64():
-    inputs = {k: v.double() for k, v in s.random_inputs(1, 33, 4, 3, 2, 5, states=3).items()}
-    assert max(s.relative_errors(inputs, cu_seqlens=[0, 1, 20, 33], chunk_size=8).values()) < 1e-12
+    inputs = {k: v.double() for k, v in random_inputs(1, 33, 4, 3, 2, 5, states=3).items()}
+    assert max(relative_errors(inputs, cu_seqlens=[0, 1, 20, 33], chunk_size=8).values()) < 1e-12
 
 
 @pytest.mark.parametrize("poison", [float("nan"), 1e30])
@@ -207,10 +208,10 @@ def interpreter(monkeypatch):
 
 
 def triton_errors(shape, *, decay=1.0, dtype=torch.float32, **settings):
-    inputs = {k: v.detach().to(DEVICE) for k, v in s.random_inputs(**shape).items()}
+    inputs = {k: v.detach().to(DEVICE) for k, v in random_inputs(**shape).items()}
     inputs["A"] *= decay
     inputs |= {k: inputs[k].to(dtype) for k in ("x", "dt", "B", "C")}
-    return s.relative_errors(inputs, backend="triton", **settings)
+    return relative_errors(inputs, backend="triton", **settings)
 
 
 @settings(max_examples=4, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -251,7 +252,7 @@ def far_apart(v):
 
 
 def test_triton_reaches_beyond_32_bits(interpreter):
-    inputs = {k: v.detach().to(DEVICE) for k, v in s.random_inputs(b=1, t=4, h=2, p=16, g=1, n=16).items()}
+    inputs = {k: v.detach().to(DEVICE) for k, v in random_inputs(b=1, t=4, h=2, p=16, g=1, n=16).items()}
     leaves = {k: (far_apart(v) if k in ("x", "B", "C") else v).requires_grad_() for k, v in inputs.items()}
     assert (leaves["x"].stride(1) * 3).bit_length() > 31
     y, S = s.ssd_scan(**leaves, dt_softplus=True, backend="triton")
@@ -346,7 +347,7 @@ def test_triton_compiles_ahead_of_time():
     jobs = {c: subprocess.Popen([sys.executable, script, str(c)], stdout=subprocess.PIPE, text=True) for c in shared_memory}
     for capability, job in jobs.items():
         rows = [json.loads(line) for line in job.communicate()[0].splitlines()]
-        assert job.returncode == 0 and len(rows) == 11
+        assert job.returncode == 0 and len(rows) == 10
         for row in rows:
             assert row["spilled"] <= 64 and row["tensor_core"] >= row["dots"] and row["scalar_products"] == 0, row
             assert row["shared"] <= shared_memory[capability] * 1024, row
@@ -354,7 +355,7 @@ def test_triton_compiles_ahead_of_time():
 
 @pytest.mark.gpu
 def test_triton_on_a_gpu_gives_the_same_bits_twice():
-    inputs = {k: v.detach().to("cuda") for k, v in s.random_inputs(b=1, t=3000, h=24, p=128, g=1, n=256, states=3).items()}
+    inputs = {k: v.detach().to("cuda") for k, v in random_inputs(b=1, t=3000, h=24, p=128, g=1, n=256, states=3).items()}
     inputs |= {k: inputs[k].bfloat16() for k in ("x", "dt", "B", "C")}
 
     def run(backend, dtype):

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from test_train_sft import killed_and_resumed, refused, run
+from tests.test_train_sft import killed_and_resumed, refused, run
 
 import data
 import train_rl as r
