@@ -43,6 +43,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
+import regex  # tiktoken's own dependency
 import tiktoken
 
 # 1. Tokenizer ---------------------------------------------------------------------------------------------------------
@@ -68,34 +69,154 @@ CHAT_TEMPLATE = (
 )
 
 
+# GPT-2's spelling of bytes as characters: printable ones are themselves, the others take the code points from 256 on.
+PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+SPELLING = [chr(byte) if byte in PRINTABLE else chr(256 + byte - sum(p < byte for p in PRINTABLE)) for byte in range(256)]
+
+
 def tokenizer_json(special):
     """The tokenizer.json of byte tokens 0 to 255 without merges. special: dict from special tokens to their ids."""
-    # GPT-2's spelling of bytes: printable ones are themselves, the others take the code points from 256 on.
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = iter(range(256, 512))
-    vocab = {chr(byte if byte in printable else next(others)): byte for byte in range(256)}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     # TAGS are not "special" there, so that servers, which skip special tokens by default, leave reasoning marked.
     added = [{"id": i, "content": name, **flags, "special": name not in TAGS} for name, i in special.items()]
     bytewise = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
             "pre_tokenizer": bytewise, "post_processor": None, "decoder": bytewise,
-            "model": {"type": "BPE", "vocab": vocab, "merges": []}}  # fmt: skip
+            "model": {"type": "BPE", "vocab": {c: byte for byte, c in enumerate(SPELLING)}, "merges": []}}  # fmt: skip
+
+
+# The pre-tokenizers, functions from a piece of text to smaller ones. What a delimiter does, in the tokenizers library's words:
+# it is "Removed", "Isolated", "MergedWithPrevious" or "MergedWithNext", or makes one piece with its neighbours, "Contiguous".
+GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+# A tokenizer must not change its mind with the Unicode version of whoever reads it. The tokenizers library knows Unicode 16; what
+# came after it, to our `regex` perhaps a letter, is nothing to it, as U+10FFFF is to both.
+AFTER_UNICODE_16 = (
+    "558 58b-58c 5c8-5c9 88f b53-b54 c5c cdc 1acf-1af0 208f 209d-209f 20c1-20c4 2b96 2e60-2e63 a7ce-a7cf a7d2 a7d4 a7dd "
+    "a7e2 a7f1 ab6c-ab6d fbc3-fbd2 fd90-fd91 fdc8-fdce 107bb-107bf 10940-10959 10ec5-10ec7 10ec9-10eee 10ef0-10efb 11b0a "
+    "11b60-11b67 11db0-11ddb 11de0-11de9 11df0-11df1 1246f 12475-1247f 12550-12686 16ea0-16eb8 16ebb-16ed3 16ff2-16ff6 "
+    "187f8-187ff 18cd6-18cda 18d09-18d20 18d80-18df2 18e00-19191 191a0-191d2 1b123-1b128 1b168 1ccfa-1ccfc 1ceba-1ced0 "
+    "1ced2-1ced4 1cedd-1cefd 1d127-1d128 1d1eb-1d1ff 1d250-1d281 1d6a6 1db00-1db1c 1df1f-1df24 1df2b-1df81 1df90-1df96 "
+    "1dfcd-1dfff 1e6c0-1e6de 1e6e0-1e6f5 1e6fe-1e6ff 1f1ae 1f6d8-1f6d9 1f777-1f77a 1f7da-1f7db 1f7f1-1f7ff 1f8d0-1f8d8 "
+    "1fa54-1fa57 1fa8a-1fa8e 1fac8 1facc-1facd 1fadd 1faea-1faeb 1faef 1faf9-1fafa 1fbfa 2b73a-2b73f 2b81e 2cea2-2cead "
+    "323b0-33479 3d000-3fc3f")
+UNKNOWN = regex.compile("[" + "".join("-".join(f"\\U{c:0>8}" for c in r.split("-")) for r in AFTER_UNICODE_16.split()) + "]")
+
+
+def split_at(pattern, behavior, invert=False):
+    pattern = regex.compile(pattern)
+
+    def split(text):
+        pieces, end = [], 0  # (piece, whether it is a delimiter)
+        for match in pattern.finditer(UNKNOWN.sub("\U0010ffff", text)):
+            start, previous, end = match.start(), end, match.end()
+            pieces += [(text[previous:start], invert), (text[start:end], not invert)]
+        pieces = [piece for piece in [*pieces, (text[end:], invert)] if piece[0]]
+        if behavior in ("Isolated", "Removed"):
+            return [piece for piece, delimiter in pieces if behavior == "Isolated" or not delimiter]
+        if behavior == "MergedWithNext":
+            pieces.reverse()
+        joined, before = [], False
+        for piece, delimiter in pieces:
+            joins = delimiter == before if behavior == "Contiguous" else delimiter and not before
+            if joins and joined:
+                joined[-1] = piece + joined[-1] if behavior == "MergedWithNext" else joined[-1] + piece
+            else:
+                joined.append(piece)
+            before = delimiter
+        return joined[::-1] if behavior == "MergedWithNext" else joined
+
+    return split
+
+
+def pre_tokenizers(spec):
+    """The "pre_tokenizer" of a tokenizer.json -> list of functions, to be applied one after another. ValueError naming the first
+    component that is not supported."""
+    if spec is None:
+        return []
+    kind = spec["type"]
+    if kind == "Sequence":
+        return [stage for part in spec["pretokenizers"] for stage in pre_tokenizers(part)]
+    if kind == "Split":
+        ((syntax, pattern),) = spec["pattern"].items()
+        pattern = regex.escape(pattern) if syntax == "String" else pattern
+        return [split_at(pattern, spec["behavior"], spec["invert"])]
+    if kind == "Digits":
+        return [split_at(r"\p{N}", "Isolated" if spec["individual_digits"] else "Contiguous")]
+    if kind == "Punctuation":
+        return [split_at(r"[!-/:-@\[-`{-~]|\p{P}", spec["behavior"])]
+    if kind == "ByteLevel":
+        space = [lambda text: [text if text.startswith(" ") else " " + text]] if spec["add_prefix_space"] else []
+        return space + ([split_at(GPT2_WORDS, "Isolated")] if spec["use_regex"] else [])
+    raise ValueError(f"pre_tokenizer {kind} is not supported")
+
+
+def merge(word, order):
+    """Byte-pair encoding as published: while a listed pair is there, join the leftmost of those listed first.
+
+    word: list of bytes; order: dict from a pair to its place in the list. Returns (tokens, place of the last pair joined)."""
+    last = None
+    while pairs := [(order[pair], i) for i, pair in enumerate(zip(word, word[1:])) if pair in order]:
+        last, i = min(pairs)
+        word = [*word[:i], word[i] + word[i + 1], *word[i + 2 :]]
+    return word, last
 
 
 class Tokenizer:
-    """Text <-> token ids: tiktoken, and the special tokens that a chat needs.
+    """Text <-> token ids: byte-level BPE by tiktoken, and the special tokens that a chat needs.
 
-    Attributes: special (dict from a special token's text to its id), vocab_size (the largest id plus one), stop_ids
+    tiktoken joins any neighbours that make a token, the tokenizers library only pairs that are listed. Both do the same if
+    tiktoken is given exactly the tokens which `merge` makes of their own bytes: wherever neighbours X, Y that make such a token T
+    come up, everything between X's start and Y's end has gone as it would have gone in T alone, so (X, Y) is the pair that is
+    listed. Other tokens never come up at all, but for a whole word where "ignore_merges" says so.
+
+    Attributes: special (dict from an added token's text to its id), vocab_size (the largest id plus one), stop_ids
     (tuple of the ids at which generation ends).
     """
 
-    def __init__(self, ranks, special, pattern):
-        """ranks: dict bytes -> id; special: dict str -> id; pattern: regular expression that cuts text into words."""
-        self.ranks, self.special = ranks, special
-        self.encoding = tiktoken.Encoding("falcon", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-        self.vocab_size = self.encoding.n_vocab
-        self.stop_ids = tuple(special[name] for name in STOP)
+    def __init__(self, files):
+        """files: the texts of tokenizer.json and tokenizer_config.json. KeyError, TypeError or ValueError if they are not such."""
+        self.files, whole, config = files, *(json.loads(files[name]) for name in ("tokenizer.json", "tokenizer_config.json"))
+        model, added = whole["model"], whole["added_tokens"]
+        for name, got, supported in (
+                ("model", model["type"], ("BPE",)), ("normalizer", whole["normalizer"], (None,)),
+                ("decoder", (whole["decoder"] or {}).get("type"), ("ByteLevel",)),
+                *((f"model.{name}", model.get(name), (None, False, "")) for name in (
+                    "dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk", "byte_fallback"))):
+            if got not in supported:
+                raise ValueError(f"{name} {short(got)} is not supported")
+        self.stages = pre_tokenizers(whole["pre_tokenizer"])
+        self.special = {token["content"]: token["id"] for token in added}
+        byte = {c: bytes([i]) for i, c in enumerate(SPELLING)}
+        ordinary = {token["content"] for token in added if not token["special"]}
+        names = {id: b"".join(byte[c] for c in name) for name, id in model["vocab"].items() if name not in self.special or name in ordinary}
+        vocab = {name: id for id, name in names.items()}
+        ids = [*model["vocab"].values(), *(id for name, id in self.special.items() if name not in model["vocab"])]
+        if bad := [id for id, count in Counter(ids).items() if count > 1 or type(id) is not int or id < 0]:
+            raise ValueError(f"token id {short(bad[0])} is no natural number or there twice")
+        if missing := [i for i in range(256) if bytes([i]) not in vocab]:
+            raise ValueError(f"model.vocab has no token for byte {missing[0]}")
+        pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
+        order = {(left, right): i for i, (left, right) in enumerate(tuple(b"".join(byte[c] for c in half) for half in pair) for pair in pairs)}
+        for left, right in order:
+            if left + right not in vocab:
+                raise ValueError(f"model.merges makes {short((left + right).decode(errors='replace'))}, which is not in model.vocab")
+        made = {name: merge([bytes([b]) for b in name], order) for name in vocab}
+        ranks = {name: 256 + last if len(name) > 1 else name[0] for name, (tokens, last) in made.items() if len(tokens) == 1}
+        self.encoding = tiktoken.Encoding("falcon", pat_str=r"(?s).+", mergeable_ranks=ranks, special_tokens={})
+        self.ids = {rank: vocab[name] for name, rank in ranks.items()}
+        self.whole_words = {name: id for name, id in vocab.items() if name not in ranks} if model.get("ignore_merges") else {}
+        self.bytes = names | {id: content.encode() for content, id in self.special.items()}
+        # Added tokens are cut out of the text first, the longest at a place: those with "normalized" false, then the others.
+        self.added, self.cuts = {token["content"]: token for token in added}, []
+        for normalized in (False, True):
+            found = sorted((regex.escape(t["content"]) for t in added if t["normalized"] == normalized), key=len, reverse=True)
+            self.cuts += [regex.compile("|".join(found))] if found else []
+        self.vocab_size = max(self.bytes) + 1
+        eos = config.get("eos_token")
+        stop = dict.fromkeys([*STOP, eos["content"] if isinstance(eos, dict) else eos])
+        self.stop_ids = tuple(self.special[name] for name in stop if name in self.special)
 
     @classmethod
     def byte_level(cls):
@@ -103,56 +224,72 @@ class Tokenizer:
         names = [*CONTROL, *TAGS]
         # A vocabulary of a multiple of 16 tiles well. What fills it up are tokens too: whatever is sampled decodes.
         names += [f"<|reserved_{i}|>" for i in range(-(256 + len(names)) % 16)]
-        return cls({bytes([i]): i for i in range(256)}, {name: 256 + i for i, name in enumerate(names)}, WHOLE_TEXT)
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": CHAT_TEMPLATE, "padding_side": "left",
+                  "bos_token": "<|begin_of_text|>", "eos_token": "<|im_end|>", "pad_token": "<|pad|>",
+                  "clean_up_tokenization_spaces": False}  # fmt: skip
+        whole = tokenizer_json({name: 256 + i for i, name in enumerate(names)})
+        return cls({"tokenizer.json": json.dumps(whole, ensure_ascii=False, indent=1),
+                    "tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=1)})  # fmt: skip
 
-    def encode(self, text):
-        """Ids of text, a list of int. Nothing becomes a special token: `<|im_end|>` typed by a user is ten bytes."""
-        return self.encoding.encode_ordinary(text)
+    def encode(self, text, *, special=False):
+        """Ids of text, a list of int; no BOS is added. special: read special tokens, as the tokenizers library does; by default
+        they are plain text, for `<|im_end|>` typed by a user must not end his turn. Tokens that were added to the vocabulary
+        without being special are always read. Surrogates without a partner become U+FFFD."""
+        pieces = [(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), None)]
+        for pattern in self.cuts:
+            pieces = [cut for piece, id in pieces for cut in ([(piece, id)] if id is not None else self._cut(piece, pattern, special))]
+        ids = []
+        for piece, id in pieces:
+            words = [piece] if piece and id is None else []
+            for stage in self.stages:
+                words = [part for word in words for part in stage(word)]
+            for word in words:
+                known = self.whole_words.get(word.encode()) if self.whole_words else None
+                ids += [self.ids[rank] for rank in self.encoding.encode_ordinary(word)] if known is None else [known]
+            ids += [] if id is None else [id]
+        return ids
+
+    def _cut(self, text, pattern, special):
+        """Cut text at its added tokens -> pairs (text between, None) and (spelling, id), with the token's own flags at work."""
+        begin = 0
+        for match in pattern.finditer(text):
+            token, (start, end) = self.added[match[0]], match.span()
+            inside_word = regex.match(r"\w", text[start - 1 : start]) or regex.match(r"\w", text[end : end + 1])
+            control = token["special"] or match[0] in TAGS
+            if control and not special or token["single_word"] and inside_word:
+                continue
+            start = regex.search(r"(?r)\s*", text, pos=begin, endpos=start).start() if token["lstrip"] else start
+            end = regex.match(r"\s*", text, pos=end).end() if token["rstrip"] else end
+            yield from ((text[begin:start], None), (match[0], token["id"]))
+            begin = end
+        yield text[begin:], None
 
     def decode(self, ids):
         """Text of ids, special tokens included; bytes that are not UTF-8 become U+FFFD. ValueError at an unknown id."""
         try:
-            return self.encoding.decode([int(i) for i in ids], errors="replace")
-        except (KeyError, OverflowError) as error:
+            return b"".join(self.bytes[int(i)] for i in ids).decode(errors="replace")
+        except KeyError as error:
             raise ValueError(f"cannot decode {error}: token ids are 0 to {self.vocab_size - 1}") from None
 
     def save(self, folder):
-        """Write tokenizer.json and tokenizer_config.json, as the tokenizers library and transformers read them.
-
-        Their encode() turns special tokens inside a user's text into special ids, which ours does not: that is how
-        prompt injection works, and the one difference in ids.
-        """
-        whole = tokenizer_json(self.special)
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": CHAT_TEMPLATE, "padding_side": "left",
-                  "bos_token": "<|begin_of_text|>", "eos_token": "<|im_end|>", "pad_token": "<|pad|>",
-                  "clean_up_tokenization_spaces": False}  # fmt: skip
-        write_text(Path(folder) / "tokenizer.json", json.dumps(whole, ensure_ascii=False, indent=1))
-        write_text(Path(folder) / "tokenizer_config.json", json.dumps(config, ensure_ascii=False, indent=1))
+        """Write tokenizer.json and tokenizer_config.json, as the tokenizers library and transformers read them."""
+        for name, text in self.files.items():
+            write_text(Path(folder) / name, text)
 
     @classmethod
     def from_pretrained(cls, folder):
-        """Read folder/tokenizer.json. ValueError naming the component, if it holds one that is not supported.
-
-        Supported is what save() writes. General byte-level BPE belongs here: its pre_tokenizer's regular expression is
-        tiktoken's pattern, and its vocabulary, in bytes, tiktoken's ranks if ids follow the order of the merges.
-        """
+        """Read folder/tokenizer.json, a byte-level BPE, and tokenizer_config.json beside it where there is one. ValueError naming
+        the component, if it holds one that is not supported. A post_processor is not read: encode() adds no token."""
         path = Path(folder) / "tokenizer.json"
         try:
-            whole = json.loads(path.read_bytes())
-            special = {token["content"]: token["id"] for token in whole["added_tokens"]}
-            model = {name: whole["model"][name] for name in ("type", "vocab", "merges")}
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            config = path.with_name("tokenizer_config.json")
+            return cls({path.name: path.read_text("utf-8"), config.name: config.read_text("utf-8") if config.exists() else "{}"})
+        except OSError as error:
+            raise ValueError(f"{path}: {error.strerror}") from None
+        except (KeyError, TypeError, AttributeError, RecursionError, json.JSONDecodeError, UnicodeDecodeError, regex.error) as error:
             raise ValueError(f"{path}: not a tokenizer.json: {type(error).__name__} {error}") from None
-        if not {*CONTROL} <= {*special} or any(256 + i not in special.values() for i in range(len(special))):
-            raise ValueError(f"{path}: added_tokens must hold {' '.join(CONTROL)}, and ids count up from 256")
-        for name, supported in tokenizer_json(special).items():
-            here = model if name == "model" else whole.get(name)
-            if here != supported:
-                raise ValueError(f"{path}: {name} {short(here)} is not supported, only bytes without merges")
-        return cls({bytes([i]): i for i in range(256)}, special, WHOLE_TEXT)
-
-
-WHOLE_TEXT = r"(?s).+"  # tiktoken's pattern: without merges there is nothing that words would keep apart
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
 
 def short(value, limit=100):
@@ -201,6 +338,9 @@ def render_chat(messages, tokenizer, *, generation_prompt=False):
     tools = calls or any(message["role"] == "tool" for message in messages)
     last = None if generation_prompt or not assistant else assistant[-1]
 
+    for name in ("<|begin_of_text|>", "<|im_start|>", "<|im_end|>"):
+        if name not in tokenizer.special:
+            raise ValueError(f"tokenizer: it has no {name}, which a conversation needs")
     bos, start, end = (tokenizer.special[name] for name in ("<|begin_of_text|>", "<|im_start|>", "<|im_end|>"))
     newline, pieces = tokenizer.encode("\n"), []  # (ids, whether there is loss on them)
     pieces.append(([bos, *newline], False))
