@@ -22,6 +22,7 @@ To copy this file, also take ssm_scan.py.
 """
 
 import json
+import math
 import mmap
 import os
 import struct
@@ -84,11 +85,25 @@ class FalconH1Config:
         def check(ok, what):
             if not ok:
                 raise ValueError(f"config: {what}")
+
+        def number(v):
+            return type(v) in (int, float) and -1e30 < v < 1e30
+
+        for f in fields(self):
+            v = getattr(self, f.name)
+            ok, expected = {int: (type(v) is int and 0 < v < 2**31, "a whole number above 0"), float: (number(v), "a finite number"),
+                            bool: (type(v) is bool, "true or false"),
+                            tuple: (isinstance(v, tuple) and all(number(x) or x == float("inf") for x in v), "numbers")}[f.type]
+            check(ok, f"{f.name} is {v!r}, expected {expected}")
+        for name, length in (("ssm_multipliers", 5), ("mlp_multipliers", 2), ("time_step_limit", 2)):
+            check(len(getattr(self, name)) == length, f"{name} has {len(getattr(self, name))} numbers, expected {length}")
         check(self.mamba_d_ssm == self.mamba_n_heads * self.mamba_d_head,
               f"mamba_d_ssm {self.mamba_d_ssm} is not mamba_n_heads * mamba_d_head = {self.mamba_n_heads * self.mamba_d_head}")
-        check(self.mamba_n_heads % self.mamba_n_groups == 0, f"mamba_n_groups {self.mamba_n_groups} does not divide the SSM heads")
-        check(self.num_attention_heads % self.num_key_value_heads == 0, "num_key_value_heads does not divide num_attention_heads")
-        check(len(self.ssm_multipliers) == 5 and len(self.mlp_multipliers) == 2, "5 ssm_multipliers and 2 mlp_multipliers needed")
+        for name, divisor in (("mamba_n_heads", "mamba_n_groups"), ("num_attention_heads", "num_key_value_heads")):
+            n, by = getattr(self, name), getattr(self, divisor)
+            check(n % by == 0, f"{name} {n} is not a multiple of {divisor} {by}")
+        check(self.head_dim % 2 == 0, f"head_dim {self.head_dim} is odd, but RoPE turns channels in pairs")
+        check(self.rope_theta > 0 and self.time_step_limit[0] <= self.time_step_limit[1], "rope_theta above 0 and time_step_limit in order needed")
 
     @property
     def mamba_widths(self):
@@ -98,24 +113,71 @@ class FalconH1Config:
 
     @classmethod
     def from_json(cls, path):
-        """Read a config.json in the published format. What is neither known nor harmless to ignore is an error."""
+        """Read a config.json in the published format, of old and new versions of transformers. Nothing that would change a
+        logit is guessed: transformers' own defaults (norm before the gate, mamba_d_ssm 1024) are those of no published model."""
+        def check(ok, what):
+            if not ok:
+                raise ValueError(f"{path}: {what}")
         try:
-            raw = json.loads(Path(path).read_text())
-        except (OSError, ValueError) as e:
+            raw = json.loads(Path(path).read_text(), object_hook=lambda d: float(d["__float__"]) if "__float__" in d else d)
+            raw = {name: tuple(v) if isinstance(v, list) else v for name, v in raw.items() if v is not None}
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as e:
             raise ValueError(f"{path}: not a readable config.json ({e})") from None
-        names = {f.name for f in fields(cls)}
-        missing = sorted(n for n in names if n not in raw)
-        if raw.get("model_type") != "falcon_h1" or missing:
-            raise ValueError(f"{path}: " + (f"field {missing[0]} is missing" if raw.get("model_type") == "falcon_h1"
-                                            else f"model_type is {raw.get('model_type')!r}, expected 'falcon_h1'"))
-        values = {n: tuple(raw[n]) if isinstance(raw[n], list) else raw[n] for n in names}
-        return cls(**values)
+        check(raw.get("model_type") == "falcon_h1", f"model_type is {raw.get('model_type')!r}, expected 'falcon_h1'")
+        rope = raw.pop("rope_parameters", {})
+        check(isinstance(rope, dict) and rope.keys() <= {"rope_theta", "rope_type"} and rope.get("rope_type", "default") == "default",
+              f"rope_parameters {rope} are not supported, expected rope_theta and the rope_type 'default'")
+        theta = raw.setdefault("rope_theta", rope.get("rope_theta"))
+        check(rope.get("rope_theta", theta) == theta, f"rope_theta {theta} contradicts rope_parameters {rope}")
+        for name, only in _ONE_VALUE.items():
+            check(raw.pop(name, only) == only, f"{name} is supported with the value {only!r} only")
+        names, expand = {f.name for f in fields(cls)}, raw.pop("mamba_expand", None)
+        unknown = sorted(raw.keys() - names - _NOT_READ)
+        check(not unknown, f"field {(unknown or [''])[0]} is unknown; it may change what the model computes")
+        try:  # what the published format derives where it is absent, null or "auto"
+            if "mamba_d_ssm" not in raw and expand is not None:
+                raw["mamba_d_ssm"] = int(expand * raw["hidden_size"])
+            if raw.get("mamba_d_head", "auto") == "auto":
+                raw["mamba_d_head"] = raw["mamba_d_ssm"] // raw["mamba_n_heads"]
+            raw.setdefault("num_key_value_heads", raw["num_attention_heads"])
+            raw.setdefault("head_dim", raw["hidden_size"] // raw["num_attention_heads"])
+        except (KeyError, TypeError, ZeroDivisionError, OverflowError, ValueError):
+            pass  # one of the fields named here is missing or no number, which is said next
+        missing = sorted(n for n in names - _MAY_BE_ABSENT if raw.get(n) is None)
+        check(not missing, f"field {(missing or [''])[0]} is missing")
+        try:
+            return cls(**{n: v for n, v in raw.items() if n in names})
+        except ValueError as e:
+            raise ValueError(f"{path}: {e}") from None
 
     def to_json(self, dtype):
         values = asdict(self)
-        values["time_step_limit"] = [float(v) for v in self.time_step_limit]
+        if self.time_step_limit == (0, float("inf")):
+            del values["time_step_limit"]  # the published default; JSON has no word for infinity
         return {"architectures": ["FalconH1ForCausalLM"], "model_type": "falcon_h1", "torch_dtype": str(dtype).split(".")[1],
                 "hidden_act": "silu", **values}
+
+
+# Fields of config.json that may be absent, because they change no logit or because tensors that are there, or not, would contradict
+# a wrong guess; those that are supported with one value; those that say nothing about the function from ids to logits.
+_MAY_BE_ABSENT = {"mamba_chunk_size", "initializer_range", "time_step_limit", "tie_word_embeddings", "attention_bias", "mlp_bias",
+                  "projectors_bias", "mamba_proj_bias"}
+_ONE_VALUE = {"hidden_act": "silu", "mamba_use_mlp": True, "attention_dropout": 0, "rope_scaling": None, "attn_layer_indices": None}
+_NOT_READ = set("""model_type architectures auto_map dtype torch_dtype transformers_version _name_or_path use_cache bos_token_id
+    eos_token_id pad_token_id num_logits_to_keep mlp_expansion_factor time_step_min time_step_max time_step_floor return_dict
+    output_attentions output_hidden_states is_encoder_decoder chunk_size_feed_forward id2label label2id problem_type""".split())
+
+def _published(vocab, hidden, layers, heads, kv_heads, head_dim, ssm_heads, ssm_head, state, intermediate, positions, **other):
+    """The published models. Their multipliers were tuned once, at 0.5B (hidden 1024), and follow the widths from there: w is the
+    ratio of widths. The rule gives the published values of 0.5B, 7B and 34B, and those of the others as far as they are known."""
+    w, ssm = hidden / 1024, ssm_heads * ssm_head
+    return FalconH1Config(
+        vocab_size=vocab, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, head_dim=head_dim, mamba_d_ssm=ssm, mamba_n_heads=ssm_heads, mamba_d_head=ssm_head,
+        mamba_d_state=state, max_position_embeddings=positions, embedding_multiplier=32**0.5, lm_head_multiplier=40 / hidden,
+        attention_out_multiplier=0.9375 / w**2, key_multiplier=0.390625 / w**2 * (64 / head_dim) ** 0.5, ssm_in_multiplier=1.25 / w,
+        ssm_out_multiplier=512 / ssm / 2**0.5, ssm_multipliers=(8**-0.5, 0.25, 32 * 2**0.5 / state, 0.5, 8**-0.5),
+        mlp_multipliers=(0.78125**0.5 / w, 1200 / (w * intermediate)), **other)
 
 
 PRESETS = {
@@ -125,22 +187,12 @@ PRESETS = {
         vocab_size=272, hidden_size=96, intermediate_size=160, num_hidden_layers=3, num_attention_heads=3,
         num_key_value_heads=1, head_dim=32, mamba_d_ssm=96, mamba_n_heads=3, mamba_d_head=32, mamba_d_state=32,
         mamba_chunk_size=32, rope_theta=1e4, initializer_range=0.1),
-    "0.5b": FalconH1Config(
-        vocab_size=32784, hidden_size=1024, intermediate_size=2048, num_hidden_layers=36, num_attention_heads=8,
-        num_key_value_heads=2, head_dim=64, mamba_d_ssm=1536, mamba_n_heads=24, mamba_d_head=64, mamba_d_state=128,
-        mamba_rms_norm=False, max_position_embeddings=16384, embedding_multiplier=5.656854249492381,
-        lm_head_multiplier=0.0390625, attention_out_multiplier=0.9375, key_multiplier=0.39062499999999994,
-        ssm_in_multiplier=1.25, ssm_out_multiplier=0.23570226039551587,
-        ssm_multipliers=(0.3535533905932738, 0.25, 0.3535533905932738, 0.5, 0.3535533905932738),
-        mlp_multipliers=(0.8838834764831844, 0.5859375)),
-    "7b": FalconH1Config(  # the shape of Falcon-H1R-7B
-        vocab_size=130048, hidden_size=3072, intermediate_size=12288, num_hidden_layers=44, num_attention_heads=12,
-        num_key_value_heads=2, head_dim=128, mamba_d_ssm=3072, mamba_n_heads=24, mamba_d_head=128, mamba_d_state=256,
-        max_position_embeddings=262144, embedding_multiplier=5.656854249492381, lm_head_multiplier=0.013020833333333334,
-        attention_out_multiplier=0.10416666666666667, key_multiplier=0.030690398488999456,
-        ssm_in_multiplier=0.4166666666666667, ssm_out_multiplier=0.11785113019775793,
-        ssm_multipliers=(0.3535533905932738, 0.25, 0.1767766952966369, 0.5, 0.3535533905932738),
-        mlp_multipliers=(0.2946278254943948, 0.032552083333333336)),
+    "0.5b": _published(32784, 1024, 36, 8, 2, 64, 24, 64, 128, 2048, 16384, mamba_rms_norm=False),
+    "1.5b": _published(65536, 2048, 24, 8, 2, 128, 48, 64, 256, 4608, 131072),
+    "1.5b-deep": _published(65536, 1280, 66, 6, 2, 128, 24, 64, 256, 3072, 131072),
+    "3b": _published(65536, 2560, 32, 10, 2, 128, 32, 128, 256, 6144, 131072),
+    "7b": _published(130048, 3072, 44, 12, 2, 128, 24, 128, 256, 12288, 262144),  # Falcon-H1R-7B
+    "34b": _published(261120, 5120, 72, 20, 4, 128, 32, 128, 256, 21504, 262144, mamba_n_groups=2),
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -397,6 +449,8 @@ class FalconH1(nn.Module):
         if cache is not None and (cu_seqlens is not None or cache.lengths.shape[0] != input_ids.shape[0]):
             raise ValueError(f"cache: {cache.lengths.shape[0]} slots, expected {input_ids.shape[0]} and no cu_seqlens")
         cu = None if cu_seqlens is None else check_cu_seqlens(cu_seqlens, *input_ids.shape)
+        if input_ids.device.type == "cpu" and not 0 <= input_ids.min() <= input_ids.max() < self.config.vocab_size:  # a GPU would stall
+            raise ValueError(f"input_ids: an id is outside 0..{self.config.vocab_size - 1}")
         h = self.model(input_ids, cu, cache)
         if targets is None:
             return scaled(self.lm_head(h), self.config.lm_head_multiplier)
@@ -417,23 +471,32 @@ class FalconH1(nn.Module):
         _replace(Path(folder) / "config.json", lambda f: f.write(config.encode()))
 
     @classmethod
-    def from_pretrained(cls, folder, *, dtype=None, device=None):
-        """Read what save_pretrained wrote. dtype None keeps the stored one. Every tensor must be there, and no other."""
-        path = Path(folder) / "model.safetensors"
-        config = FalconH1Config.from_json(Path(folder) / "config.json")
-        state = read_safetensors(path)
-        if config.tie_word_embeddings and "model.embed_tokens.weight" in state:
-            state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    def from_pretrained(cls, folder, *, dtype=None, device=None, mapped=False):
+        """Read a checkpoint in the published format. dtype None keeps the stored one. Every tensor must be there, and no other.
+
+        mapped leaves the tensors in their file until they are moved or used: train_sft.shard() moves a block at a time, so that
+        no rank ever holds the whole model."""
+        def check(ok, name, what):
+            if not ok:
+                raise ValueError(f"{folder}: tensor {name} {what}")
+        config, state = FalconH1Config.from_json(Path(folder) / "config.json"), read_checkpoint(folder)
+        if config.tie_word_embeddings and (tied := state.get("model.embed_tokens.weight")) is not None:
+            check(torch.equal(state.setdefault("lm_head.weight", tied), tied), "lm_head.weight",
+                  "differs from model.embed_tokens.weight, but config.json says tie_word_embeddings")
+        last = f"model.layers.{config.num_hidden_layers - 1}.mamba.D"
+        check(last in state, last, "is missing")  # before a model of a billion layers is built
         with torch.device("meta"):
             model = cls(config)
         expected = model.state_dict()
+        stored = state["model.embed_tokens.weight"].dtype if "model.embed_tokens.weight" in state else None
         for name in sorted({*expected, *state}):
-            if name not in state or name not in expected:
-                raise ValueError(f"{path}: tensor {name} is " + ("missing" if name in expected else "not part of this model"))
-            if state[name].shape != expected[name].shape:
-                raise ValueError(f"{path}: tensor {name} is {tuple(state[name].shape)}, "
-                                 f"config.json makes it {tuple(expected[name].shape)}")
-        model.load_state_dict({name: v.to(device, dtype, copy=True) for name, v in state.items()}, assign=True)
+            check(name in state, name, "is missing")
+            check(name in expected, name, "is not part of this model")
+            v, shape = state[name], tuple(expected[name].shape)
+            check(v.shape == shape, name, f"is {tuple(v.shape)}, config.json makes it {shape}")
+            check(v.is_floating_point() and (dtype is not None or v.dtype == stored), name,
+                  f"is {v.dtype}, expected {stored} as the embeddings are; give a dtype to convert a mixture of floating-point types")
+        model.load_state_dict({name: v if mapped else v.to(device, dtype, copy=True) for name, v in state.items()}, assign=True)
         if config.tie_word_embeddings:
             model.lm_head.weight = model.model.embed_tokens.weight
         return model
@@ -750,13 +813,13 @@ def read_safetensors(path):
         header = json.loads(bytes(data[8 : 8 + length]))
         header.pop("__metadata__", None)
         entries = sorted((e["data_offsets"][0], e["data_offsets"][1], e["dtype"], tuple(e["shape"]), n) for n, e in header.items())
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as e:
         raise ValueError(f"{path}: not a whole safetensors file: unreadable header ({type(e).__name__})") from None
     tensors, end = {}, 0
     for start, stop, dtype, shape, name in entries:
-        check(dtype in _DTYPES, f"tensor {name} has dtype {dtype}")
-        check(all(type(v) is int and v >= 0 for v in (start, stop, *shape)), f"tensor {name} has no natural shape or offsets")
-        count = torch.Size(shape).numel()
+        check(isinstance(dtype, str) and dtype in _DTYPES, f"tensor {name} has dtype {dtype}")
+        check(all(type(v) is int and 0 <= v < 2**63 for v in (start, stop, *shape)), f"tensor {name} has no natural shape or offsets")
+        count = math.prod(shape)
         check(start == end and stop - start == count * _DTYPES[dtype].itemsize, f"tensor {name} is at {start}..{stop}")
         end = stop
         check(8 + length + end <= size, f"tensor {name} ends at byte {8 + length + end} of {size}")
@@ -765,6 +828,28 @@ def read_safetensors(path):
         tensors[name] = flat.view(shape)
     check(8 + length + end == size, f"{size - 8 - length - end} bytes too many")
     return tensors
+
+
+def read_checkpoint(folder):
+    """{name: tensor}, memory-mapped, of model.safetensors, or else of the shards that model.safetensors.index.json names."""
+    single, index, state = Path(folder) / "model.safetensors", Path(folder) / "model.safetensors.index.json", {}
+    if single.exists() or not index.exists():
+        return read_safetensors(single)
+    try:
+        shard_of = json.loads(index.read_text())["weight_map"]
+        shards = sorted(set(shard_of.values()))
+        if any(shard != Path(shard).name for shard in shards):
+            raise ValueError("a path, not a file name")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise ValueError(f"{index}: expected a weight_map from tensors to files in its folder ({e})") from None
+    for shard in shards:
+        for name, v in read_safetensors(Path(folder) / shard).items():
+            if shard_of.get(name) != shard:
+                raise ValueError(f"{Path(folder) / shard}: tensor {name} is here, but {index.name} names {shard_of.get(name)}")
+            state[name] = v
+    if missing := sorted(shard_of.keys() - state.keys()):
+        raise ValueError(f"{Path(folder) / shard_of[missing[0]]}: tensor {missing[0]} is missing, {index.name} says it is here")
+    return state
 
 
 # ---------------------------------------------------------------------------------------------------------------------

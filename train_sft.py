@@ -118,14 +118,13 @@ def start_ranks(device):
 def shard(model, ranks):
     """FSDP2: each rank keeps a slice of every parameter, gathers a block's when it needs them, and averages gradients.
     On a GPU compute is bf16 over float32 master weights and float32 reductions; on a CPU it is float32 throughout."""
-    model.to(ranks.device)
     if not dist.is_initialized():
-        return model
+        return model.to(ranks.device)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if "cuda" in ranks.device \
         else MixedPrecisionPolicy()
-    for block in model.model.layers:
-        fully_shard(block, mp_policy=policy)
-    return fully_shard(model, mp_policy=policy)
+    for block in model.model.layers:  # one at a time: from_pretrained(mapped=True) has left them in their file
+        fully_shard(block.to(ranks.device, torch.float32), mp_policy=policy)
+    return fully_shard(model.to(ranks.device, torch.float32), mp_policy=policy)
 
 
 @torch.no_grad()
@@ -356,7 +355,7 @@ def load(args, ranks):
 
 def load_model(folder):
     """A checkpoint: the folder of a run (its model/ is meant) or a model folder; float32 master weights."""
-    return FalconH1.from_pretrained(model_folder(folder), dtype=torch.float32)
+    return FalconH1.from_pretrained(model_folder(folder), dtype=torch.float32, mapped=dist.is_initialized())
 
 
 def model_folder(folder):

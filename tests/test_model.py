@@ -103,12 +103,21 @@ def test_forward_is_the_oracle(change):
     assert error < 1e-5
 
 
-def test_published_parameter_counts():
-    for preset, count in (("0.5b", 521_411_104), ("7b", 7_585_648_736)):
+def test_presets_are_the_published_models():
+    for preset, count in (("0.5b", 521_411_104), ("1.5b", 1_554_859_392), ("1.5b-deep", 1_554_872_208), ("3b", 3_149_387_264),
+                          ("7b", 7_585_648_736), ("34b", 33_642_516_224)):
         with torch.device("meta"):
             model = FalconH1(PRESETS[preset])
         assert sum(p.numel() for p in model.parameters()) == count
-    assert len(model.state_dict()) == 751
+        assert preset != "7b" or len(model.state_dict()) == 751
+    c = PRESETS["7b"]  # the published config.json, and that of 34b where it is known
+    assert c.embedding_multiplier == 5.656854249492381 and c.lm_head_multiplier == 0.013020833333333334
+    assert (c.attention_out_multiplier, c.ssm_in_multiplier) == (0.10416666666666667, 0.4166666666666667)
+    assert (c.key_multiplier, c.ssm_out_multiplier) == pytest.approx((0.030690398488999456, 0.11785113019775793), rel=1e-14)
+    assert c.ssm_multipliers == pytest.approx((0.3535533905932738, 0.25, 0.1767766952966369, 0.5, 0.3535533905932738), rel=1e-14)
+    assert c.mlp_multipliers == pytest.approx((0.2946278254943948, 0.032552083333333336), rel=1e-14)
+    c = PRESETS["34b"]
+    assert (c.key_multiplier, *c.mlp_multipliers) == pytest.approx((0.011048543456039804, 0.1767766952966369, 0.011160714285714284), rel=1e-14)
 
 
 def test_packed_documents_are_separate():
@@ -273,6 +282,12 @@ def test_generate_does_not_sample_from_nonsense():
 def test_generate_refuses(prompts, settings, message):
     with pytest.raises(ValueError, match=message):
         generate(build(), prompts, **({"max_new_tokens": 4} | settings))
+
+
+def test_forward_refuses():
+    for ids in ([[37]], [[-1]]):
+        with pytest.raises(ValueError, match=r"input_ids: an id is outside 0\.\.36"):
+            build()(torch.tensor(ids))
 
 
 # Files
