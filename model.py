@@ -204,6 +204,16 @@ def scaled(x, multiplier):
     return x if multiplier == 1 else x * multiplier
 
 
+class Linear(nn.Linear):
+    """x W^T + bias. CPUs multiply the few rows of a decoding step faster as (W x^T)^T."""
+
+    def forward(self, x):
+        if x.is_cuda or torch.is_grad_enabled() or x.shape[:-1].numel() > 64:
+            return super().forward(x)
+        y = (self.weight @ x.flatten(0, -2).mT).mT.unflatten(0, x.shape[:-1])
+        return y if self.bias is None else y + self.bias
+
+
 class RMSNorm(nn.Module):
     """w * x / sqrt(mean(x^2) + eps), the mean in float32 and the cast before the weight, as in the published model."""
 
@@ -217,17 +227,17 @@ class RMSNorm(nn.Module):
 
 
 def rope_table(positions, head_dim, theta, dtype):
-    """positions (b, t) -> cos, sin (b, t, 1, head_dim) of the angles position * theta^(-2i / head_dim), i < head_dim / 2."""
+    """positions (b, t) -> cos, sin (b, t, 1, head_dim) of the angles position * theta^(-2i / head_dim), i < head_dim / 2, each for
+    two channels; the first of them takes minus the sine."""
     frequency = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
     angle = positions[..., None, None].float() * frequency
-    angle = torch.cat([angle, angle], -1)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
 def rotate(x, cos, sin):
     """RoPE on x (b, t, heads, head_dim): channel i turns together with channel i + head_dim / 2 ("rotate half")."""
-    left, right = x.chunk(2, -1)
-    return x * cos + torch.cat([-right, left], -1) * sin
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
 @lru_cache(maxsize=16)
@@ -358,9 +368,9 @@ class MLP(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.multipliers = c.mlp_multipliers
-        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
-        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
-        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
+        self.gate_proj = Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.up_proj = Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.down_proj = Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
 
     def forward(self, x):
         gate = F.silu(scaled(self.gate_proj(x), self.multipliers[0]))
@@ -419,7 +429,7 @@ class FalconH1(nn.Module):
         super().__init__()
         self.config = config
         self.model = Backbone(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         if not self.lm_head.weight.is_meta:
@@ -558,16 +568,16 @@ class Cache:
         c, layers = config, config.num_hidden_layers
         self.k = torch.zeros(layers, slots, c.num_key_value_heads, length, c.head_dim, dtype=dtype, device=device)
         self.v = torch.zeros_like(self.k)
-        self.conv = torch.zeros(layers, slots, sum(c.mamba_widths[1:4]), c.mamba_d_conv - 1, dtype=dtype, device=device)
+        self.conv = torch.zeros(layers, slots, c.mamba_d_conv - 1, sum(c.mamba_widths[1:4]), dtype=dtype, device=device).mT
         self.ssm = torch.zeros(layers, slots, c.mamba_n_heads, c.mamba_d_head, c.mamba_d_state, device=device)
         self.lengths = torch.zeros(slots, dtype=torch.long, device=device)
         self.used = 0
 
-    def load(self, slot, other):
-        """Make `slot` a copy of the only sequence of `other`: a prompt is prefilled once and sampled many times."""
-        self.k[:, slot, :, : other.used] = other.k[:, 0, :, : other.used]
-        self.v[:, slot, :, : other.used] = other.v[:, 0, :, : other.used]
-        self.conv[:, slot], self.ssm[:, slot], self.lengths[slot] = other.conv[:, 0], other.ssm[:, 0], other.lengths[0]
+    def load(self, slot, other, row):
+        """Make `slot` a copy of one sequence of `other`: a prompt is prefilled once and sampled many times."""
+        self.k[:, slot, :, : other.used] = other.k[:, row, :, : other.used]
+        self.v[:, slot, :, : other.used] = other.v[:, row, :, : other.used]
+        self.conv[:, slot], self.ssm[:, slot], self.lengths[slot] = other.conv[:, row], other.ssm[:, row], other.lengths[row]
         self.used = max(self.used, other.used)
 
     def keep(self, slots):
@@ -577,6 +587,7 @@ class Cache:
 
     def extend(self, positions):
         """The next forward appends tokens at `positions` (slots, t)."""
+        self.rows = torch.arange(len(positions), device=positions.device)[:, None]
         self.used += positions.shape[1]
         length = self.k.shape[3]
         if self.used > length:
@@ -586,13 +597,17 @@ class Cache:
 
     def attend(self, layer, q, k, v):
         """Append k, v (slots, t, hkv, hd), then attend with q (slots, t, hq, hd) to all that each slot holds."""
-        rows = torch.arange(len(q), device=q.device)[:, None]
-        self.k[layer][rows, :, self.positions] = k
-        self.v[layer][rows, :, self.positions] = v
+        self.k[layer][self.rows, :, self.positions] = k
+        self.v[layer][self.rows, :, self.positions] = v
         k, v = self.k[layer][:, :, : self.window], self.v[layer][:, :, : self.window]
         if q.shape[1] == 1:  # the queries that share a key head stand in for the tokens: keys are read once, not copied
-            q = q.view(len(q), k.shape[1], -1, q.shape[-1])  # (slots, hkv, hq / hkv, hd)
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask).reshape(len(q), 1, -1, q.shape[-1])
+            q = q.reshape(len(q), k.shape[1], -1, q.shape[-1])  # (slots, hkv, hq / hkv, hd)
+            if q.is_cuda:
+                y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
+            else:  # for so few queries twice as fast as torch's kernel for CPUs
+                scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~self.mask, -torch.inf)
+                y = scores.softmax(-1, torch.float32).to(v.dtype) @ v
+            return y.reshape(len(q), 1, -1, q.shape[-1])
         return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=self.mask, enable_gqa=True).transpose(1, 2)
 
 
@@ -656,12 +671,12 @@ def draw(logits, u, temperature, top_p, top=20):
 
 
 @torch.no_grad()
-def prefill(model, prompt, chunk=512):
-    """A Cache of one slot that has read all of `prompt` but its last token, in chunks of bounded memory."""
-    p = next(model.parameters())
-    cache = Cache(model.config, 1, max(len(prompt) - 1, 1), dtype=p.dtype, device=p.device)
-    for i in range(0, len(prompt) - 1, chunk):
-        model.model(torch.tensor([prompt[i : min(i + chunk, len(prompt) - 1)]], device=p.device), cache=cache)
+def prefill(model, prompts, tokens=2048):
+    """A Cache that has read prompts of one length, but for their last tokens, at most about `tokens` at a time: so memory is bounded."""
+    p, length = next(model.parameters()), len(prompts[0]) - 1
+    cache, ids = Cache(model.config, len(prompts), max(length, 1), dtype=p.dtype, device=p.device), torch.tensor(prompts, device=p.device)
+    for part in ids[:, :-1].split(max(1, tokens // len(prompts)), 1) if length else ():
+        model.model(part, cache=cache)
     return cache
 
 
@@ -712,13 +727,15 @@ def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_p=1.0, seed
         return None
 
     while True:
-        for slot in (s for s in range(slots) if active[s] is None):
-            if (job := next_job()) is None:
-                break
-            i, sample = job
-            if i not in prefilled:
-                prefilled[i] = prefill(model, prompts[i])
-            cache.load(slot, prefilled[i])
+        free = [s for s in range(slots) if active[s] is None]
+        jobs = sorted(zip(free, iter(next_job, None)), key=lambda job: (len(prompts[job[1][0]]), job[1]))
+        for slot, (i, sample) in jobs:
+            if i not in prefilled:  # read it together with the next prompts of its length, up to 16k tokens at once
+                same = sorted({j for _, (j, _) in jobs if j >= i and len(prompts[j]) == len(prompts[i])} - prefilled.keys())
+                same = same[: max(1, 16384 // len(prompts[i]))]
+                read = prefill(model, [prompts[j] for j in same])
+                prefilled.update((j, (read, row)) for row, j in enumerate(same))
+            cache.load(slot, *prefilled[i])
             if sample == samples - 1:
                 del prefilled[i]
             active[slot], tokens[slot] = Trace(i, sample), prompts[i][-1]

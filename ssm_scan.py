@@ -649,11 +649,16 @@ def ssd_step(state, x, dt, A, B, C, *, D=None, dt_bias=None, dt_softplus=False, 
     fused = state.dtype == torch.float32 and state[0].is_contiguous() and not torch.is_grad_enabled()
     if fused and backend == "triton":
         return _step_triton(state, x, delta, A, B, C, D), state
-    B, C = (v.to(state.dtype).repeat_interleave(x.shape[1] // v.shape[1], 1) for v in (B, C))  # (b, h, n)
-    keep = torch.exp(delta * A)[..., None, None]
-    write = (delta[..., None] * x).unsqueeze(-1), B.unsqueeze(-2)  # (b, h, p, 1), (b, h, 1, n)
-    state = torch.addcmul(state * keep, *write) if torch.is_grad_enabled() else state.mul_(keep).addcmul_(*write)
-    y = (state @ C.unsqueeze(-1)).squeeze(-1)
+    def by_group(v):  # (b, h, ...) -> (b, g, h / g, ...): heads of a group share B and C
+        return v.unflatten(1, (B.shape[1], -1))
+
+    keep, write = torch.exp(delta * A)[..., None, None], by_group(delta[..., None] * x).unsqueeze(-1)
+    Bn, Cn = (v.to(state.dtype)[:, :, None, None] for v in (B, C))  # (b, g, 1, 1, n)
+    if torch.is_grad_enabled():
+        state = torch.addcmul(by_group(state * keep), write, Bn).flatten(1, 2)
+    else:
+        by_group(state.mul_(keep)).addcmul_(write, Bn)
+    y = (by_group(state) * Cn).sum(-1).flatten(1, 2)  # on a CPU faster than as many products of one row
     y = y if D is None else y + D[:, None] * x
     return y.to(x.dtype), state
 
@@ -819,10 +824,10 @@ def causal_conv1d_step(state, x, weight, bias=None, *, activation=None):
     """One token of `causal_conv1d`. state (b, d, k - 1), x (b, d) -> y (b, d), new state (in place without gradients)."""
     _expect(x.dim() == 2, "x", tuple(x.shape), "(b, d)")
     _check_conv(x, weight, bias, activation, state, x.shape[0])
-    window = torch.cat([state, x.unsqueeze(-1)], -1)  # (b, d, k)
-    y = (window * weight).sum(-1)
+    window = torch.cat([state.mT, x.unsqueeze(1)], 1)  # (b, k, d), channels last: a CPU sums over taps without striding
+    y = (window * weight.T).sum(1)
     y = y if bias is None else y + bias
-    state = window[..., 1:] if torch.is_grad_enabled() else state.copy_(window[..., 1:])
+    state = window[:, 1:].mT if torch.is_grad_enabled() else state.copy_(window[:, 1:].mT)
     return (F.silu(y) if activation else y), state
 
 

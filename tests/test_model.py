@@ -207,9 +207,18 @@ def test_callbacks():
 
 def test_a_long_prompt_is_prefilled_in_parts():
     model, prompt = build(), list(range(36)) * 3
-    a, b = prefill(model, prompt, chunk=512), prefill(model, prompt, chunk=10)
+    a, b = prefill(model, [prompt]), prefill(model, [prompt], tokens=10)
     torch.testing.assert_close(a.ssm, b.ssm, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(a.k, b.k, rtol=1e-4, atol=1e-5)
+
+
+def test_prompts_of_one_length_are_prefilled_together():
+    model, prompts = build(), [[(i * j) % 36 for j in range(20)] for i in (1, 5, 7)]
+    together = prefill(model, prompts)
+    for row, prompt in enumerate(prompts):
+        alone = prefill(model, [prompt])
+        for name in ("k", "v", "conv", "ssm"):
+            torch.testing.assert_close(getattr(together, name)[:, row], getattr(alone, name)[:, 0], rtol=1e-4, atol=1e-5)
 
 
 def test_draw_inverts_the_distribution():
