@@ -523,10 +523,10 @@ class _TokenLogprobs(torch.autograd.Function):
         logprobs, entropy, lse = (h.new_empty(len(h), dtype=torch.float32) for _ in range(3))
         for i in range(0, len(h), chunk):
             part = slice(i, i + chunk)
-            logits = (h[part] @ weight.T).float() * scale  # (chunk, vocab)
+            logits = (h[part] @ weight.T).float().mul_(scale)  # (chunk, vocab)
             lse[part] = logits.logsumexp(-1)
             logprobs[part] = logits.gather(1, targets[part, None])[:, 0] - lse[part]
-            entropy[part] = lse[part] - (torch.exp(logits - lse[part, None]) * logits).sum(-1)
+            entropy[part] = lse[part] - torch.exp(logits - lse[part, None]).mul_(logits).sum(-1)
         ctx.save_for_backward(h, weight, targets, lse)
         ctx.scale, ctx.chunk = scale, chunk
         ctx.mark_non_differentiable(entropy)
@@ -539,7 +539,8 @@ class _TokenLogprobs(torch.autograd.Function):
         dlogprobs = dlogprobs.float() * ctx.scale
         for i in range(0, len(h), ctx.chunk):
             part = slice(i, i + ctx.chunk)
-            d = torch.exp((h[part] @ weight.T).float() * ctx.scale - lse[part, None]) * -dlogprobs[part, None]
+            logits = (h[part] @ weight.T).float().mul_(ctx.scale)
+            d = logits.sub_(lse[part, None]).exp_().mul_(-dlogprobs[part, None])
             d.scatter_add_(1, targets[part, None], dlogprobs[part, None])
             d = d.to(h.dtype)
             dh[part] = d @ weight
