@@ -140,7 +140,7 @@ def chunk_table(cu, chunk_size, device, in_step=False):
     valid = offset < length[seq, None]
     index = torch.tensor(cu)[seq, None] + torch.minimum(offset, length[seq, None] - 1)
     place = valid.flatten().nonzero()[:, 0]
-    inverse = torch.empty_like(place).scatter_(0, index.flatten()[place], place)
+    inverse = torch.zeros_like(place).scatter_(0, index.flatten()[place], place)
     tensors = index, valid, inverse, index[:, 0].contiguous(), valid.sum(1), seq, first, by_length
     return ChunkTable(*(v.to(device) for v in tensors), steps)
 
