@@ -3,7 +3,7 @@ r"""Evaluation: answers, how they are compared, pass@k, votes, DeepConf, and the
     python eval.py                                          # the small CPU run: runs/tiny/sft and runs/tiny/rl, minutes
     python eval.py --model FOLDER --problems FILE --out FOLDER --fresh --temperature 0.6 --top-p 0.95 \
         --samples 512 --max-new-tokens 65536 --window 2048                             # the paper's setting (section 5)
-    torchrun --nproc-per-node 8 eval.py --model FOLDER      # the problems dealt out to ranks; the same traces and report
+    torchrun --nproc-per-node 8 eval.py --model FOLDER      # problems dealt out to ranks; up to rounding the same traces
     python eval.py --chat --model FOLDER                    # talk to a checkpoint; Ctrl-D ends
 
 What it writes to --out
