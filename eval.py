@@ -616,9 +616,8 @@ def load(folder, device):
     """(model, tokenizer) of a checkpoint folder."""
     if not (Path(folder) / "config.json").is_file():
         raise ValueError(f"{folder}: no checkpoint here (config.json is missing); train one, or name one with --model")
-    tokenizer, model = data.Tokenizer.from_pretrained(folder), FalconH1.from_pretrained(folder, device=device)
-    train_sft.check_vocabulary(folder, model, tokenizer)
-    return model, tokenizer
+    tokenizer = train_sft.load_tokenizer(folder)
+    return FalconH1.from_pretrained(folder, device=device), tokenizer
 
 
 def reply_text(trace, tokenizer):

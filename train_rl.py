@@ -333,10 +333,8 @@ def load(args, ranks):
     token_weights([1], args.normalise)
     check_verifier()
     problems = data.read_problems(args.problems, args.limit, check_gold)
-    tokenizer = data.Tokenizer.from_pretrained(train_sft.model_folder(args.init))
-    model = train_sft.load_model(args.init)
-    train_sft.check_vocabulary(args.init, model, tokenizer)
-    return tokenizer, train_sft.shard(model, ranks), problems
+    tokenizer = train_sft.load_tokenizer(args.init)
+    return tokenizer, train_sft.shard(train_sft.load_model(args.init), ranks), problems
 
 
 def to_json(cache):

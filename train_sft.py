@@ -45,7 +45,7 @@ from tqdm import tqdm
 
 import data
 from data import flag
-from model import PRESETS, FalconH1, generate
+from model import PRESETS, FalconH1, FalconH1Config, generate
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Arguments
@@ -358,13 +358,12 @@ def load(args, ranks):
         check(data.main(["make", "--out", str(Path(args.data).parent)]) == 0, f"{args.data}: could not be made")
     if dist.is_initialized():
         dist.barrier()
-    tokenizer = data.Tokenizer.from_pretrained(model_folder(args.init)) if args.init else data.Tokenizer.byte_level()
+    tokenizer = load_tokenizer(args.init) if args.init else data.Tokenizer.byte_level()
     samples = data.load_sft(args.data, tokenizer, args.context, args.trim)
     samples = samples[: args.limit or None]
     check(len(samples) > args.held_out, f"{args.data}: {len(samples)} samples, of which --held-out keeps {args.held_out}")
     torch.manual_seed(args.seed)
     model = load_model(args.init) if args.init else FalconH1(PRESETS[args.preset])
-    check_vocabulary(args.init, model, tokenizer)
     check(args.context <= model.config.max_position_embeddings, f"--context {args.context} exceeds the model's "
           f"max_position_embeddings {model.config.max_position_embeddings}")
     return tokenizer, shard(model, ranks), samples[args.held_out :], samples[: args.held_out]
@@ -375,9 +374,12 @@ def load_model(folder):
     return FalconH1.from_pretrained(model_folder(folder), dtype=torch.float32, mapped=dist.is_initialized())
 
 
-def check_vocabulary(folder, model, tokenizer):
-    words = model.config.vocab_size
+def load_tokenizer(folder):
+    """The tokenizer of a checkpoint. It must fit the model's vocabulary, which is checked before any weight is read."""
+    folder = model_folder(folder)
+    tokenizer, words = data.Tokenizer.from_pretrained(folder), FalconH1Config.from_json(folder / "config.json").vocab_size
     check(words >= tokenizer.vocab_size, f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model room for {words} only")
+    return tokenizer
 
 
 def model_folder(folder):
