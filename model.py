@@ -30,12 +30,13 @@ import struct
 import time
 from collections import deque
 from dataclasses import asdict, dataclass, field, fields
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from ssm_scan import causal_conv1d, causal_conv1d_step, check_cu_seqlens, gather_rows, ssd_scan, ssd_step
@@ -289,14 +290,17 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.attention_bias)
         self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=c.attention_bias)
 
-    def forward(self, x, rope, cu, cache, layer):
+    def forward(self, x, rope, cu, cache, layer, cp):
         c = self.config
         x = scaled(x, c.attention_in_multiplier)
         q = self.q_proj(x).unflatten(-1, (-1, c.head_dim))  # (b, t, hq, hd)
         k = scaled(self.k_proj(x).unflatten(-1, (-1, c.head_dim)), c.key_multiplier)  # (b, t, hkv, hd)
         v = self.v_proj(x).unflatten(-1, (-1, c.head_dim))
         q, k = rotate(q, *rope), rotate(k, *rope)
+        if cp is not None:  # from a share of the tokens and all heads to all tokens and a share of the heads
+            q, k, v = cp.to_heads(torch.cat([q, k, v], 2), cp.attention)
         y = attend(q, k, v, cu) if cache is None else cache.attend(layer, q, k, v)
+        y = y if cp is None else cp.to_tokens(y)
         return scaled(self.o_proj(y.flatten(2)), c.attention_out_multiplier)
 
 
@@ -333,32 +337,35 @@ class Mamba(nn.Module):
             self.norm = RMSNorm(c.mamba_d_ssm, c.rms_norm_eps)  # holds the weight of gated_norm
         self.out_proj = nn.Linear(c.mamba_d_ssm, c.hidden_size, bias=c.projectors_bias)
 
-    def forward(self, u, cu, cache, layer):
+    def forward(self, u, cu, cache, layer, cp):
         c, t = self.config, u.shape[1]
         p = self.in_proj(scaled(u, c.ssm_in_multiplier))
         if set(c.ssm_multipliers) != {1}:
             p = p * _mup_vector(c.mamba_widths, c.ssm_multipliers, u.dtype, u.device)
         z, xBC, dt = p.split([c.mamba_d_ssm, sum(c.mamba_widths[1:4]), c.mamba_n_heads], -1)
-        weight, bias, A = self.conv1d.weight[:, 0], self.conv1d.bias, -self.A_log.float().exp()
+        dt = F.softplus(dt + self.dt_bias).clamp(*c.time_step_limit)  # in the model's dtype, as published
+        weight, bias, A, D = self.conv1d.weight[:, 0], self.conv1d.bias, -self.A_log.float().exp(), self.D
+        if cp is not None:  # as in attention; the convolution and the scan then see whole sequences, too
+            xBC, dt = cp.to_heads(torch.cat([xBC, dt], 2), cp.mamba)
+            weight, bias, A, D = cp.own(weight, bias, A, D)
         step = cache is not None and t == 1
         conv_state, state = (None, None) if cache is None else (cache.conv[layer], cache.ssm[layer])
         if step:
             xBC, conv_state = causal_conv1d_step(conv_state, xBC[:, 0], weight, bias, activation="silu")
         else:
             xBC, conv_state = causal_conv1d(xBC, weight, bias, initial_states=conv_state, cu_seqlens=cu, activation="silu")
-        x, B, C = xBC.split(list(c.mamba_widths[1:4]), -1)
-        x = x.unflatten(-1, (c.mamba_n_heads, -1))  # (b, t, h, p), without t in a single step
-        B, C = (v.unflatten(-1, (c.mamba_n_groups, -1)) for v in (B, C))  # (b, t, g, n)
-        dt = F.softplus(dt + self.dt_bias).clamp(*c.time_step_limit)  # in the model's dtype, as published
+        x, B, C = xBC.tensor_split([channels := dt.shape[-1] * c.mamba_d_head, (channels + xBC.shape[-1]) // 2], -1)
+        x = x.unflatten(-1, (-1, c.mamba_d_head))  # (b, t, h, p), without t in a single step
+        B, C = (v.unflatten(-1, (-1, c.mamba_d_state)) for v in (B, C))  # (b, t, g, n)
         if step:
-            y, state = ssd_step(state, x, dt[:, 0], A, B, C, D=self.D)
+            y, state = ssd_step(state, x, dt[:, 0], A, B, C, D=D)
             y = y[:, None]
         else:
-            y, state = ssd_scan(x, dt, A, B, C, D=self.D, initial_states=state, cu_seqlens=cu)
+            y, state = ssd_scan(x, dt, A, B, C, D=D, initial_states=state, cu_seqlens=cu)
         if cache is not None and not step:  # a step has updated them in place
             cache.conv[layer].copy_(conv_state)
             cache.ssm[layer].copy_(state)
-        y = y.flatten(2)  # (b, t, I)
+        y = (y if cp is None else cp.to_tokens(y)).flatten(2)  # (b, t, I)
         if c.mamba_rms_norm:
             y = gated_norm(y, z, self.norm.weight, c.mamba_n_groups, c.rms_norm_eps, c.mamba_norm_before_gate).to(u.dtype)
         else:
@@ -388,9 +395,9 @@ class Block(nn.Module):
         self.pre_ff_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.feed_forward = MLP(c)
 
-    def forward(self, h, rope, cu, cache, layer):
+    def forward(self, h, rope, cu, cache, layer, cp):
         n = self.input_layernorm(h)  # one norm feeds both branches
-        h = h + (self.mamba(n, cu, cache, layer) + self.self_attn(n, rope, cu, cache, layer))
+        h = h + (self.mamba(n, cu, cache, layer, cp) + self.self_attn(n, rope, cu, cache, layer, cp))
         return h + self.feed_forward(self.pre_ff_layernorm(h))
 
 
@@ -401,6 +408,8 @@ class Block(nn.Module):
 class Backbone(nn.Module):
     """Everything below the head: ids (b, t) -> hidden states (b, t, d)."""
 
+    recompute = False  # True: keep no activations but those between blocks, and compute the others again for the gradient
+
     def __init__(self, c):
         super().__init__()
         self.config = c
@@ -408,25 +417,29 @@ class Backbone(nn.Module):
         self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
         self.final_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
-    def forward(self, input_ids, cu=None, cache=None):
+    def forward(self, input_ids, cu=None, cache=None, cp=None):
         t = input_ids.shape[1]
-        positions = torch.arange(t, device=input_ids.device)[None]
+        first = 0 if cp is None else cp.rank * t
+        positions = torch.arange(first, first + t, device=input_ids.device)[None]
         if cu is not None:  # positions start anew in every document
             starts, lengths = torch.tensor(cu[:-1]), torch.tensor(cu).diff()
-            positions = positions - starts.repeat_interleave(lengths).to(positions.device)
+            positions = positions - starts.repeat_interleave(lengths)[first : first + t].to(positions.device)
         elif cache is not None:
             positions = cache.lengths[:, None] + positions
             cache.extend(positions)
         h = scaled(self.embed_tokens(input_ids), self.config.embedding_multiplier)
         rope = rope_table(positions, self.config.head_dim, self.config.rope_theta, h.dtype)
         for layer, block in enumerate(self.layers):
-            h = block(h, rope, cu, cache, layer)
+            run = partial(checkpoint, block, use_reentrant=False) if self.recompute and torch.is_grad_enabled() else block
+            h = run(h, rope, cu, cache, layer, cp)
         if cache is not None:
             cache.lengths += t
         return self.final_layernorm(h)
 
 
 class FalconH1(nn.Module):
+    cp = None  # or a train_sft.ContextParallel: input_ids and targets are then this rank's share of a row, cu_seqlens those of all
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -460,16 +473,17 @@ class FalconH1(nn.Module):
             raise ValueError(f"input_ids: got {tuple(input_ids.shape)}, expected (b, t) with t >= 1")
         if cache is not None and (cu_seqlens is not None or cache.lengths.shape[0] != input_ids.shape[0]):
             raise ValueError(f"cache: {cache.lengths.shape[0]} slots, expected {input_ids.shape[0]} and no cu_seqlens")
-        cu = None if cu_seqlens is None else check_cu_seqlens(cu_seqlens, *input_ids.shape)
+        b, t = input_ids.shape
+        cu = None if cu_seqlens is None else check_cu_seqlens(cu_seqlens, b, t if self.cp is None else t * self.cp.size)
         if input_ids.device.type == "cpu" and not 0 <= input_ids.min() <= input_ids.max() < self.config.vocab_size:  # a GPU would stall
             raise ValueError(f"input_ids: an id is outside 0..{self.config.vocab_size - 1}")
-        h = self.model(input_ids, cu, cache)
+        h = self.model(input_ids, cu, cache, self.cp)
         if targets is None:
             return scaled(self.lm_head(h), self.config.lm_head_multiplier)
-        scale, targets = self.config.lm_head_multiplier / temperature, targets.flatten()
-        kept = (targets >= 0).nonzero()[:, 0]  # prompts have no targets and need no logits
-        values = token_logprobs(gather_rows(h.flatten(0, 1), kept), self.lm_head.weight, targets[kept], scale)
-        return tuple(v.new_zeros(len(targets)).index_copy(0, kept, v).view(input_ids.shape) for v in values)
+        scale, kept = self.config.lm_head_multiplier / temperature, (targets >= 0).nonzero(as_tuple=True)
+        rows = gather_rows(h.flatten(0, 1), kept[0] * t + kept[1])  # prompts have no targets and need no logits
+        values = token_logprobs(rows, self.lm_head.weight, targets[kept], scale)
+        return tuple(v.new_zeros(b, t).index_put(kept, v) for v in values)
 
     def save_pretrained(self, folder):
         """Write config.json and model.safetensors in the published format. Under FSDP every rank must call, rank 0 writes."""

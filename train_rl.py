@@ -72,6 +72,9 @@ class Args:
     eval_every: int = flag(5, "steps between printed samples, one good and one bad")
     seed: int = flag(0, "of prompt order and sampling")
     limit: int = flag(0, "use the first problems of the file only; 0: all")
+    cp: int = flag(1, "ranks that share each row's tokens in updates (context parallelism); it must divide ranks and heads")
+    replicas: int = flag(1, "copies of the sharded model; best one a node, so that only gradients travel between nodes")
+    checkpoint_activations: bool = flag(False, "keep one activation a block and compute the others again: less memory, a third more work")
     device: str = flag("", "cpu or cuda; empty: cuda where there is one")
     fresh: bool = flag(False, "start over, deleting what --out holds of an earlier run")
 
@@ -268,7 +271,7 @@ def train_step(model, optimizer, groups, args, lr, ranks, stats):
     for r, weight in zip(rollouts, token_weights([int(r.mask.sum()) for r in rollouts], args.normalise)):
         r.token_weight = weight
     positives = sum(int(r.mask.sum()) for r in rollouts if r.correct)
-    packs, old = data.pack(rollouts, args.pack_tokens, ranks.world), {}
+    packs, old = data.pack(rollouts, args.pack_tokens, ranks.world // ranks.cp), {}
     for _ in range(args.updates):
         def loss_of(row):
             if not any(isinstance(r, Rollout) for r in row.members):  # a dummy that keeps ranks in step
@@ -297,7 +300,7 @@ def record_of(stats, loss, norm, lr, ranks):
         values = list(values)
         return float(np.mean(values)) if values else 0.0
     s, n = stats["samples"], max(1, stats["groups"])
-    tokens, entropy, low, high, kl, off, capped = ranks.all_sum(stats["sums"].tolist())
+    tokens, entropy, low, high, kl, off, capped = ranks.all_sum((stats["sums"] / ranks.cp).tolist())
     off_max = torch.tensor(stats["mismatch_max"])
     if ranks.world > 1:
         dist.all_reduce(off_max, dist.ReduceOp.MAX)
@@ -334,7 +337,7 @@ def load(args, ranks):
     check_verifier()
     problems = data.read_problems(args.problems, args.limit, check_gold)
     tokenizer = train_sft.load_tokenizer(args.init)
-    return tokenizer, train_sft.shard(train_sft.load_model(args.init), ranks), problems
+    return tokenizer, train_sft.shard(train_sft.load_model(args.init), ranks, args.checkpoint_activations), problems
 
 
 def to_json(cache):
@@ -350,7 +353,7 @@ def from_json(cache):
 
 def main():
     args = data.parse_args(Args, __doc__.partition("\n\n")[0])
-    ranks = train_sft.start_ranks(args.device)
+    ranks = train_sft.start_ranks(args.device, args.cp, args.replicas)
     tokenizer, model, problems = load(args, ranks)
     run = train_sft.Run(args, ranks)
     optimizer = train_sft.make_optimizer(model, args.lr, args.weight_decay)

@@ -39,7 +39,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
@@ -72,6 +74,9 @@ class Args:
     save_every: int = flag(300, "steps between checkpoints")
     seed: int = flag(0, "of weights and data order")
     limit: int = flag(0, "use the first samples of the file only; 0: all")
+    cp: int = flag(1, "ranks that share each row's tokens (context parallelism); it must divide ranks and heads")
+    replicas: int = flag(1, "copies of the sharded model; best one a node, so that only gradients travel between nodes")
+    checkpoint_activations: bool = flag(False, "keep one activation a block and compute the others again: less memory, a third more work")
     device: str = flag("", "cpu or cuda; empty: cuda where there is one")
     fresh: bool = flag(False, "start over, deleting what --out holds of an earlier run")
 
@@ -90,6 +95,12 @@ class Ranks:
     rank: int = 0
     world: int = 1
     device: str = "cpu"
+    cp: int = 1  # so many neighbours work on the same rows
+    replicas: int = 1
+
+    def own(self, packs):
+        """The rows of a batch that this rank works on."""
+        return packs[self.rank // self.cp :: self.world // self.cp]
 
     def all_sum(self, values):
         """Sum of a list of floats over the ranks."""
@@ -110,10 +121,13 @@ class Ranks:
         return [shares[i % self.world][i // self.world] for i in range(len(objects))]
 
 
-def start_ranks(device):
+def start_ranks(device, cp=1, replicas=1):
     """One process, or what torchrun started. A GPU always gets a process group, so that FSDP2 shards and casts there."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     check(device == "cpu" or torch.cuda.is_available(), f"--device {device}: there is no GPU here")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    for name, n in (("cp", cp), ("replicas", replicas)):
+        check(n >= 1 and world % n == 0, f"--{name} {n}: it must divide the number of ranks, {world}")
     if device == "cpu" and "WORLD_SIZE" not in os.environ:
         return Ranks()
     backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"  # objects and numbers on the host travel by gloo
@@ -126,19 +140,123 @@ def start_ranks(device):
         dist.init_process_group(backend, timeout=timedelta(days=1))
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    return Ranks(dist.get_rank(), dist.get_world_size(), device)
+    return Ranks(dist.get_rank(), world, device, cp, replicas)
 
 
-def shard(model, ranks):
+def shard(model, ranks, recompute=False):
     """FSDP2: each rank keeps a slice of every parameter, gathers a block's when it needs them, and averages gradients.
     On a GPU compute is bf16 over float32 master weights and float32 reductions; on a CPU it is float32 throughout."""
+    model.model.recompute = recompute
     if not dist.is_initialized():
         return model.to(ranks.device)
+    if ranks.cp > 1:
+        model.cp = ContextParallel(model.config, ranks)
+    mesh = init_device_mesh(ranks.device.split(":")[0], (ranks.replicas, ranks.world // ranks.replicas),
+                            mesh_dim_names=("replica", "shard")) if ranks.replicas > 1 else None
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if "cuda" in ranks.device \
         else MixedPrecisionPolicy()
     for block in model.model.layers:  # one at a time: from_pretrained(mapped=True) has left them in their file
-        fully_shard(block.to(ranks.device, torch.float32), mp_policy=policy)
-    return fully_shard(model.to(ranks.device, torch.float32), mp_policy=policy)
+        fully_shard(block.to(ranks.device, torch.float32), mesh=mesh, mp_policy=policy)
+    return fully_shard(model.to(ranks.device, torch.float32), mesh=mesh, mp_policy=policy)
+
+
+# Context parallelism as in DeepSpeed Ulysses (arXiv 2309.14509). N neighbouring ranks share every row. Norms, projections, MLP and
+# head work on single tokens; attention, convolution and scan need whole sequences, but their heads know nothing of each other.
+# So two all-to-alls a mixer change who holds what, here for N = 2, and everything between them is the block as it stands:
+#
+#                          rank 0                    rank 1
+#     h, projections       first half of tokens      second half of tokens     all heads
+#       to_heads
+#     attention, scan      all tokens                all tokens                first half of heads, second half of heads
+#       to_tokens
+#     o_proj, MLP, head    first half of tokens      second half of tokens     all heads
+#
+# Heads share what they read: hq / hkv query heads a key and value head, h / g SSM heads a group's B and C. to_heads sends such a
+# group to every rank that has heads of it. Each rank convolves with its own channels' weights, and with those of B and C that it
+# got; what a weight is worth on several ranks is added up by FSDP's reduction, as for any other.
+
+
+def shares(heads, n, groups):
+    """For each of n ranks its heads, and the groups that these read: as many for all ranks, each read by as many heads."""
+    own = [list(range(r * heads // n, (r + 1) * heads // n)) for r in range(n)]
+    read = [[j * groups // heads for j in share] for share in own]
+    few = [sorted(set(groups)) for groups in read]
+    even = all(len(f) == len(few[0]) and r == [group for group in f for _ in range(len(r) // len(f))] for f, r in zip(few, read))
+    return own, few if even else read  # if not even, every head gets a copy of its own
+
+
+class _AllToAll(torch.autograd.Function):
+    """x (n, ...): x[j] goes to rank j, and what comes to stand at j is from rank j. Its own inverse, and so its own gradient."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group, x = group, x.contiguous()
+        out = torch.empty_like(x)
+        dist.all_to_all_single(out, x, group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _AllToAll.apply(grad, ctx.group), None
+
+
+class _AllGather(torch.autograd.Function):
+    """x (s,) -> (n s,), all ranks' values. Each rank's loss sees them all, and gives a gradient to its own only."""
+
+    @staticmethod
+    def forward(ctx, x, cp):
+        ctx.cp, out = cp, x.new_empty(cp.size * len(x))
+        dist.all_gather_single(out, x.contiguous(), group=cp.group)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.chunk(ctx.cp.size)[ctx.cp.rank], None
+
+
+class ContextParallel:
+    """What FalconH1.forward and pack_logprobs need to know of the ranks that share a row."""
+
+    def __init__(self, config, ranks):
+        c, n = config, ranks.cp
+        for name in ("num_attention_heads", "mamba_n_heads"):
+            check(getattr(c, name) % n == 0, f"--cp {n}: {name} {getattr(c, name)} is not a multiple of it")
+        self.rank, self.size, self.group = ranks.rank % n, n, dist.new_subgroups(n)[0]
+
+        def places(parts):  # of (start, width of an item, items of every rank) each -> (n, places), how many there are of each part
+            rows = [[[start + i * width + j for i in items[r] for j in range(width)] for start, width, items in parts] for r in range(n)]
+            return torch.tensor([sum(row, []) for row in rows], device=ranks.device), [len(part) for part in rows[0]]
+
+        own, read = shares(c.num_attention_heads, n, c.num_key_value_heads)
+        k, v = c.num_attention_heads, c.num_attention_heads + c.num_key_value_heads
+        self.attention = places([(0, 1, own), (k, 1, read), (v, 1, read)])
+        own, read = shares(c.mamba_n_heads, n, c.mamba_n_groups)
+        B, C, dt = np.cumsum(c.mamba_widths[1:4]).tolist()
+        index, (x, b, _, heads) = places([(0, c.mamba_d_head, own), (B, c.mamba_d_state, read), (C, c.mamba_d_state, read), (dt, 1, own)])
+        self.mamba = index, [x + 2 * b, heads]
+        self.channels, self.heads = index[self.rank, :-heads], index[self.rank, -heads:] - dt
+
+    def to_heads(self, x, part):
+        """x (1, s, places, ...), all of this rank's tokens -> this rank's places of all tokens, split into (1, n s, ..., ...)."""
+        index, sizes = part
+        wanted = x[0].index_select(1, index.flatten()).unflatten(1, index.shape).movedim(1, 0)  # (n, s, own, ...)
+        return _AllToAll.apply(wanted, self.group).flatten(0, 1)[None].split(sizes, 2)
+
+    def to_tokens(self, y):
+        """y (1, n s, own heads, ...) -> (1, s, heads, ...)."""
+        return _AllToAll.apply(y[0].unflatten(0, (self.size, -1)), self.group).movedim(0, 1).flatten(1, 2)[None]
+
+    def own(self, weight, bias, A, D):
+        """Convolution weights of this rank's channels, A and D of its heads."""
+        return weight[self.channels], None if bias is None else bias[self.channels], A[self.heads], D[self.heads]
+
+    def share(self, x, fill):
+        """This rank's tokens of x (t,), whose end is filled up to a multiple of the ranks."""
+        return F.pad(x, (0, -len(x) % self.size), value=fill).chunk(self.size)[self.rank]
+
+    def all_tokens(self, x):
+        """x (s,) of each rank -> (n s,)"""
+        return _AllGather.apply(x, self)
 
 
 @torch.no_grad()
@@ -162,7 +280,7 @@ def replica(model, copy=None):
 class Run:
     """The folder of a run: its identity, its log, its checkpoints. Only rank 0 writes, except the shards of a checkpoint."""
 
-    VOLATILE = ("fresh", "device", "save_every", "eval_every")  # may differ between the parts of one run
+    VOLATILE = ("fresh", "device", "cp", "replicas", "checkpoint_activations", "save_every", "eval_every")  # may differ between the parts of one run
 
     def __init__(self, args, ranks):
         self.out, self.ranks = Path(args.out), ranks
@@ -249,10 +367,11 @@ def run_main(body):
         body()
     except (ValueError, OSError) as e:
         print(f"error: {e}", file=sys.stderr, flush=True)
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            os._exit(1)  # other ranks may hang in a collective: torchrun ends them
         status = 1
     if dist.is_initialized():
+        if dist.get_world_size() > 1:  # after an error other ranks may hang in a collective: torchrun ends them
+            sys.stdout.flush()
+            os._exit(status)  # not sys.exit: gloo's threads now and then abort a Python that winds up, and a good run seems to have failed
         dist.destroy_process_group()
     return status
 
@@ -290,14 +409,14 @@ def update(model, optimizer, lr, clip):
 def backward_all(model, packs, ranks, loss_of):
     """Accumulate the gradient of sum over all packs of loss_of(pack); this rank takes every world-th pack. Returns this
     rank's loss. FSDP averages over ranks, so each loss is scaled by their number; only the last pass reduces."""
-    own, total = packs[ranks.rank :: ranks.world], 0.0
+    own, total = ranks.own(packs), 0.0
     for i, row in enumerate(own):
         if dist.is_initialized():
             model.set_requires_gradient_sync(i == len(own) - 1)
         loss = loss_of(row)
         (loss * ranks.world).backward()
         total += float(loss.detach())
-    return total
+    return total / ranks.cp
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -306,11 +425,12 @@ def backward_all(model, packs, ranks, loss_of):
 
 def pack_logprobs(model, row, temperature=1.0):
     """Log-probabilities and entropies (t,) of a Pack's targets; positions without a target give 0."""
-    device = next(model.parameters()).device
-    targets = np.where(row.weights != 0, row.targets, -1)
-    logprobs, entropy = model(torch.from_numpy(row.input_ids)[None].to(device), cu_seqlens=row.cu_seqlens.tolist(),
-                              targets=torch.from_numpy(targets)[None].to(device), temperature=temperature)
-    return logprobs[0], entropy[0]
+    device, cp, cu = next(model.parameters()).device, model.cp, row.cu_seqlens.tolist()
+    ids, targets = torch.from_numpy(row.input_ids).to(device), torch.from_numpy(np.where(row.weights != 0, row.targets, -1)).to(device)
+    if cp is not None:
+        ids, targets, cu = cp.share(ids, 0), cp.share(targets, -1), [*cu[:-1], cu[-1] + -cu[-1] % cp.size]
+    values = model(ids[None], cu_seqlens=cu, targets=targets[None], temperature=temperature)
+    return tuple(v[0] if cp is None else cp.all_tokens(v[0])[: len(row.input_ids)] for v in values)
 
 
 def sft_loss(model, row, total_weight):
@@ -332,9 +452,9 @@ def train_step(model, optimizer, packs, lr, clip, ranks):
 @torch.no_grad()
 def held_out_loss(model, samples, args, ranks):
     """Mean loss per token over samples that are not trained on, in nats, every token alike."""
-    packs = data.pack(samples, args.pack_tokens, ranks.world)
+    packs = data.pack(samples, args.pack_tokens, ranks.world // ranks.cp)
     total = float(sum(row.weights.sum() for row in packs))
-    return ranks.all_sum([sum(float(sft_loss(model, row, total)) for row in packs[ranks.rank :: ranks.world])])[0]
+    return ranks.all_sum([sum(float(sft_loss(model, row, total)) for row in ranks.own(packs)) / ranks.cp])[0]
 
 
 def sample_text(model, tokenizer, sample, max_new_tokens=200):
@@ -366,7 +486,7 @@ def load(args, ranks):
     model = load_model(args.init) if args.init else FalconH1(PRESETS[args.preset])
     check(args.context <= model.config.max_position_embeddings, f"--context {args.context} exceeds the model's "
           f"max_position_embeddings {model.config.max_position_embeddings}")
-    return tokenizer, shard(model, ranks), samples[args.held_out :], samples[: args.held_out]
+    return tokenizer, shard(model, ranks, args.checkpoint_activations), samples[args.held_out :], samples[: args.held_out]
 
 
 def load_model(folder):
@@ -396,7 +516,7 @@ def parse_mixture(text):
 
 def main():
     args = data.parse_args(Args, __doc__.partition("\n\n")[0])
-    ranks = start_ranks(args.device)
+    ranks = start_ranks(args.device, args.cp, args.replicas)
     tokenizer, model, samples, held_out = load(args, ranks)  # before --fresh deletes anything: bad data must cost nothing
     loader = data.Loader(samples, args.batch, args.seed, parse_mixture(args.mixture))
     run = Run(args, ranks)
@@ -422,7 +542,7 @@ def main():
         report(state["step"], state["record"])
     for step in range(state["step"] if state else 0, args.steps):
         start, lr = time.time(), learning_rate(step, args.steps, args.lr, args.warmup)
-        packs = data.pack(next(loader), args.pack_tokens, ranks.world)
+        packs = data.pack(next(loader), args.pack_tokens, ranks.world // ranks.cp)
         try:
             loss, norm = train_step(model, optimizer, packs, lr, args.clip, ranks)
         except ValueError as e:

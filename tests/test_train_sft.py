@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +92,51 @@ def test_two_ranks_train_like_one(sft_file, tmp_path):
         assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-6 if one["step"] <= 1 else 1e-3)
 
 
+def checkpoint(folder, groups):
+    """A small model whose heads can be shared by 2 or 4 ranks; keys, values, B and C by fewer."""
+    torch.manual_seed(0)
+    FalconH1(replace(PRESETS["tiny"], initializer_range=0.02, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+                     mamba_n_heads=12, mamba_d_head=8, mamba_n_groups=groups)).save_pretrained(folder)
+    data.Tokenizer.byte_level().save(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("ranks", "cp", "replicas", "pack_tokens", "groups"), [(2, 2, 1, 4096, 1), (4, 2, 2, 300, 2), (4, 4, 1, 4096, 3)])
+def test_ranks_that_share_rows_compute_the_same_gradient(sft_file, tmp_path, ranks, cp, replicas, pack_tokens, groups):
+    status, out, err = run("tests/sharded_gradient.py", checkpoint(tmp_path / "init", groups), sft_file, cp, replicas, pack_tokens, ranks=ranks)
+    assert status == 0 and "loss off by" in out, err
+
+
+def test_who_reads_which_group():
+    assert t.shares(4, 2, 2) == ([[0, 1], [2, 3]], [[0], [1]])
+    assert t.shares(4, 4, 2) == ([[0], [1], [2], [3]], [[0], [0], [1], [1]])
+    assert t.shares(12, 4, 3)[1] == [[0, 0, 0], [0, 1, 1], [1, 1, 2], [2, 2, 2]]  # uneven: one for every head
+
+
+def test_four_ranks_leave_a_run_that_fewer_go_on_with(sft_file, tmp_path):
+    out, whole = tmp_path / "run", tmp_path / "whole"
+    args = ("--data", sft_file, "--init", checkpoint(tmp_path / "init", 2), "--out", out, "--batch", 6, "--held-out", 4, "--steps", 20,
+            "--eval-every", 100, "--save-every", 10)
+    status, _, err = run("train_sft.py", *args, "--cp", 2, "--replicas", 2, ranks=4)
+    assert status == 0, err
+    shutil.copytree(out, whole)
+    for ranks in (1, 2):
+        shutil.rmtree(out)
+        shutil.copytree(whole, out)
+        shutil.rmtree(out / "trainer" / "step-000020")
+        status, _, err = run("train_sft.py", *args, ranks=ranks)
+        assert status == 0, err
+        logs = [[json.loads(line) for line in open(folder / "log.jsonl")][10:] for folder in (whole, out)]
+        assert [r["loss"] for r in logs[1]] == pytest.approx([r["loss"] for r in logs[0]], rel=1e-6) and len(logs[1]) == 10
+
+
+@pytest.mark.parametrize(("flags", "message"), [(("--cp", 3), "--cp 3: it must divide the number of ranks, 2"),
+                                                (("--replicas", 3), "--replicas 3: it must divide"), (("--cp", 2), "num_attention_heads 3")])
+def test_ranks_that_cannot_be_shared_out(sft_file, tmp_path, flags, message):
+    status, _, err = run("train_sft.py", "--data", sft_file, "--out", tmp_path / "run", *SMALL_RUN, *flags, ranks=2)
+    assert status == 1 and message in err and not (tmp_path / "run").exists()
+
+
 KILL = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
@@ -151,8 +198,6 @@ def test_a_full_disk_costs_nothing_but_the_step(sft_file, tmp_path, whole_run):
 
 
 def test_a_damaged_checkpoint_is_passed_over(sft_file, tmp_path, whole_run):
-    import shutil
-
     out = tmp_path / "run"
     shutil.copytree(whole_run, out)
     run_json = json.loads((out / "run.json").read_text())
