@@ -1,14 +1,23 @@
-"""Parity and speed, for `python ssm_scan.py`, `python model.py --bench` and the tests: errors against the definition; times as
-shares of a floor that is measured on the spot, next to other people's kernels and models where they are installed.
+"""Parity, speed and size, for `python ssm_scan.py`, `python model.py --bench`, `python model.py --preset NAME` and the tests: errors
+against the definition; times as shares of a floor that is measured on the spot, next to other people's kernels and models where
+they are installed; what a configuration costs in parameters, operations and bytes, as formulas.
 """
 
 import itertools
+import os
+import tempfile
 import time
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
+from model import PRESETS, Cache, FalconH1, FalconH1Config, count_parameters, generate, prefill
 from ssm_scan import ssd_scan, ssd_step
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. The scan against its definition
 
 
 def random_inputs(b, t, h, p, g, n, *, states=None, dtype=torch.float32, seed=0):
@@ -50,17 +59,41 @@ def scan_parity():
         print(f"  {name:20s}", "  ".join(f"{k} {v:.0e}" for k, v in errors.items()))
 
 
-def milliseconds(run, device):
-    """Median of five, after one that compiles; each is the mean of some runs in a row, so that a GPU need not wait for the host."""
-    times, runs = [], 10 if device == "cuda" else 1
-    for _ in range(6):
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Measuring
+
+
+def medians(runs, device, rounds=5, row=1):
+    """Milliseconds of each function of `runs`: medians over `rounds`, after one that compiles. They take turns, so that what else the
+    machine does hits all alike. Each time is the mean of `row` calls in a row, so that a GPU need not wait for the host."""
+    times = [[] for _ in runs]
+    for _, (run, taken) in itertools.product(range(rounds + 1), list(zip(runs, times))):
         start = time.perf_counter()
-        for _ in range(runs):
+        for _ in range(row):
             run()
         if device == "cuda":
             torch.cuda.synchronize()
-        times.append((time.perf_counter() - start) / runs * 1e3)
-    return sorted(times[1:])[2]
+        taken.append((time.perf_counter() - start) / row * 1e3)
+    return [sorted(taken[1:])[rounds // 2] for taken in times]
+
+
+def milliseconds(run, device):
+    return medians([run], device, row=10 if device == "cuda" else 1)[0]
+
+
+def peak_bytes(run, device):
+    """The most bytes of tensors that run() holds at a time, on top of those that were there before. Exact on a GPU; on a CPU from
+    the profiler's record of what torch allocates and frees, which leaves out scratch memory that libraries take for themselves."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler announces itself on stderr otherwise
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+        run()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]")
+    return max(itertools.accumulate(nbytes for _, nbytes in changes))
 
 
 def floors(device):
@@ -70,6 +103,10 @@ def floors(device):
     long = torch.empty(2**29 if device == "cuda" else 2**26, dtype=torch.uint8, device=device)
     copy, product = torch.empty_like(long), milliseconds(lambda: torch.mm(a, a, out=out), device)
     return 2 * long.numel() / milliseconds(lambda: copy.copy_(long), device) * 1e3, 2 * size**3 / product * 1e3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. The speed of the scan
 
 
 def peers():
@@ -119,9 +156,9 @@ def scan_speed():
         inputs = {k: v.detach().to(device) for k, v in random_inputs(1, t, h, p, 1, n).items()}
         leaves = [F.softplus(inputs["dt"]), inputs["A"], *(inputs[k].to(dtype) for k in "xBC")]
         dt, A, x, B, C = (v.requires_grad_() for v in leaves)
-        # What must be moved, and the operations of the chunked algorithm (chunks of 256, the triangle's half counted).
+        # What must be moved, and the operations of the chunked algorithm; the backward pass has two products for each of the forward's.
         moved = (t * (2 * h * p + 2 * n) * width + 4 * t * h, t * (3 * h * p + 4 * n) * width + 8 * t * h)
-        operations = (t * (h * (256 * p + 4 * p * n) + 256 * n), t * (h * (512 * p + 8 * p * n) + 512 * n))
+        operations = (t * scan_flops(h, p, 1, n), 2 * t * scan_flops(h, p, 1, n))
         for name, function in functions.items():
             def both():
                 y = function(x, dt, A, B, C, cu)
@@ -142,3 +179,79 @@ def scan_speed():
         print(f"  {shape:5s} decode step, batch {b:3d}   {ms:9.3f} ms {8 * state.numel() / ms / 1e6:7.1f} GB/s {100 * floor / ms:4.0f} %")
     if device == "cpu":
         print("the rows of the triton backend, of the shapes 0.5B and 7B at 4k, 32k and 128k tokens, and of the peers need a GPU")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. What a configuration costs, in formulas. c stands for a FalconH1Config; letters as in model.py's glossary.
+
+
+@lru_cache
+def parameters(c):
+    """{part: parameters} of a model that is never given memory."""
+    with torch.device("meta"):
+        return count_parameters(FalconH1(c))
+
+
+def scan_flops(h, p, g, n, chunk=256):
+    """Operations of the chunked scan for one token, its four steps as in ssm_scan.py, with l = chunk and half of the triangle counted:
+
+        C B^T   g l n        W (dt x)   h l p        chunk's state   2 h p n        entering state   2 h p n"""
+    return h * (chunk * p + 4 * p * n) + g * chunk * n
+
+
+def flops_per_token(c, context):
+    """{part: forward operations of one token}, the mean over a row of `context` tokens; a multiplication and an addition are two.
+
+        blocks     2 for each weight of a block's matrices: d hd (2 hq + 2 hkv) + d (2 I + 2 g n + h) + I d + 3 d intermediate_size
+        head       2 d vocab_size
+        attention  2 2 hq hd context / 2 a layer: q k^T and its product with v, over the half of the keys that a token sees on average
+        scan       scan_flops a layer
+
+    Training is three times the sum: the backward pass has two products for each of the forward's, so 6 per weight. Norms, gates and
+    the convolution are left out (0.1 % at 7B), as are what activation checkpointing and the head's loss compute a second time."""
+    d, hd, I = c.hidden_size, c.head_dim, c.mamba_d_ssm
+    block = d * hd * (2 * c.num_attention_heads + 2 * c.num_key_value_heads) + d * sum(c.mamba_widths) + I * d + 3 * d * c.intermediate_size
+    scan = scan_flops(c.mamba_n_heads, c.mamba_d_head, c.mamba_n_groups, c.mamba_d_state, min(256, context))
+    layers = c.num_hidden_layers
+    return {"blocks": 2 * layers * block, "head": 2 * d * c.vocab_size,
+            "attention": layers * 2 * c.num_attention_heads * hd * context, "scan": layers * scan}
+
+
+def cache_bytes(c, slots, length, dtype):
+    """{part: bytes} of a Cache: keys and values of `length` tokens and the last inputs of the convolution in dtype, states in float32."""
+    rows, width = c.num_hidden_layers * slots, dtype.itemsize
+    return {"kv": width * rows * 2 * c.num_key_value_heads * c.head_dim * length,
+            "conv": width * rows * sum(c.mamba_widths[1:4]) * (c.mamba_d_conv - 1), "ssm": 4 * rows * c.mamba_d_ssm * c.mamba_d_state}
+
+
+def decoding_floor(c, batch, context, dtype, bandwidth, rate):
+    """Seconds that a decoding step of `batch` sequences with `context` tokens each cannot beat: every matrix and key is read once and
+    every state read and written (bandwidth in bytes a second), or every matrix multiplied (rate in operations a second)."""
+    flops, cache = flops_per_token(c, context), cache_bytes(c, batch, context, dtype)
+    products = flops["blocks"] + flops["head"]
+    moved = products // 2 * dtype.itemsize + cache["kv"] + 2 * (cache["conv"] + cache["ssm"])
+    return max(moved / bandwidth, batch * products / rate)
+
+
+def training_bytes(c, ranks):
+    """{part: bytes on each rank} as train_sft.py's shard() and AdamW keep them: float32 parameters, gradients and two moments, each
+    rank a slice. gathered is an estimate of what is whole on every rank for a while: bfloat16 weights and gradients of the embedding
+    and the head, which FSDP2 keeps until the backward pass is over, and of two blocks, one at work and one on its way."""
+    parts = parameters(c)
+    total, outer = sum(parts.values()), parts["embedding"] + parts["head"]
+    return {"parameters": 4 * total / ranks, "gradients": 4 * total / ranks, "moments": 8 * total / ranks,
+            "gathered": 4 * (outer + 2 * (total - outer) / c.num_hidden_layers)}
+
+
+def activation_bytes(c, tokens):
+    """{part: bytes} that the backward pass of one row of tokens needs, an estimate: bfloat16, float32 inside norms and gates, no peaks.
+
+        input   2 d a block: all that activation checkpointing keeps of it
+        block   what one block keeps: two norms 12 d; inputs of the projections 8 d; q, k, v and attention's output 4 hd (hq + hkv);
+                z, x, B, C before and after the convolution 2 (2 I + 2 g n) + 2 I; a state for each 256 tokens 4 I n / 256; the gate
+                and its norm 22 I; the MLP's four products 8 intermediate_size
+        head    the gradient of lm_head in float32, and three times the 2^24 logits that are in work"""
+    d, I, gn = c.hidden_size, c.mamba_d_ssm, c.mamba_widths[2]
+    block = 20 * d + 4 * c.head_dim * (c.num_attention_heads + c.num_key_value_heads) + 28 * I + 8 * gn + I * c.mamba_d_state // 64 \
+        + 8 * c.intermediate_size
+    return {"input": 2 * d * tokens, "block": block * tokens, "head": 4 * d * c.vocab_size + 12 * 2**24}
