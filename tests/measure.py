@@ -63,22 +63,25 @@ def scan_parity():
 # 2. Measuring
 
 
-def medians(runs, device, rounds=5, row=1):
-    """Milliseconds of each function of `runs`: medians over `rounds`, after one that compiles. They take turns, so that what else the
-    machine does hits all alike. Each time is the mean of `row` calls in a row, so that a GPU need not wait for the host."""
+def medians(runs, device, rounds=5, calls=1):
+    """Milliseconds of each function of `runs`, which have run before: medians over rounds in which they take turns, so that what else
+    the machine does hits all alike. Each time is the mean of so many calls in a row, so that a GPU need not wait for the host."""
     times = [[] for _ in runs]
-    for _, (run, taken) in itertools.product(range(rounds + 1), list(zip(runs, times))):
+    for _, (run, taken) in itertools.product(range(rounds), list(zip(runs, times))):
         start = time.perf_counter()
-        for _ in range(row):
+        for _ in range(calls):
             run()
         if device == "cuda":
             torch.cuda.synchronize()
-        taken.append((time.perf_counter() - start) / row * 1e3)
-    return [sorted(taken[1:])[rounds // 2] for taken in times]
+        taken.append((time.perf_counter() - start) / calls * 1e3)
+    return [sorted(taken)[rounds // 2] for taken in times]
 
 
 def milliseconds(run, device):
-    return medians([run], device, row=10 if device == "cuda" else 1)[0]
+    """Median of five, after one that compiles."""
+    calls = 10 if device == "cuda" else 1
+    medians([run], device, 1, calls)
+    return medians([run], device, 5, calls)[0]
 
 
 def peak_bytes(run, device):
@@ -247,11 +250,238 @@ def activation_bytes(c, tokens):
     """{part: bytes} that the backward pass of one row of tokens needs, an estimate: bfloat16, float32 inside norms and gates, no peaks.
 
         input   2 d a block: all that activation checkpointing keeps of it
-        block   what one block keeps: two norms 12 d; inputs of the projections 8 d; q, k, v and attention's output 4 hd (hq + hkv);
-                z, x, B, C before and after the convolution 2 (2 I + 2 g n) + 2 I; a state for each 256 tokens 4 I n / 256; the gate
-                and its norm 22 I; the MLP's four products 8 intermediate_size
+        block   what one block keeps: two norms 12 d; inputs of the projections 6 d; q, k, v and attention's output 4 hd (hq + hkv);
+                z, x, B, C, then x, B, C after the convolution 6 I + 8 g n; for every 256 tokens a state and C B^T; the gate and its
+                norm 22 I; the MLP's four products 8 intermediate_size
         head    the gradient of lm_head in float32, and three times the 2^24 logits that are in work"""
-    d, I, gn = c.hidden_size, c.mamba_d_ssm, c.mamba_widths[2]
-    block = 20 * d + 4 * c.head_dim * (c.num_attention_heads + c.num_key_value_heads) + 28 * I + 8 * gn + I * c.mamba_d_state // 64 \
+    d, I, g, n = c.hidden_size, c.mamba_d_ssm, c.mamba_n_groups, c.mamba_d_state
+    block = 18 * d + 4 * c.head_dim * (c.num_attention_heads + c.num_key_value_heads) + 28 * I + 8 * g * n + I * n // 128 + 512 * g \
         + 8 * c.intermediate_size
     return {"input": 2 * d * tokens, "block": block * tokens, "head": 4 * d * c.vocab_size + 12 * 2**24}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. A configuration in words
+
+
+def diagram(c):
+    """The block as in model.py's docstring, with this configuration's multipliers and the sizes of what passes; at most 120 columns."""
+    d, ff, hd, hq, hkv = c.hidden_size, c.intermediate_size, c.head_dim, c.num_attention_heads, c.num_key_value_heads
+    I, _, gn, _, h = c.mamba_widths
+    gate = "y silu(z)" if not c.mamba_rms_norm else "norm(y) silu(z)" if c.mamba_norm_before_gate else "norm(y silu(z))"
+
+    def x(multiplier):
+        return f"x {multiplier:.4g} "
+
+    def heads(name, n):
+        return f"{f'{name}_proj {d} → {n * hd} ':─<24}{' ' + x(c.key_multiplier) if name == 'k' else '':─<12}─ {f'{name} (b, t, {n}, {hd}) ':─<20}"
+
+    def part(i, name):
+        return f"{x(c.ssm_multipliers[i]):─<11}─ {name + ' ':─<18}"
+
+    lines = [
+        f"ids (b, t) ─ embed_tokens {c.vocab_size} x {d} ─ {x(c.embedding_multiplier)}─ h (b, t, {d})",
+        f"{c.num_hidden_layers} blocks:",
+        f"h (b, t, {d})",
+        f"├─ RMSNorm ─ (b, t, {d})",
+        f"│  ├─ {x(c.attention_in_multiplier)}─ (b, t, {d})",
+        f"│  │  ├─ {heads('q', hq)} RoPE ─┐",
+        f"│  │  ├─ {heads('k', hkv)} RoPE ─┼─ attention ─ (b, t, {hq * hd}) ─┐",
+        f"│  │  └─ {heads('v', hkv)}───────┘{'':{len(f' attention ─ (b, t, {hq * hd}) ─') + 1}}│",
+    ]
+    back = lines[-2].rindex("┐") - len("│  │  ┌")
+    lines += [
+        f"│  │  ┌{'':─<{back}}┘",
+        f"│  │  └─ o_proj {hq * hd} → {d} ─ {x(c.attention_out_multiplier)}─ (b, t, {d}) ─(+)",
+        f"│  └─ {x(c.ssm_in_multiplier)}─ in_proj {d} → {sum(c.mamba_widths)}",
+        f"│     ├─ {part(1, f'x (b, t, {I})')}┐",
+        f"│     ├─ {part(2, f'B (b, t, {gn})')}┼─ conv, {c.mamba_d_conv} taps ─┐",
+        f"│     ├─ {part(3, f'C (b, t, {gn})')}┘                ├─ SSD scan, states (b, {h}, {c.mamba_d_head}, {c.mamba_d_state})"
+        f" ─ y (b, t, {h}, {c.mamba_d_head}) ─┐",
+        f"│     ├─ {part(4, f'dt (b, t, {h})')}── softplus ─────┘",
+    ]
+    back = lines[-2].rindex("┐")
+    lines[-1] = f"{lines[-1]:{back}}│"
+    lines += [
+        f"{'│     └─ ' + part(0, f'z (b, t, {I})'):─<{back}}┤",
+        f"{'│     ┌':─<{back - len(gate) - 3}} {gate} ─┘",
+        f"│     └─ (b, t, {I}) ─ out_proj {I} → {d} ─ {x(c.ssm_out_multiplier)}─ (b, t, {d}) ─(+)",
+        f"h (b, t, {d}), the sum of all three",
+        f"├─ RMSNorm ─ (b, t, {d})",
+        f"│  ├─ {f'gate_proj {d} → {ff} ─ ' + x(c.mlp_multipliers[0]) + '─ silu ':─<45}┐",
+        f"│  └─ {f'up_proj {d} → {ff} ':─<44}(×)─ (b, t, {ff}) ─ down_proj {ff} → {d} ─ {x(c.mlp_multipliers[1])}─(+)",
+        f"h (b, t, {d})",
+        f"after the last block: RMSNorm ─ lm_head {d} → {c.vocab_size}{' (tied)' if c.tie_word_embeddings else ''} ─ {x(c.lm_head_multiplier)}─ "
+        f"logits (b, t, {c.vocab_size})",
+    ]
+    return lines
+
+
+def describe(name, c):
+    """What `python model.py --preset NAME` prints, as lines: the block, then parameters, operations and memory."""
+    parts, gib = parameters(c), 2**30
+    total = sum(parts.values())
+    lines = [f"{name}: {total:,} parameters", "", *diagram(c), "", "parameters"]
+    lines += [f"  {part:10s} {n:15,d} {100 * n / total:6.1f} %" for part, n in parts.items()]
+    lines += ["", "GFLOP a token, the mean over a row of so many; training is three times forward",
+              f"  {'tokens':>9s}  {'blocks':>8s} {'head':>8s} {'attention':>9s} {'scan':>8s} {'forward':>8s} {'training':>8s}"]
+    for context in (512, 4096, 32768, 262144):
+        flops = flops_per_token(c, context)
+        numbers = (*flops.values(), sum(flops.values()), 3 * sum(flops.values()))
+        lines.append(f"  {context:9,d}  " + " ".join(f"{n / 1e9:{w}.3f}" for n, w in zip(numbers, (8, 8, 9, 8, 8, 8))))
+    one = cache_bytes(c, 1, 1, torch.bfloat16)
+    lines += ["", f"GiB of weights: {4 * total / gib:.2f} in float32, {2 * total / gib:.2f} in bfloat16", "",
+              f"GiB of cache: {one['kv']:,} bytes a token (keys and values, bfloat16), {one['conv'] + one['ssm']:,} a sequence (states, float32)",
+              f"  {'sequences':>9s}  " + " ".join(f"{f'{length:,d} tokens':>14s}" for length in (512, 16384, 65536, 262144))]
+    for slots in (1, 16, 64, 256):
+        sizes = (sum(cache_bytes(c, slots, length, torch.bfloat16).values()) for length in (512, 16384, 65536, 262144))
+        lines.append(f"  {slots:9d}  " + " ".join(f"{size / gib:14.2f}" for size in sizes))
+    lines += ["", "GiB a rank to train with train_sft.py: float32 slices, and (estimated) what is gathered in bfloat16 for a while",
+              f"  {'ranks':>9s}  {'parameters':>10s} {'gradients':>10s} {'moments':>10s} {'gathered':>10s} {'sum':>10s}"]
+    for ranks in (1, 8, 64, 256):
+        sizes = training_bytes(c, ranks)
+        lines.append(f"  {ranks:9d}  " + " ".join(f"{size / gib:10.2f}" for size in (*sizes.values(), sum(sizes.values()))))
+    size = activation_bytes(c, 32768)
+    kept, again = c.num_hidden_layers * size["block"] + size["head"], c.num_hidden_layers * size["input"] + size["block"] + size["head"]
+    lines += [f"  a rank that takes several rows of a batch keeps {4 * total / gib:.2f} more, the whole gradient in float32, until the last of them",
+              f"  activations of a row of 32,768 tokens, estimated: {kept / gib:.1f}; with activation checkpointing of blocks {again / gib:.1f}"]
+    return lines
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. The speed of the model
+
+SMALL = FalconH1Config(
+    vocab_size=512, hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
+    mamba_d_ssm=512, mamba_n_heads=8, mamba_d_head=64, mamba_d_state=64)
+
+
+def print_row(name, tokens, floor, times=(), peaks=(), note=""):
+    """One row of the table: tokens a second of the floor (in seconds); of ours and of theirs, with their share of it and their peak."""
+    cells = [f"{tokens / floor:11,.0f}"]
+    for ms, peak in itertools.zip_longest(times, peaks):
+        cells.append(f"{tokens / ms * 1e3:11,.0f} {1e5 * floor / ms:5.0f} % {peak / 2**20:9,.0f}")
+    cells += [f"{'-':>11s} {'-':>7s} {'-':>9s}"] * (3 - len(cells)) if times else []
+    print(f"  {name:34s}", "   ".join(cells), f"  {times[1] / times[0]:.2f}" if len(times) > 1 else "", note, flush=True)
+
+
+def compare(name, tokens, floor, runs, device, rounds=3):
+    """A row for functions that do the same work: ours, then theirs where it can be had."""
+    peaks = [peak_bytes(run, device) for run in runs]  # which compiles and warms up
+    print_row(name, tokens, floor, medians(runs, device, rounds), peaks)
+
+
+def their_model(model):
+    """transformers' model with the same weights, or None where it is not installed."""
+    try:
+        import transformers
+    except ImportError:
+        return None
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        theirs = transformers.FalconH1ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    theirs.generation_config.eos_token_id = None  # no token ends a sequence
+    return theirs
+
+
+def small_model(c=SMALL, batch=8, length=512, decoding=((1, 128), (16, 64), (256, 8)), rounds=3):
+    """Training, prefill and decoding of a small model in float32 on the CPU, next to transformers with the same weights.
+    decoding: (batch, new tokens). Prompts of a single token, so that every step decodes."""
+    torch.manual_seed(0)
+    model, (bandwidth, rate) = FalconH1(c), floors("cpu")
+    theirs, ids = their_model(model), torch.randint(c.vocab_size, (batch, length))
+    there = 1 if theirs is None else 2
+    print(f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}, float32, {sum(parameters(c).values()):,} parameters: copy "
+          f"{bandwidth / 1e9:.1f} GB/s, matrix product {rate / 1e12:.3f} TFLOP/s")
+    if theirs is not None:
+        with torch.no_grad():
+            print(f"logits differ from transformers' by at most {(model(ids[:1]) - theirs(ids[:1]).logits).abs().max():.0e}")
+    print(f"  {'tokens a second':34s} {'floor':>11s}   {'ours':>11s} {'share':>7s} {'peak MiB':>9s}   {'transformers':>11s} {'share':>6s} "
+          f"{'peak MiB':>9s}   ours / theirs")
+
+    def train(run, model):
+        model.zero_grad()
+        run().backward()
+
+    @torch.no_grad()
+    def read():
+        theirs(ids, use_cache=True, logits_to_keep=1)
+
+    flops, tokens = flops_per_token(c, length), batch * length
+    runs = [lambda: train(lambda: -model(ids, targets=ids)[0].mean(), model), lambda: train(lambda: theirs(ids, labels=ids).loss, theirs)]
+    compare(f"training {batch} x {length}", tokens, 3 * tokens * (flops["blocks"] + flops["head"]) / rate, runs[:there], "cpu", rounds)
+    model.zero_grad()
+    runs = [lambda: prefill(model, ids.tolist()), read]
+    compare(f"prefill {batch} x {length}", tokens, tokens * flops["blocks"] / rate, runs[:there], "cpu", rounds)
+    for slots, new in decoding:
+        prompts = torch.randint(c.vocab_size, (slots, 1))
+        runs = [lambda: generate(model, prompts.tolist(), max_new_tokens=new, temperature=0, slots=slots),
+                lambda: theirs.generate(prompts, attention_mask=torch.ones_like(prompts), do_sample=False, max_new_tokens=new, pad_token_id=0)]
+        floor = new * decoding_floor(c, slots, (new + 1) // 2, torch.float32, bandwidth, rate)
+        compare(f"decoding, batch {slots}, {new} tokens", slots * new, floor, runs[:there], "cpu", rounds)
+
+
+def large_model(c, device, dtype=torch.bfloat16, length=32768, batches=(1, 4, 16, 64, 256), contexts=(512, 16384), rounds=5):
+    """The same for a model with random weights of dtype on one GPU. Nothing is prefilled for decoding: the cache holds noise. A batch
+    that does not fit is skipped. Training is forward and backward of one row with activation checkpointing of blocks."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(dtype)
+    with torch.device(device):
+        model = FalconH1(c)
+    torch.set_default_dtype(torch.float32)
+    bandwidth, rate = floors(device)
+    flops, ids = flops_per_token(c, length), torch.randint(c.vocab_size, (1, length), device=device)
+    print(f"{torch.cuda.get_device_name() if device == 'cuda' else 'cpu'}, torch {torch.__version__}, {dtype}, {sum(parameters(c).values()):,} "
+          f"parameters: copy {bandwidth / 1e9:.0f} GB/s, matrix product {rate / 1e12:.2f} TFLOP/s")
+
+    def attempt(name, tokens, floor, prepare, calls=1, note=""):
+        try:
+            run = prepare()
+            peak = peak_bytes(run, device)
+            print_row(name, tokens, floor, medians([run], device, rounds, calls), [peak], note)
+        except torch.OutOfMemoryError as e:
+            print_row(name, tokens, floor, note=f"does not fit: {str(e).splitlines()[0]}")
+        if device == "cuda":
+            torch.cuda.empty_cache()
+
+    def decode(batch, context):
+        cache = Cache(c, batch, context + 1, dtype=dtype, device=device)
+        for part in (cache.k, cache.v, cache.conv, cache.ssm):
+            part.normal_()
+        tokens = torch.randint(c.vocab_size, (batch, 1), device=device)
+
+        @torch.no_grad()
+        def step():
+            cache.used = context  # again the same step
+            cache.lengths.fill_(context)
+            model(tokens, cache=cache)
+        return step
+
+    def train():
+        for block in model.model.layers:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+        def run():
+            model.zero_grad()
+            (-model(ids, targets=ids)[0].mean()).backward()
+        return run
+
+    for context, batch in itertools.product(contexts, batches):
+        floor = decoding_floor(c, batch, context, dtype, bandwidth, rate)
+        attempt(f"decoding, batch {batch}, context {context:,d}", batch, floor, lambda: decode(batch, context), calls=10)
+    attempt(f"prefill 1 x {length:,d}", length, length * flops["blocks"] / rate, lambda: lambda: prefill(model, ids.tolist()))
+    attempt(f"training 1 x {length:,d}", length, 3 * length * (flops["blocks"] + flops["head"]) / rate, train,
+            note=f"with attention and scan the share is {sum(flops.values()) / (flops['blocks'] + flops['head']):.2f} times that")
+
+
+def model_speed():
+    """`python model.py --bench`. Floors: 6 (training) and 2 (prefill, decoding) operations for each weight and token at the measured rate of
+    matrix products; for decoding also the bytes of decoding_floor. A model that fits the CPU's caches can read faster than memory."""
+    small_model()
+    if torch.cuda.is_available():
+        large_model(PRESETS["7b"], "cuda")
+    else:
+        for name in ("decoding at batch 1, 4, 16, 64, 256 with 512 and 16,384 tokens", "prefill 1 x 32,768", "training 1 x 32,768"):
+            print(f"  7b in bfloat16, {name}: needs a GPU")
