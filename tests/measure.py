@@ -93,7 +93,7 @@ def peak_bytes(run, device):
         run()
         return torch.cuda.max_memory_allocated() - before
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler announces itself on stderr otherwise
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     changes = sorted((e.start_ns(), e.nbytes()) for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]")
     return max(itertools.accumulate(nbytes for _, nbytes in changes))
@@ -358,17 +358,19 @@ SMALL = FalconH1Config(
 
 def print_row(name, tokens, floor, times=(), peaks=(), note=""):
     """One row of the table: tokens a second of the floor (in seconds); of ours and of theirs, with their share of it and their peak."""
-    cells = [f"{tokens / floor:11,.0f}"]
-    for ms, peak in itertools.zip_longest(times, peaks):
-        cells.append(f"{tokens / ms * 1e3:11,.0f} {1e5 * floor / ms:5.0f} % {peak / 2**20:9,.0f}")
-    cells += [f"{'-':>11s} {'-':>7s} {'-':>9s}"] * (3 - len(cells)) if times else []
-    print(f"  {name:34s}", "   ".join(cells), f"  {times[1] / times[0]:.2f}" if len(times) > 1 else "", note, flush=True)
+    cells = [f"  {name:34s} {tokens / floor:12,.0f}"]
+    for ms, peak in zip(times, peaks):
+        cells.append(f"{tokens / ms * 1e3:12,.0f} {1e5 * floor / ms:5.0f} % {peak / 2**20:9,.0f}")
+    cells += [f"{'-':>12s} {'-':>7s} {'-':>9s}"] * (3 - len(cells)) + [f"{times[1] / times[0]:13.2f}" if len(times) > 1 else f"{'-':>13s}", note]
+    print("  ".join(cells).rstrip(), flush=True)
 
 
 def compare(name, tokens, floor, runs, device, rounds=3):
-    """A row for functions that do the same work: ours, then theirs where it can be had."""
-    peaks = [peak_bytes(run, device) for run in runs]  # which compiles and warms up
-    print_row(name, tokens, floor, medians(runs, device, rounds), peaks)
+    """A row for functions that do the same work: ours, then theirs where it can be had. floor(bandwidth, rate) -> seconds; both are
+    measured in turn with the functions, since a machine that others use is not the same for long."""
+    peaks, limits = [peak_bytes(run, device) for run in runs], []  # the first also warms up
+    times = medians([*runs, lambda: limits.append(floors(device))], device, rounds)[:-1]
+    print_row(name, tokens, floor(*(sorted(limit)[rounds // 2] for limit in zip(*limits))), times, peaks)
 
 
 def their_model(model):
@@ -398,8 +400,8 @@ def small_model(c=SMALL, batch=8, length=512, decoding=((1, 128), (16, 64), (256
     if theirs is not None:
         with torch.no_grad():
             print(f"logits differ from transformers' by at most {(model(ids[:1]) - theirs(ids[:1]).logits).abs().max():.0e}")
-    print(f"  {'tokens a second':34s} {'floor':>11s}   {'ours':>11s} {'share':>7s} {'peak MiB':>9s}   {'transformers':>11s} {'share':>6s} "
-          f"{'peak MiB':>9s}   ours / theirs")
+    print(f"  {'tokens a second':34s} {'floor':>12s}  {'ours':>12s} {'share':>7s} {'peak MiB':>9s}  {'transformers':>12s} {'share':>7s} "
+          f"{'peak MiB':>9s}  ours / theirs")
 
     def train(run, model):
         model.zero_grad()
@@ -411,16 +413,18 @@ def small_model(c=SMALL, batch=8, length=512, decoding=((1, 128), (16, 64), (256
 
     flops, tokens = flops_per_token(c, length), batch * length
     runs = [lambda: train(lambda: -model(ids, targets=ids)[0].mean(), model), lambda: train(lambda: theirs(ids, labels=ids).loss, theirs)]
-    compare(f"training {batch} x {length}", tokens, 3 * tokens * (flops["blocks"] + flops["head"]) / rate, runs[:there], "cpu", rounds)
+    def floor(bandwidth, rate):
+        return 3 * tokens * (flops["blocks"] + flops["head"]) / rate
+    compare(f"training {batch} x {length}", tokens, floor, runs[:there], "cpu", rounds)
     model.zero_grad()
     runs = [lambda: prefill(model, ids.tolist()), read]
-    compare(f"prefill {batch} x {length}", tokens, tokens * flops["blocks"] / rate, runs[:there], "cpu", rounds)
+    compare(f"prefill {batch} x {length}", tokens, lambda bandwidth, rate: tokens * flops["blocks"] / rate, runs[:there], "cpu", rounds)
     for slots, new in decoding:
         prompts = torch.randint(c.vocab_size, (slots, 1))
         runs = [lambda: generate(model, prompts.tolist(), max_new_tokens=new, temperature=0, slots=slots),
                 lambda: theirs.generate(prompts, attention_mask=torch.ones_like(prompts), do_sample=False, max_new_tokens=new, pad_token_id=0)]
-        floor = new * decoding_floor(c, slots, (new + 1) // 2, torch.float32, bandwidth, rate)
-        compare(f"decoding, batch {slots}, {new} tokens", slots * new, floor, runs[:there], "cpu", rounds)
+        compare(f"decoding, batch {slots}, {new} tokens", slots * new,
+                lambda *limits: new * decoding_floor(c, slots, (new + 1) // 2, torch.float32, *limits), runs[:there], "cpu", rounds)
 
 
 def large_model(c, device, dtype=torch.bfloat16, length=32768, batches=(1, 4, 16, 64, 256), contexts=(512, 16384), rounds=5):
