@@ -251,11 +251,12 @@ def activation_bytes(c, tokens):
 
         input   2 d a block: all that activation checkpointing keeps of it
         block   what one block keeps: two norms 12 d; inputs of the projections 6 d; q, k, v and attention's output 4 hd (hq + hkv);
-                z, x, B, C, then x, B, C after the convolution 6 I + 8 g n; for every 256 tokens a state and C B^T; the gate and its
-                norm 22 I; the MLP's four products 8 intermediate_size
+                z, x, B, C, then x, B, C after the convolution 6 I + 8 g n; for every 256 tokens a state and C B^T; the gate 6 I,
+                with its norm 22 I; the MLP's four products 8 intermediate_size
         head    the gradient of lm_head in float32, and three times the 2^24 logits that are in work"""
     d, I, g, n = c.hidden_size, c.mamba_d_ssm, c.mamba_n_groups, c.mamba_d_state
-    block = 18 * d + 4 * c.head_dim * (c.num_attention_heads + c.num_key_value_heads) + 28 * I + 8 * g * n + I * n // 128 + 512 * g \
+    gate = 22 if c.mamba_rms_norm else 6
+    block = 18 * d + 4 * c.head_dim * (c.num_attention_heads + c.num_key_value_heads) + (6 + gate) * I + 8 * g * n + I * n // 128 + 512 * g \
         + 8 * c.intermediate_size
     return {"input": 2 * d * tokens, "block": block * tokens, "head": 4 * d * c.vocab_size + 12 * 2**24}
 
@@ -403,22 +404,21 @@ def small_model(c=SMALL, batch=8, length=512, decoding=((1, 128), (16, 64), (256
     print(f"  {'tokens a second':34s} {'floor':>12s}  {'ours':>12s} {'share':>7s} {'peak MiB':>9s}  {'transformers':>12s} {'share':>7s} "
           f"{'peak MiB':>9s}  ours / theirs")
 
-    def train(run, model):
+    def train(model, loss):
         model.zero_grad()
-        run().backward()
+        loss().backward()
 
     @torch.no_grad()
     def read():
         theirs(ids, use_cache=True, logits_to_keep=1)
 
     flops, tokens = flops_per_token(c, length), batch * length
-    runs = [lambda: train(lambda: -model(ids, targets=ids)[0].mean(), model), lambda: train(lambda: theirs(ids, labels=ids).loss, theirs)]
-    def floor(bandwidth, rate):
-        return 3 * tokens * (flops["blocks"] + flops["head"]) / rate
-    compare(f"training {batch} x {length}", tokens, floor, runs[:there], "cpu", rounds)
-    model.zero_grad()
-    runs = [lambda: prefill(model, ids.tolist()), read]
-    compare(f"prefill {batch} x {length}", tokens, lambda bandwidth, rate: tokens * flops["blocks"] / rate, runs[:there], "cpu", rounds)
+    work = {"training": 3 * tokens * (flops["blocks"] + flops["head"]), "prefill": tokens * flops["blocks"]}
+    runs = {"training": [lambda: train(model, lambda: -model(ids, targets=ids)[0].mean()),
+                         lambda: train(theirs, lambda: theirs(ids, labels=ids).loss)],
+            "prefill": [lambda: prefill(model, ids.tolist()), read]}
+    for name in work:
+        compare(f"{name} {batch} x {length}", tokens, lambda bandwidth, rate: work[name] / rate, runs[name][:there], "cpu", rounds)
     for slots, new in decoding:
         prompts = torch.randint(c.vocab_size, (slots, 1))
         runs = [lambda: generate(model, prompts.tolist(), max_new_tokens=new, temperature=0, slots=slots),

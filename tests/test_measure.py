@@ -96,11 +96,12 @@ def kept_bytes(c, t):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is off where there is a GPU")
-def test_activation_bytes(monkeypatch):
+@pytest.mark.parametrize("norm", [True, False])
+def test_activation_bytes(norm, monkeypatch):
     monkeypatch.setattr(model, "ssd_scan", partial(model.ssd_scan, backend="triton"))
     monkeypatch.setattr(model, "causal_conv1d", partial(model.causal_conv1d, backend="triton"))
     c = replace(SEVEN, vocab_size=64, hidden_size=96, intermediate_size=384, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-                mamba_d_ssm=96, mamba_n_heads=3, mamba_d_head=32, mamba_d_state=32, num_hidden_layers=1)
+                mamba_d_ssm=96, mamba_n_heads=3, mamba_d_head=32, mamba_d_state=32, num_hidden_layers=1, mamba_rms_norm=norm)
     block = kept_bytes(replace(c, num_hidden_layers=2), 256) - kept_bytes(c, 256)
     assert activation_bytes(c, 256)["block"] == pytest.approx(block, rel=0.05)
 
