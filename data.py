@@ -272,8 +272,10 @@ class Tokenizer:
             raise ValueError(f"cannot decode {error}: token ids are 0 to {self.vocab_size - 1}") from None
 
     def save(self, folder):
-        """Write tokenizer.json and tokenizer_config.json, as the tokenizers library and transformers read them."""
-        for name, text in self.files.items():
+        """Write tokenizer.json and tokenizer_config.json, as the tokenizers library and transformers read them, and
+        generation_config.json, without which they would stop at the ids that some other model stops at."""
+        generation = json.dumps({"eos_token_id": list(self.stop_ids)}, indent=1)
+        for name, text in {**self.files, "generation_config.json": generation}.items():
             write_text(Path(folder) / name, text)
 
     @classmethod

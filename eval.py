@@ -3,6 +3,7 @@ r"""Evaluation: answers, how they are compared, pass@k, votes, DeepConf, and the
     python eval.py                                          # the small CPU run: runs/tiny/sft and runs/tiny/rl, minutes
     python eval.py --model FOLDER --problems FILE --out FOLDER --fresh --temperature 0.6 --top-p 0.95 \
         --samples 512 --max-new-tokens 65536 --window 2048                             # the paper's setting (section 5)
+    torchrun --nproc-per-node 8 eval.py --model FOLDER      # problems dealt out to ranks; up to rounding the same traces
     python eval.py --chat --model FOLDER                    # talk to a checkpoint; Ctrl-D ends
 
 What it writes to --out
@@ -26,14 +27,15 @@ Deviations from the paper (arXiv 2601.02346)
   does all: it knows numbers, roots and polynomials exactly or to 1e-13, and no calculus. It never runs eval().
 - Its 32768 tokens or more, temperature 0.6 and top-p 0.95 are flags; the defaults fit the small run.
 
-To copy sections 1 to 3 (answers, estimators) nothing else is needed; to copy all, also take the other four files that
-it builds on: model.py, ssm_scan.py, data.py, deepconf.py.
+To copy sections 1 to 3 (answers, estimators) nothing else is needed; to copy all, also take the other five files that
+it builds on: model.py, ssm_scan.py, data.py, deepconf.py, train_sft.py (ranks).
 """
 
 import cmath
 import itertools
 import json
 import math
+import os
 import re
 import sys
 import time
@@ -48,6 +50,7 @@ import torch
 
 import data
 import deepconf
+import train_sft
 from data import flag
 from model import FalconH1, generate
 
@@ -613,7 +616,8 @@ def load(folder, device):
     """(model, tokenizer) of a checkpoint folder."""
     if not (Path(folder) / "config.json").is_file():
         raise ValueError(f"{folder}: no checkpoint here (config.json is missing); train one, or name one with --model")
-    return FalconH1.from_pretrained(folder, device=device), data.Tokenizer.from_pretrained(folder)
+    tokenizer = train_sft.load_tokenizer(folder)
+    return FalconH1.from_pretrained(folder, device=device), tokenizer
 
 
 def reply_text(trace, tokenizer):
@@ -622,24 +626,25 @@ def reply_text(trace, tokenizer):
     return tokenizer.decode(trace.tokens[:-1] if ended else trace.tokens)
 
 
-def write(model, tokenizer, chats, args, samples=1, admit=None, on_token=None, on_trace=None):
+def write(model, tokenizer, chats, args, samples=1, admit=None, on_token=None, on_trace=None, progress=False):
     """model.generate() on conversations that end in a user's turn."""
     prompts = [data.render_chat(messages, tokenizer, generation_prompt=True)[0] for messages in chats]
     return generate(
         model, prompts, samples=samples, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
         top_p=args.top_p, seed=args.seed, stop_ids=tokenizer.stop_ids, admit=admit, on_token=on_token,
-        on_trace=on_trace, progress=len(chats) > 1,
+        on_trace=on_trace, progress=progress,
     )  # fmt: skip
 
 
-def sample(model, tokenizer, problems, args, samples, online=None):
-    """Sample replies to every problem and judge them.
+def sample(model, tokenizer, problems, args, samples, ranks, file, online=None):
+    """Sample replies to every problem, judge them and write them to `file` in --out. Rank r takes every world-th problem.
 
     Args:
         online: None, or a deepconf.Online for each problem. It decides during generation which traces start and which
             stop early; what they hold until then is what they would hold without it.
     Returns:
-        (groups, seconds): for each problem the records of its traces, as traces.jsonl holds them, and the wall time.
+        (groups, seconds): for each problem the records of its traces, as traces.jsonl holds them, and the wall time of
+        the slowest rank. All ranks get all groups.
     """
 
     def record(trace):
@@ -653,7 +658,9 @@ def sample(model, tokenizer, problems, args, samples, online=None):
         }  # fmt: skip
 
     def admit(prompt, index):
-        return online[prompt].admit(index)
+        if prompt % ranks.world != ranks.rank:
+            return "done"
+        return online[prompt].admit(index) if online else "go"
 
     def on_token(trace):
         return online[trace.prompt_index].on_token(trace.sample_index, trace.confidences[-1])
@@ -663,11 +670,15 @@ def sample(model, tokenizer, problems, args, samples, online=None):
 
     chats = [[{"role": "user", "content": problem.prompt}] for problem in problems]
     start = time.perf_counter()
-    traces = write(model, tokenizer, chats, args, samples, *((admit, on_token, on_trace) if online else ()))
-    seconds = time.perf_counter() - start
+    callbacks = (admit, on_token, on_trace) if online else (admit,)
+    traces = write(model, tokenizer, chats, args, samples, *callbacks, progress=ranks.rank == 0)
+    seconds = max(ranks.gather([time.perf_counter() - start] * ranks.world))
     groups = [[] for _ in problems]
     for trace in traces:
         groups[trace.prompt_index].append(record(trace))
+    groups = ranks.gather(groups)
+    if ranks.rank == 0:
+        data.write_jsonl(Path(args.out) / file, itertools.chain(*groups))
     return groups, seconds
 
 
@@ -731,14 +742,13 @@ def pass_row(name, groups, seconds):
     return row(name, "pass@1", scores, count_tokens(groups) / n, seconds / n)
 
 
-def evaluate(name, model, tokenizer, problems, args):
+def evaluate(name, model, tokenizer, problems, args, ranks):
     """All methods on one checkpoint.
 
     Returns:
         (rows, calibration, curve): curve lists (tokens, accuracy) of the majority of 1, 2, 4, ... traces.
     """
-    groups, seconds = sample(model, tokenizer, problems, args, args.samples)
-    data.write_jsonl(Path(args.out) / "traces.jsonl", itertools.chain(*groups))
+    groups, seconds = sample(model, tokenizer, problems, args, args.samples, ranks, "traces.jsonl")
     n, tokens, ballots = args.samples, count_tokens(groups), [ballot(group) for group in groups]
 
     def majority(m):
@@ -754,13 +764,12 @@ def evaluate(name, model, tokenizer, problems, args):
     for level, eta in (("low", 10), ("high", 90)) if n > WARM_UP else ():
         settings = {"n_init": WARM_UP, "eta": eta, "window": args.window, "batch": BATCH, "same": is_equivalent}
         online = [deepconf.Online(n, **settings) for _ in problems]
-        stopped, spent = sample(model, tokenizer, problems, args, n, online)
-        data.write_jsonl(Path(args.out) / f"traces-{level}.jsonl", itertools.chain(*stopped))
-        answers = [machine.result()[0] for machine in online]
+        stopped, spent = sample(model, tokenizer, problems, args, n, ranks, f"traces-{level}.jsonl", online)
+        answers = ranks.gather([machine.result()[0] for machine in online])
         right = [float(is_equivalent(answer, problem.answer)) for answer, problem in zip(answers, problems)]
         rows.append(row(name, f"deepconf-{level}@{n}", right, count_tokens(stopped), spent))
         if level == "low":  # what plain voting makes of the tokens that LOW took for each problem
-            plain = [deepconf.majority_at(traces, machine.tokens) for traces, machine in zip(ballots, online)]
+            plain = [deepconf.majority_at(traces, count_tokens([group])) for traces, group in zip(ballots, stopped)]
             right, used = [float(deepconf.is_right(a, t)) for (a, _), t in zip(plain, ballots)], sum(u for _, u in plain)
             rows.insert(2, row(name, "majority@equal-tokens", right, used, seconds * used / tokens))
     curve = [(tokens * m / n, sum(majority(m)) / len(problems)) for m in (2**i for i in range(n.bit_length()))]
@@ -852,6 +861,8 @@ def check_args(args):
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
     if not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1:
         raise ValueError("--temperature must be 0 or more, and --top-p above 0 and at most 1")
+    if args.chat and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("--chat is a talk with one process: start it with python, or torchrun --nproc-per-node 1")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -866,18 +877,22 @@ def checkpoint_name(folder):
 
 def run(args):
     folders = [args.model] if args.model else ["runs/tiny/sft/model", "runs/tiny/rl/model"]
+    ranks = train_sft.start_ranks(args.device)
     problems = data.read_problems(args.problems, args.limit, check_gold)
-    loaded = [(checkpoint_name(folder), *load(folder, args.device)) for folder in folders]
+    loaded = [(checkpoint_name(folder), *load(folder, ranks.device)) for folder in folders]
     identity = {name: value for name, value in asdict(args).items() if name not in ("out", "fresh", "chat")}
-    data.open_run(args.out, identity, OUTPUTS, fresh=args.fresh, device=args.device)
-    print(" ".join(f"{name}={value}" for name, value in asdict(args).items()))
+    ranks.gather([])  # here all ranks could load what they need: only now may --fresh delete anything
+    if ranks.rank == 0:
+        data.open_run(args.out, identity, OUTPUTS, fresh=args.fresh, device=ranks.device, ranks=ranks.world)
+        print(" ".join(f"{name}={value}" for name, value in asdict(args).items()))
     out, rows = Path(args.out), []
     for name, model, tokenizer in loaded[:-1]:
-        groups, seconds = sample(model, tokenizer, problems, args, min(4, args.samples))
-        data.write_jsonl(out / f"traces-{name}.jsonl", itertools.chain(*groups))
+        groups, seconds = sample(model, tokenizer, problems, args, min(4, args.samples), ranks, f"traces-{name}.jsonl")
         rows.append(pass_row(name, groups, seconds))
     name, model, tokenizer = loaded[-1]
-    more, measured, curve = evaluate(name, model, tokenizer, problems, args)
+    more, measured, curve = evaluate(name, model, tokenizer, problems, args, ranks)
+    if ranks.rank != 0:
+        return
     rows += more
 
     report = f"{table(rows)}\n\n{explain(name, measured)}\n"
@@ -918,14 +933,12 @@ def chat(args):
 
 
 def main(argv=None):
-    try:
+    def body():
         args = data.parse_args(Args, __doc__.partition("\n")[0], argv)
         check_args(args)
         chat(args) if args.chat else run(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+
+    return train_sft.run_main(body)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,9 @@ import json
 import math
 import mmap
 import os
+import re
 import struct
+import time
 from collections import deque
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
@@ -523,10 +525,10 @@ class _TokenLogprobs(torch.autograd.Function):
         logprobs, entropy, lse = (h.new_empty(len(h), dtype=torch.float32) for _ in range(3))
         for i in range(0, len(h), chunk):
             part = slice(i, i + chunk)
-            logits = (h[part] @ weight.T).float() * scale  # (chunk, vocab)
+            logits = (h[part] @ weight.T).float().mul_(scale)  # (chunk, vocab)
             lse[part] = logits.logsumexp(-1)
             logprobs[part] = logits.gather(1, targets[part, None])[:, 0] - lse[part]
-            entropy[part] = lse[part] - (torch.exp(logits - lse[part, None]) * logits).sum(-1)
+            entropy[part] = lse[part] - torch.exp(logits - lse[part, None]).mul_(logits).sum(-1)
         ctx.save_for_backward(h, weight, targets, lse)
         ctx.scale, ctx.chunk = scale, chunk
         ctx.mark_non_differentiable(entropy)
@@ -539,7 +541,8 @@ class _TokenLogprobs(torch.autograd.Function):
         dlogprobs = dlogprobs.float() * ctx.scale
         for i in range(0, len(h), ctx.chunk):
             part = slice(i, i + ctx.chunk)
-            d = torch.exp((h[part] @ weight.T).float() * ctx.scale - lse[part, None]) * -dlogprobs[part, None]
+            logits = (h[part] @ weight.T).float().mul_(ctx.scale)
+            d = logits.sub_(lse[part, None]).exp_().mul_(-dlogprobs[part, None])
             d.scatter_add_(1, targets[part, None], dlogprobs[part, None])
             d = d.to(h.dtype)
             dh[part] = d @ weight
@@ -564,7 +567,7 @@ class Cache:
 
     k, v (layers, slots, hkv, length, hd) and conv (layers, slots, channels, d_conv - 1) in the model's dtype, ssm (layers,
     slots, h, p, n) always float32, lengths (slots,). Attention looks at `used` positions, an upper bound on the lengths
-    kept on the host (reading it back from a GPU would stall every step), rounded up to 64 so that shapes repeat."""
+    kept on the host (reading it back from a GPU would stall every step), rounded up to `window_of` them."""
 
     def __init__(self, config, slots, length, *, dtype=torch.float32, device=None):
         c, layers = config, config.num_hidden_layers
@@ -587,6 +590,11 @@ class Cache:
         self.k, self.v, self.conv, self.ssm = (x[:, slots] for x in (self.k, self.v, self.conv, self.ssm))
         self.lengths = self.lengths[slots]
 
+    def window_of(self, used):
+        """How many positions attention looks at: a multiple of 64, later of a 16th of their number, so that few shapes occur."""
+        step = max(64, 2 ** (used.bit_length() - 5))
+        return min(-(-used // step) * step, self.k.shape[3])
+
     def extend(self, positions):
         """The next forward appends tokens at `positions` (slots, t)."""
         self.rows = torch.arange(len(positions), device=positions.device)[:, None]
@@ -594,7 +602,7 @@ class Cache:
         length = self.k.shape[3]
         if self.used > length:
             raise ValueError(f"cache: {self.used} tokens do not fit a length of {length}")
-        self.positions, self.window = positions, min(-(-self.used // 64) * 64, length)
+        self.positions, self.window = positions, self.window_of(self.used)
         self.mask = (torch.arange(self.window, device=positions.device) <= positions[:, None, :, None])  # (slots, 1, t, window)
 
     def attend(self, layer, q, k, v):
@@ -674,12 +682,52 @@ def draw(logits, u, temperature, top_p, top=20):
 
 @torch.no_grad()
 def prefill(model, prompts, tokens=2048):
-    """A Cache that has read prompts of one length, but for their last tokens, at most about `tokens` at a time: so memory is bounded."""
+    """A Cache that has read prompts of one length, but for their last tokens.
+
+    Memory is bounded: at most `tokens` are read at a time, fewer where attention's mask would hold more than 2^26 numbers."""
     p, length = next(model.parameters()), len(prompts[0]) - 1
     cache, ids = Cache(model.config, len(prompts), max(length, 1), dtype=p.dtype, device=p.device), torch.tensor(prompts, device=p.device)
-    for part in ids[:, :-1].split(max(1, tokens // len(prompts)), 1) if length else ():
+    for part in ids[:, :-1].split(max(1, min(tokens, 2**26 // max(length, 1)) // len(prompts)), 1) if length else ():
         model.model(part, cache=cache)
     return cache
+
+
+def slots_that_fit(config, length, dtype, device):
+    """How many sequences of `length` tokens decode together: at most 256, at least one, their cache in half of the free memory
+    (the other half is for shared prompts, logits and what else a step needs)."""
+    if torch.device(device).type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0] + unused
+    else:  # what the kernel could give without swapping; half of all memory where it does not tell
+        match = re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text()) if Path("/proc/meminfo").exists() else None
+        free = int(match[1]) * 1024 if match else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    one = sum(v.nbytes for v in vars(Cache(config, 1, length, dtype=dtype, device="meta")).values() if isinstance(v, torch.Tensor))
+    return int(min(256, max(1, free // 2 // one)))
+
+
+def decoder(model, cache):
+    """step(tokens (slots,)) -> logits (slots, vocab): every slot of `cache` appends one token. The caller sets cache.used.
+
+    On a GPU a step is some thousand launches, which take the host longer than the device. So the second step that attends to a
+    window of a given size is recorded as a CUDA graph, and replayed until the window grows; the first one compiles."""
+    if not cache.k.is_cuda:
+        return lambda tokens: model(tokens[:, None], cache=cache)[:, 0]
+    ids, graph, window, logits = cache.lengths.clone()[:, None], None, None, None
+
+    def step(tokens):
+        nonlocal graph, window, logits
+        ids.copy_(tokens[:, None])
+        if window != cache.window_of(cache.used + 1):
+            graph, logits = None, model(ids, cache=cache)[:, 0]
+            window = cache.window
+        else:
+            if graph is None:
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):  # records, and runs nothing
+                    logits = model(ids, cache=cache)[:, 0]
+            graph.replay()
+        return logits
+    return step
 
 
 @torch.no_grad()
@@ -690,9 +738,9 @@ def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_p=1.0, seed
     A fixed number of `slots` decodes together; a slot whose trace has ended takes the next one at once. A trace depends on
     weights, prompt, settings, seed and its own two indices; what else is in the batch changes its numbers by rounding only.
     admit(prompt_index, sample_index) -> "go" | "wait" | "done" is asked, in sample order, before a trace is started; "done"
-    means no further trace of that prompt. on_token(trace) -> True stops a trace; on_trace(trace) sees every ended one.
-    temperature 0 is greedy. Raises ValueError for an empty prompt, ids out of range, more tokens than positions, or logits that
-    are not finite."""
+    means no further trace of that prompt. slots None: as many as fit into free memory. on_token(trace) -> True stops a trace;
+    on_trace(trace) sees every ended one. temperature 0 is greedy. progress shows a bar with tokens/s. Raises ValueError for an
+    empty prompt, ids out of range, more tokens than positions, or logits that are not finite."""
     c, device = model.config, next(model.parameters()).device
     for i, prompt in enumerate(prompts):
         if not prompt or min(prompt) < 0 or max(prompt) >= c.vocab_size:
@@ -705,13 +753,15 @@ def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_p=1.0, seed
                          f"top_p {top_p}; expected >= 1, >= 1, >= 0 and in (0, 1]")
     if not prompts:
         return []
-    slots = min(slots or 256, len(prompts) * samples)  # 256 suits small models; a large one's cache wants fewer
-    longest = max(map(len, prompts)) + max_new_tokens
-    cache = Cache(c, slots, longest, dtype=next(model.parameters()).dtype, device=device)
+    longest, dtype = max(map(len, prompts)) + max_new_tokens, next(model.parameters()).dtype
+    slots = min(slots or slots_that_fit(c, longest, dtype, device), len(prompts) * samples)
+    cache = Cache(c, slots, longest, dtype=dtype, device=device)
+    step = decoder(model, cache)
     active = [None] * slots  # the trace in each slot
     tokens, keys, steps = (torch.zeros(slots, dtype=torch.long) for _ in range(3))
     waiting = deque([i, 0] for i in range(len(prompts)))  # prompts with the index of their next sample
     prefilled, ended, bar = {}, [], tqdm(total=len(prompts) * samples, disable=not progress, desc="sampling", unit="trace")
+    start, shown, produced = time.perf_counter(), 0, 0
 
     def next_job():
         """(prompt, sample) to start now, or None. Prompts in order, so that few prefilled states are alive at a time."""
@@ -749,13 +799,18 @@ def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_p=1.0, seed
             break
         if not waiting and 2 * len(busy) <= slots:  # the last traces: decoding only these is faster
             cache.keep(busy)
+            step = decoder(model, cache)
             active, tokens, keys, steps = [active[s] for s in busy], tokens[busy], keys[busy], steps[busy]
             slots, busy = len(busy), range(len(busy))
         cache.used = max(len(prompts[active[s].prompt_index]) - 1 + len(active[s].tokens) for s in busy)
         cache.lengths.clamp_(max=cache.used)  # idle slots go on decoding nonsense, inside the window
-        logits = model(tokens[:, None].to(device), cache=cache)[:, 0]
+        logits = step(tokens.to(device))
         if not logits.isfinite().all():
             raise ValueError("generate: the model's logits are not finite")
+        produced, now = produced + len(busy), time.perf_counter()
+        if now - shown > 0.5:
+            bar.set_postfix_str(f"{produced / (now - start):,.0f} tokens/s")
+            shown = now
         new, logprob, confidence = draw(logits, uniforms(keys, steps).to(device), temperature, top_p)
         tokens, steps = new.cpu(), steps + 1
         for slot, token, lp, conf in zip(range(slots), tokens.tolist(), logprob.tolist(), confidence.tolist()):

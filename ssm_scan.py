@@ -92,14 +92,14 @@ class _GatherRows(torch.autograd.Function):
     def forward(ctx, x, index, inverse):
         ctx.save_for_backward(index, inverse)
         ctx.shape = x.shape
-        return x[index]
+        return x.index_select(0, index.flatten()).unflatten(0, index.shape)  # on a CPU several times as fast as x[index]
 
     @staticmethod
     def backward(ctx, dout):
         index, inverse = ctx.saved_tensors
         if inverse is not None:
-            return dout.flatten(0, index.dim() - 1)[inverse], None, None
-        return dout.new_zeros(ctx.shape).index_put_((index,), dout), None, None
+            return dout.flatten(0, index.dim() - 1).index_select(0, inverse), None, None
+        return dout.new_zeros(ctx.shape).index_copy_(0, index.flatten(), dout.flatten(0, index.dim() - 1)), None, None
 
 
 def gather_rows(x, index, inverse=None):
@@ -120,27 +120,28 @@ class ChunkTable(NamedTuple):
     seq: torch.Tensor  # (k,) and its sequence
     first: torch.Tensor  # (s + 1,) each sequence's first chunk, and their number
     by_length: torch.Tensor  # (s,) the sequences, the longest first
-    order: torch.Tensor  # (k,) the first chunks of all sequences by_length, then their second ones, ...
-    back: torch.Tensor  # (k,) the inverse permutation
-    steps: list  # how many of them there are in turn
+    steps: list  # how many sequences have a first chunk, a second one, ...
 
 
 @lru_cache(maxsize=16)  # once for a batch, then shared by all layers and by the backward pass
-def chunk_table(cu, chunk_size, device):
-    """Cut sequences with boundaries `cu` (a tuple) into chunks; a chunk holds tokens of one sequence only."""
+def chunk_table(cu, chunk_size, device, in_step=False):
+    """Cut sequences with boundaries `cu` (a tuple) into chunks; a chunk holds tokens of one sequence only.
+
+    Chunks stand as their tokens do; or else in_step: the first chunks of all sequences by_length, then their second ones, ..."""
     length = torch.tensor([end - start for start, end in zip(cu, cu[1:])])
     chunks = (length + chunk_size - 1) // chunk_size  # (s,)
     first = F.pad(chunks.cumsum(0), (1, 0))
-    seq = torch.repeat_interleave(torch.arange(len(length)), chunks)
-    offset = (torch.arange(len(seq)) - first[seq])[:, None] * chunk_size + torch.arange(chunk_size)  # (k, l) in the sequence
-    valid = offset < length[seq, None]
-    index = torch.tensor(cu)[seq, None] + torch.minimum(offset, length[seq, None] - 1)
     # Long sequences first: those that still have a c-th chunk are then a prefix, as in torch's PackedSequence.
     by_length = torch.sort(chunks, descending=True, stable=True).indices
-    order = [first[by_length[: int((chunks > c).sum())]] + c for c in range(int(chunks.max()))]
-    steps, order = [len(o) for o in order], torch.cat(order)
-    tensors = (index, valid, valid.flatten().nonzero()[:, 0], index[:, 0].contiguous(), valid.sum(1), seq, first, by_length, order,
-               torch.argsort(order))  # fmt: skip
+    steps = [int((chunks > c).sum()) for c in range(int(chunks.max()))]
+    chunk = torch.cat([first[by_length[:n]] + c for c, n in enumerate(steps)]) if in_step else torch.arange(int(first[-1]))
+    seq = torch.repeat_interleave(torch.arange(len(length)), chunks)[chunk]
+    offset = (chunk - first[seq])[:, None] * chunk_size + torch.arange(chunk_size)  # (k, l) in the sequence
+    valid = offset < length[seq, None]
+    index = torch.tensor(cu)[seq, None] + torch.minimum(offset, length[seq, None] - 1)
+    place = valid.flatten().nonzero()[:, 0]
+    inverse = torch.zeros_like(place).scatter_(0, index.flatten()[place], place)
+    tensors = index, valid, inverse, index[:, 0].contiguous(), valid.sum(1), seq, first, by_length
     return ChunkTable(*(v.to(device) for v in tensors), steps)
 
 
@@ -186,7 +187,7 @@ def ssd_scan(x, dt, A, B, C, *, D=None, dt_bias=None, dt_softplus=False, initial
     else:
         scan = _scan_chunked if backend == "torch" else _scan_recurrent
         y, S = scan(x.to(dtype), delta, B.to(dtype), C.to(dtype), A.to(dtype), S, cu, chunk_size)
-        y = y if D is None else y + D[:, None] * x
+        y = y if D is None else torch.addcmul(y, D[:, None], x)
     return y.to(x.dtype).view(b, t, *x.shape[1:]), S
 
 
@@ -202,6 +203,27 @@ def _scan_recurrent(x, dt, B, C, A, S, cu, chunk_size):
     return torch.stack(ys), torch.stack(finals)
 
 
+class _Decays(torch.autograd.Function):
+    """exp(c_i - c_j) at row j and column i >= j, else 0, of c (..., l) in float64. dc_i is what column i gets less what row i gets.
+
+    Without the diagonal: c_i - c_i is a constant, whose two gradients are large, cancel, and would take with them the digits of
+    what strong decays leave over. Before the exponential, positive differences become -inf: they could overflow."""
+
+    @staticmethod
+    def forward(ctx, c, dtype):
+        earlier = torch.full((c.shape[-1],) * 2, -torch.inf, dtype=dtype, device=c.device).tril(-1)  # where column i < row j
+        decay = (c[..., None, :] - c[..., :, None]).to(dtype).add_(earlier).exp_()
+        ctx.save_for_backward(decay)
+        return decay
+
+    @staticmethod
+    def backward(ctx, grad):
+        (decay,) = ctx.saved_tensors
+        q = grad * decay
+        q.diagonal(dim1=-2, dim2=-1).zero_()
+        return q.sum(-2, dtype=torch.float64) - q.sum(-1, dtype=torch.float64), None
+
+
 def _scan_chunked(x, dt, B, C, A, S, cu, chunk_size):
     """The same in matrix products (Mamba-2, section 6). With c_i = sum_{j<=i} dt_j A inside one chunk of l tokens,
 
@@ -215,8 +237,7 @@ def _scan_chunked(x, dt, B, C, A, S, cu, chunk_size):
     # A token costs l entries of the decays and its share p n / l of a chunk's state: least for l = sqrt(p n).
     fastest = 1 << max(4, (p * n).bit_length() // 2)
     chunk_size = min(chunk_size, fastest, max(end - start for start, end in zip(cu, cu[1:])))
-    table = chunk_table(cu, chunk_size, x.device)
-    order, back, by_length = table.order, table.back, table.by_length
+    table = chunk_table(cu, chunk_size, x.device, in_step=True)
     x, dt, B, C = (gather_rows(v, table.index, table.inverse) for v in (x, dt, B, C))  # (k, l, h, p), (k, l, h), (k, l, g, n)
     dt = torch.where(table.valid[..., None], dt, 0).transpose(1, 2)  # (k, h, l)
     a = (dt * A[:, None]).double()  # (k, h, l)
@@ -228,11 +249,8 @@ def _scan_chunked(x, dt, B, C, A, S, cu, chunk_size):
     def by_group(v):  # (k, h, p, .) -> (k, g, p h / g, .)
         return v.reshape(len(v), g, -1, v.shape[-1])
 
-    # Step 1, within the chunk. The mask stands inside the exponent: exp of a positive difference could overflow. c_i - c_i is
-    # a constant: its two gradients are large, cancel, and would take with them the digits of what strong decays leave over.
-    later = torch.ones(chunk_size, chunk_size, dtype=torch.bool, device=x.device).triu(1)  # column i comes after row j
-    other = torch.full((chunk_size, chunk_size), -torch.inf, device=x.device, dtype=x.dtype).tril(-1)  # 0 on the diagonal
-    decay = torch.where(later, (c[..., None, :] - c[..., :, None]).to(x.dtype), other).exp()  # (k, h, l, l)
+    # Step 1, within the chunk.
+    decay = _Decays.apply(c, x.dtype)  # (k, h, l, l)
     y = dtx @ ((B @ C).unsqueeze(2) * decay.unflatten(1, (g, -1))).flatten(1, 2)  # (k, h, p, l)
 
     # Step 2, what each chunk adds to the state: one (p h / g x l)(l x n) product per group.
@@ -242,16 +260,16 @@ def _scan_chunked(x, dt, B, C, A, S, cu, chunk_size):
 
     # Step 3, along the chunks of every sequence at once. Only this loop is sequential: t / l short steps.
     keep = c[..., -1].to(x.dtype).exp()[..., None, None]  # (k, h, 1, 1)
-    entering, final = [], S[by_length]
-    for kept, added in zip(gather_rows(keep, order, back).split(table.steps), gather_rows(local, order, back).split(table.steps)):
+    entering, final = [], S[table.by_length]
+    for kept, added in zip(keep.split(table.steps), local.split(table.steps)):
         entering.append(final[: len(kept)])  # of the sequences that have one more chunk, a prefix of by_length
-        now = kept * entering[-1] + added
+        now = torch.addcmul(added, kept, entering[-1])
         final = torch.cat([now, final[len(now) :]]) if len(now) < len(final) else now
-    entering = gather_rows(torch.cat(entering), back, order)  # (k, h, p, n)
+    entering = torch.cat(entering)  # (k, h, p, n)
 
     # Step 4, what the entering state adds to each token's output.
-    y = y + (by_group(entering) @ C).view(y.shape) * c.to(x.dtype).exp()[:, :, None]
-    return gather_rows(y.permute(0, 3, 1, 2).flatten(0, 1), table.inverse), final[torch.argsort(by_length)]
+    y = torch.addcmul(y, (by_group(entering) @ C).view(y.shape), c.to(x.dtype).exp()[:, :, None])
+    return gather_rows(y.permute(0, 3, 1, 2).flatten(0, 1), table.inverse), final[torch.argsort(table.by_length)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -693,7 +711,10 @@ def _conv_torch(x, weight, bias, history, cu, activation):
     rows, outputs = _conv_table(cu, k - 1, x.device)
     buffer = gather_rows(torch.cat([x, history.mT.flatten(0, 1)]), rows)  # (tokens + s (k - 1), d)
     width = len(buffer) - (k - 1)
-    y = gather_rows(sum(buffer[j : j + width] * weight[:, j] for j in range(k)) + bias, outputs)
+    y = bias
+    for j in range(k):
+        y = torch.addcmul(y, buffer[j : j + width], weight[:, j])
+    y = gather_rows(y, outputs)
     return F.silu(y) if activation else y
 
 

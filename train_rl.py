@@ -189,21 +189,19 @@ def sample_groups(sampler, pairs, tokenizer, args, seed, ranks, stats):
     traces = generate(sampler, [ids for _, ids in pairs], samples=args.group, max_new_tokens=args.max_new_tokens,
                       temperature=args.temperature, seed=seed, stop_ids=tokenizer.stop_ids, slots=args.slots, admit=own)
     stats["t_sample"] += time.time() - start
-    start, groups = time.time(), {}
+    start, made = time.time(), [([], []) for _ in pairs]  # of each prompt: its group, and what is logged of it
     for trace in traces:
         problem, prompt = pairs[trace.prompt_index]
         text = tokenizer.decode(trace.tokens)
         score = reward(text, problem.answer, args.format_penalty)
-        groups.setdefault(trace.prompt_index, []).append(new_rollout(prompt, trace, score))
-        stats["samples"].append({**score, "length": len(trace.tokens), "truncated": trace.stop == "length", "text": text,
-                                 "prompt": problem.prompt, "gold": problem.answer, "domain": problem.domain})
+        group, samples = made[trace.prompt_index]
+        group.append(new_rollout(prompt, trace, score))
+        samples.append({**score, "length": len(trace.tokens), "truncated": trace.stop == "length", "text": text,
+                        "prompt": problem.prompt, "gold": problem.answer, "domain": problem.domain})
     stats["t_score"] += time.time() - start
-    if ranks.world > 1:
-        everyone = [None] * ranks.world
-        dist.all_gather_object(everyone, (groups, stats["samples"][-len(traces):] if traces else []))
-        groups = {i: g for theirs, _ in everyone for i, g in theirs.items()}
-        stats["samples"] = stats["samples"][: len(stats["samples"]) - len(traces)] + [s for _, theirs in everyone for s in theirs]
-    return [groups[i] for i in sorted(groups)]
+    made = ranks.gather(made)
+    stats["samples"] += [s for _, samples in made for s in samples]
+    return [group for group, _ in made]
 
 
 def collect(sampler, prompts, cache, step, tokenizer, args, ranks, stats):
@@ -335,9 +333,8 @@ def load(args, ranks):
     token_weights([1], args.normalise)
     check_verifier()
     problems = data.read_problems(args.problems, args.limit, check_gold)
-    tokenizer = data.Tokenizer.from_pretrained(train_sft.model_folder(args.init))
-    model = train_sft.load_model(args.init)
-    return tokenizer, train_sft.shard(model, ranks), problems
+    tokenizer = train_sft.load_tokenizer(args.init)
+    return tokenizer, train_sft.shard(train_sft.load_model(args.init), ranks), problems
 
 
 def to_json(cache):
@@ -391,4 +388,4 @@ def main():
 
 
 if __name__ == "__main__":
-    train_sft.run_main(main)
+    sys.exit(train_sft.run_main(main))

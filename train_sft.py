@@ -32,6 +32,7 @@ import time
 import warnings
 import zlib
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,7 @@ from tqdm import tqdm
 
 import data
 from data import flag
-from model import PRESETS, FalconH1, generate
+from model import PRESETS, FalconH1, FalconH1Config, generate
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Arguments
@@ -97,6 +98,17 @@ class Ranks:
             dist.all_reduce(t)
         return t.tolist()
 
+    def gather(self, objects):
+        """A list to which rank r gives the objects r, r + world, r + 2 world, ..., put together: all of it on every rank."""
+        if self.world == 1:
+            return objects
+        shares = [None] * self.world
+        try:
+            dist.all_gather_object(shares, objects[self.rank :: self.world])
+        except RuntimeError as e:
+            raise OSError(f"another rank has ended, and what it printed says why ({str(e).strip().splitlines()[-1]})") from None
+        return [shares[i % self.world][i // self.world] for i in range(len(objects))]
+
 
 def start_ranks(device):
     """One process, or what torchrun started. A GPU always gets a process group, so that FSDP2 shards and casts there."""
@@ -104,12 +116,14 @@ def start_ranks(device):
     check(device == "cpu" or torch.cuda.is_available(), f"--device {device}: there is no GPU here")
     if device == "cpu" and "WORLD_SIZE" not in os.environ:
         return Ranks()
-    backend = "gloo" if device == "cpu" else "nccl"
+    backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"  # objects and numbers on the host travel by gloo
     if device != "cpu":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        local, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        check(local < there, f"--nproc-per-node must be at most {there}, the number of GPUs here")
+        device = f"cuda:{local}"
         torch.cuda.set_device(device)
-    if "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend)
+    if "WORLD_SIZE" in os.environ:  # a rank may wait hours for another that samples longer; one that dies is torchrun's to notice
+        dist.init_process_group(backend, timeout=timedelta(days=1))
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
@@ -228,15 +242,19 @@ class Run:
 
 
 def run_main(body):
-    """Run a script's body; what a user can put right ends in one line and exit status 1, from whichever rank saw it."""
+    """Run a script's body and return its exit status; what a user can put right ends in one line and 1, from whichever rank saw it."""
     warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is what is meant here, not a mistake
+    status = 0
     try:
         body()
     except (ValueError, OSError) as e:
         print(f"error: {e}", file=sys.stderr, flush=True)
-        os._exit(1) if dist.is_initialized() else sys.exit(1)  # other ranks may hang in a collective: torchrun ends them
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            os._exit(1)  # other ranks may hang in a collective: torchrun ends them
+        status = 1
     if dist.is_initialized():
         dist.destroy_process_group()
+    return status
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -340,14 +358,12 @@ def load(args, ranks):
         check(data.main(["make", "--out", str(Path(args.data).parent)]) == 0, f"{args.data}: could not be made")
     if dist.is_initialized():
         dist.barrier()
-    tokenizer = data.Tokenizer.from_pretrained(model_folder(args.init)) if args.init else data.Tokenizer.byte_level()
+    tokenizer = load_tokenizer(args.init) if args.init else data.Tokenizer.byte_level()
     samples = data.load_sft(args.data, tokenizer, args.context, args.trim)
     samples = samples[: args.limit or None]
     check(len(samples) > args.held_out, f"{args.data}: {len(samples)} samples, of which --held-out keeps {args.held_out}")
     torch.manual_seed(args.seed)
     model = load_model(args.init) if args.init else FalconH1(PRESETS[args.preset])
-    check(model.config.vocab_size >= tokenizer.vocab_size, f"{args.init}: the model has {model.config.vocab_size} words and its "
-          f"tokenizer {tokenizer.vocab_size}")
     check(args.context <= model.config.max_position_embeddings, f"--context {args.context} exceeds the model's "
           f"max_position_embeddings {model.config.max_position_embeddings}")
     return tokenizer, shard(model, ranks), samples[args.held_out :], samples[: args.held_out]
@@ -356,6 +372,14 @@ def load(args, ranks):
 def load_model(folder):
     """A checkpoint: the folder of a run (its model/ is meant) or a model folder; float32 master weights."""
     return FalconH1.from_pretrained(model_folder(folder), dtype=torch.float32, mapped=dist.is_initialized())
+
+
+def load_tokenizer(folder):
+    """The tokenizer of a checkpoint. It must fit the model's vocabulary, which is checked before any weight is read."""
+    folder = model_folder(folder)
+    tokenizer, words = data.Tokenizer.from_pretrained(folder), FalconH1Config.from_json(folder / "config.json").vocab_size
+    check(words >= tokenizer.vocab_size, f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model room for {words} only")
+    return tokenizer
 
 
 def model_folder(folder):
@@ -414,4 +438,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_main(main)
+    sys.exit(run_main(main))

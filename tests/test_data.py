@@ -67,7 +67,7 @@ def test_tokenizer_survives_saving(tmp_path):
     TOKENIZER.save(tmp_path)
     again = data.Tokenizer.from_pretrained(tmp_path)
     assert again.special == SPECIAL and again.bytes == TOKENIZER.bytes and again.stop_ids == TOKENIZER.stop_ids
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["generation_config.json", "tokenizer.json", "tokenizer_config.json"]
 
 
 @given(st.text())

@@ -5,6 +5,7 @@ import json
 import math
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.test_train_sft import ROOT, run
 
 import data
 import eval as ev
@@ -561,18 +563,88 @@ def test_chat_streams_and_keeps_history(place, monkeypatch, capsys):
     assert not Path("out").exists()
 
 
-def test_a_real_model_from_end_to_end(tmp_path, monkeypatch):
+def test_chat_is_for_one_process(place, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert ev.main([*ARGV, "--chat"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: --chat is a talk with one process") and error.count("\n") == 1
+
+
+@pytest.fixture
+def babbler(tmp_path, monkeypatch):
+    """A folder with three problems and a model that has learned nothing; the arguments that evaluate it."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     FalconH1(PRESETS["tiny"]).save_pretrained("model")
     data.Tokenizer.byte_level().save("model")
-    data.write_jsonl("problems.jsonl", [{"id": c, "domain": "math", "prompt": c, "answer": "1"} for c in "ab"])
+    data.write_jsonl("problems.jsonl", [{"id": c, "domain": "math", "prompt": c, "answer": "1"} for c in "abc"])
     argv = ["--model", "model", "--problems", "problems.jsonl", "--out", "out", "--device", "cpu"]
-    assert ev.main([*argv, "--samples", "20", "--max-new-tokens", "6", "--window", "2"]) == 0
+    return [*argv, "--samples", "20", "--max-new-tokens", "6", "--window", "2"]
+
+
+def test_a_tokenizer_larger_than_the_vocabulary(babbler, capsys):
+    FalconH1(replace(PRESETS["tiny"], vocab_size=271)).save_pretrained("model")
+    assert ev.main(babbler) == 1
+    assert capsys.readouterr().err == "error: model: the tokenizer has 272 tokens, the model room for 271 only\n"
+    assert not Path("out").exists()
+
+
+# What torchrun starts below: an evaluation whose answers depend on the text, so that the babbler's are not all alike, and
+# where rank 1 may fail in the function that FAIL names.
+RANKS = f"""
+import os, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import eval as ev
+
+def fail(*args, **settings):
+    time.sleep(0.5)  # the other rank waits for this one by now
+    raise ValueError("this rank fails")
+
+ev.extract_answer = lambda text: str(len(text) % 3)
+if "FAIL" in os.environ and os.environ["RANK"] == "1":
+    setattr(ev, os.environ["FAIL"], fail)
+sys.exit(ev.main())
+"""
+
+
+def test_two_ranks_evaluate_like_one(babbler, monkeypatch):
+    monkeypatch.setattr(ev, "extract_answer", lambda text: str(len(text) % 3))
+    assert ev.main(babbler) == 0
+    Path("ranks.py").write_text(RANKS)
+    status, out, err = run(Path("ranks.py").resolve(), *babbler, "--out", "two", ranks=2)
+    assert status == 0, err
+    assert out.count("seed=0") == out.count("majority@20") == 1
+    for file in ("traces", "traces-low", "traces-high"):
+        one, two = ([trace for _, trace in data.read_records(f"{folder}/{file}.jsonl")] for folder in ("out", "two"))
+        for trace in two:
+            trace["confidences"] = pytest.approx(trace["confidences"], abs=2e-4)  # batches of another size round otherwise
+        assert one == two
+    one, two = (json.loads(Path(folder, "report.json").read_text()) for folder in ("out", "two"))
+    for row in one["rows"] + two["rows"]:
+        del row["seconds"]
+    assert len({row["accuracy"] for row in one["rows"]}) > 1
+    assert one["rows"] == two["rows"]
+    assert one["calibration"] == pytest.approx(two["calibration"], abs=2e-4)
+
+
+@pytest.mark.parametrize(("where", "flags"), [("load", ["--fresh"]), ("generate", [])])
+def test_an_error_on_one_rank_ends_all(babbler, where, flags):
+    assert ev.main(babbler) == 0
+    before = {path: path.read_bytes() for path in Path("out").iterdir()}
+    Path("ranks.py").write_text(RANKS)
+    status, _, err = run(Path("ranks.py").resolve(), *babbler, *flags, ranks=2, FAIL=where)
+    assert status == 1
+    assert err.count("error: this rank fails\n") == 1
+    assert "[rank" not in err  # nowhere a traceback
+    assert {path: path.read_bytes() for path in Path("out").iterdir()} == before
+
+
+def test_a_real_model_from_end_to_end(babbler):
+    assert ev.main(babbler) == 0
     rows = json.loads(Path("out/report.json").read_text())["rows"]
     assert [r["accuracy"] for r in rows] == [0] * 6  # it babbles
     whole = {(t["problem"], t["sample"]): t for _, t in data.read_records("out/traces.jsonl")}
-    assert len(whole) == 40
+    assert len(whole) == 60
     assert {t["tokens"] == len(t["confidences"]) for t in whole.values()} == {True}
     low = [t for _, t in data.read_records("out/traces-low.jsonl")]
     assert "deepconf" in {t["stop"] for t in low}

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model import (PRESETS, Cache, FalconH1, FalconH1Config, draw, generate, prefill, read_safetensors, token_logprobs, trace_key,
-                   uniforms, write_safetensors)
+from model import (PRESETS, Cache, FalconH1, FalconH1Config, decoder, draw, generate, prefill, read_safetensors, slots_that_fit,
+                   token_logprobs, trace_key, uniforms, write_safetensors)
 
 SMALL = FalconH1Config(
     vocab_size=37, hidden_size=12, intermediate_size=20, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -188,6 +188,31 @@ def test_log_probabilities_are_those_of_the_trainer():
         top = model(ids[:, :-1])[0, 2:].log_softmax(-1).topk(20).values
         assert trace.confidences == pytest.approx((-top.mean(-1)).tolist(), abs=1e-4)
         assert (trace.stop == "stop") == (trace.tokens[-1] == 9) and 9 not in trace.tokens[:-1]
+
+
+@pytest.mark.gpu
+def test_replayed_steps_are_the_steps():
+    """Windows of 64 and 128 tokens; each has an eager step, a recorded one, and replays."""
+    model = build().cuda()
+    plain, graphed = (Cache(model.config, 3, 200, device="cuda") for _ in range(2))
+    with torch.no_grad():
+        step = decoder(model, graphed)
+        for i in range(100):
+            tokens = torch.tensor([i, 2 * i, 3 * i], device="cuda") % model.config.vocab_size
+            plain.used = graphed.used = i
+            torch.testing.assert_close(step(tokens), model(tokens[:, None], cache=plain)[:, 0], rtol=1e-4, atol=1e-5)
+
+
+def test_as_many_slots_as_fit():
+    config = build().config
+    def fit(length):
+        return slots_that_fit(config, length, torch.float32, "cpu")
+    assert fit(16) == 256 >= fit(10**6) >= fit(10**12) == 1
+
+
+def test_the_bar_shows_the_rate(capfd):
+    generate(build(), [[1, 2]], max_new_tokens=3, progress=True)
+    assert "tokens/s" in capfd.readouterr().err
 
 
 def test_callbacks():

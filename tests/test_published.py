@@ -81,10 +81,13 @@ def test_transformers_reads_what_we_write(change, tmp_path):
     random_checkpoint(change).save_pretrained(tmp_path / "theirs")
     ours = FalconH1.from_pretrained(tmp_path / "theirs")
     ours.save_pretrained(tmp_path / "ours")
+    tokenizer = Tokenizer.byte_level()
+    tokenizer.save(tmp_path / "ours")
     again, report = transformers.FalconH1ForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     ids = torch.randint(SHAPE["vocab_size"], (1, 30))
     torch.testing.assert_close(again(ids).logits, ours(ids), rtol=1e-5, atol=1e-5)
+    assert again.generation_config.eos_token_id == list(tokenizer.stop_ids)
 
 
 @pytest.fixture(scope="module")

@@ -227,10 +227,12 @@ def test_two_ranks_sample_and_reward_like_one(start, tmp_path, whole_run):
 @pytest.mark.parametrize(("args", "message"), [
     (("--group", 1), "--group 1"), (("--temperature", 0), "--temperature 0"), (("--normalise", "x"), "sequence or token"),
     (("--init", "nowhere"), "nowhere"), (("--problems", "{bad}"), "field answer"), (("--problems", "{hard}"), "carries any signal"),
-    (("--lr", 1e30, "--max-calls", 6), "step 2, prompts ")])
+    (("--lr", 1e30, "--max-calls", 6), "step 2, prompts "), (("--init", "{small}"), "the model room for 271 only")])
 def test_bad_input_is_one_line(start, tmp_path, args, message, monkeypatch, capsys):
     (tmp_path / "bad.jsonl").write_text(json.dumps({"id": "1", "domain": "math", "prompt": "p", "answer": ""}) + "\n")
     (tmp_path / "hard.jsonl").write_text(json.dumps({"id": "1", "domain": "math", "prompt": "1?", "answer": "123456789"}) + "\n")
-    args = [str(a).format(bad=tmp_path / "bad.jsonl", hard=tmp_path / "hard.jsonl") for a in args]
+    FalconH1(replace(PRESETS["tiny"], vocab_size=271)).save_pretrained(tmp_path / "small")
+    data.Tokenizer.byte_level().save(tmp_path / "small")
+    args = [str(a).format(bad=tmp_path / "bad.jsonl", hard=tmp_path / "hard.jsonl", small=tmp_path / "small") for a in args]
     args = (*rl_args(start), "--format-penalty", 0, "--max-calls", 1, *args, "--out", tmp_path / "run")
     assert message in refused(r.main, args, monkeypatch, capsys)
