@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from model import PRESETS, Cache, FalconH1, FalconH1Config, count_parameters, generate, prefill
+from model import PRESETS, Cache, FalconH1, FalconH1Config, count_parameters, decoder, generate, prefill
 from ssm_scan import ssd_scan, ssd_step
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -454,14 +454,14 @@ def large_model(c, device, dtype=torch.bfloat16, length=32768, batches=(1, 4, 16
         cache = Cache(c, batch, context + 1, dtype=dtype, device=device)
         for part in (cache.k, cache.v, cache.conv, cache.ssm):
             part.normal_()
-        tokens = torch.randint(c.vocab_size, (batch, 1), device=device)
+        tokens, step = torch.randint(c.vocab_size, (batch,), device=device), decoder(model, cache)
 
         @torch.no_grad()
-        def step():
+        def run():
             cache.used = context  # again the same step
             cache.lengths.fill_(context)
-            model(tokens, cache=cache)
-        return step
+            step(tokens)
+        return run
 
     def train():
         for block in model.model.layers:

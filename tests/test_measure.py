@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import model
-from model import PRESETS, Cache, FalconH1
+from model import PRESETS, Cache, FalconH1, rope_table
 from tests import measure
 from tests.measure import (activation_bytes, cache_bytes, decoding_floor, describe, diagram, flops_per_token, large_model, medians,
                            parameters, peak_bytes, scan_flops, small_model, training_bytes)
@@ -82,16 +82,16 @@ def test_training_bytes():
 
 
 def kept_bytes(c, t):
-    """What autograd keeps of a forward pass in bfloat16 with the Triton kernels, each piece of memory once, without the weights."""
-    m, kept = FalconH1(c).to(torch.bfloat16), {}
-    weights = {p.untyped_storage().data_ptr() for p in m.parameters()}
+    """What autograd keeps of a block's forward pass in bfloat16 with the Triton kernels, each piece of memory once, without weights."""
+    m, rope = FalconH1(c).to(torch.bfloat16), rope_table(torch.arange(t)[None], c.head_dim, c.rope_theta, torch.bfloat16)
+    shared, kept = {v.untyped_storage().data_ptr() for v in (*m.parameters(), *rope)}, {}
 
     def pack(x):
-        if x.untyped_storage().data_ptr() not in weights:
+        if x.untyped_storage().data_ptr() not in shared:
             kept[x.untyped_storage().data_ptr()] = x  # keeps it alive, so that nothing else gets its address
         return x
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        m.model(torch.randint(c.vocab_size, (1, t)))
+        m.model.layers[0](torch.randn(1, t, c.hidden_size, dtype=torch.bfloat16, requires_grad=True), rope, None, None, 0)
     return sum(x.untyped_storage().nbytes() for x in kept.values())
 
 
@@ -102,8 +102,7 @@ def test_activation_bytes(norm, monkeypatch):
     monkeypatch.setattr(model, "causal_conv1d", partial(model.causal_conv1d, backend="triton"))
     c = replace(SEVEN, vocab_size=64, hidden_size=96, intermediate_size=384, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
                 mamba_d_ssm=96, mamba_n_heads=3, mamba_d_head=32, mamba_d_state=32, num_hidden_layers=1, mamba_rms_norm=norm)
-    block = kept_bytes(replace(c, num_hidden_layers=2), 256) - kept_bytes(c, 256)
-    assert activation_bytes(c, 256)["block"] == pytest.approx(block, rel=0.05)
+    assert activation_bytes(c, 256)["block"] == pytest.approx(kept_bytes(c, 256), rel=0.05)
 
 
 def test_peak_bytes():
@@ -163,7 +162,7 @@ def test_benchmark_of_a_small_model(capsys, monkeypatch):
     small_model(PRESETS["tiny"], batch=2, length=8, decoding=((2, 3),), rounds=1)
     rows = capsys.readouterr().out.splitlines()
     assert [row.split()[0] for row in rows[-3:]] == ["training", "prefill", "decoding,"]
-    assert all(float(row.split()[row.split().index("%") - 1]) > 0 for row in rows[-2:])
+    assert all(" % " in row for row in rows[-3:])
 
 
 def test_benchmark_of_a_large_model(capsys, monkeypatch):
