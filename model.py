@@ -1,6 +1,8 @@
 """Falcon-H1: attention and Mamba-2 side by side in every block. Configuration, forward pass, cache, sampler, checkpoints.
 
     python model.py                       parameters, part by part, of every preset
+    python model.py --preset 7b           its block as a diagram with all sizes; parameters, operations and memory (tests/measure.py)
+    python model.py --bench               training, prefill and decoding against what this machine allows, and against transformers
     model = FalconH1(PRESETS["tiny"]);    logits = model(torch.tensor([[72, 101, 108, 108, 111]]))
 
 One block, the paper's SA_M ("semi-parallel attention and Mamba, then MLP"); x stands for a scalar multiplier of muP:
@@ -951,6 +953,25 @@ def count_parameters(model):
 
 
 def main():
+    import argparse
+    import sys
+
+    parser = argparse.ArgumentParser(description="Parameters, part by part, of every preset.", allow_abbrev=False)
+    parser.add_argument("--preset", metavar="NAME", help="all about this one: its block as a diagram, parameters, operations, memory")
+    parser.add_argument("--bench", action="store_true", help="speed of training, prefill and decoding")
+    parser.error = lambda message: sys.exit(f"error: {message}; see --help")  # one line and exit status 1, as for any bad input
+    args = parser.parse_args()
+    if args.preset not in (None, *PRESETS):
+        parser.error(f"--preset {args.preset}: not one of {', '.join(PRESETS)}")
+    if args.preset or args.bench:
+        sys.modules.setdefault("model", sys.modules["__main__"])  # for measure.py's import: this file, not a second copy of it
+        from tests import measure
+
+        if args.preset:
+            print("\n".join(measure.describe(args.preset, PRESETS[args.preset])))
+        if args.bench:
+            measure.model_speed()
+        return
     print(f"{'preset':8s} {'all':>14s}  " + "  ".join(f"{part:>13s}" for part in ("embedding", "attention", "mamba", "mlp", "norms", "head")))
     for name, config in PRESETS.items():
         with torch.device("meta"):

@@ -1,14 +1,23 @@
-"""Parity and speed, for `python ssm_scan.py`, `python model.py --bench` and the tests: errors against the definition; times as
-shares of a floor that is measured on the spot, next to other people's kernels and models where they are installed.
+"""Parity, speed and size, for `python ssm_scan.py`, `python model.py --bench`, `python model.py --preset NAME` and the tests: errors
+against the definition; times as shares of a floor that is measured on the spot, next to other people's kernels and models where
+they are installed; what a configuration costs in parameters, operations and bytes, as formulas.
 """
 
 import itertools
+import os
+import tempfile
 import time
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
+from model import PRESETS, Cache, FalconH1, FalconH1Config, count_parameters, decoder, generate, prefill
 from ssm_scan import ssd_scan, ssd_step
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. The scan against its definition
 
 
 def random_inputs(b, t, h, p, g, n, *, states=None, dtype=torch.float32, seed=0):
@@ -50,17 +59,44 @@ def scan_parity():
         print(f"  {name:20s}", "  ".join(f"{k} {v:.0e}" for k, v in errors.items()))
 
 
-def milliseconds(run, device):
-    """Median of five, after one that compiles; each is the mean of some runs in a row, so that a GPU need not wait for the host."""
-    times, runs = [], 10 if device == "cuda" else 1
-    for _ in range(6):
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Measuring
+
+
+def medians(runs, device, rounds=5, calls=1):
+    """Milliseconds of each function of `runs`, which have run before: medians over rounds in which they take turns, so that what else
+    the machine does hits all alike. Each time is the mean of so many calls in a row, so that a GPU need not wait for the host."""
+    times = [[] for _ in runs]
+    for _, (run, taken) in itertools.product(range(rounds), list(zip(runs, times))):
         start = time.perf_counter()
-        for _ in range(runs):
+        for _ in range(calls):
             run()
         if device == "cuda":
             torch.cuda.synchronize()
-        times.append((time.perf_counter() - start) / runs * 1e3)
-    return sorted(times[1:])[2]
+        taken.append((time.perf_counter() - start) / calls * 1e3)
+    return [sorted(taken)[rounds // 2] for taken in times]
+
+
+def milliseconds(run, device):
+    """Median of five, after one that compiles."""
+    calls = 10 if device == "cuda" else 1
+    medians([run], device, 1, calls)
+    return medians([run], device, 5, calls)[0]
+
+
+def peak_bytes(run, device):
+    """The most bytes of tensors that run() holds at a time, on top of those that were there before. Exact on a GPU; on a CPU from
+    the profiler's record of what torch allocates and frees, which leaves out scratch memory that libraries take for themselves."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler announces itself on stderr otherwise
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]")
+    return max(itertools.accumulate(nbytes for _, nbytes in changes))
 
 
 def floors(device):
@@ -70,6 +106,10 @@ def floors(device):
     long = torch.empty(2**29 if device == "cuda" else 2**26, dtype=torch.uint8, device=device)
     copy, product = torch.empty_like(long), milliseconds(lambda: torch.mm(a, a, out=out), device)
     return 2 * long.numel() / milliseconds(lambda: copy.copy_(long), device) * 1e3, 2 * size**3 / product * 1e3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. The speed of the scan
 
 
 def peers():
@@ -119,9 +159,9 @@ def scan_speed():
         inputs = {k: v.detach().to(device) for k, v in random_inputs(1, t, h, p, 1, n).items()}
         leaves = [F.softplus(inputs["dt"]), inputs["A"], *(inputs[k].to(dtype) for k in "xBC")]
         dt, A, x, B, C = (v.requires_grad_() for v in leaves)
-        # What must be moved, and the operations of the chunked algorithm (chunks of 256, the triangle's half counted).
+        # What must be moved, and the operations of the chunked algorithm; the backward pass has two products for each of the forward's.
         moved = (t * (2 * h * p + 2 * n) * width + 4 * t * h, t * (3 * h * p + 4 * n) * width + 8 * t * h)
-        operations = (t * (h * (256 * p + 4 * p * n) + 256 * n), t * (h * (512 * p + 8 * p * n) + 512 * n))
+        operations = (t * scan_flops(h, p, 1, n), 2 * t * scan_flops(h, p, 1, n))
         for name, function in functions.items():
             def both():
                 y = function(x, dt, A, B, C, cu)
@@ -142,3 +182,310 @@ def scan_speed():
         print(f"  {shape:5s} decode step, batch {b:3d}   {ms:9.3f} ms {8 * state.numel() / ms / 1e6:7.1f} GB/s {100 * floor / ms:4.0f} %")
     if device == "cpu":
         print("the rows of the triton backend, of the shapes 0.5B and 7B at 4k, 32k and 128k tokens, and of the peers need a GPU")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. What a configuration costs, in formulas. c stands for a FalconH1Config; letters as in model.py's glossary.
+
+
+@lru_cache
+def parameters(c):
+    """{part: parameters} of a model that is never given memory."""
+    with torch.device("meta"):
+        return count_parameters(FalconH1(c))
+
+
+def scan_flops(h, p, g, n, chunk=256):
+    """Operations of the chunked scan for one token, its four steps as in ssm_scan.py, with l = chunk and half of the triangle counted:
+
+        C B^T   g l n        W (dt x)   h l p        chunk's state   2 h p n        entering state   2 h p n"""
+    return h * (chunk * p + 4 * p * n) + g * chunk * n
+
+
+def flops_per_token(c, context):
+    """{part: forward operations of one token}, the mean over a row of `context` tokens; a multiplication and an addition are two.
+
+        blocks     2 for each weight of a block's matrices: d hd (2 hq + 2 hkv) + d (2 I + 2 g n + h) + I d + 3 d intermediate_size
+        head       2 d vocab_size
+        attention  2 2 hq hd context / 2 a layer: q k^T and its product with v, over the half of the keys that a token sees on average
+        scan       scan_flops a layer
+
+    Training is three times the sum: the backward pass has two products for each of the forward's, so 6 per weight. Norms, gates and
+    the convolution are left out (0.1 % at 7B), as are what activation checkpointing and the head's loss compute a second time."""
+    d, hd, I = c.hidden_size, c.head_dim, c.mamba_d_ssm
+    block = d * hd * (2 * c.num_attention_heads + 2 * c.num_key_value_heads) + d * sum(c.mamba_widths) + I * d + 3 * d * c.intermediate_size
+    scan = scan_flops(c.mamba_n_heads, c.mamba_d_head, c.mamba_n_groups, c.mamba_d_state, min(256, context))
+    layers = c.num_hidden_layers
+    return {"blocks": 2 * layers * block, "head": 2 * d * c.vocab_size,
+            "attention": layers * 2 * c.num_attention_heads * hd * context, "scan": layers * scan}
+
+
+def cache_bytes(c, slots, length, dtype):
+    """{part: bytes} of a Cache: keys and values of `length` tokens and the last inputs of the convolution in dtype, states in float32."""
+    rows, width = c.num_hidden_layers * slots, dtype.itemsize
+    return {"kv": width * rows * 2 * c.num_key_value_heads * c.head_dim * length,
+            "conv": width * rows * sum(c.mamba_widths[1:4]) * (c.mamba_d_conv - 1), "ssm": 4 * rows * c.mamba_d_ssm * c.mamba_d_state}
+
+
+def decoding_floor(c, batch, context, dtype, bandwidth, rate):
+    """Seconds that a decoding step of `batch` sequences with `context` tokens each cannot beat: every matrix and key is read once and
+    every state read and written (bandwidth in bytes a second), or every matrix multiplied (rate in operations a second)."""
+    flops, cache = flops_per_token(c, context), cache_bytes(c, batch, context, dtype)
+    products = flops["blocks"] + flops["head"]
+    moved = products // 2 * dtype.itemsize + cache["kv"] + 2 * (cache["conv"] + cache["ssm"])
+    return max(moved / bandwidth, batch * products / rate)
+
+
+def training_bytes(c, ranks):
+    """{part: bytes on each rank} as train_sft.py's shard() and AdamW keep them: float32 parameters, gradients and two moments, each
+    rank a slice. gathered is an estimate of what is whole on every rank for a while: bfloat16 weights and gradients of the embedding
+    and the head, which FSDP2 keeps until the backward pass is over, and of two blocks, one at work and one on its way."""
+    parts = parameters(c)
+    total, outer = sum(parts.values()), parts["embedding"] + parts["head"]
+    return {"parameters": 4 * total / ranks, "gradients": 4 * total / ranks, "moments": 8 * total / ranks,
+            "gathered": 4 * (outer + 2 * (total - outer) / c.num_hidden_layers)}
+
+
+def activation_bytes(c, tokens):
+    """{part: bytes} that the backward pass of one row of tokens needs, an estimate: bfloat16, float32 inside norms and gates, no peaks.
+
+        input   2 d a block: all that activation checkpointing keeps of it
+        block   what one block keeps: two norms 12 d; inputs of the projections 6 d; q, k, v and attention's output 4 hd (hq + hkv);
+                z, x, B, C, then x, B, C after the convolution 6 I + 8 g n; for every 256 tokens a state and C B^T; the gate 6 I,
+                with its norm 22 I; the MLP's four products 8 intermediate_size
+        head    the gradient of lm_head in float32, and three times the 2^24 logits that are in work"""
+    d, I, g, n = c.hidden_size, c.mamba_d_ssm, c.mamba_n_groups, c.mamba_d_state
+    gate = 22 if c.mamba_rms_norm else 6
+    block = 18 * d + 4 * c.head_dim * (c.num_attention_heads + c.num_key_value_heads) + (6 + gate) * I + 8 * g * n + I * n // 128 + 512 * g \
+        + 8 * c.intermediate_size
+    return {"input": 2 * d * tokens, "block": block * tokens, "head": 4 * d * c.vocab_size + 12 * 2**24}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. A configuration in words
+
+
+def diagram(c):
+    """The block as in model.py's docstring, with this configuration's multipliers and the sizes of what passes; at most 120 columns."""
+    d, ff, hd, hq, hkv = c.hidden_size, c.intermediate_size, c.head_dim, c.num_attention_heads, c.num_key_value_heads
+    I, _, gn, _, h = c.mamba_widths
+    gate = "y silu(z)" if not c.mamba_rms_norm else "norm(y) silu(z)" if c.mamba_norm_before_gate else "norm(y silu(z))"
+
+    def x(multiplier):
+        return f"x {multiplier:.4g} "
+
+    def heads(name, n):
+        return f"{f'{name}_proj {d} → {n * hd} ':─<24}{' ' + x(c.key_multiplier) if name == 'k' else '':─<12}─ {f'{name} (b, t, {n}, {hd}) ':─<20}"
+
+    def part(i, name):
+        return f"{x(c.ssm_multipliers[i]):─<11}─ {name + ' ':─<18}"
+
+    lines = [
+        f"ids (b, t) ─ embed_tokens {c.vocab_size} x {d} ─ {x(c.embedding_multiplier)}─ h (b, t, {d})",
+        f"{c.num_hidden_layers} blocks:",
+        f"h (b, t, {d})",
+        f"├─ RMSNorm ─ (b, t, {d})",
+        f"│  ├─ {x(c.attention_in_multiplier)}─ (b, t, {d})",
+        f"│  │  ├─ {heads('q', hq)} RoPE ─┐",
+        f"│  │  ├─ {heads('k', hkv)} RoPE ─┼─ attention ─ (b, t, {hq * hd}) ─┐",
+        f"│  │  └─ {heads('v', hkv)}───────┘{'':{len(f' attention ─ (b, t, {hq * hd}) ─') + 1}}│",
+    ]
+    back = lines[-2].rindex("┐") - len("│  │  ┌")
+    lines += [
+        f"│  │  ┌{'':─<{back}}┘",
+        f"│  │  └─ o_proj {hq * hd} → {d} ─ {x(c.attention_out_multiplier)}─ (b, t, {d}) ─(+)",
+        f"│  └─ {x(c.ssm_in_multiplier)}─ in_proj {d} → {sum(c.mamba_widths)}",
+        f"│     ├─ {part(1, f'x (b, t, {I})')}┐",
+        f"│     ├─ {part(2, f'B (b, t, {gn})')}┼─ conv, {c.mamba_d_conv} taps ─┐",
+        f"│     ├─ {part(3, f'C (b, t, {gn})')}┘                ├─ SSD scan, states (b, {h}, {c.mamba_d_head}, {c.mamba_d_state})"
+        f" ─ y (b, t, {h}, {c.mamba_d_head}) ─┐",
+        f"│     ├─ {part(4, f'dt (b, t, {h})')}── softplus ─────┘",
+    ]
+    back = lines[-2].rindex("┐")
+    lines[-1] = f"{lines[-1]:{back}}│"
+    lines += [
+        f"{'│     └─ ' + part(0, f'z (b, t, {I})'):─<{back}}┤",
+        f"{'│     ┌':─<{back - len(gate) - 3}} {gate} ─┘",
+        f"│     └─ (b, t, {I}) ─ out_proj {I} → {d} ─ {x(c.ssm_out_multiplier)}─ (b, t, {d}) ─(+)",
+        f"h (b, t, {d}), the sum of all three",
+        f"├─ RMSNorm ─ (b, t, {d})",
+        f"│  ├─ {f'gate_proj {d} → {ff} ─ ' + x(c.mlp_multipliers[0]) + '─ silu ':─<45}┐",
+        f"│  └─ {f'up_proj {d} → {ff} ':─<44}(×)─ (b, t, {ff}) ─ down_proj {ff} → {d} ─ {x(c.mlp_multipliers[1])}─(+)",
+        f"h (b, t, {d})",
+        f"after the last block: RMSNorm ─ lm_head {d} → {c.vocab_size}{' (tied)' if c.tie_word_embeddings else ''} ─ {x(c.lm_head_multiplier)}─ "
+        f"logits (b, t, {c.vocab_size})",
+    ]
+    return lines
+
+
+def describe(name, c):
+    """What `python model.py --preset NAME` prints, as lines: the block, then parameters, operations and memory."""
+    parts, gib = parameters(c), 2**30
+    total = sum(parts.values())
+    lines = [f"{name}: {total:,} parameters", "", *diagram(c), "", "parameters"]
+    lines += [f"  {part:10s} {n:15,d} {100 * n / total:6.1f} %" for part, n in parts.items()]
+    lines += ["", "GFLOP a token, the mean over a row of so many; training is three times forward",
+              f"  {'tokens':>9s}  {'blocks':>8s} {'head':>8s} {'attention':>9s} {'scan':>8s} {'forward':>8s} {'training':>8s}"]
+    for context in (512, 4096, 32768, 262144):
+        flops = flops_per_token(c, context)
+        numbers = (*flops.values(), sum(flops.values()), 3 * sum(flops.values()))
+        lines.append(f"  {context:9,d}  " + " ".join(f"{n / 1e9:{w}.3f}" for n, w in zip(numbers, (8, 8, 9, 8, 8, 8))))
+    one = cache_bytes(c, 1, 1, torch.bfloat16)
+    lines += ["", f"GiB of weights: {4 * total / gib:.2f} in float32, {2 * total / gib:.2f} in bfloat16", "",
+              f"GiB of cache: {one['kv']:,} bytes a token (keys and values, bfloat16), {one['conv'] + one['ssm']:,} a sequence (states, float32)",
+              f"  {'sequences':>9s}  " + " ".join(f"{f'{length:,d} tokens':>14s}" for length in (512, 16384, 65536, 262144))]
+    for slots in (1, 16, 64, 256):
+        sizes = (sum(cache_bytes(c, slots, length, torch.bfloat16).values()) for length in (512, 16384, 65536, 262144))
+        lines.append(f"  {slots:9d}  " + " ".join(f"{size / gib:14.2f}" for size in sizes))
+    lines += ["", "GiB a rank to train with train_sft.py: float32 slices, and (estimated) what is gathered in bfloat16 for a while",
+              f"  {'ranks':>9s}  {'parameters':>10s} {'gradients':>10s} {'moments':>10s} {'gathered':>10s} {'sum':>10s}"]
+    for ranks in (1, 8, 64, 256):
+        sizes = training_bytes(c, ranks)
+        lines.append(f"  {ranks:9d}  " + " ".join(f"{size / gib:10.2f}" for size in (*sizes.values(), sum(sizes.values()))))
+    size = activation_bytes(c, 32768)
+    kept, again = c.num_hidden_layers * size["block"] + size["head"], c.num_hidden_layers * size["input"] + size["block"] + size["head"]
+    lines += [f"  a rank that takes several rows of a batch keeps {4 * total / gib:.2f} more, the whole gradient in float32, until the last of them",
+              f"  activations of a row of 32,768 tokens, estimated: {kept / gib:.1f}; with activation checkpointing of blocks {again / gib:.1f}"]
+    return lines
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. The speed of the model
+
+SMALL = FalconH1Config(
+    vocab_size=512, hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
+    mamba_d_ssm=512, mamba_n_heads=8, mamba_d_head=64, mamba_d_state=64)
+
+
+def print_row(name, tokens, floor, times=(), peaks=(), note=""):
+    """One row of the table: tokens a second of the floor (in seconds); of ours and of theirs, with their share of it and their peak."""
+    cells = [f"  {name:34s} {tokens / floor:12,.0f}"]
+    for ms, peak in zip(times, peaks):
+        cells.append(f"{tokens / ms * 1e3:12,.0f} {1e5 * floor / ms:5.0f} % {peak / 2**20:9,.0f}")
+    cells += [f"{'-':>12s} {'-':>7s} {'-':>9s}"] * (3 - len(cells)) + [f"{times[1] / times[0]:13.2f}" if len(times) > 1 else f"{'-':>13s}", note]
+    print("  ".join(cells).rstrip(), flush=True)
+
+
+def compare(name, tokens, floor, runs, device, rounds=3):
+    """A row for functions that do the same work: ours, then theirs where it can be had. floor(bandwidth, rate) -> seconds; both are
+    measured in turn with the functions, since a machine that others use is not the same for long."""
+    peaks, limits = [peak_bytes(run, device) for run in runs], []  # the first also warms up
+    times = medians([*runs, lambda: limits.append(floors(device))], device, rounds)[:-1]
+    print_row(name, tokens, floor(*(sorted(limit)[rounds // 2] for limit in zip(*limits))), times, peaks)
+
+
+def their_model(model):
+    """transformers' model with the same weights, or None where it is not installed."""
+    try:
+        import transformers
+    except ImportError:
+        return None
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        theirs = transformers.FalconH1ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    theirs.generation_config.eos_token_id = None  # no token ends a sequence
+    return theirs
+
+
+def small_model(c=SMALL, batch=8, length=512, decoding=((1, 128), (16, 64), (256, 8)), rounds=3):
+    """Training, prefill and decoding of a small model in float32 on the CPU, next to transformers with the same weights.
+    decoding: (batch, new tokens). Prompts of a single token, so that every step decodes."""
+    torch.manual_seed(0)
+    model, (bandwidth, rate) = FalconH1(c), floors("cpu")
+    theirs, ids = their_model(model), torch.randint(c.vocab_size, (batch, length))
+    there = 1 if theirs is None else 2
+    print(f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}, float32, {sum(parameters(c).values()):,} parameters: copy "
+          f"{bandwidth / 1e9:.1f} GB/s, matrix product {rate / 1e12:.3f} TFLOP/s")
+    if theirs is not None:
+        with torch.no_grad():
+            print(f"logits differ from transformers' by at most {(model(ids[:1]) - theirs(ids[:1]).logits).abs().max():.0e}")
+    print(f"  {'tokens a second':34s} {'floor':>12s}  {'ours':>12s} {'share':>7s} {'peak MiB':>9s}  {'transformers':>12s} {'share':>7s} "
+          f"{'peak MiB':>9s}  ours / theirs")
+
+    def train(model, loss):
+        model.zero_grad()
+        loss().backward()
+
+    @torch.no_grad()
+    def read():
+        theirs(ids, use_cache=True, logits_to_keep=1)
+
+    flops, tokens = flops_per_token(c, length), batch * length
+    work = {"training": 3 * tokens * (flops["blocks"] + flops["head"]), "prefill": tokens * flops["blocks"]}
+    runs = {"training": [lambda: train(model, lambda: -model(ids, targets=ids)[0].mean()),
+                         lambda: train(theirs, lambda: theirs(ids, labels=ids).loss)],
+            "prefill": [lambda: prefill(model, ids.tolist()), read]}
+    for name in work:
+        compare(f"{name} {batch} x {length}", tokens, lambda bandwidth, rate: work[name] / rate, runs[name][:there], "cpu", rounds)
+    for slots, new in decoding:
+        prompts = torch.randint(c.vocab_size, (slots, 1))
+        runs = [lambda: generate(model, prompts.tolist(), max_new_tokens=new, temperature=0, slots=slots),
+                lambda: theirs.generate(prompts, attention_mask=torch.ones_like(prompts), do_sample=False, max_new_tokens=new, pad_token_id=0)]
+        compare(f"decoding, batch {slots}, {new} tokens", slots * new,
+                lambda *limits: new * decoding_floor(c, slots, (new + 1) // 2, torch.float32, *limits), runs[:there], "cpu", rounds)
+
+
+def large_model(c, device, dtype=torch.bfloat16, length=32768, batches=(1, 4, 16, 64, 256), contexts=(512, 16384), rounds=5):
+    """The same for a model with random weights of dtype on one GPU. Nothing is prefilled for decoding: the cache holds noise. A batch
+    that does not fit is skipped. Training is forward and backward of one row with activation checkpointing of blocks."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(dtype)
+    with torch.device(device):
+        model = FalconH1(c)
+    torch.set_default_dtype(torch.float32)
+    bandwidth, rate = floors(device)
+    flops, ids = flops_per_token(c, length), torch.randint(c.vocab_size, (1, length), device=device)
+    print(f"{torch.cuda.get_device_name() if device == 'cuda' else 'cpu'}, torch {torch.__version__}, {dtype}, {sum(parameters(c).values()):,} "
+          f"parameters: copy {bandwidth / 1e9:.0f} GB/s, matrix product {rate / 1e12:.2f} TFLOP/s")
+
+    def attempt(name, tokens, floor, prepare, calls=1, note=""):
+        try:
+            run = prepare()
+            peak = peak_bytes(run, device)
+            print_row(name, tokens, floor, medians([run], device, rounds, calls), [peak], note)
+        except torch.OutOfMemoryError as e:
+            print_row(name, tokens, floor, note=f"does not fit: {str(e).splitlines()[0]}")
+        if device == "cuda":
+            torch.cuda.empty_cache()
+
+    def decode(batch, context):
+        cache = Cache(c, batch, context + 1, dtype=dtype, device=device)
+        for part in (cache.k, cache.v, cache.conv, cache.ssm):
+            part.normal_()
+        tokens, step = torch.randint(c.vocab_size, (batch,), device=device), decoder(model, cache)
+
+        @torch.no_grad()
+        def run():
+            cache.used = context  # again the same step
+            cache.lengths.fill_(context)
+            step(tokens)
+        return run
+
+    def train():
+        for block in model.model.layers:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+        def run():
+            model.zero_grad()
+            (-model(ids, targets=ids)[0].mean()).backward()
+        return run
+
+    for context, batch in itertools.product(contexts, batches):
+        floor = decoding_floor(c, batch, context, dtype, bandwidth, rate)
+        attempt(f"decoding, batch {batch}, context {context:,d}", batch, floor, lambda: decode(batch, context), calls=10)
+    attempt(f"prefill 1 x {length:,d}", length, length * flops["blocks"] / rate, lambda: lambda: prefill(model, ids.tolist()))
+    attempt(f"training 1 x {length:,d}", length, 3 * length * (flops["blocks"] + flops["head"]) / rate, train,
+            note=f"with attention and scan the share is {sum(flops.values()) / (flops['blocks'] + flops['head']):.2f} times that")
+
+
+def model_speed():
+    """`python model.py --bench`. Floors: 6 (training) and 2 (prefill, decoding) operations for each weight and token at the measured rate of
+    matrix products; for decoding also the bytes of decoding_floor. A model that fits the CPU's caches can read faster than memory."""
+    small_model()
+    if torch.cuda.is_available():
+        large_model(PRESETS["7b"], "cuda")
+    else:
+        for name in ("decoding at batch 1, 4, 16, 64, 256 with 512 and 16,384 tokens", "prefill 1 x 32,768", "training 1 x 32,768"):
+            print(f"  7b in bfloat16, {name}: needs a GPU")

@@ -1,0 +1,178 @@
+"""What a configuration costs: the formulas against numbers worked by hand and against what torch counts; both commands."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import model
+from model import PRESETS, Cache, FalconH1, rope_table
+from tests import measure
+from tests.measure import (activation_bytes, cache_bytes, decoding_floor, describe, diagram, flops_per_token, large_model, medians,
+                           parameters, peak_bytes, scan_flops, small_model, training_bytes)
+
+from .test_model import SMALL
+
+SEVEN = PRESETS["7b"]
+
+
+def test_flops_by_hand():
+    assert scan_flops(h=1, p=2, g=1, n=3, chunk=4) == 4 * 3 + 4 * 2 + 2 * 2 * 3 + 2 * 2 * 3  # C B^T, W x, state in, state out
+    # SMALL: d 12, 4 and 2 heads of 6, in_proj 20 + 20 + 14 + 14 + 4, I 20, MLP 20, 2 layers, vocabulary 37, 4 SSM heads of 5, 2 groups, n 7
+    block = 12 * 6 * (4 + 2 + 2 + 4) + 12 * 72 + 20 * 12 + 3 * 12 * 20
+    assert flops_per_token(SMALL, 10) == {"blocks": 2 * 2 * block, "head": 2 * 12 * 37, "attention": 2 * 4 * 4 * 6 * 10 // 2,
+                                          "scan": 2 * (4 * (10 * 5 + 4 * 5 * 7) + 2 * 10 * 7)}
+    weights = sum(m.weight.numel() for m in FalconH1(SMALL).modules() if isinstance(m, torch.nn.Linear))
+    flops = flops_per_token(SMALL, 10)
+    assert flops["blocks"] + flops["head"] == 2 * weights
+
+
+@pytest.mark.parametrize("c", [SMALL, PRESETS["tiny"], replace(SMALL, tie_word_embeddings=True)])
+def test_flops_are_those_that_torch_counts(c):
+    ids, t = torch.randint(c.vocab_size, (1, 64)), 64  # of one chunk alone, the state has no gradient
+    flops, count = flops_per_token(c, t), torch.ops.aten
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        logits = FalconH1(c)(ids)
+    forward = dict(counter.flop_counts["Global"])
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        logits.sum().backward()
+    backward = counter.flop_counts["Global"]
+    assert forward[count.mm] == t * (flops["blocks"] + flops["head"]) and backward[count.mm] == 2 * forward[count.mm]
+    # On a CPU the scan cuts chunks of 16 or 32, and both it and this attention compute the triangle's empty half, too.
+    chunk = 1 << max(4, (c.mamba_d_head * c.mamba_d_state).bit_length() // 2)
+    scan = c.num_hidden_layers * scan_flops(c.mamba_n_heads, c.mamba_d_head, c.mamba_n_groups, c.mamba_d_state, 2 * chunk)
+    assert forward[count.bmm] == t * (scan + 2 * flops["attention"]) and backward[count.bmm] == 2 * forward[count.bmm]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cache_bytes_are_those_of_the_cache(dtype):
+    for c in (SMALL, PRESETS["tiny"]):
+        cache, size = Cache(c, 3, 50, dtype=dtype), cache_bytes(c, 3, 50, dtype)
+        assert size == {"kv": cache.k.nbytes + cache.v.nbytes, "conv": cache.conv.nbytes, "ssm": cache.ssm.nbytes}
+    assert cache_bytes(SEVEN, 1, 1, torch.bfloat16) == {"kv": 44 * 2 * 2 * 128 * 2, "conv": 44 * 3584 * 3 * 2, "ssm": 44 * 24 * 128 * 256 * 4}
+
+
+def test_decoding_floor_by_hand():
+    weights = sum(flops_per_token(SMALL, 1)[part] for part in ("blocks", "head")) // 2
+    size = cache_bytes(SMALL, 5, 8, torch.float32)
+    moved = 4 * weights + size["kv"] + 2 * size["conv"] + 2 * size["ssm"]
+    assert decoding_floor(SMALL, 5, 8, torch.float32, bandwidth=100, rate=1e30) == pytest.approx(moved / 100)
+    assert decoding_floor(SMALL, 5, 8, torch.float32, bandwidth=1e30, rate=100) == pytest.approx(5 * 2 * weights / 100)
+
+
+def test_training_bytes():
+    c, total = SMALL, sum(parameters(SMALL).values())
+    assert total == sum(p.numel() for p in FalconH1(c).parameters())
+    block = (total - 2 * 37 * 12) / 2  # counts half of the last norm, 6 numbers, with each block
+    size = training_bytes(c, 8)
+    assert sum(size.values()) == pytest.approx(16 * total / 8 + 4 * (2 * 37 * 12 + 2 * block))
+    m = FalconH1(c)
+    optimizer = torch.optim.AdamW(m.parameters())
+    m(torch.tensor([[1]])).sum().backward()
+    optimizer.step()
+    held = [*m.parameters(), *(p.grad for p in m.parameters()), *(state[k] for state in optimizer.state.values() for k in ("exp_avg", "exp_avg_sq"))]
+    size = training_bytes(c, 1)
+    assert sum(v.nbytes for v in held) == size["parameters"] + size["gradients"] + size["moments"]
+
+
+def kept_bytes(c, t):
+    """What autograd keeps of a block's forward pass in bfloat16 with the Triton kernels, each piece of memory once, without weights."""
+    m, rope = FalconH1(c).to(torch.bfloat16), rope_table(torch.arange(t)[None], c.head_dim, c.rope_theta, torch.bfloat16)
+    shared, kept = {v.untyped_storage().data_ptr() for v in (*m.parameters(), *rope)}, {}
+
+    def pack(x):
+        if x.untyped_storage().data_ptr() not in shared:
+            kept[x.untyped_storage().data_ptr()] = x  # keeps it alive, so that nothing else gets its address
+        return x
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        m.model.layers[0](torch.randn(1, t, c.hidden_size, dtype=torch.bfloat16, requires_grad=True), rope, None, None, 0)
+    return sum(x.untyped_storage().nbytes() for x in kept.values())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is off where there is a GPU")
+@pytest.mark.parametrize("norm", [True, False])
+def test_activation_bytes(norm, monkeypatch):
+    monkeypatch.setattr(model, "ssd_scan", partial(model.ssd_scan, backend="triton"))
+    monkeypatch.setattr(model, "causal_conv1d", partial(model.causal_conv1d, backend="triton"))
+    c = replace(SEVEN, vocab_size=64, hidden_size=96, intermediate_size=384, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+                mamba_d_ssm=96, mamba_n_heads=3, mamba_d_head=32, mamba_d_state=32, num_hidden_layers=1, mamba_rms_norm=norm)
+    assert activation_bytes(c, 256)["block"] == pytest.approx(kept_bytes(c, 256), rel=0.05)
+
+
+def test_peak_bytes():
+    def run():
+        a = torch.ones(1000, 250)  # 1 MB
+        b = a + 1
+        del a
+        return b.exp()  # a is gone when this third one comes
+    assert peak_bytes(run, "cpu") == pytest.approx(2_000_000, abs=100)
+
+
+def test_functions_take_turns():
+    order = []
+    assert len(medians([lambda: order.append("a"), lambda: order.append("b")], "cpu", rounds=3)) == 2
+    assert "".join(order) == "ababab"
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_in_words(name):
+    lines = describe(name, PRESETS[name])
+    assert max(map(len, lines)) <= 120
+    rows = diagram(PRESETS[name])
+    joins = {"┐": "┤├┼┘│", "┤": "┘"}  # what stands below a corner goes on from it
+    for above, below in zip(rows, rows[1:]):
+        for i, character in enumerate(above[6:], 6):
+            assert character not in joins or below[i : i + 1] in (*joins[character],) or below[i - 1 : i + 2] == "(×)", (above, below)
+
+
+def test_the_published_model_in_words():
+    text = "\n".join(describe("7b", SEVEN))
+    assert "7b: 7,585,648,736 parameters" in text and "in_proj 3072 → 6680" in text and "states (b, 24, 128, 256)" in text
+    assert "28.26 in float32, 14.13 in bfloat16" in text  # 7,585,648,736 * 4 / 2^30
+
+
+def command(*arguments):
+    script = Path(model.__file__)
+    return subprocess.run([sys.executable, script.name, *arguments], cwd=script.parent, capture_output=True, text=True)
+
+
+def test_commands():
+    done = command("--preset", "7b")
+    assert done.returncode == 0 and "7,585,648,736" in done.stdout and not done.stderr
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--preset", "8b"], "error: --preset 8b: not one of tiny, 0.5b, 1.5b, 1.5b-deep, 3b, 7b, 34b"),
+    (["--ben"], "--ben"), (["--preset"], "--preset")])
+def test_what_is_not_a_command(arguments, message, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["model.py", *arguments])
+    with pytest.raises(SystemExit) as e:
+        model.main()
+    assert message in e.value.code and "\n" not in e.value.code  # a text: one line on stderr, exit status 1
+
+
+def test_benchmark_of_a_small_model(capsys, monkeypatch):
+    monkeypatch.setattr(measure, "floors", lambda device: (1e10, 1e11))
+    small_model(PRESETS["tiny"], batch=2, length=8, decoding=((2, 3),), rounds=1)
+    rows = capsys.readouterr().out.splitlines()
+    assert [row.split()[0] for row in rows[-3:]] == ["training", "prefill", "decoding,"]
+    assert all(" % " in row for row in rows[-3:])
+
+
+def test_benchmark_of_a_large_model(capsys, monkeypatch):
+    monkeypatch.setattr(measure, "floors", lambda device: (1e10, 1e11))
+    def cache(c, slots, *size, **kind):
+        if slots > 2:
+            raise torch.OutOfMemoryError("out of memory\nand more")
+        return Cache(c, slots, *size, **kind)
+    monkeypatch.setattr(measure, "Cache", cache)
+    large_model(PRESETS["tiny"], "cpu", length=16, batches=(2, 4), contexts=(8,), rounds=1)
+    rows = capsys.readouterr().out.splitlines()
+    assert [row.split()[0] for row in rows[1:]] == ["decoding,", "decoding,", "prefill", "training"]
+    assert "%" in rows[1] and "does not fit: out of memory" in rows[2] and "and more" not in rows[2] and "attention and scan" in rows[4]
