@@ -397,7 +397,7 @@ class Block(nn.Module):
         self.pre_ff_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.feed_forward = MLP(c)
 
-    def forward(self, h, rope, cu, cache, layer, cp):
+    def forward(self, h, rope, cu=None, cache=None, layer=0, cp=None):
         n = self.input_layernorm(h)  # one norm feeds both branches
         h = h + (self.mamba(n, cu, cache, layer, cp) + self.self_attn(n, rope, cu, cache, layer, cp))
         return h + self.feed_forward(self.pre_ff_layernorm(h))
@@ -943,40 +943,24 @@ def read_checkpoint(folder):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def count_parameters(model):
-    """{part: parameters}, tied weights once."""
-    parts = {"embedding": 0, "attention": 0, "mamba": 0, "mlp": 0, "norms": 0, "head": 0}
-    where = {"embed": "embedding", "self_attn": "attention", "mamba": "mamba", "feed_forward": "mlp", "layernorm": "norms"}
-    for name, p in model.named_parameters():
-        parts[next((part for key, part in where.items() if key in name), "head")] += p.numel()
-    return parts
-
-
 def main():
     import argparse
     import sys
 
-    parser = argparse.ArgumentParser(description="Parameters, part by part, of every preset.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Without a flag: the parameters of every preset, part by part.", allow_abbrev=False)
     parser.add_argument("--preset", metavar="NAME", help="all about this one: its block as a diagram, parameters, operations, memory")
     parser.add_argument("--bench", action="store_true", help="speed of training, prefill and decoding")
     parser.error = lambda message: sys.exit(f"error: {message}; see --help")  # one line and exit status 1, as for any bad input
     args = parser.parse_args()
     if args.preset not in (None, *PRESETS):
         parser.error(f"--preset {args.preset}: not one of {', '.join(PRESETS)}")
-    if args.preset or args.bench:
-        sys.modules.setdefault("model", sys.modules["__main__"])  # for measure.py's import: this file, not a second copy of it
-        from tests import measure
+    sys.modules.setdefault("model", sys.modules["__main__"])  # for measure.py's import: this file, not a second copy of it
+    from tests import measure
 
-        if args.preset:
-            print("\n".join(measure.describe(args.preset, PRESETS[args.preset])))
-        if args.bench:
-            measure.model_speed()
-        return
-    print(f"{'preset':8s} {'all':>14s}  " + "  ".join(f"{part:>13s}" for part in ("embedding", "attention", "mamba", "mlp", "norms", "head")))
-    for name, config in PRESETS.items():
-        with torch.device("meta"):
-            parts = count_parameters(FalconH1(config))
-        print(f"{name:8s} {sum(parts.values()):14,d}  " + "  ".join(f"{v:13,d}" for v in parts.values()))
+    if args.bench:
+        measure.model_speed()
+    else:
+        print("\n".join(measure.describe(args.preset, PRESETS[args.preset]) if args.preset else measure.overview()))
 
 
 if __name__ == "__main__":

@@ -7,13 +7,12 @@ import itertools
 import os
 import tempfile
 import time
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
-from model import PRESETS, Cache, FalconH1, FalconH1Config, count_parameters, decoder, generate, prefill
+from model import PRESETS, Cache, FalconH1, FalconH1Config, decoder, generate, prefill
 from ssm_scan import ssd_scan, ssd_step
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -190,9 +189,14 @@ def scan_speed():
 
 @lru_cache
 def parameters(c):
-    """{part: parameters} of a model that is never given memory."""
+    """{part: parameters}, tied weights once, of a model that is never given memory."""
     with torch.device("meta"):
-        return count_parameters(FalconH1(c))
+        model = FalconH1(c)
+    parts = {"embedding": 0, "attention": 0, "mamba": 0, "mlp": 0, "norms": 0, "head": 0}
+    where = {"embed": "embedding", "self_attn": "attention", "mamba": "mamba", "feed_forward": "mlp", "layernorm": "norms"}
+    for name, p in model.named_parameters():
+        parts[next((part for key, part in where.items() if key in name), "head")] += p.numel()
+    return parts
 
 
 def scan_flops(h, p, g, n, chunk=256):
@@ -316,6 +320,13 @@ def diagram(c):
         f"logits (b, t, {c.vocab_size})",
     ]
     return lines
+
+
+def overview():
+    """What `python model.py` prints, as lines."""
+    lines = [f"{'preset':10s} {'all':>14s} " + " ".join(f"{part:>14s}" for part in parameters(PRESETS["tiny"]))]
+    return lines + [f"{name:10s} {sum(parameters(c).values()):14,d} " + " ".join(f"{v:14,d}" for v in parameters(c).values())
+                    for name, c in PRESETS.items()]
 
 
 def describe(name, c):
@@ -464,8 +475,7 @@ def large_model(c, device, dtype=torch.bfloat16, length=32768, batches=(1, 4, 16
         return run
 
     def train():
-        for block in model.model.layers:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        model.model.recompute = True
 
         def run():
             model.zero_grad()
