@@ -612,6 +612,7 @@ class Cache:
     def extend(self, positions):
         """The next forward appends tokens at `positions` (slots, t)."""
         self.rows = torch.arange(len(positions), device=positions.device)[:, None]
+        self.empty = self.used == 0
         self.used += positions.shape[1]
         length = self.k.shape[3]
         if self.used > length:
@@ -623,6 +624,8 @@ class Cache:
         """Append k, v (slots, t, hkv, hd), then attend with q (slots, t, hq, hd) to all that each slot holds."""
         self.k[layer][self.rows, :, self.positions] = k
         self.v[layer][self.rows, :, self.positions] = v
+        if self.empty:
+            return attend(q, k, v, None)
         k, v = self.k[layer][:, :, : self.window], self.v[layer][:, :, : self.window]
         if q.shape[1] == 1:  # the queries that share a key head stand in for the tokens: keys are read once, not copied
             q = q.reshape(len(q), k.shape[1], -1, q.shape[-1])  # (slots, hkv, hq / hkv, hd)
@@ -695,7 +698,7 @@ def draw(logits, u, temperature, top_p, top=20):
 
 
 @torch.no_grad()
-def prefill(model, prompts, tokens=2048):
+def prefill(model, prompts, tokens=4096):
     """A Cache that has read prompts of one length, but for their last tokens.
 
     Memory is bounded: at most `tokens` are read at a time, fewer where attention's mask would hold more than 2^26 numbers."""
