@@ -488,10 +488,14 @@ class FalconH1(nn.Module):
         return tuple(v.new_zeros(b, t).index_put(kept, v) for v in values)
 
     def save_pretrained(self, folder):
-        """Write config.json and model.safetensors in the published format. Under FSDP every rank must call, rank 0 writes."""
-        state = {name: v.full_tensor() if hasattr(v, "full_tensor") else v for name, v in self.state_dict().items()
-                 if not (name == "lm_head.weight" and self.config.tie_word_embeddings)}
+        """Write config.json and model.safetensors in the published format. Under FSDP every rank must call, rank 0 writes, and a
+        tensor at a time is gathered: nobody ever holds the whole model."""
+        state = self.state_dict()
+        if self.config.tie_word_embeddings:
+            del state["lm_head.weight"]
         if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
+            for _, v in sorted(state.items()):
+                _whole(v)
             return
         os.makedirs(folder, exist_ok=True)
         write_safetensors(Path(folder) / "model.safetensors", state)
@@ -869,6 +873,10 @@ def _replace(path, write):
         raise OSError(f"{path}: could not be written: {e.strerror}") from None
 
 
+def _whole(v):
+    return v.full_tensor() if hasattr(v, "full_tensor") else v  # of a sharded parameter, from all ranks
+
+
 def write_safetensors(path, tensors):
     """tensors {name: tensor} -> file, little-endian, in the order of the names."""
     names, header, offset = {v: k for k, v in _DTYPES.items()}, {"__metadata__": {"format": "pt"}}, 0
@@ -882,7 +890,7 @@ def write_safetensors(path, tensors):
     def write(f):
         f.write(struct.pack("<Q", len(text)) + text)
         for _, v in sorted(tensors.items()):
-            f.write(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            f.write(_whole(v).detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     _replace(path, write)
 
 
