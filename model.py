@@ -544,9 +544,12 @@ class _TokenLogprobs(torch.autograd.Function):
         for i in range(0, len(h), chunk):
             part = slice(i, i + chunk)
             logits = (h[part] @ weight.T).float().mul_(scale)  # (chunk, vocab)
-            lse[part] = logits.logsumexp(-1)
+            largest = logits.amax(-1, keepdim=True)
+            p = (logits - largest).exp_()  # up to their sum z
+            z = p.sum(-1)
+            lse[part] = largest[:, 0] + z.log()
             logprobs[part] = logits.gather(1, targets[part, None])[:, 0] - lse[part]
-            entropy[part] = lse[part] - torch.exp(logits - lse[part, None]).mul_(logits).sum(-1)
+            entropy[part] = lse[part] - p.mul_(logits).sum(-1) / z
         ctx.save_for_backward(h, weight, targets, lse)
         ctx.scale, ctx.chunk = scale, chunk
         ctx.mark_non_differentiable(entropy)
@@ -572,8 +575,8 @@ def token_logprobs(h, weight, targets, scale=1.0, chunk=None):
     """h (t, d), weight (vocab, d), targets (t,) -> log-probabilities (t,) and entropies (t,, no gradient), float32.
 
     scale multiplies the logits: lm_head_multiplier / temperature. chunk tokens are in work at a time; by default as many as
-    keep the logits at 2^24 numbers (64 MB), whatever the vocabulary."""
-    return _TokenLogprobs.apply(h, weight, targets, scale, chunk or max(1, 2**24 // len(weight)))
+    keep the logits at 2^25 numbers (128 MB), whatever the vocabulary."""
+    return _TokenLogprobs.apply(h, weight, targets, scale, chunk or max(1, 2**25 // len(weight)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -257,12 +257,12 @@ def activation_bytes(c, tokens):
         block   what one block keeps: two norms 12 d; inputs of the projections 6 d; q, k, v and attention's output 4 hd (hq + hkv);
                 z, x, B, C, then x, B, C after the convolution 6 I + 8 g n; for every 256 tokens a state and C B^T; the gate 6 I,
                 with its norm 22 I; the MLP's four products 8 intermediate_size
-        head    the gradient of lm_head in float32, and three times the 2^24 logits that are in work"""
+        head    the gradient of lm_head in float32, and three times the 2^25 logits that are in work"""
     d, I, g, n = c.hidden_size, c.mamba_d_ssm, c.mamba_n_groups, c.mamba_d_state
     gate = 22 if c.mamba_rms_norm else 6
     block = 18 * d + 4 * c.head_dim * (c.num_attention_heads + c.num_key_value_heads) + (6 + gate) * I + 8 * g * n + I * n // 128 + 512 * g \
         + 8 * c.intermediate_size
-    return {"input": 2 * d * tokens, "block": block * tokens, "head": 4 * d * c.vocab_size + 12 * 2**24}
+    return {"input": 2 * d * tokens, "block": block * tokens, "head": 4 * d * c.vocab_size + 12 * 2**25}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
