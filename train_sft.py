@@ -4,6 +4,7 @@ checkpoints, the log.
     python train_sft.py                                        the small CPU run: makes its data, trains, saves runs/tiny/sft
     python train_sft.py --data my.jsonl --out runs/my --init FOLDER --lr 1e-4 --steps 500
     torchrun --nproc-per-node 2 train_sft.py --fresh           the same losses and gradients on two ranks
+    torchrun --nproc-per-node 8 train_sft.py --cp 2 --checkpoint-activations --init FOLDER ...     long rows, two ranks to a row
 
 A step draws one global batch of samples, packs them into rows of at most --pack-tokens tokens, and deals the rows out to the
 ranks. Every rank knows the whole batch, so the loss is divided by the weight of *all* its tokens before any gradient is
@@ -17,9 +18,8 @@ weights, optimiser, step and positions.
     OUT/run.json      arguments, versions, hardware, commit        OUT/trainer/step-N/   what a resumed run needs
     OUT/log.jsonl     one object a step                            OUT/model/            the model in the published format
 
-Deviations from the paper: no context parallelism; the samples of a batch are packed (the paper does not say); a sample's
-difficulty weight enters the loss and its normalisation alike, so a batch of hard samples takes no larger step; the tiny run's
-learning rate and batch are its own.
+Deviations from the paper: the samples of a batch are packed (the paper does not say); a sample's difficulty weight enters the
+loss and its normalisation alike, so a batch of hard samples takes no larger step; the tiny run's learning rate and batch are its own.
 To copy this file, also take model.py, ssm_scan.py and data.py.
 """
 
