@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from model import PRESETS, Cache, FalconH1, FalconH1Config, decoder, generate, prefill
 from ssm_scan import ssd_scan, ssd_step
+from train_sft import shares
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. The scan against its definition
@@ -357,6 +358,44 @@ def describe(name, c):
     kept, again = c.num_hidden_layers * size["block"] + size["head"], c.num_hidden_layers * size["input"] + size["block"] + size["head"]
     lines += [f"  a rank that takes several rows of a batch keeps {4 * total / gib:.2f} more, the whole gradient in float32, until the last of them",
               f"  activations of a row of 32,768 tokens, estimated: {kept / gib:.1f}; with activation checkpointing of blocks {again / gib:.1f}"]
+    return lines
+
+
+PEAK, MFU, MEMORY = 989e12, 0.45, {"H200": 141e9, "H100": 80e9}  # bfloat16 operations a second of either (data sheet), assumed share, bytes
+NVLINK, NETWORK = 450e9, 50e9  # bytes a second into a GPU, from its node and from others (data sheets: 900 GB/s both ways; 400 Gbit/s)
+
+
+def exchange_bytes(c, tokens, cp):
+    """Bytes that a rank with `tokens` tokens sends in the all-to-alls of one forward pass, bfloat16; letters as in model.py, N = cp:
+
+        (N - 1) / N layers tokens 2 (2 hq hd + 2 N kv hd  +  2 I + 2 N g n + h)    kv, g: key heads and groups that one rank's heads read"""
+    kv = len(shares(c.num_attention_heads, cp, c.num_key_value_heads)[1][0])
+    groups = len(shares(c.mamba_n_heads, cp, c.mamba_n_groups)[1][0])
+    numbers = 2 * c.head_dim * (c.num_attention_heads + cp * kv) + 2 * c.mamba_d_ssm + 2 * cp * groups * c.mamba_d_state + c.mamba_n_heads
+    return (cp - 1) / cp * c.num_hidden_layers * tokens * 2 * numbers
+
+
+def plan(name, c, gpus, cp, context):
+    """What `python model.py --plan NAME` prints, as lines: one step of train_sft.py in which every cp GPUs share a row of `context` tokens,
+    sharded over all GPUs, with activation checkpointing. All of it from formulas and data sheets, nothing measured."""
+    size, state, flops, gb = activation_bytes(c, context // cp), training_bytes(c, gpus), flops_per_token(c, context), 1e9
+    memory = {**state, "kept activations": c.num_hidden_layers * size["input"], "a block's activations": size["block"], "head": size["head"]}
+    work = 3 * sum(flops.values()) * context / cp  # of one GPU
+    weights = sum(parameters(c).values()) * (gpus - 1) / gpus
+    again = 3 * exchange_bytes(c, context // cp, cp)  # forward, again for the gradient, and the gradient itself
+    link = NVLINK if gpus <= 8 else NETWORK
+    total, compute, gather, exchange = sum(memory.values()), work / (PEAK * MFU), 8 * weights / link, again / NVLINK
+    lines = [f"{name} on {gpus} GPUs, {cp} to a row of {context:,} tokens, {gpus // cp * context:,} tokens a step; estimates, not measured", "",
+             "GB on each GPU", *(f"  {part:22s} {n / gb:8.1f}" for part, n in memory.items()), f"  {'sum':22s} {total / gb:8.1f}"]
+    lines += [f"  {'fits' if total < 0.9 * room else 'DOES NOT FIT'} into an {gpu}'s {room / gb:.0f} GB, a tenth left free"
+              for gpu, room in MEMORY.items()]
+    lines += ["", "seconds of a step, each by itself; what overlaps costs nothing",
+              f"  {compute:8.2f}  {gpus * work / 1e15:,.0f} PFLOP, {100 * MFU:.0f} % of {PEAK / 1e12:.0f} TFLOP/s a GPU",
+              f"  {gather:8.2f}  {8 * weights / gb:,.1f} GB a GPU: weights gathered twice in bfloat16, gradients reduced in float32, "
+              f"{link / gb:.0f} GB/s",
+              f"  {exchange:8.2f}  {again / gb:,.1f} GB a GPU: the all-to-alls of context parallelism, {NVLINK / gb:.0f} GB/s"]
+    if gather > compute:
+        lines.append(f"Gathering takes longer than the work: longer rows, or --replicas so that it stays in a node ({8 * weights / NVLINK:.2f} s)")
     return lines
 
 

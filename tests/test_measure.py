@@ -176,3 +176,11 @@ def test_benchmark_of_a_large_model(capsys, monkeypatch):
     rows = capsys.readouterr().out.splitlines()
     assert [row.split()[0] for row in rows[1:]] == ["decoding,", "decoding,", "prefill", "training"]
     assert "%" in rows[1] and "does not fit: out of memory" in rows[2] and "and more" not in rows[2] and "attention and scan" in rows[4]
+
+
+def test_plan():
+    text = "\n".join(measure.plan("7b", PRESETS["7b"], 256, 2, 36864))
+    assert "4,718,592 tokens a step" in text and "DOES NOT FIT" not in text
+    assert "DOES NOT FIT" in "\n".join(measure.plan("34b", PRESETS["34b"], 8, 1, 32768))
+    c = PRESETS["7b"]  # 12 heads on 2 keys, 24 heads of 128 on one group of 256: two ranks send each other half of what they made
+    assert measure.exchange_bytes(c, 10, 2) == 44 * 10 * (2 * 128 * (12 + 2) + 2 * 3072 + 2 * 2 * 256 + 24)
