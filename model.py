@@ -2,6 +2,7 @@
 
     python model.py                       parameters, part by part, of every preset
     python model.py --preset 7b           its block as a diagram with all sizes; parameters, operations and memory (tests/measure.py)
+    python model.py --plan 7b --gpus 256 --cp 2 --context 36864    memory, time and traffic of training it, estimated
     python model.py --bench               training, prefill and decoding against what this machine allows, and against transformers
     model = FalconH1(PRESETS["tiny"]);    logits = model(torch.tensor([[72, 101, 108, 108, 111]]))
 

@@ -27,6 +27,7 @@ import math
 import re
 import sys
 import time
+import zlib
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -355,6 +356,8 @@ def main():
     args = data.parse_args(Args, __doc__.partition("\n\n")[0])
     ranks = train_sft.start_ranks(args.device, args.cp, args.replicas)
     tokenizer, model, problems = load(args, ranks)
+    ranks.agree("the arguments", asdict(args))
+    ranks.agree("the checksum of the problems", zlib.crc32("".join(p.prompt + p.answer for p in problems).encode(errors="surrogatepass")))
     run = train_sft.Run(args, ranks)
     optimizer = train_sft.make_optimizer(model, args.lr, args.weight_decay)
     state = run.resume(model, optimizer)

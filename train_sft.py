@@ -120,6 +120,12 @@ class Ranks:
             raise OSError(f"another rank has ended, and what it printed says why ({str(e).strip().splitlines()[-1]})") from None
         return [shares[i % self.world][i // self.world] for i in range(len(objects))]
 
+    def agree(self, what, value):
+        """ValueError if a rank has another value: nodes that were started differently, or see different files, must not train."""
+        values = self.gather([value] * self.world)
+        other = next((r for r, v in enumerate(values) if v != values[0]), None)
+        check(other is None, f"ranks 0 and {other} disagree about {what}: {values[0]} and {values[other or 0]}")
+
 
 def start_ranks(device, cp=1, replicas=1):
     """One process, or what torchrun started. A GPU always gets a process group, so that FSDP2 shards and casts there."""
@@ -366,6 +372,8 @@ def run_main(body):
     try:
         body()
     except (ValueError, OSError) as e:
+        if dist.is_initialized() and dist.get_rank() != 0:
+            time.sleep(3)  # where rank 0 fails alike, its line is enough, and torchrun ends this rank meanwhile
         print(f"error: {e}", file=sys.stderr, flush=True)
         status = 1
     if dist.is_initialized():
@@ -519,6 +527,8 @@ def main():
     ranks = start_ranks(args.device, args.cp, args.replicas)
     tokenizer, model, samples, held_out = load(args, ranks)  # before --fresh deletes anything: bad data must cost nothing
     loader = data.Loader(samples, args.batch, args.seed, parse_mixture(args.mixture))
+    ranks.agree("the arguments", asdict(args))
+    ranks.agree("the checksum of the samples", zlib.crc32(b"".join(sample.ids.tobytes() for sample in samples)))
     run = Run(args, ranks)
     optimizer = make_optimizer(model, args.lr, args.weight_decay)
     state = run.resume(model, optimizer)

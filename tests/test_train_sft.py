@@ -244,3 +244,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(sft_file, tmp_path, monkeypatch
     err = refused(t.main, ("--data", sft_file, "--out", out, *SMALL_RUN, "--save-every", 1, "--lr", "1e30"), monkeypatch, capsys)
     assert "step 2, samples 6 to 11 of the stream: " in err and "is good" in err, err
     assert all(torch.isfinite(v).all() for v in read_safetensors(out / "model" / "model.safetensors").values())
+
+
+def test_ranks_started_differently_do_not_train(sft_file, tmp_path):
+    program = tmp_path / "differs.py"
+    program.write_text(f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); import train_sft; sys.argv += ['--seed', os.environ['RANK']]; "
+                       "train_sft.run_main(train_sft.main)")
+    status, _, err = run(program, "--data", sft_file, "--out", tmp_path / "run", *SMALL_RUN, ranks=2)
+    assert status == 1 and err.count("error: ranks 0 and 1 disagree about the arguments") == 1 and not (tmp_path / "run").exists(), err
