@@ -215,8 +215,9 @@ def test_the_log_has_what_it_promises(whole_run):
         assert record["calls"] + record["cached"] > 0 and 0 <= record["reward"] <= 1
 
 
-def test_two_ranks_sample_and_reward_like_one(start, tmp_path, whole_run):
-    status, _, err = run("train_rl.py", *rl_args(start), "--out", tmp_path / "run", ranks=2)
+@pytest.mark.parametrize(("ranks", "flags"), [(2, ()), (3, ("--cp", 3, "--checkpoint-activations"))])
+def test_ranks_sample_and_reward_like_one(start, tmp_path, whole_run, ranks, flags):
+    status, _, err = run("train_rl.py", *rl_args(start), "--out", tmp_path / "run", *flags, ranks=ranks)
     assert status == 0, err
     one, two = ([json.loads(line) for line in open(folder / "log.jsonl")][0] for folder in (whole_run, tmp_path / "run"))
     for name in ("reward", "correct", "all_right", "all_wrong", "length", "calls", "tokens"):
