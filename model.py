@@ -959,33 +959,12 @@ def read_checkpoint(folder):
 
 
 def main():
-    import argparse
     import sys
 
-    parser = argparse.ArgumentParser(description="Without a flag: the parameters of every preset, part by part.", allow_abbrev=False)
-    parser.add_argument("--preset", metavar="NAME", help="all about this one: its block as a diagram, parameters, operations, memory")
-    parser.add_argument("--plan", metavar="NAME", help="memory, time and traffic of training this one on --gpus GPUs")
-    for flag, default, what in (("gpus", 8, "GPUs"), ("cp", 1, "GPUs that share a row"), ("context", 32768, "tokens of a row")):
-        parser.add_argument(f"--{flag}", type=int, default=default, metavar="N", help=f"{what}, for --plan")
-    parser.add_argument("--bench", action="store_true", help="speed of training, prefill and decoding")
-    parser.error = lambda message: sys.exit(f"error: {message}; see --help")  # one line and exit status 1, as for any bad input
-    args = parser.parse_args()
-    for flag, name in (("preset", args.preset), ("plan", args.plan)):
-        if name not in (None, *PRESETS):
-            parser.error(f"--{flag} {name}: not one of {', '.join(PRESETS)}")
-    name = args.plan or args.preset
-    heads = (PRESETS[name].num_attention_heads, PRESETS[name].mamba_n_heads) if args.plan else ()
-    if min(args.gpus, args.cp, args.context) < 1 or any(n % args.cp for n in (args.gpus, args.context, *heads)):
-        parser.error(f"--cp {args.cp}: must divide --gpus, --context and the model's heads {heads}, all above 0")
     sys.modules.setdefault("model", sys.modules["__main__"])  # for measure.py's import: this file, not a second copy of it
     from tests import measure
 
-    if args.bench:
-        measure.model_speed()
-    elif args.plan:
-        print("\n".join(measure.plan(name, PRESETS[name], args.gpus, args.cp, args.context)))
-    else:
-        print("\n".join(measure.describe(name, PRESETS[name]) if name else measure.overview()))
+    measure.main()
 
 
 if __name__ == "__main__":
