@@ -794,13 +794,23 @@ def unnamed_file(content):
 
 
 def private_root(namespace):
-    """A file system of its own in memory, with nothing but Python's and C's libraries in it, read-only; no /proc."""
+    """A file system of its own: Python's and C's libraries, read-only, and an empty /tmp in memory. No /proc, no devices."""
     if namespace != "on":
         raise OSError("no mount namespace")
     recursive, private, bind, no_suid_no_dev, detach = 0x4000, 1 << 18, 0x1000, 6, 2
     new = "/proc"  # hidden from here on: a folder that is there on every Linux, and not needed any more
+
+    def memory(path, options):
+        os.makedirs(path, exist_ok=True)
+        libc("mount", b"tmpfs", path.encode(), b"tmpfs", no_suid_no_dev, options)
+
+    def read_only(path, flags):  # by mount_setattr: unlike a second mount() it reaches the mounts below. A device must stay one.
+        attributes = struct.pack("4Q", 1 | 2 | 4 * (not path.endswith("/dev/null")), 0, 0, 0)
+        libc("syscall", 442, -100, path.encode(), flags, attributes, len(attributes))
+
     libc("mount", b"none", b"/", None, recursive | private, None)
-    libc("mount", b"tmpfs", new.encode(), b"tmpfs", no_suid_no_dev, f"size={DISK},nr_inodes=4096,mode=755".encode())
+    memory(new, b"size=1m,nr_inodes=1024,mode=755")
+    memory(f"{new}/tmp", f"size={DISK},nr_inodes=1024,mode=1777".encode())
     bound = []
     for path in ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", "/dev/null", f"{sys.base_prefix}/lib", *sys.path]:
         if any(path == b or path.startswith(b + "/") for b in bound) or not os.path.exists(path):
@@ -808,19 +818,16 @@ def private_root(namespace):
         bound.append(path)
         target = new + path
         os.makedirs(os.path.dirname(target), exist_ok=True)
-        if os.path.islink(path):
+        if os.path.islink(path):  # /lib is /usr/lib on most systems
             os.symlink(os.readlink(path), target)
             continue
         os.mkdir(target) if os.path.isdir(path) else open(target, "x").close()
         libc("mount", path.encode(), target.encode(), None, bind | recursive, None)
-        # mount_setattr: unlike a second mount() it also makes the mounts below read-only. A device must stay one.
-        attributes = struct.pack("4Q", 1 | 2 | 4 * (path != "/dev/null"), 0, 0, 0)
-        libc("syscall", 442, -100, target.encode(), 0x8000, attributes, len(attributes))
+        read_only(target, 0x8000)
     os.chdir(new)
     libc("syscall", FORBIDDEN["pivot_root"][machine()], b".", b".")
     libc("umount2", b".", detach)
-    os.makedirs("/tmp", exist_ok=True)
-    os.chmod("/tmp", 0o1777)
+    read_only("/", 0)
     os.chdir("/tmp")
 
 
@@ -1244,6 +1251,10 @@ def check_tests(tests, where, entry_point=""):
         name = test.get("fn_name", test.get("call"))
         must(isinstance(name, str) and name.isidentifier() and isinstance(test.get("args"), list) and "expected" in test,
              f"test {i} has neither input and output nor fn_name (or call), args and expected")  # fmt: skip
+        try:
+            plain([test["args"], test["expected"]])
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{where}: test {i}: {str(error).replace('result', 'value')}") from None
         read.append((i, name, test["args"], [test["expected"], *(test["expected"] if wrapped else [])]))
     return {"kind": "calls", "tests": read}
 
