@@ -24,9 +24,10 @@ Methods (rows of the report), n samples a problem
 Deviations from the paper (arXiv 2601.02346)
 - Its first tier compares strings and uses a computer algebra system, its second is a model. Here one parser of its own
   does all: it knows numbers, roots and polynomials exactly or to 1e-13, and no calculus. It never runs eval().
+- Its code rewards come from a service; here a sandbox of Linux's namespaces, limits and call filter, Python only.
 - Its 32768 tokens or more, temperature 0.6 and top-p 0.95 are flags; the defaults fit the small run.
 
-To copy sections 1 to 3 (answers, estimators) nothing else is needed; to copy all, also take the other four files that
+To copy sections 1 to 4 (answers, code, estimators) nothing else is needed; to copy all, also take the other four files that
 it builds on: model.py, ssm_scan.py, data.py, deepconf.py.
 """
 
@@ -57,6 +58,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import data
 import deepconf
@@ -1352,14 +1354,28 @@ def verify_code(text, problem, **settings):
     return run_code(found[1], problem.extra["tests"], entry_point=entry_point, prompt=prompt, **settings)
 
 
-def verify_many(jobs, workers=0, **settings):
+def check_code(problems, where, unsafe, quiet=False):
+    """Before anything is sampled: problems without an answer have tests that can be read, and programs can be isolated.
+
+    Prints the sandbox's layers if there is such a problem, unless quiet. Raises ValueError, as check_tests() and require_sandbox() do.
+    """
+    code = [problem for problem in problems if not problem.answer]
+    for problem in code:
+        check_tests(problem.extra.get("tests"), f"{where}: problem {problem.id}: field tests", problem.extra.get("entry_point", ""))
+    if code:
+        layers = ", ".join(f"{name}: {state}" for name, state in require_sandbox(unsafe).items())
+        print("" if quiet else f"sandbox: {layers}\n", end="")
+
+
+def verify_many(jobs, workers=0, progress=False, **settings):
     """Verdicts on (text, problem) pairs, in their order, several at once.
 
     A thread for each does nothing but wait, so one that hangs keeps one of them, and no processor, until its limit.
-    workers: 0 is two for each processor.
+    workers: 0 is two for each processor. progress: whether to show a bar. settings: those of run_code.
     """
     with ThreadPoolExecutor(workers or 2 * (os.cpu_count() or 1)) as pool:
-        return list(pool.map(lambda job: verify_code(*job, **settings), jobs))
+        verdicts = pool.map(lambda job: verify_code(*job, **settings), jobs)
+        return list(tqdm(verdicts, "running programs", len(jobs), leave=False, disable=not (progress and jobs)))
 
 
 # 4. Estimators --------------------------------------------------------------------------------------------------------
@@ -1413,6 +1429,11 @@ def write(model, tokenizer, chats, args, samples=1, admit=None, on_token=None, o
     )  # fmt: skip
 
 
+def answer_of(text, problem):
+    """What is voted on: the answer, or for a problem with tests the code."""
+    return extract_answer(text) if problem.answer else (extract_code(text) or (None, None))[1]
+
+
 def sample(model, tokenizer, problems, args, samples, online=None):
     """Sample replies to every problem and judge them.
 
@@ -1423,14 +1444,16 @@ def sample(model, tokenizer, problems, args, samples, online=None):
         (groups, seconds): for each problem the records of its traces, as traces.jsonl holds them, and the wall time.
     """
 
-    def record(trace):
+    def record(trace, verdicts):
         problem, text = problems[trace.prompt_index], reply_text(trace, tokenizer)
-        answer = extract_answer(text)
+        answer = answer_of(text, problem)
+        verdict = None if problem.answer else next(verdicts)
         return {
             "problem": problem.id, "domain": problem.domain, "gold": problem.answer, "sample": trace.sample_index,
             "seed": args.seed, "text": text, "tokens": len(trace.tokens), "answer": answer,
-            "correct": is_equivalent(answer, problem.answer), "stop": trace.stop,
+            "correct": verdict.score == 1 if verdict else is_equivalent(answer, problem.answer), "stop": trace.stop,
             "confidences": [round(confidence, 4) for confidence in trace.confidences],
+            **({"reason": verdict.reason} if verdict else {}),
         }  # fmt: skip
 
     def admit(prompt, index):
@@ -1440,15 +1463,19 @@ def sample(model, tokenizer, problems, args, samples, online=None):
         return online[trace.prompt_index].on_token(trace.sample_index, trace.confidences[-1])
 
     def on_trace(trace):
-        online[trace.prompt_index].finish(trace.sample_index, extract_answer(reply_text(trace, tokenizer)))
+        online[trace.prompt_index].finish(
+            trace.sample_index, answer_of(reply_text(trace, tokenizer), problems[trace.prompt_index])
+        )
 
     chats = [[{"role": "user", "content": problem.prompt}] for problem in problems]
     start = time.perf_counter()
     traces = write(model, tokenizer, chats, args, samples, *((admit, on_token, on_trace) if online else ()))
     seconds = time.perf_counter() - start
+    code = [(reply_text(t, tokenizer), problems[t.prompt_index]) for t in traces if not problems[t.prompt_index].answer]
+    verdicts = iter(verify_many(code, progress=True, unsafe=args.unsafe_local_execution))
     groups = [[] for _ in problems]
     for trace in traces:
-        groups[trace.prompt_index].append(record(trace))
+        groups[trace.prompt_index].append(record(trace, verdicts))
     return groups, seconds
 
 
@@ -1478,7 +1505,8 @@ def ballot(group):
     for record in group:
         answer = record["answer"]
         if answer not in spelling:
-            spelling[answer] = next((one for one in spelling.values() if is_equivalent(answer, one)), answer)
+            others = spelling.values() if record["gold"] else ()  # programs are the same if they are spelled the same
+            spelling[answer] = next((one for one in others if is_equivalent(answer, one)), answer)
         traces.append(deepconf.Recorded(**{f.name: record[f.name] for f in fields(deepconf.Recorded)}))
         traces[-1].answer = spelling[answer]
     return traces
@@ -1533,12 +1561,15 @@ def evaluate(name, model, tokenizer, problems, args):
         row(name, f"deepconf-offline@{n}", right, tokens, seconds),
     ]
     for level, eta in (("low", 10), ("high", 90)) if n > WARM_UP else ():
-        settings = {"n_init": WARM_UP, "eta": eta, "window": args.window, "batch": BATCH, "same": is_equivalent}
-        online = [deepconf.Online(n, **settings) for _ in problems]
+        settings = {"n_init": WARM_UP, "eta": eta, "window": args.window, "batch": BATCH}
+        online = [deepconf.Online(n, **settings, same=is_equivalent if problem.answer else None) for problem in problems]
         stopped, spent = sample(model, tokenizer, problems, args, n, online)
         data.write_jsonl(Path(args.out) / f"traces-{level}.jsonl", itertools.chain(*stopped))
         answers = [machine.result()[0] for machine in online]
-        right = [float(is_equivalent(answer, problem.answer)) for answer, problem in zip(answers, problems)]
+        right = [
+            float(is_equivalent(answer, problem.answer) if problem.answer else deepconf.is_right(answer, ballot(group)))
+            for answer, problem, group in zip(answers, problems, stopped)
+        ]
         rows.append(row(name, f"deepconf-{level}@{n}", right, count_tokens(stopped), spent))
         if level == "low":  # what plain voting makes of the tokens that LOW took for each problem
             plain = [deepconf.majority_at(traces, machine.tokens) for traces, machine in zip(ballots, online)]
@@ -1624,6 +1655,7 @@ class Args:
     seed: int = flag(0, "of sampling")
     device: str = flag("", "cpu or cuda; empty: cuda where there is one")
     fresh: bool = flag(False, "replace what another evaluation left in --out")
+    unsafe_local_execution: bool = flag(False, "run programs of the model even where they cannot be isolated")
     chat: bool = flag(False, "talk to the checkpoint instead; Ctrl-D ends")
 
 
@@ -1648,6 +1680,7 @@ def checkpoint_name(folder):
 def run(args):
     folders = [args.model] if args.model else ["runs/tiny/sft/model", "runs/tiny/rl/model"]
     problems = data.read_problems(args.problems, args.limit, check_gold)
+    check_code(problems, args.problems, args.unsafe_local_execution)
     loaded = [(checkpoint_name(folder), *load(folder, args.device)) for folder in folders]
     identity = {name: value for name, value in asdict(args).items() if name not in ("out", "fresh", "chat")}
     data.open_run(args.out, identity, OUTPUTS, fresh=args.fresh, device=args.device)

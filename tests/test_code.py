@@ -1,10 +1,12 @@
 """Tests of eval.py's verifier of code: what passes, what does not, and programs that try everything else."""
 
+import itertools
 import json
 import os
 import resource
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,8 @@ from hypothesis import strategies as st
 
 import data
 import eval as ev
+import train_rl
+from tests import test_eval
 
 MISSING = [f"{name}: {why}" for name, why in ev.sandbox_layers().items() if why != "on"]
 needs_sandbox = pytest.mark.skipif(bool(MISSING), reason=f"no isolation here: {MISSING}")
@@ -441,18 +445,24 @@ def test_attacks(name, monkeypatch, tmp_path):
     seconds, marked = 0.6 + list(ATTACKS).index(name) / 1e4, f"marked-{os.getpid()}"
     body = ATTACKS[name].replace("MARKED", marked).replace("SECRET-97531", "SECRET-9" + "7531")
     source = "def f(x):\n" + "".join(f"    {line}\n" for line in body.splitlines()) + "\n"
-    for extra, tests, entry_point in (
+    modes = [
         ("print(f(1))", [{"input": "1", "output": SECRET}, {"input": "2", "output": SECRET}], ""),
         ("", [{"fn_name": "f", "args": [1], "expected": SECRET}, {"fn_name": "f", "args": [2], "expected": SECRET}], ""),
         ("", f"def check(candidate):\n    assert candidate(1) == {SECRET!r}\n    assert candidate(2) == {SECRET!r}\n", "f"),
-    ):
-        before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-        verdict = ev.run_code(source + extra, tests, entry_point=entry_point, seconds=seconds)
-        took = time.perf_counter() - start
-        assert verdict.score == 0 and verdict.reason != "passed", verdict
-        assert took < seconds + 1, (took, verdict)
-        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KiB
-        assert not processes(seconds)
+    ]
+
+    def attack(mode):
+        extra, tests, entry_point = mode
+        start = time.perf_counter()
+        return ev.run_code(source + extra, tests, entry_point=entry_point, seconds=seconds), time.perf_counter() - start
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with ThreadPoolExecutor(3) as pool:
+        for verdict, took in pool.map(attack, modes):
+            assert verdict.score == 0 and verdict.reason != "passed", verdict
+            assert took < seconds + 1, (took, verdict)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KiB
+    assert not processes(seconds)
     outside = [Path(top) / marked for top in ("/", "/tmp", "/var/tmp", "/dev/shm", "/root", "/home", "/etc", "/usr/lib", "/lib", "..")]
     assert not any(path.is_symlink() or path.exists() for path in outside) and not list(tmp_path.iterdir())
 
@@ -529,3 +539,52 @@ def test_a_sandbox_that_fails_is_no_verdict(monkeypatch):
     monkeypatch.setattr(ev.time, "sleep", lambda _: None)
     with pytest.raises(OSError, match="no space"):
         ev.run_code("print(3)", ADD)
+
+
+# In evaluation and training -------------------------------------------------------------------------------------------
+
+
+@needs_sandbox
+def test_an_evaluation_with_code(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ev, "generate", test_eval.scripted_generate)
+    monkeypatch.setattr(ev, "load", lambda folder, device: (None, data.Tokenizer.byte_level()))
+    codes = itertools.cycle(["print(input())", "print(7)", "print(input())"])  # by sample: right, wrong, right, right, ...
+    fence = "\n```python\n{}\n```\n"
+    monkeypatch.setitem(test_eval.SCRIPT, "program", lambda i: (fence.format(["print(input())", "print(7)"][i % 3 == 1]), 1.0))
+    problems = [
+        {"id": "a", "domain": "math", "prompt": "easy", "answer": "5"},
+        {"id": "b", "domain": "code", "prompt": "program", "tests": [{"input": "1", "output": "1"}]},
+    ]
+    data.write_jsonl("problems.jsonl", problems)
+    assert ev.main([*test_eval.ARGV, "--samples", "18"]) == 0, capsys.readouterr().err
+    assert "sandbox: user namespace: on, " in capsys.readouterr().out
+    rows = {r["method"]: r["accuracy"] for r in json.loads(Path("out/report.json").read_text())["rows"]}
+    assert rows["pass@1"] == pytest.approx((1 + 2 / 3) / 2) and rows["majority@18"] == rows["deepconf-low@18"] == 1
+    traces = [json.loads(line) for line in Path("out/traces.jsonl").read_text().splitlines()]
+    for trace, code in zip(traces[18:], codes):
+        assert (trace["answer"], trace["gold"], trace["correct"]) == (code + "\n", "", code != "print(7)")
+        assert trace["reason"] == ("passed" if trace["correct"] else "wrong output in test 1")
+    assert "reason" not in traces[0]
+
+
+@pytest.mark.parametrize(
+    ("tests", "message"), [([{"input": 1}], "problems.jsonl: problem b: field tests: test 1 has neither"), ("x", "must define check")]
+)
+def test_unknown_tests_are_an_error_before_sampling(tmp_path, monkeypatch, capsys, tests, message):
+    monkeypatch.chdir(tmp_path)
+    data.write_jsonl("problems.jsonl", [{"id": "b", "domain": "code", "prompt": "p", "tests": tests}])
+    assert ev.main(test_eval.ARGV) == 1 and message in capsys.readouterr().err
+
+
+@needs_sandbox
+def test_reward_of_code():
+    problem = data.Problem("1", "code", "Add.", "", {"tests": ADD})
+    for code, correct in (("print(sum(map(int, input().split())))", True), ("print(3)", False)):
+        text = reply(code).strip() + "<|im_end|>"
+        verdict = ev.verify_code(text.removesuffix("<|im_end|>"), problem)
+        score = train_rl.reward(text, "", 0.1, verdict)
+        assert score == {"score": float(correct), "correct": correct, "well_formed": True, "parsed": True}
+    assert train_rl.reward("no", "", 0.1, ev.Verdict(0.0, "no code")) == {
+        "score": -0.1, "correct": False, "well_formed": False, "parsed": False
+    }  # fmt: skip
