@@ -668,7 +668,7 @@ def send(fd, nonce, data):
         data = data[os.write(fd, data) :]
 
 
-def receive(fd, nonce, raw=False):
+def receive(fd, nonce, raw=False, most=OUTPUT):
     """The next frame. Raises Failed at whatever is none: a stray write to the pipe, its end, too much."""
 
     def read(count):
@@ -683,7 +683,7 @@ def receive(fd, nonce, raw=False):
     if read(len(nonce)) != nonce:
         raise Failed("died: something else than an answer came back")
     length = int.from_bytes(read(8), "big")
-    if length > 2 * OUTPUT:
+    if length > most:
         raise Failed("output limit")
     data = read(length)
     try:
@@ -758,8 +758,10 @@ def sandbox(nonce, memory, seconds, unsafe):
         os.chdir(folder)
     attempt(layers, "no rights", drop_rights)
     attempt(layers, "killed with its parent", die_with_parent)  # a change of user has cleared it
+    limits = {"AS": memory, "CPU": int(seconds) + 1, "FSIZE": OUTPUT, "NOFILE": 64, "NPROC": PROCESSES, "CORE": 0, "MEMLOCK": 0,
+              "MSGQUEUE": 0}  # fmt: skip
     while True:
-        request = receive(3, nonce)
+        request = receive(3, nonce, most=2 * DISK)
         stdin, stdout = unnamed_file(request["stdin"].encode("utf-8", "surrogatepass")), unnamed_file(b"")
         if child := os.fork():
             status = os.waitpid(child, 0)[1]
@@ -777,7 +779,8 @@ def sandbox(nonce, memory, seconds, unsafe):
             os.dup2(stdin.fileno(), 0)
             os.dup2(stdout.fileno(), 1)
             os.closerange(5, 1 << 16)
-            attempt(layers, "limits", set_limits, memory, seconds)
+            attempt(layers, "limits", set_limits, limits)
+            attempt(layers, "killed with its parent", die_with_parent)
             attempt(layers, "no new privileges", libc, "prctl", 38, 1, 0, 0, 0)
             attempt(layers, "system call filter", filter_calls)
             send(4, nonce, ["layers", layers])
@@ -844,13 +847,10 @@ def drop_rights():
     libc("capset", struct.pack("Ii", 0x20080522, 0), struct.pack("6I", *[0] * 6))
 
 
-def set_limits(memory, seconds):
-    for name, limit in {
-        "AS": memory, "CPU": int(seconds) + 1, "FSIZE": OUTPUT, "NOFILE": 64, "CORE": 0, "NPROC": PROCESSES, "MEMLOCK": 0,
-        "MSGQUEUE": 0,
-    }.items():  # fmt: skip
-        if hasattr(resource, f"RLIMIT_{name}"):
-            number = getattr(resource, f"RLIMIT_{name}")
+def set_limits(limits):
+    for name, limit in limits.items():
+        number = getattr(resource, f"RLIMIT_{name}", None)
+        if number is not None:  # not every system knows all
             hard = resource.getrlimit(number)[1]
             limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
             resource.setrlimit(number, (limit, limit))
@@ -925,7 +925,7 @@ def candidate(nonce, request):
 
     report(load)
     while as_module:
-        report(call, *receive(3, nonce))
+        report(call, *receive(3, nonce, most=2 * DISK))
 
 
 # Outside the sandbox: the supervisor
@@ -968,8 +968,7 @@ def supervise():
     try:
         signal.signal(signal.SIGALRM, time_is_up)
         signal.setitimer(signal.ITIMER_REAL, seconds, 0.1)  # again and again, should a check swallow it
-        if hasattr(resource, "RLIMIT_AS"):
-            resource.setrlimit(resource.RLIMIT_AS, (4 << 30, resource.getrlimit(resource.RLIMIT_AS)[1]))
+        set_limits({"AS": 4 << 30})
         map_users(child, nonce, pipes)
         {"check": judge_check, "calls": judge_calls, "stdin": judge_stdin}[job["kind"]](job, pipes)
         reason = "passed"
@@ -1047,7 +1046,8 @@ class Pipes:
             case ["raised", str(name)]:
                 if name == "OSError" and not self.module:
                     self.output()  # it may have been told that its output is too much
-                raise Failed("memory limit" if name == "MemoryError" else f"raised {name[:80]} in test {self.test}")
+                name = name[:80] if name.isidentifier() else "something"  # a model may give its exceptions any name
+                raise Failed("memory limit" if name == "MemoryError" else f"raised {name} in test {self.test}")
             case ["gone", _]:
                 self.limited(self.receive(raw=True))
         raise Failed("died")
@@ -1254,7 +1254,7 @@ def check_tests(tests, where, entry_point=""):
         must(isinstance(name, str) and name.isidentifier() and isinstance(test.get("args"), list) and "expected" in test,
              f"test {i} has neither input and output nor fn_name (or call), args and expected")  # fmt: skip
         try:
-            plain([test["args"], test["expected"]])
+            json.dumps(plain([test["args"], test["expected"]], depth=5))  # deeper by then in what is sent
         except (TypeError, ValueError) as error:
             raise ValueError(f"{where}: test {i}: {str(error).replace('result', 'value')}") from None
         read.append((i, name, test["args"], [test["expected"], *(test["expected"] if wrapped else [])]))
@@ -1265,7 +1265,9 @@ def start_supervisor(job, seconds, memory, unsafe):
     """What the supervisor says, a dict; without "reason" where it did not come to say anything."""
     settings = json.dumps([memory, seconds, unsafe])
     command = [sys.executable, "-I", "-S", "-X", "utf8", "-c", child_program(), settings]
-    environment = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}  # Python may need it
+    environment = {"MALLOC_ARENA_MAX": "1"}  # or each thread reserves another 64 MB of its address space
+    if "LD_LIBRARY_PATH" in os.environ:  # Python may need it
+        environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
     with tempfile.TemporaryDirectory() if unsafe else nullcontext("/") as folder:
         if unsafe:
             os.chmod(folder, 0o777)  # the candidate may be nobody
@@ -1373,9 +1375,12 @@ def verify_many(jobs, workers=0, progress=False, **settings):
     A thread for each does nothing but wait, so one that hangs keeps one of them, and no processor, until its limit.
     workers: 0 is two for each processor. progress: whether to show a bar. settings: those of run_code.
     """
-    with ThreadPoolExecutor(workers or 2 * (os.cpu_count() or 1)) as pool:
+    pool = ThreadPoolExecutor(workers or 2 * (os.cpu_count() or 1))
+    try:
         verdicts = pool.map(lambda job: verify_code(*job, **settings), jobs)
         return list(tqdm(verdicts, "running programs", len(jobs), leave=False, disable=not (progress and jobs)))
+    finally:
+        pool.shutdown(cancel_futures=True)  # an error or Ctrl-C does not wait for thousands
 
 
 # 4. Estimators --------------------------------------------------------------------------------------------------------
@@ -1505,7 +1510,7 @@ def ballot(group):
     for record in group:
         answer = record["answer"]
         if answer not in spelling:
-            others = spelling.values() if record["gold"] else ()  # programs are the same if they are spelled the same
+            others = () if record.get("gold") == "" else spelling.values()  # programs are the same if they are spelled the same
             spelling[answer] = next((one for one in others if is_equivalent(answer, one)), answer)
         traces.append(deepconf.Recorded(**{f.name: record[f.name] for f in fields(deepconf.Recorded)}))
         traces[-1].answer = spelling[answer]
