@@ -37,6 +37,7 @@ import ctypes
 import inspect
 import itertools
 import json
+import marshal
 import math
 import os
 import random
@@ -1160,12 +1161,22 @@ CHILD_SIDE = (
 
 @lru_cache(maxsize=1)
 def child_program():
-    """The source of what the supervisor and its children run."""
+    """What the supervisor and its children run, compiled once: its length in 8 bytes, then the bytes."""
     numbers = ("OUTPUT", "DISK", "PROCESSES", "DEPTH", "NOBODY", "CLONE", "FORBIDDEN", "NEWER", "NAMESPACES")
-    return "\n".join([
+    source = "\n".join([
         "import atexit, ctypes, itertools, json, math, os, resource, signal, struct, sys",
         *(f"{name} = {globals()[name]!r}" for name in numbers), *map(inspect.getsource, CHILD_SIDE), "supervise()",
     ])  # fmt: skip
+    compiled = marshal.dumps(compile(source, "supervisor", "exec"))
+    return len(compiled).to_bytes(8, "big") + compiled
+
+
+# Takes not a byte more than the program from standard input: the tests, behind it, stay there until the sandbox is forked.
+LOADER = """import marshal, os
+rest, program = int.from_bytes(os.read(0, 8), "big"), b""
+while rest > len(program):
+    program += os.read(0, rest - len(program))
+exec(marshal.loads(program))"""
 
 
 @dataclass
@@ -1264,7 +1275,7 @@ def check_tests(tests, where, entry_point=""):
 def start_supervisor(job, seconds, memory, unsafe):
     """What the supervisor says, a dict; without "reason" where it did not come to say anything."""
     settings = json.dumps([memory, seconds, unsafe])
-    command = [sys.executable, "-I", "-S", "-X", "utf8", "-c", child_program(), settings]
+    command = [sys.executable, "-I", "-S", "-X", "utf8", "-c", LOADER, settings]
     environment = {"MALLOC_ARENA_MAX": "1"}  # or each thread reserves another 64 MB of its address space
     if "LD_LIBRARY_PATH" in os.environ:  # Python may need it
         environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
@@ -1277,7 +1288,7 @@ def start_supervisor(job, seconds, memory, unsafe):
         )  # fmt: skip
         try:
             # The supervisor's own alarm comes first, unless it is caught in a long computation of a check.
-            said, errors = process.communicate(packed(job), timeout=seconds + 0.6)
+            said, errors = process.communicate(child_program() + packed(job), timeout=seconds + 0.6)
         except subprocess.TimeoutExpired:
             said, errors = b'{"reason": "time limit", "passed": 0, "layers": {"killed": "on"}}', b""
         finally:

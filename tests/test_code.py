@@ -447,7 +447,7 @@ def processes(seconds):
             line = path.read_bytes()
         except OSError:
             continue
-        if b"supervise()" in line and f" {seconds}, ".encode() in line:
+        if b"marshal" in line and f" {seconds}, ".encode() in line:
             found.append(path)
     return found
 
@@ -456,7 +456,7 @@ def processes(seconds):
 @pytest.mark.parametrize("name", ATTACKS)
 def test_attacks(name, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    seconds, marked = 0.6 + list(ATTACKS).index(name) / 1e4, f"marked-{os.getpid()}"
+    seconds, marked = 0.5 + list(ATTACKS).index(name) / 1e4, f"marked-{os.getpid()}"
     body = ATTACKS[name].replace("MARKED", marked).replace("SECRET-97531", "SECRET-9" + "7531")
     source = "def f(x):\n" + "".join(f"    {line}\n" for line in body.splitlines()) + "\n"
     modes = [
