@@ -689,7 +689,7 @@ def receive(fd, nonce, raw=False, most=OUTPUT):
     data = read(length)
     try:
         return data if raw else json.loads(data, object_hook=revive)
-    except (ValueError, TypeError, RecursionError):
+    except (ValueError, TypeError, OverflowError, RecursionError):
         raise Failed("died: something else than an answer came back") from None
 
 
@@ -933,7 +933,8 @@ def candidate(nonce, request):
 
 
 def supervise():
-    """Main function of the supervisor. Its input is a job (see run_code), its output {"reason", "passed", "layers"}."""
+    """Main function of the supervisor. Its input is a job (see run_code), its output two lines of JSON: the layers as soon as
+    the sandbox stands, and [reason, tests passed]."""
     memory, seconds, unsafe = json.loads(sys.argv[1])
     try:
         die_with_parent()
@@ -988,7 +989,7 @@ def supervise():
             os.wait()
     except ChildProcessError:
         pass
-    print(json.dumps({"reason": reason, "passed": pipes.passed, "layers": pipes.layers}), file=sys.__stdout__)
+    print(json.dumps([reason, pipes.passed]), file=sys.__stdout__)
 
 
 def map_users(child, nonce, pipes):
@@ -1022,7 +1023,7 @@ class Pipes:
 
     def __init__(self, requests, replies, nonce, source, prompt, unsafe):
         self.requests, self.replies, self.nonce, self.unsafe = requests, replies, nonce, unsafe
-        self.source, self.prompt, self.layers = source, prompt, {}
+        self.source, self.prompt, self.layers = source, prompt, None
         self.passed, self.test, self.module = 0, 1, False  # test: the number of the one that is running
 
     def start(self, module=False, stdin=""):
@@ -1030,7 +1031,11 @@ class Pipes:
         self.module = module
         request = {"source": self.source, "prompt": self.prompt, "module": module, "stdin": stdin}
         send(self.requests, self.nonce, request)
-        _, self.layers = self.receive()
+        if self.layers is None:  # nothing of the model's has run yet, so this is true
+            _, self.layers = self.receive()
+            print(json.dumps(self.layers), file=sys.__stdout__, flush=True)
+        elif self.receive() != ["layers", self.layers]:
+            raise Failed("died: something else than an answer came back")
         if not self.unsafe and set(self.layers.values()) != {"on"}:
             raise Failed("no sandbox")
         return self.reply()
@@ -1273,12 +1278,13 @@ def check_tests(tests, where, entry_point=""):
 
 
 def start_supervisor(job, seconds, memory, unsafe):
-    """What the supervisor says, a dict; without "reason" where it did not come to say anything."""
+    """(layers, reason, tests passed) of a job; layers are {"sandbox": what went wrong} where there was never a sandbox."""
     settings = json.dumps([memory, seconds, unsafe])
     command = [sys.executable, "-I", "-S", "-X", "utf8", "-c", LOADER, settings]
     environment = {"MALLOC_ARENA_MAX": "1"}  # or each thread reserves another 64 MB of its address space
     if "LD_LIBRARY_PATH" in os.environ:  # Python may need it
         environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
+    reason = "died"
     with tempfile.TemporaryDirectory() if unsafe else nullcontext("/") as folder:
         if unsafe:
             os.chmod(folder, 0o777)  # the candidate may be nobody
@@ -1286,27 +1292,49 @@ def start_supervisor(job, seconds, memory, unsafe):
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, cwd=folder,
             start_new_session=True,
         )  # fmt: skip
-        try:
-            # The supervisor's own alarm comes first, unless it is caught in a long computation of a check.
-            said, errors = process.communicate(child_program() + packed(job), timeout=seconds + 0.6)
-        except subprocess.TimeoutExpired:
-            said, errors = b'{"reason": "time limit", "passed": 0, "layers": {"killed": "on"}}', b""
-        finally:
+
+        def kill():
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()  # until the last process of the tree has closed what it holds
+
+        try:
+            # The supervisor's own alarm comes first, unless it is caught in a long computation of a check. The end of its
+            # output comes when the last process of the tree has closed what it holds.
+            said, errors = process.communicate(child_program() + packed(job), timeout=seconds + 0.6)
+        except subprocess.TimeoutExpired:
+            kill()
+            said, errors = process.communicate()
+            reason = "time limit"
+        except BaseException:  # Ctrl-C
+            kill()
+            raise
+        if unsafe:
+            kill()  # what no namespace has ended
+    lines = said.splitlines()
+    if not lines:
+        return {"sandbox": errors[-500:].decode(errors="replace") or reason}, reason, 0
+    return json.loads(lines[0]), *(json.loads(lines[1]) if len(lines) > 1 else (reason, 0))
+
+
+# A wall that was built may still not hold, where something only plays a Linux kernel.
+PROBE = """
+import os, resource, socket
+def refused(call, *args):
     try:
-        return json.loads(said)
-    except ValueError:
-        return {"layers": {}, "errors": errors[-500:].decode(errors="replace")}
+        call(*args)
+    except OSError as error:
+        return error.errno in (1, 30)
+print(refused(open, "/x", "w"), refused(lambda: os.fork() or os._exit(0)), refused(socket.socket), os.path.exists("/proc/self"),
+      os.getpid() < 9, os.getuid(), os.listdir("."), resource.getrlimit(resource.RLIMIT_NPROC)[0] < 100)
+"""
 
 
 @lru_cache(maxsize=1)
 def sandbox_layers():
     """The sandbox's walls on this machine: {name: "on", or why it could not be built}. Tried once, with a program of ours."""
-    job = {"kind": "stdin", "tests": [(1, "", "1")], "source": "print(1)", "prompt": ""}
-    said = start_supervisor(job, 10.0, 1 << 30, True)
-    return {**said["layers"], "a program runs": "on" if said.get("reason") == "passed" else said.get("reason", said.get("errors"))}
+    tests = [(1, "", f"True True True False True {NOBODY} [] True")]
+    layers, reason, _ = start_supervisor({"kind": "stdin", "tests": tests, "source": PROBE, "prompt": ""}, 10.0, 1 << 30, True)
+    return {**layers, "they hold": "on" if reason == "passed" else reason}
 
 
 def require_sandbox(unsafe=False):
@@ -1346,13 +1374,12 @@ def run_code(source, tests, *, entry_point="", prompt="", seconds=10.0, memory=1
     if len(job["tests"]) > limit:
         job["tests"] = sorted(random.Random(seed).sample(job["tests"], limit))
     for pause in (0.1, 1.0, 0.0):
-        said = start_supervisor(job, seconds, memory, unsafe)
-        if said["layers"] and (unsafe or set(said["layers"].values()) == {"on"}):
-            components = {"passed": said["passed"], "tests": len(job["tests"])}
-            score = float(said["reason"] == "passed")
-            return Verdict(score, said["reason"], time.perf_counter() - start, components)
+        layers, reason, passed = start_supervisor(job, seconds, memory, unsafe)
+        if "sandbox" not in layers and (unsafe or set(layers.values()) == {"on"}):
+            components = {"passed": passed, "tests": len(job["tests"])}
+            return Verdict(float(reason == "passed"), reason, time.perf_counter() - start, components)
         time.sleep(pause)
-    raise OSError(f"no sandbox could be built any more: {said}")
+    raise OSError(f"no sandbox could be built any more: {layers}")
 
 
 def verify_code(text, problem, **settings):

@@ -247,6 +247,23 @@ def test_checks(test, source, reason):
 
 
 @needs_sandbox
+@pytest.mark.parametrize("forged", [["layers", {"user namespace": "off"}], ["layers"], 5, {"complex": [10**400, 0]}, {"dict": 1}, {}, [[]]])
+def test_a_right_program_that_forges_what_comes_next(forged):
+    source = f"""
+import json, os, sys
+print(sum(map(int, input().split())), flush=True)
+frame, nonce = sys._getframe(), None
+while frame:
+    nonce = frame.f_locals.get("nonce", nonce)
+    frame = frame.f_back
+for body in (b'["ended"]', b'["gone", 0]', b'3', {json.dumps(forged).encode()}):
+    os.write(4, nonce + len(body).to_bytes(8, "big") + body)
+"""
+    verdict = ev.run_code(source, ADD, seconds=3)
+    assert verdict.score == 0 and verdict.reason.startswith("died") and verdict.components == {"passed": 1, "tests": 2}
+
+
+@needs_sandbox
 def test_tests_are_sampled():
     tests = [{"input": str(i), "output": "0" if i == 7 else str(i)} for i in range(30)]
     assert ev.run_code("print(input())", tests, limit=30).reason == "wrong output in test 8"
@@ -550,7 +567,7 @@ def test_without_namespaces_it_refuses_or_is_told_to_run(no_namespaces, tmp_path
 
 def test_a_sandbox_that_fails_is_no_verdict(monkeypatch):
     monkeypatch.setattr(ev, "require_sandbox", lambda unsafe: None)
-    monkeypatch.setattr(ev, "start_supervisor", lambda *_: {"layers": {"user namespace": "no space"}, "reason": "no sandbox"})
+    monkeypatch.setattr(ev, "start_supervisor", lambda *_: ({"user namespace": "no space"}, "no sandbox", 0))
     monkeypatch.setattr(ev.time, "sleep", lambda _: None)
     with pytest.raises(OSError, match="no space"):
         ev.run_code("print(3)", ADD)
