@@ -8,6 +8,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -620,3 +621,23 @@ def test_reward_of_code():
     assert train_rl.reward("no", "", 0.1, ev.Verdict(0.0, "no code")) == {
         "score": -0.1, "correct": False, "well_formed": False, "parsed": False
     }  # fmt: skip
+
+
+@needs_sandbox
+def test_training_rewards_code_and_answers_side_by_side(monkeypatch):
+    tokenizer = data.Tokenizer.byte_level()
+    problems = [data.Problem("1", "code", "Add.", "", {"tests": ADD}), data.Problem("2", "math", "1+1?", "2")]
+    right, wrong = reply("print(sum(map(int, input().split())))").strip(), reply("print(3)").strip()
+    texts = [[wrong, right], ["<think>x</think>\\boxed{2}", right]]
+    traces = [
+        SimpleNamespace(prompt_index=i, sample_index=j, stop="stop", tokens=[*tokenizer.encode(text), tokenizer.stop_ids[0]], logprobs=[])
+        for i, some in enumerate(texts)
+        for j, text in enumerate(some)
+    ]
+    monkeypatch.setattr(train_rl, "generate", lambda *_, **__: traces)
+    args = SimpleNamespace(group=2, max_new_tokens=9, temperature=1.0, slots=1, format_penalty=0.0, unsafe_local_execution=False)
+    pairs = [(problem, tokenizer.encode(problem.prompt)) for problem in problems]
+    ranks, stats = SimpleNamespace(rank=0, world=1), train_rl.new_stats()
+    groups = train_rl.sample_groups(None, pairs, tokenizer, args, 0, ranks, stats)
+    assert [[rollout.score for rollout in group] for group in groups] == [[0, 1], [1, 0]]
+    assert [sample["correct"] for sample in stats["samples"]] == [False, True, True, False]
