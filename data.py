@@ -492,7 +492,8 @@ def read_problems(path, limit=0, check_answer=None):
 
     Args:
         path: .jsonl, .jsonl.gz or a JSON array.
-        check_answer: a function that raises ValueError at an answer which nothing could be compared with.
+        check_answer: a function that raises ValueError at an answer which nothing could be compared with; where there are
+            only tests, it is not called.
     Returns:
         List of Problem. One without an id is named after its file and line.
     Raises:
@@ -505,7 +506,7 @@ def read_problems(path, limit=0, check_answer=None):
             raise ValueError(f"{where}: field id: {short(problem.id)} is also the id of {seen[problem.id]}")
         seen[problem.id] = where.rpartition(", ")[2]
         try:
-            if check_answer is not None:
+            if check_answer is not None and problem.answer:
                 check_answer(problem.answer)
         except ValueError as error:
             raise ValueError(f"{where}: field answer: {error}") from None

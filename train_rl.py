@@ -18,7 +18,7 @@ What is logged, by name
     t_sample, t_score, t_update   seconds (t_score: the verifier)
 
 Deviations from the paper: the weight of the cross-entropy on positives (0.1), the cache's size and age and the format penalty
-are not given there; groups without signal are dropped altogether; of rewards, maths and format are built. The paper's
+are not given there; groups without signal are dropped altogether; of rewards, maths, code and format are built. The paper's
 G = 16, temperature 0.85, clip (0.2, 0.28), TIS cap 2, beta = 0 and gamma = 0 are kept.
 To copy this file, also take train_sft.py, model.py, ssm_scan.py, data.py and eval.py.
 """
@@ -38,7 +38,7 @@ from tqdm import tqdm
 import data
 import train_sft
 from data import flag
-from eval import check_gold, extract_answer, is_equivalent
+from eval import check_code, check_gold, extract_answer, extract_code, is_equivalent, verify_many
 from model import generate
 from train_sft import check
 
@@ -47,7 +47,7 @@ from train_sft import check
 class Args:
     out: str = flag("runs/tiny/rl", "folder of the run")
     init: str = flag("runs/tiny/sft", "checkpoint to start from")
-    problems: str = flag("runs/tiny/data/rl.jsonl", "problems with answers, disjoint from the SFT data")
+    problems: str = flag("runs/tiny/data/rl.jsonl", "problems with answers or tests, disjoint from the SFT data")
     steps: int = flag(16, "updates")
     prompts: int = flag(16, "groups in an update, and prompts in a sampling call")
     group: int = flag(16, "traces of a prompt, the paper's G")
@@ -62,6 +62,7 @@ class Args:
     positive_weight: float = flag(0.1, "mu, weight of the cross-entropy on correct samples")
     normalise: str = flag("sequence", "sequence: mean over each answer, then over answers (paper); token: over all tokens (DAPO)")
     format_penalty: float = flag(0.1, "taken off an answer that is not <think>reasoning</think>answer")
+    unsafe_local_execution: bool = flag(False, "run programs of the model even where they cannot be isolated")
     max_calls: int = flag(6, "sampling calls a step may make before it goes on with fewer groups")
     cache: int = flag(32, "surplus groups kept for later steps")
     cache_age: int = flag(2, "steps after which a kept group is dropped")
@@ -126,11 +127,11 @@ def token_weights(lengths, normalise):
 WELL_FORMED = re.compile(r"<think>(?!\s*</think>)((?!<think>|</think>).)+</think>((?!<think>|</think>|<\|im_end\|>).)+<\|im_end\|>", re.S)
 
 
-def reward(text, gold, penalty):
-    """Score of one trace and its parts: 1 for an answer equivalent to gold, less `penalty` for leaving the format
-    <think>reasoning</think>answer<|im_end|>. text holds special tokens as text."""
-    answer = extract_answer(text)
-    correct = answer is not None and is_equivalent(answer, gold)
+def reward(text, gold, penalty, verdict=None):
+    """Score of one trace and its parts: 1 for an answer equivalent to gold, or a verdict on its code with score 1, less
+    `penalty` for leaving the format <think>reasoning</think>answer<|im_end|>. text holds special tokens as text."""
+    answer = extract_answer(text) if verdict is None else extract_code(text.removesuffix("<|im_end|>"))
+    correct = answer is not None and (is_equivalent(answer, gold) if verdict is None else verdict.score == 1)
     well_formed = WELL_FORMED.fullmatch(text) is not None
     return {"score": float(correct) - penalty * (not well_formed), "correct": correct, "well_formed": well_formed,
             "parsed": answer is not None}
@@ -194,10 +195,13 @@ def sample_groups(sampler, pairs, tokenizer, args, seed, ranks, stats):
                       temperature=args.temperature, seed=seed, stop_ids=tokenizer.stop_ids, slots=args.slots, admit=own)
     stats["t_sample"] += time.time() - start
     start, made = time.time(), [([], []) for _ in pairs]  # of each prompt: its group, and what is logged of it
-    for trace in traces:
+    texts = [tokenizer.decode(trace.tokens) for trace in traces]
+    code = [(text.removesuffix("<|im_end|>"), pairs[trace.prompt_index][0]) for text, trace in zip(texts, traces)
+            if not pairs[trace.prompt_index][0].answer]
+    verdicts = iter(verify_many(code, unsafe=args.unsafe_local_execution))
+    for trace, text in zip(traces, texts):
         problem, prompt = pairs[trace.prompt_index]
-        text = tokenizer.decode(trace.tokens)
-        score = reward(text, problem.answer, args.format_penalty)
+        score = reward(text, problem.answer, args.format_penalty, None if problem.answer else next(verdicts))
         group, samples = made[trace.prompt_index]
         group.append(new_rollout(prompt, trace, score))
         samples.append({**score, "length": len(trace.tokens), "truncated": trace.stop == "length", "text": text,
@@ -337,6 +341,7 @@ def load(args, ranks):
     token_weights([1], args.normalise)
     check_verifier()
     problems = data.read_problems(args.problems, args.limit, check_gold)
+    check_code(problems, args.problems, args.unsafe_local_execution, quiet=ranks.rank > 0)
     tokenizer = train_sft.load_tokenizer(args.init)
     return tokenizer, train_sft.shard(train_sft.load_model(args.init), ranks, args.checkpoint_activations), problems
 
