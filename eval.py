@@ -101,15 +101,19 @@ class Unreadable(ValueError):
 
 SEPARATOR = r",\\!\s*|\{,\}|\\,|\\\s|~"  # of thousands; a bare comma is one too, but may separate items as well
 TOKEN = re.compile(
-    rf"""(?P<skip>\s+|\\[!,;:()\[\]\s]|~|\\?\$|[£€]|\\(?:left|right)(?![A-Za-z])\.?
-               |\\(?:[bB]igg?[lrm]?|displaystyle|q?quad)(?![A-Za-z]))
+    rf"""\\(?P<bar>left|right)\s*(?:\||\\vert(?![A-Za-z]))
+       |(?P<skip>\s+|\\[!,;:()\[\]\s]|~|\$|\\(?:left|right)(?![A-Za-z])\.?
+               |\\(?:[bB]igg?[lrm]?|displaystyle|q?quad|vec)(?![A-Za-z]))
        |\\(?:text(?:bf|it|rm)?|mbox|math(?:rm|bf|it)|operatorname)\s*\{{(?P<text>[^{{}}]*)\}}
        |(?P<degree>\^\s*\\circ(?![a-z])|\^\s*\{{\s*\\circ\s*\}}|\\degree(?![a-z])|°)
+        (?:\s*(?:\\(?:text|mathrm)\s*\{{\s*)?(?P<thermometer>[CF])(?![A-Za-z])(?:\s*\}})?)?
+       |(?P<digits>[0-9]*\.[0-9]*)\\(?:overline|bar)\s*\{{(?P<cycle>[0-9]+)\}}
        |(?P<thousands>[1-9][0-9]{{0,2}}(?:(?:{SEPARATOR}|,)[0-9]{{3}})+(?![0-9])(?:\.[0-9]+)?)
        |(?P<number>[0-9]+(?:\.[0-9]*)?|\.[0-9]+)
-       |(?P<name>(?:[A-Za-z]|\\log)_(?:[A-Za-z0-9]|\{{[A-Za-z0-9]+\}}))
+       |(?P<name>[A-Za-z]_(?:[A-Za-z0-9]|\{{[A-Za-z0-9]+\}})|\\mathbb\s*(?:[A-Z]|\{{[A-Z]\}}))
+       |(?P<log>\\log\s*_\s*(?=[0-9]))
        |_(?P<base>[0-9]+|\{{[0-9]+\}})
-       |(?P<matrix>\\(?:begin|end)\s*\{{[bpv]?matrix\}})
+       |\\(?P<matrix>begin|end)\s*\{{(?:[bp]?matrix|array)\}}(?:\{{[lcr|\s]*\}})?
        |(?P<word>[A-Za-z]+)
        |(?P<symbol>\\[A-Za-z]+|\\.|\*\*|<=|>=|!=|.)""",
     re.VERBOSE | re.DOTALL,
@@ -119,20 +123,35 @@ SPELLINGS = {
     "<": r"\lt", "<=": r"\le \leq \leqslant ≤", ">": r"\gt", ">=": r"\ge \geq \geqslant ≥", "!=": r"\ne \neq ≠",
     "∈": r"\in", "∪": r"\cup", "∅": r"\emptyset \varnothing", "∞": r"\infty inf infinity", "π": r"\pi pi",
     "(": r"\langle \lparen", ")": r"\rangle \rparen", r"\{": r"\lbrace", r"\}": r"\rbrace", ",": "; or and",
-    r"\frac": r"\dfrac \tfrac \cfrac", r"\sqrt": "sqrt √",
+    r"\frac": r"\dfrac \tfrac \cfrac", r"\sqrt": "sqrt √", r"\binom": r"\dbinom \tbinom", "|": r"\vert",
+    r"\lfloor": "⌊", r"\rfloor": "⌋", r"\lceil": "⌈", r"\rceil": "⌉",
 }  # fmt: skip
 SPELLING = {other: one for one, others in SPELLINGS.items() for other in others.split()}
-# Functions and Greek letters are variables like others: \log 8 equals itself, and not 3 \log 2.
-NAMED = (
-    r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc|log|ln|exp"
-    r"|alpha|beta|gamma|delta|epsilon|theta|lambda|mu|nu|rho|sigma|tau|phi|varphi|psi|omega)"
-)
+GREEK = r"\\(?:alpha|beta|gamma|delta|epsilon|theta|lambda|mu|nu|rho|sigma|tau|phi|varphi|psi|omega)"
+TRIGONOMETRIC = {
+    r"\sin": cmath.sin, r"\cos": cmath.cos, r"\tan": cmath.tan, r"\cot": lambda x: 1 / cmath.tan(x),
+    r"\sec": lambda x: 1 / cmath.cos(x), r"\csc": lambda x: 1 / cmath.sin(x),
+}  # fmt: skip
+FUNCTIONS = {
+    **TRIGONOMETRIC, r"\arcsin": cmath.asin, r"\arccos": cmath.acos, r"\arctan": cmath.atan,
+    r"\arccot": lambda x: cmath.atan(1 / x), r"\arcsec": lambda x: cmath.acos(1 / x),
+    r"\arccsc": lambda x: cmath.asin(1 / x), r"\sinh": cmath.sinh, r"\cosh": cmath.cosh, r"\tanh": cmath.tanh,
+    r"\exp": cmath.exp, r"\ln": lambda x: ln(x), r"\log": lambda x: ln(x), r"\lg": lambda x: ln(x) / math.log(10),
+}  # fmt: skip
+CURRENCIES = {r"\$": "dollar", "£": "pound sterling", "€": "euro"}  # a bare $ is LaTeX's
 UNITS = {
     "mm": "millimeter", "cm": "centimeter", "m": "meter", "km": "kilometer", "in": "inch inches", "ft": "foot feet",
     "yd": "yard", "mi": "mile", "g": "gram", "kg": "kilogram", "lb": "pound", "oz": "ounce", "s": "second sec",
     "min": "minute", "h": "hour hr", "day": "", "week": "", "year": "", "cent": "", "dollar": "", "degree": "",
 }  # fmt: skip
 SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
+ONES = "one two three four five six seven eight nine".split()
+TEENS = "zero ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
+TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+NUMBER_WORDS = dict(zip(ONES + TEENS + TENS, [*range(1, 10), 0, *range(10, 20), *range(20, 100, 10)]))
+NUMBER_WORD = re.compile(
+    rf"\b(?:(?:{'|'.join(TENS)})[ -](?:{'|'.join(ONES)})|{'|'.join(NUMBER_WORDS)})\b", re.IGNORECASE
+)
 UNIT = {
     spelling + plural: unit
     for unit, others in UNITS.items()
@@ -158,23 +177,39 @@ def tokenize(answer, thousands=True):
             tokens.append(("number", re.sub(rf"{SEPARATOR}|,", "", text)))
         elif kind == "text":
             tokens += text_tokens(match["text"])
+        elif kind == "cycle":
+            tokens.append(("number", str(repeating_decimal(match["digits"], match["cycle"]))))
+        elif kind == "log":  # \log_23 is log 3 to the base 2
+            tokens += [("function", r"\log"), ("op", "_")]
         elif kind in ("number", "name", "base"):
-            tokens.append((kind, text.strip("_{}") if kind == "base" else re.sub("[{}]", "", text)))
+            tokens.append((kind, re.sub(r"[{}\s]", "", text).lstrip("_")))
         elif kind == "word":
             tokens += word_tokens(text)
         elif kind != "skip":
             text = SPELLING.get(text, text)
-            text = {"degree": "°", "matrix": "begin" if "begin" in text else "end"}.get(kind, text)
+            if kind in ("degree", "thermometer"):
+                text = "°" + (match["thermometer"] or "")
+            elif kind in ("matrix", "bar"):
+                text = match[kind]
             brackets += (text in ("(", "[", r"\{")) - (text in (")", "]", r"\}"))
-            tokens.append(("name" if text in ("π", "∞") or re.fullmatch(NAMED, text) else "op", text))
+            name = text in ("π", "∞") or re.fullmatch(GREEK, text)
+            tokens.append(("function" if text in FUNCTIONS else "name" if name else "op", text))
     return tokens
+
+
+def repeating_decimal(digits, cycle):
+    r"""0.1\overline{6}: the digits 0.1 and then the cycle 6 for ever."""
+    decimals = len(digits.partition(".")[2])
+    return Fraction(f"0{digits}0") + Fraction(int(cycle), (10 ** len(cycle) - 1) * 10**decimals)
 
 
 def word_tokens(word):
     r"""Letters outside \text{}: a constant, a function, a unit, a word of four letters or more; else variables."""
     if word in SPELLING:
         return tokenize(SPELLING[word])
-    if re.fullmatch(NAMED, "\\" + word):
+    if "\\" + word in FUNCTIONS:
+        return [("function", "\\" + word)]
+    if re.fullmatch(GREEK, "\\" + word):
         return [("name", "\\" + word)]
     if len(word) > 3 or len(word) > 1 and word in UNIT:
         return [("text", word.casefold())]
@@ -186,6 +221,8 @@ def text_tokens(text):
     if re.search("[0-9]", text) or len(text.strip(" ().")) < 2:
         return tokenize(text.strip(" ."))
     text = " ".join(text.casefold().split())
+    if "\\" + text in FUNCTIONS:
+        return [("function", "\\" + text)]
     sign = {"and": ",", "or": ",", "percent": "%"}.get(text)
     return [("op", sign) if sign else ("text", text)]
 
@@ -193,6 +230,14 @@ def text_tokens(text):
 SIGNS = ("+", "-", "±", "∓")
 RELATIONS = ("=", "<", "<=", ">", ">=", "!=", "∈")
 CLOSING = {"(": (")", "]"), "[": (")", "]"), "{": ("}",), r"\{": (r"\}",)}
+FENCES = {
+    "|": ("|", abs), r"\lvert": (r"\rvert", abs), "left": ("right", abs),
+    r"\lfloor": (r"\rfloor", lambda x: floor(x)), r"\lceil": (r"\rceil", lambda x: -floor(-x)),
+}  # fmt: skip
+
+
+POSTFIXES = {"!", "%", "°", "°C", "°F", *CURRENCIES}
+FACTORS = {"(", "[", "{", r"\frac", r"\sqrt", r"\binom", "begin", *FENCES}  # what a factor may start with
 
 
 class Parser:
@@ -214,8 +259,10 @@ class Parser:
     product  unary ((("*" | "/") unary) | power | unit)*
     unary    sign unary | power
     power    postfix ("^" unary)?
-    postfix  primary ("!" | "%" | "°" | base)*
+    postfix  primary ("!" | "%" | "°" | currency | base)*
     primary  number | name | word | bracket answer bracket | \frac argument argument | \sqrt[sum] argument | matrix
+             | \binom argument argument | function | "|" sum "|" | currency unary
+    function name ("_" argument)? ("^" argument)? (bracket | sign? power power*)
     """
 
     def __init__(self, tokens, either, percent):
@@ -223,6 +270,8 @@ class Parser:
         self.sign = {"+": 1, "-": -1, "±": either, "∓": -either}  # either: 1 or -1, what ± means this time
         self.percent = percent  # what % multiplies by
         self.units, self.met = set(), set()  # units and signs met on the way
+        self.degree = None  # what ° multiplies by; None outside sines: a unit
+        self.bars = False  # whether the next | closes one
 
     @property
     def kind(self):
@@ -264,7 +313,7 @@ class Parser:
         if not relations:
             return members[0]
         left = itertools.takewhile(lambda token: token[1] not in RELATIONS, self.tokens[start:])
-        named = all(kind == "name" or text in ("(", ")", ",") for kind, text in left)
+        named = all(kind == "name" and text not in ("π", "∞") or text in ("(", ")", ",") for kind, text in left)
         return members[1] if relations == ["∈"] and named else ("relation", relations, members, named)
 
     def union(self):
@@ -282,31 +331,35 @@ class Parser:
         result = self.unary()
         while True:
             if self.op in ("*", "/"):
-                operator = {"*": lambda x, y: x * y, "/": lambda x, y: x / y}[self.take()]
-                result = number(operator, result, self.unary())
+                division = self.take() == "/"
+                factor = self.unary()
+                result = number(lambda x, y: x / y, result, factor) if division else times(result, factor)
             elif self.starts_factor():
-                result = number(lambda x, y: x * y, result, self.power())
+                result = times(result, self.power())
             elif self.kind == "text":
                 result = self.unit(result)
             else:
                 return result
 
     def starts_factor(self):
-        if self.kind == "number":  # "2 3" and "x2" are not meant as products, \log 3 is read as one
-            return self.tokens[self.at - 1][0] == "op" or self.tokens[self.at - 1][1].startswith("\\")
-        return self.kind == "name" or self.op in ("(", "[", "{", r"\frac", r"\sqrt")
+        if self.kind == "number":  # "2 3" and "x2" are not meant as products
+            return self.tokens[self.at - 1][0] == "op"
+        if self.op == "|":
+            return not self.bars
+        return self.kind in ("name", "function") or self.op in FACTORS
 
     def unit(self, value):
         """`million`, `cm`, `square inches`, `inches^2`. A word that is no known unit (5 apples) is passed over."""
-        *words, unit = self.take().strip(".").split()
+        *words, unit = self.take().replace("/", " per ").strip(".").split()
         if {*words, unit} & {"not", "or", "more", "less", "least", "most", "than"}:
             raise Unreadable(f"{unit} after a number")
         exponent = constant({"square": 2, "sq": 2, "cubic": 3}.get(words[-1] if words else "", 1))
         if self.op == "^":
             self.take()
-            exponent = self.argument()
+            exponent = number(lambda x: x, self.argument())
+        self.units |= {(UNIT[word], "1") for word in words if word in UNIT}
         if unit in UNIT:
-            self.units.add((UNIT[unit], str(exponent)))
+            self.units.add((UNIT[unit], str(exponent[1][0])))
         scale = math.prod(SCALES.get(word, 1) for word in (*words, unit))
         return number(lambda x: x * scale, value)
 
@@ -325,14 +378,20 @@ class Parser:
 
     def postfix(self):
         value = self.primary()
-        while self.op in ("!", "%", "°") or self.kind == "base" and self.tokens[self.at - 1][0] == "number":
-            mark = self.take()
+        while self.op in POSTFIXES or self.kind == "base" and self.tokens[self.at - 1][0] == "number":
+            kind, mark = self.kind, self.take()
             if mark == "!":
-                value = number(factorial, value)
+                double = self.op == "!"  # 5!! is 5 * 3 * 1, and not (5!)!
+                self.at += double
+                value = number(lambda x, step=1 + double: factorial(x, step), value)
             elif mark == "%":
                 value = number(lambda x: x * self.percent, value)
-            else:  # 90° is 90 with a unit, and so is 2516_8
-                self.units.add((UNIT["degree"], str(constant(1))) if mark == "°" else ("base", mark))
+            elif mark == "°" and self.degree is not None:
+                value = number(lambda x: x * self.degree, value)
+            elif kind == "base":  # 2516_8 is 2516 with a unit, and so are 90°, 20°C and 5€
+                self.units.add(("base", mark))
+            else:
+                self.units |= {(CURRENCIES.get(mark, mark), "1")} | ({("degree", "1")} if "°" in mark else set())
         return value
 
     def primary(self):
@@ -347,10 +406,19 @@ class Parser:
             return self.bracket(text)
         if text == r"\frac":
             return number(lambda x, y: x / y, self.argument(), self.argument())
+        if text == r"\binom":
+            return number(binomial, self.argument(), self.argument())
         if text == r"\sqrt":
             return self.root()
         if text == "begin":
             return self.matrix()
+        if kind == "function":
+            return self.function(text)
+        if text in FENCES:
+            return self.fenced(text)
+        if text in CURRENCIES:
+            self.units.add((CURRENCIES[text], "1"))
+            return self.unary()
         if text == "∅":
             return ("bag", [])
         raise Unreadable(f"cannot read {text!r}" if text else "ends too early")
@@ -386,9 +454,49 @@ class Parser:
         radicand = constant(self.take()) if self.kind == "number" else self.primary()
         return number(lambda x, n: power(x, 1 / n), radicand, index)
 
+    def function(self, name):
+        r"""\sin x, \sin(x), \sin^2 x, \sin^{-1} x, \log_2 x. Without brackets, \sin 2x y + z is \sin(2xy) + z."""
+        formula, base, exponent = FUNCTIONS[name], None, constant(1)
+        if name == r"\log" and (self.kind == "base" or self.op == "_"):
+            base = constant(self.take()) if self.kind == "base" else self.take() and self.argument()
+        elif name == r"\log":  # to the base 10 or e, depending on whom one asks: as many times \ln as an unknown number
+            base = number(cmath.exp, ("number", [value_of_name(name, point) for point in range(POINTS)]))
+        if self.op == "^":
+            self.take()
+            exponent = self.argument()
+        if exponent == constant(-1) and name in TRIGONOMETRIC:  # not 1/sin
+            formula, exponent = FUNCTIONS[name.replace("\\", r"\arc")], constant(1)
+        degree, self.degree = self.degree, math.pi / 180 if name in TRIGONOMETRIC else self.degree
+        value = self.function_argument()
+        self.degree = degree
+        value = number(formula, value)
+        if base is not None:
+            value = number(lambda x, b: x / ln(b), value, base)
+        return value if exponent == constant(1) else number(power, value, exponent)
+
+    def function_argument(self):
+        if self.op in ("(", "[", "{"):
+            return self.primary()
+        sign = self.sign[self.take()] if self.op in SIGNS else 1
+        value = number(lambda x: sign * x, self.power())
+        while self.starts_factor() and self.kind != "function" and self.op not in ("(", "["):
+            value = times(value, self.power())
+        return value
+
+    def fenced(self, opening):
+        r"""|x|, \lfloor x \rfloor. A plain | closes the one that is open: |x|y|z| is a product."""
+        closing, formula = FENCES[opening]
+        bars, self.bars = self.bars, opening == "|"
+        value = self.sum()
+        self.take(closing)
+        self.bars = bars
+        return number(formula, value)
+
     def bracket(self, opening):
+        bars, self.bars = self.bars, False
         items = [] if self.op in CLOSING[opening] else self.chain(self.item, [","])[1]
         brackets = opening + self.take(*CLOSING[opening])
+        self.bars = bars
         if opening == r"\{" or brackets == "{}" and len(items) > 1:
             return bag(items)
         if len(items) == 1 and brackets in ("()", "[]", "{}"):
@@ -412,10 +520,20 @@ def number(function, *numbers):
     if any(value[0] != "number" for value in numbers):
         raise Unreadable("something else stands where a number should")
     results = [function(*xs) for xs in zip(*(value[1] for value in numbers))]
+    results = [x.real if isinstance(x, complex) and x.imag == 0 else x for x in results]
     for x in results:
         if isinstance(x, Fraction) and max(x.numerator.bit_length(), x.denominator.bit_length()) > MAX_BITS:
             raise Unreadable("a number too large")
     return ("number", results)
+
+
+def times(a, b):
+    """A product. A number times a matrix is the matrix of the products."""
+    if b[0] == "number" and a[0] == "tuple":
+        a, b = b, a
+    if b[0] == "tuple" and b[1] in ("matrix", "row"):
+        return ("tuple", b[1], [times(a, entry) for entry in b[2]])
+    return number(lambda x, y: x * y, a, b)
 
 
 def constant(text):
@@ -427,33 +545,62 @@ def value_of_name(name, point):
     if name in (known := {"π": math.pi, "e": math.e, "i": 1j, "∞": math.inf}):
         return known[name]
     # Rational, so that polynomials are compared exactly; of both signs, so that x is not sqrt(x^2); an odd number over
-    # 1024, so that no root of a short equation is hit; the same in every run.
+    # 4096, so that no root of a short equation is hit; below 4, so that e^{x^3} is no overflow; the same in every run.
     sign = -1 if (zlib.crc32(name.encode()) + point) % 2 else 1
-    return sign * Fraction(zlib.crc32(f"{name} {point}".encode()) % 5000 * 2 + 1, 1024)
+    return sign * Fraction(zlib.crc32(f"{name} {point}".encode()) % 8192 * 2 + 1, 4096)
 
 
 def power(base, exponent):
     """base ** exponent: exact where it is rational; an odd root of a negative number is the real one."""
-    if not (isinstance(base, Fraction) and isinstance(exponent, Fraction)):
+    if isinstance(base, complex) or not isinstance(exponent, Fraction):
         return complex(base) ** complex(exponent)
+    if isinstance(base, float) and base < 0 and exponent.denominator % 2:
+        return complex(-base) ** float(exponent) * (-1) ** exponent.numerator
+    if isinstance(base, float):
+        return complex(base) ** float(exponent)
     p, q = exponent.numerator, exponent.denominator
-    if abs(p) * max(base.numerator.bit_length(), base.denominator.bit_length()) > MAX_BITS or q > MAX_BITS:
-        raise Unreadable("a power too large")
-    if q == 1:
-        return base**p
-    if base < 0 and q % 2:
+    if base < 0 and q > 1 and q % 2:
         return power(-base, exponent) * (-1) ** p
-    if base > 0:
+    root = base
+    if base > 0 and q > 1:
         root = Fraction(round(base.numerator ** (1 / q)), round(base.denominator ** (1 / q)))
-        if root**q == base:
-            return root**p
-    return complex(base) ** float(exponent)
+    if q > 1 and (base < 0 or root**q != base):
+        return complex(base) ** float(exponent)
+    if abs(p) * max(root.numerator.bit_length(), root.denominator.bit_length()) > MAX_BITS:
+        raise Unreadable("a power too large")
+    return root**p
 
 
-def factorial(n):
-    if not isinstance(n, Fraction) or n.denominator != 1 or not 0 <= n <= 500:
+def ln(x):
+    if isinstance(x, Fraction) and x > 0:  # also of numbers that no float could hold
+        return math.log(x.numerator) - math.log(x.denominator)
+    return cmath.log(x)
+
+
+def floor(x):
+    """Of a float that is nearly an integer: that integer, which rounding has missed."""
+    if isinstance(x, float) and abs(x - round(x)) < 1e-9:
+        return Fraction(round(x))
+    return Fraction(math.floor(x))
+
+
+def factorial(n, step=1):
+    """n!, for step 2 n!!. Between the integers, where variables are, n! is Euler's gamma(n + 1)."""
+    if isinstance(n, Fraction) and n.denominator == 1 and 0 <= n <= 500:
+        return Fraction(math.prod(range(int(n), 0, -step)))
+    if isinstance(n, complex) or step > 1 or n == int(n) or abs(n) > 100:
         raise Unreadable("a factorial of something else than 0 to 500")
-    return Fraction(math.factorial(int(n)))
+    return math.gamma(n + 1)
+
+
+def binomial(n, k):
+    """C(n, k) = n (n - 1) ... (n - k + 1) / k!, exactly where k is 0, 1, ..., 500."""
+    if not (isinstance(k, Fraction) and k.denominator == 1):
+        return factorial(n) / (factorial(k) * factorial(n - k))
+    bits = max(n.numerator.bit_length(), n.denominator.bit_length()) if isinstance(n, Fraction) else 1
+    if not 0 <= k <= 500 or k * bits > 2 * MAX_BITS:
+        raise Unreadable("a binomial coefficient too large")
+    return math.prod((n - i for i in range(int(k))), start=Fraction(1)) / math.factorial(int(k))
 
 
 def bag(items):
@@ -516,10 +663,13 @@ def statements(relations, members):
     return said
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1024)  # of hostile answers, each may hold a hundred kilobytes
 def read(answer, thousands, percent):
     """(values, units, whether a % was met) of an answer; raises Unreadable."""
-    text = answer.strip().rstrip(".")
+    exact, *rounded = re.split(r"\\approx(?![A-Za-z])|≈", answer.strip().rstrip("."))
+    # 5\sqrt2 ≈ 7.07 says 5\sqrt2, and x ≈ 7.07 says 7.07
+    text = rounded[0] if rounded and re.fullmatch(r"[\s$]*[A-Za-z]?\s*", exact) else exact
+    text = NUMBER_WORD.sub(lambda match: str(sum(map(NUMBER_WORDS.get, re.split("[ -]", match[0].lower())))), text)
     words = " ".join(re.sub(r"\\(?:text(?:bf|it|rm)?|mbox)\s*\{([^{}]*)\}", r"\1", text).casefold().split()).rstrip(".")
     as_words = ("word", words), frozenset(), False
     if re.fullmatch(r"[a-z' -]*[a-z]{3}[a-z' -]*", words) and not {*words.split()} & {*SPELLING}:
@@ -555,7 +705,24 @@ def is_equivalent(prediction, gold):
     tokens, gold_tokens = (tokenize(answer.strip().rstrip(".")) for answer in (prediction, gold))
     if not tokens or not gold_tokens:
         return False
-    return tokens == gold_tokens or same_reading(prediction, gold, True) or same_reading(prediction, gold, False)
+    if tokens == gold_tokens or same_reading(prediction, gold, True) or same_reading(prediction, gold, False):
+        return True
+    # Where a letter is the answer to a multiple choice, (B) and `B. 12` answer B. Both ways, so that votes can be counted
+    letters = [option(prediction), option(gold)]
+    return None not in letters and letters[0][0] == letters[1][0] and "" in (letters[0][1], letters[1][1])
+
+
+OPTION = re.compile(r"\(?([A-Z])(?:\)[.:]?|[.:]|$)\s*(.*)", re.DOTALL)
+OTHER_OPTION = re.compile(r"(?<![A-Za-z])\(?[A-Z](?:\)|[.:]|$)")
+
+
+def option(answer):
+    r"""(letter, text) of an answer to a multiple choice such as B, (B), \textbf{(B)} 12, `B. 12`; None for anything else.
+
+    One that names a second letter is not an answer."""
+    text = re.sub(r"\\(?:text(?:bf|it|rm)?|mbox|math(?:rm|bf|it))\s*\{([^{}]*)\}|[$*~]|\\[ ,;:!]", r"\1 ", answer).strip()
+    found = OPTION.fullmatch(text)
+    return None if not found or OTHER_OPTION.search(found[2]) else (found[1], found[2].strip())
 
 
 def same_reading(prediction, gold, thousands):
@@ -563,7 +730,7 @@ def same_reading(prediction, gold, thousands):
         (a, units, percent), (b, gold_units, gold_percent) = (
             read(answer, thousands, Fraction(1, 100)) for answer in (prediction, gold)
         )
-        if units and gold_units and units != gold_units:
+        if not (units <= gold_units or units >= gold_units):
             return False
         if same(a, b) or percent == gold_percent:
             return same(a, b)
