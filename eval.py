@@ -920,8 +920,11 @@ class Judge:
                 error.close()
                 if error.code < 500 and error.code not in (408, 429):
                     break
-            except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: a URL that is none
+            except (OSError, http.client.HTTPException) as error:
                 why = f"{type(error).__name__}: {error}"
+            except ValueError as error:  # no URL, or a response without end
+                why = str(error)
+                break
             else:
                 try:
                     verdict = parse_verdict(json.loads(response)["choices"][0]["message"]["content"])
@@ -974,7 +977,10 @@ def format_ok(reply):
 
 def script_of(character):
     """LATIN, CYRILLIC, CJK, ...: the first word of a letter's Unicode name. None for what is no letter."""
-    return unicodedata.name(character, "").partition(" ")[0] if unicodedata.category(character)[0] == "L" else None
+    if unicodedata.category(character) not in ("Lu", "Ll", "Lt", "Lo"):  # modifier letters belong to no one script
+        return None
+    script = unicodedata.name(character, "").partition(" ")[0]
+    return "KANA" if script in ("HIRAGANA", "KATAKANA") else script
 
 
 def mixed_scripts(reply, prompt):
