@@ -25,7 +25,9 @@ Methods (rows of the report), n samples a problem
 
 Deviations from the paper (arXiv 2601.02346)
 - Its first tier compares strings and uses a computer algebra system, its second is a model. Here one parser of its own
-  does all: it knows numbers, roots and polynomials exactly or to 1e-13, and no calculus. It never runs eval().
+  evaluates both answers, rational numbers exactly and others to 1e-13, variables at three points: expressions that agree
+  there are the same but for a chance that can be neglected (Schwartz and Zippel, for polynomials). So it simplifies
+  nothing and cannot hang. It knows no calculus and never runs eval().
 - Its 32768 tokens or more, temperature 0.6 and top-p 0.95 are flags; the defaults fit the small run.
 
 To copy sections 1 to 3 (answers, estimators) nothing else is needed; to copy all, also take the other five files that
@@ -255,7 +257,7 @@ class Parser:
     ("tuple", brackets, [value, ...])         a point, an interval, a matrix as a tuple of rows
     ("bag", [value, ...])                     a set or a bare list, without order; what is there twice counts once
     ("union", [value, ...])                   of intervals
-    ("relation", signs, [value, ...], named)  named: on the left stands just a name, such as x, f(x) or (x, y)
+    ("relation", signs, [value, ...], names)  names: of each value, whether just a name stands there: x, f(x), (x, y)
     ("word", text)
 
     The grammar, a rule a method:
@@ -320,9 +322,13 @@ class Parser:
         relations, members = self.chain(self.union, RELATIONS)
         if not relations:
             return members[0]
-        left = itertools.takewhile(lambda token: token[1] not in RELATIONS, self.tokens[start:])
-        named = all(kind == "name" and text not in ("π", "∞") or text in ("(", ")", ",") for kind, text in left)
-        return members[1] if relations == ["∈"] and named else ("relation", relations, members, named)
+        names = [True]
+        for kind, text in self.tokens[start : self.at]:
+            if text in RELATIONS:
+                names.append(True)
+            elif not (kind == "name" and text not in ("π", "∞") or text in ("(", ")", ",")):
+                names[-1] = False
+        return members[1] if relations == ["∈"] and names[0] else ("relation", relations, members, names)
 
     def union(self):
         members = self.chain(self.sum, ["∪"])[1]
@@ -637,10 +643,28 @@ def same(a, b):
             return same_in_any_order(xs, ys)
         case (("relation", *_), ("relation", *_)):
             return same_in_any_order(statements(*a[1:3]), statements(*b[1:3]))
-        case (("relation", relations, members, named), value) | (value, ("relation", relations, members, named)):
+        case (("relation", relations, members, names), value) | (value, ("relation", relations, members, names)):
+            if value[0] == "tuple":
+                value_of_x = interval(relations, members, names)
+                if value_of_x:  # x > 3 answers (3, ∞)
+                    return same(value_of_x, value)
             # x = 5 answers 5, and so do x = 2 + 3 = 5 and 2 + 3 = 5; 41 = 42 answers nothing
-            return set(relations) == {"="} and all(same(member, value) for member in members[named:])
+            return set(relations) == {"="} and all(same(member, value) for member in members[names[0] :])
+        case (("bag", xs), ("union", ys)) | (("union", ys), ("bag", xs)):  # x < 1 or x > 3 answers (-∞, 1) ∪ (3, ∞)
+            return all(x[0] == "relation" for x in xs) and same_in_any_order(xs, ys)
     return a == b
+
+
+def interval(relations, members, names):
+    """The interval that x > 3 or 1 < x <= 3 says, None for other relations."""
+    if set(relations) <= {">", ">="}:
+        relations, members, names = [sign.replace(">", "<") for sign in relations[::-1]], members[::-1], names[::-1]
+    if not set(relations) <= {"<", "<="} or names not in ([True, False], [False, True], [False, True, False]):
+        return None
+    infinity = ("number", [math.inf] * POINTS)
+    low = ("(", number(lambda x: -x, infinity)) if names[0] else ("[" if relations[0] == "<=" else "(", members[0])
+    high = (")", infinity) if names[-1] else ("]" if relations[-1] == "<=" else ")", members[-1])
+    return ("tuple", low[0] + high[0], [low[1], high[1]])
 
 
 def same_in_any_order(xs, ys):
@@ -698,10 +722,15 @@ def read(answer, thousands, percent):
 def is_equivalent(prediction, gold):
     r"""Whether two answers are the same, as tokens or in value.
 
-    Numbers, roots and expressions are compared by value, rationals exactly: 0.333 is not 1/3. Points, intervals and
-    matrices keep their order and brackets; sets, bare lists, unions and the two values of \pm have no order. `x = 5`
-    answers `5`. Units matter only where both sides have one: 5 cm is 5 but not 5 m. Beside an answer without %, 50\% is
-    both 0.5 and 50. Words ignore case, variables do not.
+    Numbers, roots, functions and expressions are compared by value, rationals exactly: nothing is rounded, and neither
+    0.333 nor 0.3333333333333 is 1/3, but 0.\overline{3} is. Others are known to 13 digits: 6.28 is not 2\pi. \log without
+    a base is \ln times a number that is not known, so that \log 8 is 3 \log 2, and \log 100 is not 2. Logarithms, roots
+    and powers have their principal values at negative points, where \ln x^2 is not 2 \ln x.
+
+    Points, intervals and matrices keep their order and brackets; sets, bare lists, unions and the two values of \pm have
+    no order. `x = 5` answers `5`, `x > 5` answers (5, \infty), 5\sqrt2 \approx 7.07 answers 5\sqrt2. Units matter only
+    where both sides have one: 5 cm is 5 but not 5 m. Beside an answer without %, 50\% is both 0.5 and 50. (B) and `B. 12`
+    answer B. Words ignore case, variables do not.
 
     Args:
         prediction, gold: text, or None (no answer was found), which equals nothing.

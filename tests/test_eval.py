@@ -165,6 +165,12 @@ A. == A
 $5$ == \(5\)
 \displaystyle \frac{3}{4} == 0.75
 9^{9^{9^9}} == 9^{9^{9^9}}
+x > 3 == (3, \infty)
+3 \le x == [3,\infty)
+x < \sqrt2 == (-\infty, \sqrt{2})
+1 < x \le 3 == (1,3]
+3 \ge x > 1 == (1,3]
+x < 1 \text{ or } x \ge 3 == (-\infty,1)\cup[3,\infty)
 \frac{\ln 8}{\ln 2} == 3
 \log 8 == 3\log 2
 \frac{\log 8}{\log 2} == 3
@@ -366,6 +372,15 @@ not 5 != 5
 9^{9^{9^9}} != 9^{9^{9^8}}
 2 != 23
 x2 != 2x
+x > 3 != [3, \infty)
+x > 3 != (-\infty,3)
+2x > 6 != (6,\infty)
+x > 3 != y > 3
+x \ne 3 != (3,\infty)
+1 < x > 3 != (1,3)
+1 < 2 < 3 != (1,3)
+x < y != (-\infty, y)
+x < 1, 3 != (-\infty,1)\cup(3,\infty)
 \log 100 != 2
 \log e != 1
 \log 2 != \ln 2
@@ -519,6 +534,7 @@ def test_hostile_text_is_another_answer_and_takes_no_time(text):
 
 
 PIECES = r"\frac \sqrt \pm \cup \{ \} \pi \infty \text{ \left \right \% \\ \begin{pmatrix} \end{pmatrix} 1,000 2^{9^9} cm"
+PIECES += r" \sin \log \log_ \ln^ \left| \right| \lfloor \rfloor \binom \overline{3} \approx \$ ^\circ !! (B) three \exp"
 LATEX = st.lists(st.sampled_from([*"0123456789xyieE+-*/^_(){}[]|,.;:=<>!%&$ ~'²∞\ud800", *PIECES.split()])).map("".join)
 
 
