@@ -837,6 +837,14 @@ def judge_choice(reply, gold, choices):
     return answer is not None and chosen(answer, choices) == data.LETTERS.index(gold)
 
 
+def is_right(answer, problem):
+    """Whether an answer, or None, is right for a problem with a reference answer: a choice where it has choices."""
+    choices = problem.extra.get("choices")
+    if not choices:
+        return is_equivalent(answer, problem.answer)
+    return answer is not None and chosen(answer, choices) == data.LETTERS.index(problem.answer)
+
+
 def chosen(answer, choices):
     """The index of the choice that an answer names, None where it names none or several."""
 
@@ -1052,21 +1060,18 @@ def check_problem(problem):
     Returns:
         (status, why): "right", "failed" or "not checked"; why is None where it is right.
     """
-    choices, solution = problem.extra.get("choices"), problem.extra.get("solution")
+    solution = problem.extra.get("solution")
     if problem.extra.get("tests"):
         return check_code(problem)
     if not (isinstance(solution, str) and extract_answer(solution)):  # GSM8K's has no box
         solution = rf"\boxed{{{problem.answer}}}"
-    if choices:
-        right = judge_choice(solution, problem.answer, choices)
-    else:
-        try:
-            check_gold(problem.answer)
-        except ValueError as error:
-            return "failed", str(error)
-        right = judge_maths(solution, problem.answer)
-    why = f"its solution answers {extract_answer(solution)!r}, its answer is {problem.answer!r}"
-    return ("right", None) if right else ("failed", why)
+    try:
+        check_gold(problem.answer)
+    except ValueError as error:
+        return "failed", str(error)
+    answer = extract_answer(solution)
+    why = f"its solution answers {answer!r}, its answer is {problem.answer!r}"
+    return ("right", None) if is_right(answer, problem) else ("failed", why)
 
 
 def check_file(path):

@@ -574,6 +574,35 @@ def test_polynomials_are_the_same_if_their_coefficients_are(a, b):
     assert ev.is_equivalent(horner(a), expanded) == (stripped(a) == stripped(b))
 
 
+LEAVES = st.integers(0, 20).map(lambda n: (str(n), float(n))) | st.sampled_from([(r"\pi", math.pi), ("e", math.e)])
+SHAPES = {
+    r"({})+({})": lambda a, b: a + b, r"\left({}\right)-\left({}\right)": lambda a, b: a - b, r"{{{}}}\cdot{{{}}}": lambda a, b: a * b,
+    r"({})({})": lambda a, b: a * b, r"\sin({})\cos({})": lambda a, b: math.sin(a) * math.cos(b),
+    r"\sin^2 {{{}}}+({})": lambda a, b: math.sin(a) ** 2 + b, r"2|({})|({})": lambda a, b: 2 * abs(a) * b,
+    r"\left|{}\right|\cos\left[{}\right]": lambda a, b: abs(a) * math.cos(b), r"-\sqrt{{|({})|}}+{}": lambda a, b: b - math.sqrt(abs(a)),
+    r"\frac{{{}}}{{1+({})^2}}": lambda a, b: a / (1 + b * b), r"\ln{{(1+|({})|)}}\arctan({})": lambda a, b: math.log(1 + abs(a)) * math.atan(b),
+    r"\log_3\left(2+\left|{}\right|\right)+({})": lambda a, b: math.log(2 + abs(a), 3) + b,
+    r"\tanh{{({})}}\sqrt[3]{{{}}}": lambda a, b: math.tanh(a) * math.copysign(abs(b) ** (1 / 3), b),
+}  # fmt: skip
+
+
+@PATIENT
+@given(
+    st.recursive(
+        LEAVES,
+        lambda inner: st.tuples(st.sampled_from([*SHAPES]), inner, inner).map(
+            lambda t: (t[0].format(t[1][0], t[2][0]), SHAPES[t[0]](t[1][1], t[2][1]))
+        ),
+        max_leaves=6,
+    )
+)
+def test_functions_have_the_values_that_python_gives(expression):
+    text, expected = expression
+    (kind, values), _, _ = ev.read(text, True, ev.Fraction(1, 100))
+    assert kind == "number"
+    assert [complex(x) for x in values] == [pytest.approx(complex(expected), rel=1e-9, abs=1e-9)] * ev.POINTS
+
+
 def test_check_gold_accepts_what_can_be_compared():
     for gold in ("42", r"\text{east}", r"(-\infty, 0]", "10:30", "no real solution", r"1 \pm \sqrt{19}", r"\$36"):
         ev.check_gold(gold)
