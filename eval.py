@@ -4,7 +4,7 @@ r"""Evaluation: answers, how they are compared, pass@k, votes, DeepConf, and the
     python eval.py --model FOLDER --problems FILE --out FOLDER --fresh --temperature 0.6 --top-p 0.95 \
         --samples 512 --max-new-tokens 65536 --window 2048                             # the paper's setting (section 5)
     torchrun --nproc-per-node 8 eval.py --model FOLDER      # problems dealt out to ranks; up to rounding the same traces
-    python eval.py --check FILE                             # can the verifier score these problems? Their solutions are tried
+    python eval.py --check FILE                             # can these problems be scored? Tries their own solutions
     python eval.py --chat --model FOLDER                    # talk to a checkpoint; Ctrl-D ends
 
 What it writes to --out
@@ -119,7 +119,7 @@ TOKEN = re.compile(
         (?:\s*(?:\\(?:text|mathrm)\s*\{{\s*)?(?P<thermometer>[CF])(?![A-Za-z])(?:\s*\}})?)?
        |(?P<digits>[0-9]*\.[0-9]*)\\(?:overline|bar)\s*\{{(?P<cycle>[0-9]+)\}}
        |(?P<thousands>[1-9][0-9]{{0,2}}(?:(?:{SEPARATOR}|,)[0-9]{{3}})+(?![0-9])(?:\.[0-9]+)?)
-       |(?P<number>[0-9]+(?:\.[0-9]*)?|\.[0-9]+)
+       |(?P<number>[0-9]+\.[0-9]+[eE][+-]?[0-9]{{1,2}}|[0-9]+(?:\.[0-9]*)?|\.[0-9]+)
        |(?P<name>[A-Za-z]_(?:[A-Za-z0-9]|\{{[A-Za-z0-9]+\}})|\\mathbb\s*(?:[A-Z]|\{{[A-Z]\}}))
        |(?P<log>\\log\s*_\s*(?=[0-9]))
        |_(?P<base>[0-9]+|\{{[0-9]+\}})
@@ -246,6 +246,7 @@ FENCES = {
 }  # fmt: skip
 
 
+DEGREE = ("degree", "1")
 POSTFIXES = {"!", "%", "°", "°C", "°F", *CURRENCIES}
 FACTORS = {"(", "[", "{", r"\frac", r"\sqrt", r"\binom", "begin", *FENCES}  # what a factor may start with
 
@@ -405,7 +406,7 @@ class Parser:
             elif kind == "base":  # 2516_8 is 2516 with a unit, and so are 90°, 20°C and 5€
                 self.units.add(("base", mark))
             else:
-                self.units |= {(CURRENCIES.get(mark, mark), "1")} | ({("degree", "1")} if "°" in mark else set())
+                self.units |= {(CURRENCIES.get(mark, mark), "1")} | ({DEGREE} if "°" in mark else set())
         return value
 
     def primary(self):
@@ -554,6 +555,9 @@ def constant(text):
     return ("number", [Fraction(text)] * POINTS)
 
 
+RADIAN = ("number", [math.pi / 180] * POINTS)  # of a degree
+
+
 def value_of_name(name, point):
     """A constant's value, or a variable's at this point."""
     if name in (known := {"π": math.pi, "e": math.e, "i": 1j, "∞": math.inf}):
@@ -648,8 +652,9 @@ def same(a, b):
                 value_of_x = interval(relations, members, names)
                 if value_of_x:  # x > 3 answers (3, ∞)
                     return same(value_of_x, value)
-            # x = 5 answers 5, and so do x = 2 + 3 = 5 and 2 + 3 = 5; 41 = 42 answers nothing
-            return set(relations) == {"="} and all(same(member, value) for member in members[names[0] :])
+            # x = 5 answers 5, and so do 5 = x, x = 2 + 3 = 5 and 2 + 3 = 5; 41 = 42 answers nothing
+            members = members[1:] if names[0] else members[:-1] if names[-1] else members
+            return set(relations) == {"="} and all(same(member, value) for member in members)
         case (("bag", xs), ("union", ys)) | (("union", ys), ("bag", xs)):  # x < 1 or x > 3 answers (-∞, 1) ∪ (3, ∞)
             return all(x[0] == "relation" for x in xs) and same_in_any_order(xs, ys)
     return a == b
@@ -772,7 +777,12 @@ def same_reading(prediction, gold, thousands):
         )
         if not (units <= gold_units or units >= gold_units):
             return False
-        if same(a, b) or percent == gold_percent:
+        if same(a, b):
+            return True
+        if DEGREE in units ^ gold_units:  # 90° is 90, and it is π/2, too
+            sides = (a, units), (b, gold_units)
+            a, b = (times(x, RADIAN) if DEGREE in its and x[0] == "number" else x for x, its in sides)
+        if percent == gold_percent:
             return same(a, b)
         return same(read(prediction, thousands, Fraction(1))[0], read(gold, thousands, Fraction(1))[0])
     except (ArithmeticError, ValueError):
@@ -820,7 +830,7 @@ def mean_and_stderr(scores):
 
 
 def judge_maths(reply, gold):
-    """Whether a reply's final answer is the reference answer: the two tiers of the paper, without its heavier second one."""
+    """Whether a reply's final answer is the reference answer."""
     return is_equivalent(extract_answer(reply), gold)
 
 
@@ -920,7 +930,7 @@ class Judge:
 
     @staticmethod
     def prompt(question, gold, answer):
-        return JUDGE_PROMPT.format(**{n: json.dumps(text) for n, text in (("question", question), ("gold", gold), ("answer", answer))})
+        return JUDGE_PROMPT.format(question=json.dumps(question), gold=json.dumps(gold), answer=json.dumps(answer))
 
     def verdict(self, question, gold, answer):
         """"right", "wrong" or "unknown". answer: as extract_answer() gives it; None is wrong. May be called by threads."""
