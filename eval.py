@@ -112,7 +112,7 @@ class Unreadable(ValueError):
 SEPARATOR = r",\\!\s*|\{,\}|\\,|\\\s|~"  # of thousands; a bare comma is one too, but may separate items as well
 TOKEN = re.compile(
     rf"""\\(?P<bar>left|right)\s*(?:\||\\vert(?![A-Za-z]))
-       |(?P<skip>\s+|\\[!,;:()\[\]\s]|~|\$|\\(?:left|right)(?![A-Za-z])\.?
+       |(?P<skip>\s+|\\[!,;:()\[\]\s]|\\\Z|~|\$|\\(?:left|right)(?![A-Za-z])\.?
                |\\(?:[bB]igg?[lrm]?|displaystyle|q?quad|vec)(?![A-Za-z]))
        |\\(?:text(?:bf|it|rm)?|mbox|math(?:rm|bf|it)|operatorname)\s*\{{(?P<text>[^{{}}]*)\}}
        |(?P<degree>\^\s*\\circ(?![a-z])|\^\s*\{{\s*\\circ\s*\}}|\\degree(?![a-z])|°)

@@ -166,6 +166,7 @@ $5$ == \(5\)
 \displaystyle \frac{3}{4} == 0.75
 9^{9^{9^9}} == 9^{9^{9^9}}
 5 = x == 5
+5\ \ == 5
 1.5e3 == 1500
 2.5E-3 == 0.0025
 \frac{\pi}{2} == 90^\circ
@@ -515,7 +516,7 @@ def test_not_the_same(line):
     assert not ev.is_equivalent(b, a)
 
 
-@pytest.mark.parametrize("blank", ["", " ", "$", r"\!", ".", None])
+@pytest.mark.parametrize("blank", ["", " ", "$", r"\!", ".", "\\", r"\ ", None])
 def test_blank_answers_equal_nothing(blank):
     assert not ev.is_equivalent(blank, "")
     assert not ev.is_equivalent(blank, "1")
