@@ -8,7 +8,7 @@ r"""Data for the whole pipeline: tokenizer, chat format, problems, curation, pac
 
 Everything travels in files that a person can open, one JSON object a line:
 
-    problems   {"id", "domain", "prompt", "answer"} and any further fields, kept ("tests" for code, "solution", "level")
+    problems   {"id", "domain", "prompt", "answer"} and any further fields, kept ("tests", "choices", "solution", ...)
     sft        {"messages": [{"role", "content"}], "domain", "weight"}; reasoning stands between <think> and </think>
     traces     {"problem", "text", "answer", "correct", "stop", ...}, one sampled reply a line, written by eval.py
 
@@ -479,7 +479,8 @@ class Problem:
 
 
 PUBLIC = {"question": "prompt", "problem": "prompt", "unique_id": "id", "task_id": "id", "test": "tests",
-          "canonical_solution": "solution"}  # fmt: skip
+          "canonical_solution": "solution", "answerKey": "answer", "ID": "id", "Problem": "prompt", "Solution": "solution",
+          "Answer": "answer"}  # fmt: skip
 
 
 def read_problems(path, limit=0, check_answer=None):
@@ -489,6 +490,8 @@ def read_problems(path, limit=0, check_answer=None):
         GSM8K       question, answer: a worked solution whose last line is `#### 18`
         MATH        problem, answer; solution and unique_id if there
         HumanEval   task_id, prompt, test, entry_point; canonical_solution if there
+        AIME        problem (or question), answer: a number
+        MMLU, ARC   question, choices (or options), answer (or answerKey): see parse_choices
 
     Args:
         path: .jsonl, .jsonl.gz or a JSON array.
@@ -518,11 +521,13 @@ def read_problems(path, limit=0, check_answer=None):
 
 def parse_problem(record, where):
     """The Problem of one record; where is "FILE, line 3", for errors."""
-    row = record
-    gsm8k = "question" in record and "prompt" not in record
+    row, choices = dict(record), record.get("choices", record.get("options"))
+    number = re.fullmatch(r"\s*-?[0-9.,]+\s*", str(record.get("answer")))
+    gsm8k = "question" in record and "prompt" not in record and choices is None and not number
     if "prompt" not in record or "task_id" in record:  # a public shape: our names for its fields
         file, _, line = where.rpartition(", ")
-        row = {"id": f"{Path(file).name}:{line.split()[1]}", "domain": "code" if "task_id" in record else "math"}
+        domain = "code" if "task_id" in record else "math" if choices is None else "science"
+        row = {"id": f"{Path(file).name}:{line.split()[1]}", "domain": domain}
         for name, value in record.items():
             row[PUBLIC.get(name, name)] = text_field(record, name, where) if name in PUBLIC else value
     answer = "" if row.get("tests") and not row.get("answer") else text_field(row, "answer", where)
@@ -532,7 +537,48 @@ def parse_problem(record, where):
             raise ValueError(f"{where}: field answer must end in `#### x`, as GSM8K's; or call question prompt")
         row["solution"] = solution.strip()
     rest = {name: value for name, value in row.items() if name not in ("id", "domain", "prompt", "answer")}
+    if choices is not None:
+        rest.pop("options", None)
+        rest["choices"], answer = parse_choices(choices, row.get("answer"), where)
+        row["prompt"] = with_choices(text_field(row, "prompt", where), rest["choices"])
     return Problem(*(text_field(row, name, where) for name in ("id", "domain", "prompt")), answer.strip(), rest)
+
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+def parse_choices(choices, answer, where):
+    """The choices of a problem and the letter of the right one, whichever way a file writes them.
+
+    Args:
+        choices: a list of texts, {"A": text, ...} or {"label": ["A", ...], "text": [text, ...]}.
+        answer: a letter such as B or (B), a label, a choice's text, or its index, counted from 0.
+    Raises:
+        ValueError naming the field.
+    """
+    labels = None
+    if isinstance(choices, dict):
+        labels = choices.get("label", sorted(choices))
+        choices = choices.get("text", [choices[name] for name in sorted(choices)])
+    texts = [str(text).strip() for text in choices] if isinstance(choices, list) else []
+    if not 2 <= len(set(texts)) == len(texts) <= len(LETTERS) or "" in texts:
+        raise ValueError(f"{where}: field choices must be 2 to {len(LETTERS)} different texts, not {short(choices)}")
+    if not isinstance(labels, list) or len(labels) != len(texts):
+        labels = list(LETTERS[: len(texts)])
+    text, indices = str(answer).strip(), [str(i) for i in range(len(texts))]
+    for known, name in ((labels, text.strip("().")), (texts, text), (indices, text)):
+        if name in known and not (known is texts and isinstance(answer, int)):  # among numbers, 2 is the third and "2" itself
+            return texts, LETTERS[known.index(name)]
+    raise ValueError(f"{where}: field answer: {short(answer)} is no letter, text or index of the {len(texts)} choices")
+
+
+def with_choices(prompt, choices):
+    """The prompt, and the choices with their letters where it does not show them."""
+    lettered = list(zip(LETTERS, choices))
+    if all(re.search(rf"(?<!\w){letter}[).:]*\s*{re.escape(text)}", prompt) for letter, text in lettered):
+        return prompt
+    lines = "\n".join(f"{letter}. {text}" for letter, text in lettered)
+    return f"{prompt.rstrip()}\n\n{lines}\n\nPut the letter of the right choice in \\boxed{{}}."
 
 
 # 4. Problems made here: long division, every step of which can be checked -----------------------------------------------

@@ -14,21 +14,26 @@ What is logged, by name
     clip_low, clip_high     share of tokens where the clipped term is the active one (0 at one update per batch)
     kl                      mean k3 estimate of KL(old || new), nats per token
     mismatch, mismatch_max  |p_trainer - p_sampler| of the sampled tokens; capped: share of tokens that TIS caps
-    length, length_right, length_wrong, truncated, unparsed   tokens a trace, share that ran out of tokens, without an answer
-    t_sample, t_score, t_update   seconds (t_score: the verifier)
+    length, length_right, length_wrong, truncated   tokens a trace, share that ran out of tokens
+    mixed                   mean share of letters in scripts that the prompt does not use
+    unparsed, timeouts, killed, unknown   shares of the verdicts: no answer or code; its program's time was up, or it broke
+                            another limit; the judge gave no clear verdict
+    t_sample, t_score, t_update   seconds; t_score: waiting for verdicts after sampling; t_verify: of all verdicts, many at once
 
 Deviations from the paper: the weight of the cross-entropy on positives (0.1), the cache's size and age and the format penalty
-are not given there; groups without signal are dropped altogether; of rewards, maths, code and format are built. The paper's
+are not given there, nor is the language penalty's; groups without signal are dropped altogether. The paper's
 G = 16, temperature 0.85, clip (0.2, 0.28), TIS cap 2, beta = 0 and gamma = 0 are kept.
 To copy this file, also take train_sft.py, model.py, ssm_scan.py, data.py and eval.py.
 """
 
 import math
-import re
+import os
 import sys
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -38,7 +43,7 @@ from tqdm import tqdm
 import data
 import train_sft
 from data import flag
-from eval import check_code, check_gold, extract_answer, extract_code, is_equivalent, verify_many
+from eval import check_code, check_gold, format_ok, mixed_scripts, open_judge, reply_text, verify
 from model import generate
 from train_sft import check
 
@@ -62,6 +67,10 @@ class Args:
     positive_weight: float = flag(0.1, "mu, weight of the cross-entropy on correct samples")
     normalise: str = flag("sequence", "sequence: mean over each answer, then over answers (paper); token: over all tokens (DAPO)")
     format_penalty: float = flag(0.1, "taken off an answer that is not <think>reasoning</think>answer")
+    language_penalty: float = flag(0.1, "taken off an answer whose letters are all in scripts that its prompt does not use; of fewer a share")
+    judge: str = flag("", "chat endpoint, http://host:8000/v1, of a model that compares answers in words; key: OPENAI_API_KEY")
+    judge_model: str = flag("judge", "its name there")
+    judge_cache: str = flag("runs/judge.jsonl", "file of its verdicts")
     unsafe_local_execution: bool = flag(False, "run programs of the model even where they cannot be isolated")
     max_calls: int = flag(6, "sampling calls a step may make before it goes on with fewer groups")
     cache: int = flag(32, "surplus groups kept for later steps")
@@ -124,24 +133,23 @@ def token_weights(lengths, normalise):
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. Rewards
 
-WELL_FORMED = re.compile(r"<think>(?!\s*</think>)((?!<think>|</think>).)+</think>((?!<think>|</think>|<\|im_end\|>).)+<\|im_end\|>", re.S)
+def reward(verdict, text, ended, prompt, args):
+    """Score of one trace and its parts: the verdict's 1 or 0, less args.format_penalty for leaving the format
+    <think>reasoning</think>answer or for not ending, less args.language_penalty times the share of letters in scripts that the
+    prompt does not use. text: without the token that ended it."""
+    well_formed, mixed = ended and format_ok(text), mixed_scripts(text, prompt)
+    return {"score": verdict.score - args.format_penalty * (not well_formed) - args.language_penalty * mixed, "correct": verdict.score == 1,
+            "well_formed": well_formed, "mixed": mixed, "reason": verdict.reason, "t_verdict": verdict.seconds}
 
 
-def reward(text, gold, penalty, verdict=None):
-    """Score of one trace and its parts: 1 for an answer equivalent to gold, or a verdict on its code with score 1, less
-    `penalty` for leaving the format <think>reasoning</think>answer<|im_end|>. text holds special tokens as text."""
-    answer = extract_answer(text) if verdict is None else extract_code(text.removesuffix("<|im_end|>"))
-    correct = answer is not None and (is_equivalent(answer, gold) if verdict is None else verdict.score == 1)
-    well_formed = WELL_FORMED.fullmatch(text) is not None
-    return {"score": float(correct) - penalty * (not well_formed), "correct": correct, "well_formed": well_formed,
-            "parsed": answer is not None}
+UNPARSED, KILLED = ("no answer", "no code"), ("memory limit", "output limit", "died")
 
 
 def check_verifier():
-    """A verifier that silently says no would train on noise: known pairs must come out right before anything is sampled."""
+    """A verifier that silently says no would train on noise: known pairs must come out right, at the start and while it goes on."""
     for text, gold, right in (("<think>x</think>\\boxed{\\frac12}", "0.5", True), ("<think>x</think>\\boxed{41}", "42", False),
                               ("no answer", "42", False)):
-        check(reward(text, gold, 0)["correct"] == right, f"the verifier is broken: {text!r} against {gold!r}")
+        check(verify(text, data.Problem("canary", "math", "", gold)).score == right, f"the verifier is broken: {text!r} against {gold!r}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -185,34 +193,39 @@ class Prompts:
         return taken
 
 
-def sample_groups(sampler, pairs, tokenizer, args, seed, ranks, stats):
+def sample_groups(sampler, pairs, tokenizer, verifier, args, seed, ranks, stats):
     """Sample and score args.group traces for each (problem, prompt). Every rank samples its share of the prompts, then all
-    hold all groups, in the order of the prompts: a list of lists of Rollout."""
+    hold all groups, in the order of the prompts: a list of lists of Rollout. verifier(text, problem) -> Verdict."""
     start = time.time()
     def own(i, sample):
         return "go" if i % ranks.world == ranks.rank else "done"
-    traces = generate(sampler, [ids for _, ids in pairs], samples=args.group, max_new_tokens=args.max_new_tokens,
-                      temperature=args.temperature, seed=seed, stop_ids=tokenizer.stop_ids, slots=args.slots, admit=own)
-    stats["t_sample"] += time.time() - start
-    start, made = time.time(), [([], []) for _ in pairs]  # of each prompt: its group, and what is logged of it
-    texts = [tokenizer.decode(trace.tokens) for trace in traces]
-    code = [(text.removesuffix("<|im_end|>"), pairs[trace.prompt_index][0]) for text, trace in zip(texts, traces)
-            if not pairs[trace.prompt_index][0].answer]
-    verdicts = iter(verify_many(code, unsafe=args.unsafe_local_execution))
-    for trace, text in zip(traces, texts):
-        problem, prompt = pairs[trace.prompt_index]
-        score = reward(text, problem.answer, args.format_penalty, None if problem.answer else next(verdicts))
-        group, samples = made[trace.prompt_index]
-        group.append(new_rollout(prompt, trace, score))
-        samples.append({**score, "length": len(trace.tokens), "truncated": trace.stop == "length", "text": text,
-                        "prompt": problem.prompt, "gold": problem.answer, "domain": problem.domain})
+    def judged(trace):  # in threads: programs and judges take their time while sampling goes on
+        problem, text = pairs[trace.prompt_index][0], reply_text(trace, tokenizer)
+        return text, verifier(text, problem)
+    with ThreadPoolExecutor(2 * (os.cpu_count() or 1)) as pool:
+        verdicts = {}
+        def on_trace(trace):
+            verdicts[trace.prompt_index, trace.sample_index] = pool.submit(judged, trace)
+        traces = generate(sampler, [ids for _, ids in pairs], samples=args.group, max_new_tokens=args.max_new_tokens,
+                          temperature=args.temperature, seed=seed, stop_ids=tokenizer.stop_ids, slots=args.slots, admit=own,
+                          on_trace=on_trace)
+        stats["t_sample"] += time.time() - start
+        start, made = time.time(), [([], []) for _ in pairs]  # of each prompt: its group, and what is logged of it
+        for trace in traces:
+            problem, prompt = pairs[trace.prompt_index]
+            text, verdict = verdicts[trace.prompt_index, trace.sample_index].result()
+            score = reward(verdict, text, trace.stop == "stop", problem.prompt, args)
+            group, samples = made[trace.prompt_index]
+            group.append(new_rollout(prompt, trace, score))
+            samples.append({**score, "length": len(trace.tokens), "truncated": trace.stop == "length", "text": text,
+                            "prompt": problem.prompt, "gold": problem.answer, "domain": problem.domain})
     stats["t_score"] += time.time() - start
     made = ranks.gather(made)
     stats["samples"] += [s for _, samples in made for s in samples]
     return [group for group, _ in made]
 
 
-def collect(sampler, prompts, cache, step, tokenizer, args, ranks, stats):
+def collect(sampler, prompts, cache, step, tokenizer, verifier, args, ranks, stats):
     """Groups with signal for one update: first from the cache, then from as many sampling calls as it takes (backfill).
     Surplus groups go into the cache, first in, first out, with the sampler's log-probabilities and the step they are of."""
     cache[:] = [(made, group) for made, group in cache if step - made <= args.cache_age]
@@ -221,7 +234,7 @@ def collect(sampler, prompts, cache, step, tokenizer, args, ranks, stats):
     while len(chosen) < args.prompts and stats["calls"] < args.max_calls:
         seed = args.seed * 1_000_003 + step * 1_009 + stats["calls"]  # another stream for every call of the run
         stats["calls"] += 1
-        for group in sample_groups(sampler, prompts.take(args.prompts), tokenizer, args, seed, ranks, stats):
+        for group in sample_groups(sampler, prompts.take(args.prompts), tokenizer, verifier, args, seed, ranks, stats):
             values = advantages([r.score for r in group])
             stats["groups"] += 1
             if values is None:
@@ -320,7 +333,10 @@ def record_of(stats, loss, norm, lr, ranks):
         "mismatch": off / tokens, "mismatch_max": float(off_max), "capped": capped / tokens,
         "length": mean(x["length"] for x in s), "length_right": mean(x["length"] for x in s if x["correct"]),
         "length_wrong": mean(x["length"] for x in s if not x["correct"]), "truncated": mean(x["truncated"] for x in s),
-        "unparsed": mean(not x["parsed"] for x in s), "grad_norm": norm, "lr": lr, "tokens": int(tokens),
+        "mixed": mean(x["mixed"] for x in s), "unparsed": mean(x["reason"] in UNPARSED for x in s),
+        "timeouts": mean(x["reason"] == "time limit" for x in s), "killed": mean(x["reason"].split(":")[0] in KILLED for x in s),
+        "unknown": mean(x["reason"] == "unknown" for x in s), "t_verify": float(sum(x["t_verdict"] for x in s)),
+        "grad_norm": norm, "lr": lr, "tokens": int(tokens),
         "sampled": sum(x["length"] for x in s), **{k: round(stats[k], 3) for k in ("t_sample", "t_score", "t_update")},
     }
 
@@ -340,10 +356,11 @@ def load(args, ranks):
     check(args.temperature > 0, f"--temperature {args.temperature}: must be above 0, or all answers are the same")
     token_weights([1], args.normalise)
     check_verifier()
-    problems = data.read_problems(args.problems, args.limit, check_gold)
+    problems = data.read_problems(args.problems, args.limit, None if args.judge else check_gold)
     check_code(problems, args.problems, args.unsafe_local_execution, quiet=ranks.rank > 0)
+    verifier = partial(verify, judge=open_judge(args), unsafe=args.unsafe_local_execution)
     tokenizer = train_sft.load_tokenizer(args.init)
-    return tokenizer, train_sft.shard(train_sft.load_model(args.init), ranks, args.checkpoint_activations), problems
+    return tokenizer, train_sft.shard(train_sft.load_model(args.init), ranks, args.checkpoint_activations), problems, verifier
 
 
 def to_json(cache):
@@ -360,7 +377,7 @@ def from_json(cache):
 def main():
     args = data.parse_args(Args, __doc__.partition("\n\n")[0])
     ranks = train_sft.start_ranks(args.device, args.cp, args.replicas)
-    tokenizer, model, problems = load(args, ranks)
+    tokenizer, model, problems, verifier = load(args, ranks)
     ranks.agree("the arguments", asdict(args))
     ranks.agree("the checksum of the problems", zlib.crc32("".join(p.prompt + p.answer for p in problems).encode(errors="surrogatepass")))
     run = train_sft.Run(args, ranks)
@@ -376,9 +393,11 @@ def main():
         run.write(state["step"], args.steps, state["record"], SHOWN)
     for step in range(state["step"] if state else 0, args.steps):
         start, stats, first = time.time(), new_stats(), prompts.position
+        if step % args.eval_every == 0:
+            check_verifier()
         lr = args.lr * min(1, (step + 1) / max(1, args.warmup_steps))
         try:
-            groups = collect(sampler, prompts, cache, step, tokenizer, args, ranks, stats)
+            groups = collect(sampler, prompts, cache, step, tokenizer, verifier, args, ranks, stats)
             check(groups, f"none of {stats['groups']} groups carries any signal (all right {stats['all_right']}, all wrong "
                   f"{stats['all_wrong']}): the problems are too easy or too hard for this model, or the verifier cannot read its answers")
             before = time.time()

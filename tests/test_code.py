@@ -599,7 +599,7 @@ def test_an_evaluation_with_code(tmp_path, monkeypatch, capsys):
     for trace, code in zip(traces[18:], codes):
         assert (trace["answer"], trace["gold"], trace["correct"]) == (code + "\n", "", code != "print(7)")
         assert trace["reason"] == ("passed" if trace["correct"] else "wrong output in test 1")
-    assert "reason" not in traces[0]
+    assert {trace["reason"] for trace in traces if trace["gold"]} <= {"right", "wrong", "no answer"}
 
 
 @pytest.mark.parametrize(
@@ -617,11 +617,21 @@ def test_reward_of_code():
     for code, correct in (("print(sum(map(int, input().split())))", True), ("print(3)", False)):
         text = reply(code).strip() + "<|im_end|>"
         verdict = ev.verify_code(text.removesuffix("<|im_end|>"), problem)
-        score = train_rl.reward(text, "", 0.1, verdict)
-        assert score == {"score": float(correct), "correct": correct, "well_formed": True, "parsed": True}
-    assert train_rl.reward("no", "", 0.1, ev.Verdict(0.0, "no code")) == {
-        "score": -0.1, "correct": False, "well_formed": False, "parsed": False
-    }  # fmt: skip
+        score = train_rl.reward(verdict, text.removesuffix("<|im_end|>"), True, "Add.", train_rl.Args())
+        assert (score["score"], score["correct"], score["well_formed"]) == (float(correct), correct, True)
+    score = train_rl.reward(ev.verify("no", problem), "no", True, "Add.", train_rl.Args())
+    assert (score["score"], score["correct"], score["reason"]) == (-0.1, False, "no code")
+
+
+@needs_sandbox
+def test_check_of_solutions(tmp_path, capsys):
+    check = "def check(candidate):\n    assert candidate(2) == 4"
+    rows = [{"task_id": str(i), "prompt": "def f(x):\n", "test": check, "entry_point": "f", "canonical_solution": f"    return {body}\n"}
+            for i, body in enumerate(["2 * x", "x * x", "x"])]
+    data.write_jsonl(tmp_path / "code.jsonl", rows)
+    assert ev.main(["--check", str(tmp_path / "code.jsonl")]) == 1
+    out = capsys.readouterr().out
+    assert "| code       |      3 |      2 |      1 |           0 |" in out and "2: wrong output in test 1" in out
 
 
 @needs_sandbox
@@ -635,10 +645,10 @@ def test_training_rewards_code_and_answers_side_by_side(monkeypatch):
         for i, some in enumerate(texts)
         for j, text in enumerate(some)
     ]
-    monkeypatch.setattr(train_rl, "generate", lambda *_, **__: traces)
-    args = SimpleNamespace(group=2, max_new_tokens=9, temperature=1.0, slots=1, format_penalty=0.0, unsafe_local_execution=False)
+    monkeypatch.setattr(train_rl, "generate", lambda *_, on_trace, **__: [on_trace(trace) for trace in traces] and traces)
+    args = train_rl.Args(group=2, format_penalty=0.0)
     pairs = [(problem, tokenizer.encode(problem.prompt)) for problem in problems]
     ranks, stats = train_sft.Ranks(), train_rl.new_stats()
-    groups = train_rl.sample_groups(None, pairs, tokenizer, args, 0, ranks, stats)
+    groups = train_rl.sample_groups(None, pairs, tokenizer, ev.verify, args, 0, ranks, stats)
     assert [[rollout.score for rollout in group] for group in groups] == [[0, 1], [1, 0]]
     assert [sample["correct"] for sample in stats["samples"]] == [False, True, True, False]

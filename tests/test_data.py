@@ -249,7 +249,7 @@ def test_containers(tmp_path):
         (OURS | {"answer": None}, "field answer"), (OURS | {"answer": True}, "field answer"),
         (OURS | {"prompt": ["x"]}, "field prompt"), (OURS | {"prompt": "\ud800"}, "field prompt holds half"),
         (OURS | {"id": "0"}, r"field id: \"0\" is also the id of line 1"),
-        (GSM8K | {"answer": "24"}, "field answer must end in `#### x`"),
+        (GSM8K | {"answer": "48/2 = 24"}, "field answer must end in `#### x`"),
         (GSM8K | {"answer": "24 ####"}, "field answer must end in `#### x`"),
         (OURS | {"question": "x", "answer": ""}, "field answer must be"),
         (GSM8K | {"question": ""}, "field question"), ({"question": "x"}, "field answer is missing"),

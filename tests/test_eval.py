@@ -165,6 +165,145 @@ A. == A
 $5$ == \(5\)
 \displaystyle \frac{3}{4} == 0.75
 9^{9^{9^9}} == 9^{9^{9^9}}
+5 = x == 5
+5\ \ == 5
+1.5e3 == 1500
+2.5E-3 == 0.0025
+\frac{\pi}{2} == 90^\circ
+\tan^{-1}(1) == 45^\circ
+e^{-x}\sin x == \frac{\sin x}{e^x}
+\sqrt{x^2} == |x|
+\ln 2x == \ln(2x)
+x > 3 == (3, \infty)
+3 \le x == [3,\infty)
+x < \sqrt2 == (-\infty, \sqrt{2})
+1 < x \le 3 == (1,3]
+3 \ge x > 1 == (1,3]
+x < 1 \text{ or } x \ge 3 == (-\infty,1)\cup[3,\infty)
+\frac{\ln 8}{\ln 2} == 3
+\log 8 == 3\log 2
+\frac{\log 8}{\log 2} == 3
+\log_2 8 == 3
+\log_{10} 1000 == 3
+\log_28 == 3
+\log_{2}(8) == 3
+\log_2 3 == \frac{\ln 3}{\ln 2}
+\log_{\frac12} 8 == -3
+\lg 100 == 2
+\ln e^5 == 5
+\ln(e) == 1
+\log_2 2^{2000} == 2000
+e^{\ln 3} == 3
+\exp(2) == e^2
+\sin 30^\circ == \frac12
+\sin(30^\circ) == 0.5
+\cos \frac{\pi}{3} == 1/2
+\tan 45^{\circ} == 1
+\cot \frac{\pi}{4} == 1
+\sec 60° == 2
+\csc 30^\circ == 2
+\sin^2 x + \cos^2 x == 1
+\sin^2\theta == 1-\cos^2\theta
+\sin 2x == 2\sin x\cos x
+\sin{2x} == 2\sin(x)\cos(x)
+\cos 2\theta == 2\cos^2\theta-1
+\tan x == \frac{\sin x}{\cos x}
+\sin^{-1} \frac12 == \frac{\pi}{6}
+\arctan 1 == \pi/4
+\text{arcsin}(1) == \frac\pi2
+\operatorname{arctan}(1) == \pi/4
+2\arctan\frac13 == \arctan\frac34
+\sin(-x) == -\sin x
+\sin -x == -\sin x
+\cos 36^\circ == \frac{1+\sqrt5}{4}
+\sqrt{7+4\sqrt3} == 2+\sqrt3
+\sqrt[3]{2+\sqrt5} == \frac{1+\sqrt5}{2}
+\sqrt[3]{-\pi} == -\sqrt[3]{\pi}
+|{-5}| == 5
+|-5| == 5
+\left|-5\right| == 5
+\lvert -5\rvert == 5
+|3+4i| == 5
+|x-3| == |3-x|
+|x||y| == |xy|
+2|x| == |2x|
+\left|x\left|y\right|\right| == |xy|
+\lfloor 3.7 \rfloor == 3
+\left\lceil \pi \right\rceil == 4
+\lfloor \sqrt{2}\cdot\sqrt{2} \rfloor == 2
+\binom{5}{2} == 10
+\dbinom{100}{50} == \frac{100!}{50!50!}
+\binom{n}{2} == \frac{n(n-1)}{2}
+\binom{2n}{n} == \frac{(2n)!}{n!^2}
+(n+1)! == (n+1)n!
+5!! == 15
+e^{2\pi i/3} == -\frac12+\frac{\sqrt3}{2}i
+(1+i)^2 == 2i
+\frac{1}{i} == -i
+-\frac{1}{x} == \frac{1}{-x}
+0.\overline{3} == 1/3
+0.1\overline{6} == \frac16
+.\overline{27} == \frac{3}{11}
+2.\bar{9} == 3
+three == 3
+\text{three} == 3
+Twenty-one == 21
+five dollars == \$5
+two million == 2000000
+$1,234.50 == 1234.5
+\$1,234.50 == 1234.5
+12\text{ cm} == 12
+12\,\mathrm{cm} == 12 cm
+5€ == 5
+€5 == 5
+$-\$5$ == -5
+20^\circ\text{C} == 20
+20°C == 20
+50\% == 50
+12.5\% == \frac{1}{8}
+5\sqrt2 \approx 7.07 == 5\sqrt{2}
+x \approx 7.07 == 7.07
+\approx 7 == 7
+B. 12 == B
+(B) 12 == \text{(B)}
+\textbf{(B) }12 == B
+\text{(B)} == B
+B) == (B)
+(-\infty, 3] == (-\infty,3]
++\infty == \infty
+\{1,2\} == \{2,1\}
+\{x=1, x=2\} == 1,2
+x = \pm 2 == 2,-2
+\pm 2 == 2, -2
+\pm\sqrt{3} == \sqrt3,-\sqrt3
+x=-2 \text{ or } x=2 == \pm 2
+x_1=1, x_2=3 == 1,3
+(x+1)(x-1) == x^2-1
+1010_2 == 1010_{2}
+\frac15\begin{pmatrix}1\\2\end{pmatrix} == \begin{pmatrix}1/5\\0.4\end{pmatrix}
+\begin{bmatrix}1&2\end{bmatrix} == \begin{pmatrix}1&2\end{pmatrix}
+\left(\begin{array}{cc}1&2\\3&4\end{array}\right) == \begin{pmatrix}1&2\\3&4\end{pmatrix}
+\vec{v} == v
+\mathbb{R} == \mathbb R
+073 == 73
+60 \text{ miles per hour} == 60 miles
+60 \text{ km/h} == 60
+x \equiv 3 == x \equiv 3
+\frac{2}{\sqrt{3}} == \frac{2\sqrt{3}}{3}
+(2^{10}-1)/3 == 341
+10^{-3} == 0.001
+6.02\times 10^{23} == 602000000000000000000000
+\sqrt{-4} == 2i
+1{,}234 == 1234
+x \geq 3 == 3 \leq x
+-x+5 == 5-x
+a^2-b^2 == (a-b)(a+b)
+2^{n+1} == 2\cdot 2^n
+\frac{3^{x+2}}{9} == 3^x
+e^{x^3} == \exp(x^3)
+\sinh x == \frac{e^x-e^{-x}}{2}
+\pi r^2 h == r^2 \pi h
+\infty == infinity
 """.strip().split("\n")
 
 
@@ -242,6 +381,131 @@ not 5 != 5
 9^{9^{9^9}} != 9^{9^{9^8}}
 2 != 23
 x2 != 2x
+42 = 41 = x != 41
+90^\circ != \pi
+90^\circ\text{C} != \frac{\pi}{2} + 1
+\{90^\circ\} != \{\pi\}
+1.5e3 != 1.5
+x > 3 != [3, \infty)
+x > 3 != (-\infty,3)
+2x > 6 != (6,\infty)
+x > 3 != y > 3
+x \ne 3 != (3,\infty)
+1 < x > 3 != (1,3)
+1 < 2 < 3 != (1,3)
+x < y != (-\infty, y)
+x < 1, 3 != (-\infty,1)\cup(3,\infty)
+\log 100 != 2
+\log e != 1
+\log 2 != \ln 2
+\log_2 3 != \log_3 2
+\sin 30 != 1/2
+\sin 30^\circ != 30
+\sin x != \cos x
+\sin 2x != 2\sin x
+\sin x != x
+\sin^{-1} x != \frac{1}{\sin x}
+\ln x^2 != (\ln x)^2
+\arctan 1 != 45.1
+\ln 2 != 0.693
+|x| != x
+|-5| != -5
+\lfloor 3.7\rfloor != 4
+\lceil 3.2\rceil != 3
+\binom{5}{2} != \binom52 + 1
+\binom{n}{2} != \frac{n^2}{2}
+5!! != 120
+n! != n
+(n+1)! != n!
+41=42 != 42
+42=41 != 42
+\pi = 3 != 3
+x\pi=6 != 6
+\sin x = 1 != 1
+2x = 10 != 5
+0.333 != 1/3
+0.3333333333333 != 1/3
+0.3 != 0.\overline{3}
+0.\overline{3} != 0.\overline{33}1
+2\pi != 6.28
+6.283185 != 2\pi
+[1,2) != (1,2]
+\{1,2\} != \{1,3\}
+\pm 2 != 2
+2 != \pm 2
+2,-2,0 != \pm 2
+1010_2 != 1011_2
+1010_2 != 10
+1010_2 != 1010_3
+\infty != 1
+(-\infty,3] != (-\infty,3)
+(-\infty,3] != [3,\infty)
+\$1,234.50 != 123450
+5\text{ dollars} != 5\text{ cents}
+\$36 != 36^\circ
+€5 != \$5
+60\text{ km/h} != 60\text{ mi}
+20°C != 20°F
+12\text{ cm} != 12\text{ inches}
+three != 4
+twenty-one != 201
+twenty != 2
+50\% != 0.05
+A != B. 12
+(A) != (B) 12
+(A) and (B) != B
+(A) (B) != A
+A, B != B
+A or B != A
+B. 12 != 12
+AB != B
+5\sqrt2 \approx 7.07 != 7.07
+41 \approx 42 != 42
+x=41 \approx 42 != 42
+\frac12, 3 != 3
+3; 4 != 3
+3 or 4 != 4
+\text{3 or 4} != 4
+x \ne 5 != 5
+x > 5 != 5
+x \ge 5 != 5
+\sqrt{2} != -\sqrt{2}
+\sqrt{2} != 1.4142135
+i != 1
+i != -i
+e != 2.71828
+e != 2.718281828
+\pi != 3.14159265
+22/7 != \pi
+x+1 != x+1.0000001
+x^2 != x^3
+\begin{pmatrix}1&2\\3&4\end{pmatrix} != \begin{pmatrix}1&3\\2&4\end{pmatrix}
+\begin{vmatrix}1&2\\3&4\end{vmatrix} != \begin{pmatrix}1&2\\3&4\end{pmatrix}
+2\begin{pmatrix}1\\2\end{pmatrix} != \begin{pmatrix}2\\2\end{pmatrix}
+\mathbb{R} != \mathbb{Q}
+\mathbb{R} != R
+1/0 != 0
+\frac{0}{0} != 0
+1/0 != \infty
+\tan 90^\circ != 0
+10^{100} != 10^{101}
+5^2 != 10
+-3^2 != 9
+\frac{1}{2}x != \frac{1}{2x}
+x=5, y=6 != 6, 6
+x=5 != 5=6
+5=5=6 != 5
+5 \text{ or more} != 5
+at least 5 != 5
+no != 0
+none != 0
+nothing != 1
+\text{undefined} != 0
+3 apples and 4 pears != 3
+3:4 != 3/5
+f(x)=x != x^2
+\vec{v} != \vec{w}
+\text{B} != \text{b}
 """.strip().split("\n")
 
 
@@ -252,7 +516,7 @@ def test_not_the_same(line):
     assert not ev.is_equivalent(b, a)
 
 
-@pytest.mark.parametrize("blank", ["", " ", "$", r"\!", ".", None])
+@pytest.mark.parametrize("blank", ["", " ", "$", r"\!", ".", "\\", r"\ ", None])
 def test_blank_answers_equal_nothing(blank):
     assert not ev.is_equivalent(blank, "")
     assert not ev.is_equivalent(blank, "1")
@@ -284,6 +548,7 @@ def test_hostile_text_is_another_answer_and_takes_no_time(text):
 
 
 PIECES = r"\frac \sqrt \pm \cup \{ \} \pi \infty \text{ \left \right \% \\ \begin{pmatrix} \end{pmatrix} 1,000 2^{9^9} cm"
+PIECES += r" \sin \log \log_ \ln^ \left| \right| \lfloor \rfloor \binom \overline{3} \approx \$ ^\circ !! (B) three \exp"
 LATEX = st.lists(st.sampled_from([*"0123456789xyieE+-*/^_(){}[]|,.;:=<>!%&$ ~'²∞\ud800", *PIECES.split()])).map("".join)
 
 
@@ -321,6 +586,35 @@ def test_polynomials_are_the_same_if_their_coefficients_are(a, b):
 
     expanded = " + ".join(f"({c})x^{len(b) - 1 - i}" for i, c in enumerate(b))
     assert ev.is_equivalent(horner(a), expanded) == (stripped(a) == stripped(b))
+
+
+LEAVES = st.integers(0, 20).map(lambda n: (str(n), float(n))) | st.sampled_from([(r"\pi", math.pi), ("e", math.e)])
+SHAPES = {
+    r"({})+({})": lambda a, b: a + b, r"\left({}\right)-\left({}\right)": lambda a, b: a - b, r"{{{}}}\cdot{{{}}}": lambda a, b: a * b,
+    r"({})({})": lambda a, b: a * b, r"\sin({})\cos({})": lambda a, b: math.sin(a) * math.cos(b),
+    r"\sin^2 {{{}}}+({})": lambda a, b: math.sin(a) ** 2 + b, r"2|({})|({})": lambda a, b: 2 * abs(a) * b,
+    r"\left|{}\right|\cos\left[{}\right]": lambda a, b: abs(a) * math.cos(b), r"-\sqrt{{|({})|}}+{}": lambda a, b: b - math.sqrt(abs(a)),
+    r"\frac{{{}}}{{1+({})^2}}": lambda a, b: a / (1 + b * b), r"\ln{{(1+|({})|)}}\arctan({})": lambda a, b: math.log(1 + abs(a)) * math.atan(b),
+    r"\log_3\left(2+\left|{}\right|\right)+({})": lambda a, b: math.log(2 + abs(a), 3) + b,
+    r"\tanh{{({})}}\sqrt[3]{{{}}}": lambda a, b: math.tanh(a) * math.copysign(abs(b) ** (1 / 3), b),
+}  # fmt: skip
+
+
+@PATIENT
+@given(
+    st.recursive(
+        LEAVES,
+        lambda inner: st.tuples(st.sampled_from([*SHAPES]), inner, inner).map(
+            lambda t: (t[0].format(t[1][0], t[2][0]), SHAPES[t[0]](t[1][1], t[2][1]))
+        ),
+        max_leaves=6,
+    )
+)
+def test_functions_have_the_values_that_python_gives(expression):
+    text, expected = expression
+    (kind, values), _, _ = ev.read(text, True, ev.Fraction(1, 100))
+    assert kind == "number"
+    assert [complex(x) for x in values] == [pytest.approx(complex(expected), rel=1e-9, abs=1e-9)] * ev.POINTS
 
 
 def test_check_gold_accepts_what_can_be_compared():

@@ -43,26 +43,33 @@ def test_other_formulas_by_hand():
         r.token_weights([1], "mean")
 
 
-@pytest.mark.parametrize(("text", "correct", "well_formed"), [
-    ("<think>x</think>\\boxed{42}<|im_end|>", True, True),
-    ("<think>x</think>\\boxed{41}<|im_end|>", False, True),
-    ("<think>x</think>\\boxed{42}", True, False),  # did not end
-    ("\\boxed{42}<|im_end|>", True, False),
-    ("<think></think>\\boxed{42}<|im_end|>", True, False),
-    ("<think>x</think><think>y</think>\\boxed{42}<|im_end|>", True, False),
-    ("<think>x\\boxed{42}", False, False),
-    ("<think>x</think>\\boxed{41 = 42}<|im_end|>", False, True),
+@pytest.mark.parametrize(("text", "ended", "correct", "well_formed"), [
+    ("<think>x</think>\\boxed{42}", True, True, True),
+    ("<think>x</think>\\boxed{41}", True, False, True),
+    ("<think>x</think>\\boxed{42}", False, True, False),
+    ("\\boxed{42}", True, True, False),
+    ("<think></think>\\boxed{42}", True, True, False),
+    ("<think>x</think><think>y</think>\\boxed{42}", True, True, False),
+    ("<think>x\\boxed{42}", True, False, False),
+    ("<think>x</think>\\boxed{41 = 42}", True, False, True),
 ])
-def test_reward(text, correct, well_formed):
-    score = r.reward(text, "42", 0.1)
+def test_reward(text, ended, correct, well_formed):
+    score = r.reward(r.verify(text, data.Problem("1", "math", "q?", "42")), text, ended, "How much?", r.Args())
     assert (score["correct"], score["well_formed"]) == (correct, well_formed)
     assert score["score"] == pytest.approx(correct - 0.1 * (not well_formed))
+
+
+def test_reward_of_mixed_scripts():
+    text = "<think>так надо</think>\\boxed{42}"  # seven letters of Cyrillic, none else outside of commands
+    score = r.reward(r.verify(text, data.Problem("1", "math", "q?", "42")), text, True, "How much?", r.Args(language_penalty=0.5))
+    assert score["mixed"] == 1 and score["score"] == pytest.approx(0.5) and score["reason"] == "right"
+    assert r.reward(r.verify(text, data.Problem("1", "math", "q?", "42")), text, True, "Сколько?", r.Args())["score"] == 1
 
 
 def test_a_broken_verifier_is_noticed(monkeypatch):
     r.check_verifier()
     for answer in (True, False):
-        monkeypatch.setattr(r, "is_equivalent", lambda a, b, answer=answer: answer)
+        monkeypatch.setattr("eval.is_equivalent", lambda a, b, answer=answer: answer)
         with pytest.raises(ValueError, match="verifier is broken"):
             r.check_verifier()
 
@@ -155,18 +162,18 @@ def test_backfill_and_the_bounded_cache(monkeypatch):
         made = 0
         def take(self, count):
             return [None] * count
-    def groups(sampler, pairs, tokenizer, args, seed, ranks, stats):
+    def groups(sampler, pairs, tokenizer, verifier, args, seed, ranks, stats):
         source.made += len(pairs)
         return [[r.Rollout(np.zeros(2, np.int32), np.array([False, True]), [0.0], float(i % 3 == 0 and j), i % 3 == 0 and j > 0)
                  for j in range(2)] for i in range(source.made - len(pairs), source.made)]
     source, args, cache = Source(), r.Args(prompts=5, group=2, cache=3, cache_age=1), []
     monkeypatch.setattr(r, "sample_groups", groups)
     stats = r.new_stats()
-    chosen = r.collect(None, source, cache, 0, None, args, train_sft.Ranks(), stats)
+    chosen = r.collect(None, source, cache, 0, None, None, args, train_sft.Ranks(), stats)
     assert len(chosen) == 5 and stats["calls"] == 3 and stats["groups"] == 15 and stats["all_wrong"] == 10 and not cache
     args.prompts, stats = 4, r.new_stats()
     cache.extend((made, chosen[0]) for made in (0, 1, 1))
-    assert len(r.collect(None, source, cache, 2, None, args, train_sft.Ranks(), stats)) == 4
+    assert len(r.collect(None, source, cache, 2, None, None, args, train_sft.Ranks(), stats)) == 4
     assert stats["cached"] == 2 and stats["age"] == 1  # the one of step 0 is too old
     assert len(cache) <= 3
 

@@ -164,7 +164,7 @@ def killed_and_resumed(script, args, whole, out, moment):
     a, b = (read_safetensors(folder / "model" / "model.safetensors") for folder in (whole, out))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     logs = [[json.loads(line) for line in open(folder / "log.jsonl")] for folder in (whole, out)]
-    timing = ("seconds", "t_sample", "t_score", "t_update")
+    timing = ("seconds", "t_sample", "t_score", "t_update", "t_verify")
     strip = [[{k: v for k, v in r.items() if k not in timing} for r in log] for log in logs]
     assert strip[0] == strip[1]
     return err
