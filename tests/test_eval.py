@@ -765,7 +765,7 @@ def test_report_of_the_script(place, capsys):
     assert len(traces) == 96
     assert traces[0] == {
         "problem": "easy", "domain": "math", "gold": "5", "sample": 0, "seed": 0, "text": "." * LENGTH + r"\boxed{5}",
-        "tokens": each, "answer": "5", "correct": True, "stop": "stop", "confidences": [3.0] * each,
+        "tokens": each, "answer": "5", "correct": True, "reason": "right", "stop": "stop", "confidences": [3.0] * each,
     }  # fmt: skip
     assert ev.table(report["rows"]) in Path("out/report.md").read_text()
     assert ev.table(report["rows"]) in capsys.readouterr().out
