@@ -170,12 +170,12 @@ def shard(model, ranks, recompute=False):
 # head work on single tokens; attention, convolution and scan need whole sequences, but their heads know nothing of each other.
 # So two all-to-alls a mixer change who holds what, here for N = 2, and everything between them is the block as it stands:
 #
-#                          rank 0                    rank 1
-#     h, projections       first half of tokens      second half of tokens     all heads
+#                             rank 0                               rank 1
+#     norms, projections      first half of tokens, all heads      second half of tokens, all heads
 #       to_heads
-#     attention, scan      all tokens                all tokens                first half of heads, second half of heads
+#     attention, conv, scan   all tokens, first half of heads      all tokens, second half of heads
 #       to_tokens
-#     o_proj, MLP, head    first half of tokens      second half of tokens     all heads
+#     o_proj, MLP, head       first half of tokens, all heads      second half of tokens, all heads
 #
 # Heads share what they read: hq / hkv query heads a key and value head, h / g SSM heads a group's B and C. to_heads sends such a
 # group to every rank that has heads of it. Each rank convolves with its own channels' weights, and with those of B and C that it
