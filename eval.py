@@ -1854,15 +1854,17 @@ def is_readable(answer):
 
 
 def verify(text, problem, judge=None, **settings):
-    """Verdict on a reply to a data.Problem: by its tests where it has no answer, by its choices, by the equality of answers; or by
-    a judge, where there is one and the reference is nothing that could be calculated. settings: those of run_code."""
+    """Verdict on a reply to a data.Problem: by its tests where it has no answer, by its choices, by the equality of answers; then
+    by a judge, where there is one and the reference is not mathematics, or none that can be read. settings: those of run_code."""
     if not problem.answer:
         return verify_code(text, problem, **settings)
     start, answer = time.perf_counter(), extract_answer(text)
     if answer is None:
         reason = "no answer"
-    elif judge is None or problem.extra.get("choices") or is_readable(problem.answer):
-        reason = "right" if is_right(answer, problem) else "wrong"
+    elif is_right(answer, problem):
+        reason = "right"
+    elif judge is None or problem.extra.get("choices") or problem.domain == "math" and is_readable(problem.answer):
+        reason = "wrong"
     else:
         reason = judge.verdict(problem.prompt, problem.answer, answer)
     return Verdict(float(reason == "right"), reason, time.perf_counter() - start)

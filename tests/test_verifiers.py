@@ -322,3 +322,25 @@ def test_check_of_a_bad_file(tmp_path, capsys):
     assert "bad 0: its solution answers '3', its answer is '4'" in out
     assert "bad 8" in out and "bad 9" not in out  # the first ten
     assert err == f"error: {tmp_path / 'bad.jsonl'}: 12 rows cannot be scored\n"
+
+
+def test_a_judge_that_is_down_is_an_error_before_any_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ev.time, "sleep", lambda seconds: None)
+    data.write_jsonl("words.jsonl", [{"id": "1", "domain": "science", "prompt": "Why is the sky blue?", "answer": "because of Rayleigh scattering"}])
+    assert ev.main(["--problems", "words.jsonl", "--device", "cpu", "--judge", "http://127.0.0.1:9/v1"]) == 1
+    assert capsys.readouterr().err.startswith("error: --judge http://127.0.0.1:9/v1: ")
+
+
+def test_a_judge_decides_about_words_only():
+    asked = []
+
+    class Yes:
+        def verdict(self, question, gold, answer):
+            asked.append((question, gold, answer))
+            return "right"
+
+    words = data.Problem("1", "science", "Why?", "Rayleigh's scattering, of course")
+    assert ev.verify(r"\boxed{scattering}", words, judge=Yes()).score == 1 and asked == [("Why?", words.answer, "scattering")]
+    assert ev.verify("nothing", words, judge=Yes()).reason == "no answer"
+    assert ev.verify(r"\boxed{41}", data.Problem("2", "math", "q", "42"), judge=Yes()).reason == "wrong" and len(asked) == 1
