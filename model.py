@@ -643,7 +643,10 @@ class Cache:
                 scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~self.mask, -torch.inf)
                 y = scores.softmax(-1, torch.float32).to(v.dtype) @ v
             return y.reshape(len(q), 1, -1, q.shape[-1])
-        return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=self.mask, enable_gqa=True).transpose(1, 2)
+        if q.is_cuda:  # with a mask, only torch's slow kernel there lets queries share keys
+            k, v = (x.repeat_interleave(q.shape[2] // x.shape[1], 1) for x in (k, v))
+        y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=self.mask, enable_gqa=k.shape[1] < q.shape[2])
+        return y.transpose(1, 2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
