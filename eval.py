@@ -31,7 +31,7 @@ Deviations from the paper (arXiv 2601.02346)
 - Its code rewards come from a service; here a sandbox of Linux's namespaces, limits and call filter, Python only.
 - Its 32768 tokens or more, temperature 0.6 and top-p 0.95 are flags; the defaults fit the small run.
 
-To copy sections 1 to 4 (answers, code, estimators) nothing else is needed; to copy all, also take the other five files that
+To copy sections 1, 2, 3 and 5 (answers, code, estimators) nothing else is needed; to copy all, also take the other five files that
 it builds on: model.py, ssm_scan.py, data.py, deepconf.py, train_sft.py (ranks).
 """
 
@@ -1778,15 +1778,18 @@ class Judge:
 
 
 def read_verdicts(path):
-    """The verdicts kept in a Judge's cache, key -> verdict. A last line that a crash cut short is taken out of the file."""
+    """The verdicts kept in a Judge's cache, key -> verdict. A line that a crash cut short, or a blank one, does not count."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = path.read_text("utf-8").splitlines(keepends=True) if path.exists() else []
-    if lines and not lines[-1].endswith("\n"):
-        data.write_text(path, "".join(lines[:-1]))
-    verdicts = {}
-    for number, line in enumerate((line for line in lines if line.endswith("\n")), 1):
-        record = data.parse_json(line.encode(), f"{path}, line {number}")
+    text, verdicts = path.read_text("utf-8") if path.exists() else "", {}
+    if text and not text.endswith("\n"):
+        with open(path, "a", encoding="utf-8") as file:  # what is added goes on a line of its own
+            file.write("\n")
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
         if not isinstance(record, dict) or record.get("verdict") not in ("right", "wrong") or "key" not in record:
             raise ValueError(f"{path}, line {number}: not a verdict of a judge")
         verdicts[record["key"]] = record["verdict"]
@@ -1856,17 +1859,20 @@ def is_readable(answer):
 def verify(text, problem, judge=None, **settings):
     """Verdict on a reply to a data.Problem: by its tests where it has no answer, by its choices, by the equality of answers; then
     by a judge, where there is one and the reference is not mathematics, or none that can be read. settings: those of run_code."""
-    if not problem.answer:
-        return verify_code(text, problem, **settings)
     start, answer = time.perf_counter(), extract_answer(text)
-    if answer is None:
-        reason = "no answer"
-    elif is_right(answer, problem):
-        reason = "right"
-    elif judge is None or problem.extra.get("choices") or problem.domain == "math" and is_readable(problem.answer):
-        reason = "wrong"
-    else:
-        reason = judge.verdict(problem.prompt, problem.answer, answer)
+    try:
+        if not problem.answer:
+            return verify_code(text, problem, **settings)
+        if answer is None:
+            reason = "no answer"
+        elif is_right(answer, problem):
+            reason = "right"
+        elif judge is None or problem.extra.get("choices") or problem.domain == "math" and is_readable(problem.answer):
+            reason = "wrong"
+        else:
+            reason = judge.verdict(problem.prompt, problem.answer, answer)
+    except OSError as error:  # no sandbox any more, a full disk: it says nothing about the reply, and must not cost what was sampled
+        reason = f"unknown: {error}"
     return Verdict(float(reason == "right"), reason, time.perf_counter() - start)
 
 
@@ -1912,7 +1918,7 @@ def check_problem(problem, unsafe=False):
     try:
         check_gold(problem.answer)
     except ValueError as error:
-        return "failed", str(error)
+        return ("failed", str(error)) if problem.domain == "math" else ("not checked", "answers in words: they need --judge")
     answer = extract_answer(solution)
     why = f"its solution answers {answer!r}, its answer is {problem.answer!r}"
     return ("right", None) if is_right(answer, problem) else ("failed", why)
@@ -1991,8 +1997,12 @@ def write(model, tokenizer, chats, args, samples=1, admit=None, on_token=None, o
 
 
 def answer_of(text, problem):
-    """What is voted on: the answer, or for a problem with tests the code."""
-    return extract_answer(text) if problem.answer else (extract_code(text) or (None, None))[1]
+    """What is voted on: the answer, the letter of the choice that it names, or for a problem with tests the code."""
+    if not problem.answer:
+        return (extract_code(text) or (None, None))[1]
+    answer, choices = extract_answer(text), problem.extra.get("choices")
+    named = chosen(answer, choices) if answer and choices else None
+    return answer if named is None else data.LETTERS[named]
 
 
 def sample(model, tokenizer, problems, args, samples, ranks, judge, file, online=None):

@@ -21,7 +21,7 @@ Glossary (letters of the SSM stand in ssm_scan.py)
 
 Deviations from the published model: none in the function. The paper projects concatenated heads with one matrix; the published
 weights keep two projections and add their results, which is the same function and what stands here.
-To copy this file, also take ssm_scan.py.
+To copy this file, also take ssm_scan.py; its command line needs tests/measure.py.
 """
 
 import json
@@ -737,7 +737,7 @@ def decoder(model, cache):
     """step(tokens (slots,)) -> logits (slots, vocab): every slot of `cache` appends one token. The caller sets cache.used.
 
     On a GPU a step is some thousand launches, which take the host longer than the device. So the second step that attends to a
-    window of a given size is recorded as a CUDA graph, and replayed until the window grows; the first one compiles."""
+    window of a given size is recorded as a CUDA graph, and replayed until the window changes; the first one compiles."""
     if not cache.k.is_cuda:
         return lambda tokens: model(tokens[:, None], cache=cache)[:, 0]
     ids, graph, window, logits = cache.lengths.clone()[:, None], None, None, None
@@ -745,7 +745,7 @@ def decoder(model, cache):
     def step(tokens):
         nonlocal graph, window, logits
         ids.copy_(tokens[:, None])
-        if window != cache.window_of(cache.used + 1):
+        if window != cache.window_of(cache.used + 1) or not cache.used:
             graph, logits = None, model(ids, cache=cache)[:, 0]
             window = cache.window
         else:

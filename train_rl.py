@@ -23,7 +23,7 @@ What is logged, by name
 Deviations from the paper: the weight of the cross-entropy on positives (0.1), the cache's size and age and the format penalty
 are not given there, nor is the language penalty's; groups without signal are dropped altogether. The paper's
 G = 16, temperature 0.85, clip (0.2, 0.28), TIS cap 2, beta = 0 and gamma = 0 are kept.
-To copy this file, also take train_sft.py, model.py, ssm_scan.py, data.py and eval.py.
+To copy this file, also take train_sft.py, model.py, ssm_scan.py, data.py, deepconf.py and eval.py.
 """
 
 import math
@@ -202,8 +202,8 @@ def sample_groups(sampler, pairs, tokenizer, verifier, args, seed, ranks, stats)
     def judged(trace):  # in threads: programs and judges take their time while sampling goes on
         problem, text = pairs[trace.prompt_index][0], reply_text(trace, tokenizer)
         return text, verifier(text, problem)
-    with ThreadPoolExecutor(2 * (os.cpu_count() or 1)) as pool:
-        verdicts = {}
+    pool, verdicts = ThreadPoolExecutor(2 * (os.cpu_count() or 1)), {}
+    try:
         def on_trace(trace):
             verdicts[trace.prompt_index, trace.sample_index] = pool.submit(judged, trace)
         traces = generate(sampler, [ids for _, ids in pairs], samples=args.group, max_new_tokens=args.max_new_tokens,
@@ -219,6 +219,8 @@ def sample_groups(sampler, pairs, tokenizer, verifier, args, seed, ranks, stats)
             group.append(new_rollout(prompt, trace, score))
             samples.append({**score, "length": len(trace.tokens), "truncated": trace.stop == "length", "text": text,
                             "prompt": problem.prompt, "gold": problem.answer, "domain": problem.domain})
+    finally:
+        pool.shutdown(cancel_futures=True)  # an error or Ctrl-C does not wait for hundreds
     stats["t_score"] += time.time() - start
     made = ranks.gather(made)
     stats["samples"] += [s for _, samples in made for s in samples]
@@ -335,7 +337,7 @@ def record_of(stats, loss, norm, lr, ranks):
         "length_wrong": mean(x["length"] for x in s if not x["correct"]), "truncated": mean(x["truncated"] for x in s),
         "mixed": mean(x["mixed"] for x in s), "unparsed": mean(x["reason"] in UNPARSED for x in s),
         "timeouts": mean(x["reason"] == "time limit" for x in s), "killed": mean(x["reason"].split(":")[0] in KILLED for x in s),
-        "unknown": mean(x["reason"] == "unknown" for x in s), "t_verify": float(sum(x["t_verdict"] for x in s)),
+        "unknown": mean(x["reason"].startswith("unknown") for x in s), "t_verify": float(sum(x["t_verdict"] for x in s)),
         "grad_norm": norm, "lr": lr, "tokens": int(tokens),
         "sampled": sum(x["length"] for x in s), **{k: round(stats[k], 3) for k in ("t_sample", "t_score", "t_update")},
     }

@@ -227,7 +227,7 @@ class ContextParallel:
         c, n = config, ranks.cp
         for name in ("num_attention_heads", "mamba_n_heads"):
             check(getattr(c, name) % n == 0, f"--cp {n}: {name} {getattr(c, name)} is not a multiple of it")
-        self.rank, self.size, self.group = ranks.rank % n, n, dist.new_subgroups(n)[0]
+        self.rank, self.size, self.group = ranks.rank % n, n, dist.new_subgroups(n, timeout=timedelta(days=1))[0]
 
         def places(parts):  # of (start, width of an item, items of every rank) each -> (n, places), how many there are of each part
             rows = [[[start + i * width + j for i in items[r] for j in range(width)] for start, width, items in parts] for r in range(n)]
@@ -286,7 +286,8 @@ def replica(model, copy=None):
 class Run:
     """The folder of a run: its identity, its log, its checkpoints. Only rank 0 writes, except the shards of a checkpoint."""
 
-    VOLATILE = ("fresh", "device", "cp", "replicas", "checkpoint_activations", "save_every", "eval_every")  # may differ between the parts of one run
+    VOLATILE = ("fresh", "device", "cp", "replicas", "checkpoint_activations", "judge", "judge_cache", "save_every",
+                "eval_every")  # may differ between the parts of one run
 
     def __init__(self, args, ranks):
         self.out, self.ranks = Path(args.out), ranks
@@ -331,7 +332,9 @@ class Run:
                 for old in sorted((self.out / "trainer").glob("step-??????"))[:-2]:
                     shutil.rmtree(old)
                 tokenizer.save(self.out / "model")
+            self.ranks.all_sum([0])  # on a GPU the gathering that follows is only queued, and must not wait for rank 0's files
             model.save_pretrained(self.out / "model")
+            self.ranks.all_sum([0])  # nobody leaves while rank 0 still writes
         except (OSError, RuntimeError, dcp.CheckpointException) as e:  # a full disk: torch's writer has a RuntimeError for it
             shutil.rmtree(temporary, ignore_errors=True)
             why = str(e).strip().splitlines()[-1]

@@ -299,7 +299,7 @@ ATTACKS = {
     "command line": SEARCH + "return next(filter(None, map(found, sys.argv + sys.orig_argv)), 0)",
     "environment": SEARCH + "return next(filter(None, map(found, os.environ.values())), 0)",
     "files": SEARCH + """
-for top in ("/tmp", "/work", "/home", "/root", "/var", "/dev", "/proc", "/etc", "/run", "/mnt", "/opt", "."):
+for top in ("/tmp", "/srv", "/home", "/root", "/var", "/dev", "/proc", "/etc", "/run", "/mnt", "/opt", "."):
     for folder, _, names in os.walk(top):
         for name in names:
             try: hit = found(open(os.path.join(folder, name), "rb").read(1 << 20))
@@ -397,7 +397,7 @@ while True:
     "NUL": "print('\\0' * 99)\nreturn '\\0'",
     "files outside": """
 import os
-for top in ("/", "/tmp", "/var/tmp", "/dev/shm", "/root", "/home", "/work", "/etc", "/usr/lib", "/lib", os.path.dirname(os.__file__), "..", "."):
+for top in ("/", "/tmp", "/var/tmp", "/dev/shm", "/root", "/home", "/srv", "/etc", "/usr/lib", "/lib", os.path.dirname(os.__file__), "..", "."):
     try: open(os.path.join(top, "MARKED"), "w").write("x")
     except OSError: pass
 """,

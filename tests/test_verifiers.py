@@ -344,3 +344,19 @@ def test_a_judge_decides_about_words_only():
     assert ev.verify(r"\boxed{scattering}", words, judge=Yes()).score == 1 and asked == [("Why?", words.answer, "scattering")]
     assert ev.verify("nothing", words, judge=Yes()).reason == "no answer"
     assert ev.verify(r"\boxed{41}", data.Problem("2", "math", "q", "42"), judge=Yes()).reason == "wrong" and len(asked) == 1
+
+
+def test_what_fails_on_this_side_is_unknown(monkeypatch):
+    def fails(*_, **__):
+        raise OSError("no sandbox could be built any more")
+
+    monkeypatch.setattr(ev, "run_code", fails)
+    verdict = ev.verify("```python\nprint(1)\n```", data.Problem("1", "code", "q", "", {"tests": [{"input": "", "output": "1"}]}))
+    assert verdict.score == 0 and verdict.reason == "unknown: no sandbox could be built any more"
+
+
+def test_votes_are_for_choices_however_they_are_named():
+    problem = data.Problem("1", "science", "q", "B", {"choices": ["London", "Paris"]})
+    replies = [r"\boxed{B}", r"\boxed{b}", r"\boxed{Paris}", r"\boxed{(B)}", r"\boxed{B. Paris}"]
+    assert {ev.answer_of(reply, problem) for reply in replies} == {"B"}
+    assert ev.answer_of(r"\boxed{Rome}", problem) == "Rome" and ev.answer_of("Rome", problem) is None
