@@ -1859,10 +1859,11 @@ def is_readable(answer):
 def verify(text, problem, judge=None, **settings):
     """Verdict on a reply to a data.Problem: by its tests where it has no answer, by its choices, by the equality of answers; then
     by a judge, where there is one and the reference is not mathematics, or none that can be read. settings: those of run_code."""
-    start, answer = time.perf_counter(), extract_answer(text)
+    start = time.perf_counter()
     try:
         if not problem.answer:
             return verify_code(text, problem, **settings)
+        answer = extract_answer(text)
         if answer is None:
             reason = "no answer"
         elif is_right(answer, problem):
@@ -1906,7 +1907,7 @@ def check_problem(problem, unsafe=False):
     Returns:
         (status, why): "right", "failed" or "not checked"; why is None where it is right.
     """
-    solution = problem.extra.get("solution", problem.extra.get("canonical_solution"))
+    solution = problem.extra.get("solution")
     if not problem.answer:
         if not isinstance(solution, str):
             return "not checked", "code without a solution: only its tests were read"
@@ -2043,7 +2044,7 @@ def sample(model, tokenizer, problems, args, samples, ranks, judge, file, online
     start = time.perf_counter()
     callbacks = (admit, on_token, on_trace) if online else (admit,)
     traces = write(model, tokenizer, chats, args, samples, *callbacks, progress=ranks.rank == 0)
-    seconds = max(ranks.gather([time.perf_counter() - start] * ranks.world))
+    seconds = max(ranks.all_values(time.perf_counter() - start))
     texts, groups = [reply_text(trace, tokenizer) for trace in traces], [[] for _ in problems]
     jobs = [(text, problems[trace.prompt_index]) for trace, text in zip(traces, texts)]
     verdicts = verify_many(jobs, progress=ranks.rank == 0, judge=judge, unsafe=args.unsafe_local_execution)

@@ -37,7 +37,6 @@ from functools import partial
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 import data
@@ -291,7 +290,7 @@ def train_step(model, optimizer, groups, args, lr, ranks, stats):
     for r, weight in zip(rollouts, token_weights([int(r.mask.sum()) for r in rollouts], args.normalise)):
         r.token_weight = weight
     positives = sum(int(r.mask.sum()) for r in rollouts if r.correct)
-    packs, old = data.pack(rollouts, args.pack_tokens, ranks.world // ranks.cp), {}
+    packs, old = data.pack(rollouts, args.pack_tokens, ranks.teams), {}
     for _ in range(args.updates):
         def loss_of(row):
             if not any(isinstance(r, Rollout) for r in row.members):  # a dummy that keeps ranks in step
@@ -321,9 +320,6 @@ def record_of(stats, loss, norm, lr, ranks):
         return float(np.mean(values)) if values else 0.0
     s, n = stats["samples"], max(1, stats["groups"])
     tokens, entropy, low, high, kl, off, capped = ranks.all_sum((stats["sums"] / ranks.cp).tolist())
-    off_max = torch.tensor(stats["mismatch_max"])
-    if ranks.world > 1:
-        dist.all_reduce(off_max, dist.ReduceOp.MAX)
     domains = sorted({x["domain"] for x in s})
     return {
         "loss": loss, "reward": mean(x["score"] for x in s), "reward_std": float(np.std([x["score"] for x in s] or [0])),
@@ -332,7 +328,7 @@ def record_of(stats, loss, norm, lr, ranks):
         "all_right": stats["all_right"] / n, "all_wrong": stats["all_wrong"] / n,
         "calls": stats["calls"], "cached": stats["cached"], "age": stats["age"],
         "entropy": entropy / tokens, "clip_low": low / tokens, "clip_high": high / tokens, "kl": kl / tokens,
-        "mismatch": off / tokens, "mismatch_max": float(off_max), "capped": capped / tokens,
+        "mismatch": off / tokens, "mismatch_max": max(ranks.all_values(stats["mismatch_max"])), "capped": capped / tokens,
         "length": mean(x["length"] for x in s), "length_right": mean(x["length"] for x in s if x["correct"]),
         "length_wrong": mean(x["length"] for x in s if not x["correct"]), "truncated": mean(x["truncated"] for x in s),
         "mixed": mean(x["mixed"] for x in s), "unparsed": mean(x["reason"] in UNPARSED for x in s),

@@ -98,9 +98,14 @@ class Ranks:
     cp: int = 1  # so many neighbours work on the same rows
     replicas: int = 1
 
+    @property
+    def teams(self):
+        """How many rows are worked on at a time."""
+        return self.world // self.cp
+
     def own(self, packs):
         """The rows of a batch that this rank works on."""
-        return packs[self.rank // self.cp :: self.world // self.cp]
+        return packs[self.rank // self.cp :: self.teams]
 
     def all_sum(self, values):
         """Sum of a list of floats over the ranks."""
@@ -120,9 +125,13 @@ class Ranks:
             raise OSError(f"another rank has ended, and what it printed says why ({str(e).strip().splitlines()[-1]})") from None
         return [shares[i % self.world][i // self.world] for i in range(len(objects))]
 
+    def all_values(self, value):
+        """The ranks' values, in their order."""
+        return self.gather([value] * self.world)
+
     def agree(self, what, value):
         """ValueError if a rank has another value: nodes that were started differently, or see different files, must not train."""
-        values = self.gather([value] * self.world)
+        values = self.all_values(value)
         other = next((r for r, v in enumerate(values) if v != values[0]), None)
         check(other is None, f"ranks 0 and {other} disagree about {what}: {values[0]} and {values[other or 0]}")
 
@@ -463,7 +472,7 @@ def train_step(model, optimizer, packs, lr, clip, ranks):
 @torch.no_grad()
 def held_out_loss(model, samples, args, ranks):
     """Mean loss per token over samples that are not trained on, in nats, every token alike."""
-    packs = data.pack(samples, args.pack_tokens, ranks.world // ranks.cp)
+    packs = data.pack(samples, args.pack_tokens, ranks.teams)
     total = float(sum(row.weights.sum() for row in packs))
     return ranks.all_sum([sum(float(sft_loss(model, row, total)) for row in ranks.own(packs)) / ranks.cp])[0]
 
@@ -555,7 +564,7 @@ def main():
         report(state["step"], state["record"])
     for step in range(state["step"] if state else 0, args.steps):
         start, lr = time.time(), learning_rate(step, args.steps, args.lr, args.warmup)
-        packs = data.pack(next(loader), args.pack_tokens, ranks.world // ranks.cp)
+        packs = data.pack(next(loader), args.pack_tokens, ranks.teams)
         try:
             loss, norm = train_step(model, optimizer, packs, lr, args.clip, ranks)
         except ValueError as e:

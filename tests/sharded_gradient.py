@@ -25,7 +25,7 @@ def main(checkpoint, file, cp, replicas, pack_tokens):
     samples = data.load_sft(file, data.Tokenizer.byte_level(), 512)[:9]
     one, expected = gradient(t.load_model(checkpoint).float(), data.pack(samples, 4096), t.Ranks())
     ranks = t.start_ranks("cpu", int(cp), int(replicas))
-    packs = data.pack(samples, int(pack_tokens), ranks.world // ranks.cp)
+    packs = data.pack(samples, int(pack_tokens), ranks.teams)
     loss, grads = gradient(t.shard(t.load_model(checkpoint), ranks, recompute=True), packs, ranks)
     off = torch.cat([(grads[n] - g).flatten() for n, g in expected.items()]).norm() / torch.cat([g.flatten() for g in expected.values()]).norm()
     worst = max(float((grads[n] - g).norm() / g.norm()) for n, g in expected.items())
