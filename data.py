@@ -24,6 +24,7 @@ To copy this, nothing else is needed: numpy and tiktoken.
 
 import argparse
 import ast
+import glob
 import gzip
 import hashlib
 import importlib.metadata
@@ -41,6 +42,7 @@ import zlib
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import regex  # tiktoken's own dependency
@@ -436,14 +438,18 @@ def read_records(path):
     else:
         rows = ((f"{path}, line {n + 1}", parse_json(lines[n], f"{path}, line {n + 1}")) for n in filled)
     for where, record in rows:
-        if not isinstance(record, dict) or not record:
-            raise ValueError(f"{where}: {short(record)} is not a JSON object with fields")
-        yield where, record
+        yield where, check_record(record, where)
+
+
+def check_record(record, where):
+    if not isinstance(record, dict) or not record:
+        raise ValueError(f"{where}: {short(record)} is not a JSON object with fields")
+    return record
 
 
 def parse_json(raw, where):
     try:
-        return json.loads(raw.decode("utf-8"))
+        return json.loads(raw.decode("utf-8-sig"))  # a byte order mark may come first
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: invalid UTF-8 at byte {error.start}") from None
     except (ValueError, RecursionError) as error:  # not only JSONDecodeError: also integers of thousands of digits
@@ -846,53 +852,122 @@ class Sample:
     mask: np.ndarray  # (t,) bool: whether this token is to be predicted
     weight: float  # of each of its tokens in the loss
     domain: str
+    trimmed: bool = False  # it was longer
 
 
-def load_sft(path, tokenizer, max_tokens, trim=False):
-    """Read and tokenise sft.jsonl.
+class Place(NamedTuple):
+    """A line of a file, known by its first byte. Only an error message takes the time to count the lines before it."""
+
+    path: str
+    offset: int
+
+    def __str__(self):
+        with open(self.path, "rb") as file:
+            pieces = (file.read(min(2**20, self.offset - at)) for at in range(0, self.offset, 2**20))
+            return f"{self.path}, line {1 + sum(piece.count(10) for piece in pieces)}"
+
+
+BLOCK = 2**26  # bytes of a file that are checked in one go: a second of work
+
+
+def sft_blocks(pattern):
+    """Places at which the blocks of some files begin. pattern: the files, separated by commas; * stands for any part of a name."""
+    paths = [path for part in pattern.split(",") for path in sorted(glob.glob(part)) or [part]]
+    if packed := [path for path in paths if path.endswith(".gz")]:
+        raise ValueError(f"{packed[0]}: cannot be read from the middle; decompress it")
+    return [Place(path, start) for path in paths for start in range(0, os.path.getsize(path) or 1, BLOCK)]
+
+
+class SftFiles:
+    """The samples of JSONL files, by number. Memory holds where each begins, and its domain; the files may be larger than memory.
+
+    At the start every line is read and checked once, in blocks that ranks can share out among themselves. A sample is read
+    again, and made into tokens, when it is asked for: so each rank reads its share, and nobody waits for hours of tokenising.
 
     Args:
-        path: the file, see the top.
-        tokenizer: Tokenizer.
+        pattern: the files, see sft_blocks.
         max_tokens: of a sample; a longer one is an error, as silence would hide that its answer is never learned.
-        trim: cut longer ones on the right instead, as the paper does above 36K tokens. How many is printed, as is how
-            many were left without a token to learn from, which are dropped.
-    Returns:
-        List of Sample, in the file's order.
+        trim: cut longer ones on the right instead, as the paper does above 36K tokens, and mark them as trimmed.
+        limit: so many samples only; 0: all.
+        each: each(function, items) -> list of function(item), for ranks to share work out; None: all of it here.
+    Attributes:
+        rows: dict from each domain to an array of its samples' numbers; checksum: of all bytes.
     Raises:
         ValueError: naming file, line and field.
     """
-    samples, trimmed, dropped = [], 0, 0
-    for where, record in read_records(path):
-        sample = parse_sft(record, tokenizer, where)
-        if len(sample.ids) > max_tokens:
-            if not trim:
-                tokens = f"{len(sample.ids)} tokens, the limit is {max_tokens}"
-                raise ValueError(f"{where}: field messages: {tokens}; raise it, allow trimming, or drop the line")
-            sample.ids, sample.mask = sample.ids[:max_tokens], sample.mask[:max_tokens]
-            trimmed += 1
-            if not sample.mask.any():
-                dropped += 1
-                continue
-        samples.append(sample)
-    if trimmed:
-        print(f"{path}: {trimmed} samples trimmed to {max_tokens} tokens, {dropped} of them dropped", file=sys.stderr)
-    if not samples:
-        raise ValueError(f"{path}: no sample has a token to learn from within {max_tokens} tokens")
-    return samples
+
+    def __init__(self, pattern, tokenizer, max_tokens, trim=False, limit=0, each=None):
+        self.tokenizer, self.max_tokens, self.trim = tokenizer, max_tokens, trim
+        blocks = sft_blocks(pattern)
+        found = each(self._index, blocks) if each else [self._index(block) for block in blocks]
+        counts = [len(offsets) for offsets, _, _ in found]
+        for path in {block.path: None for block in blocks}:
+            if not any(count for count, block in zip(counts, blocks) if block.path == path):
+                raise ValueError(f"{path}: empty; expected one JSON object a line")
+        self.paths, self.block = [block.path for block in blocks], np.repeat(np.arange(len(blocks), dtype=np.int32), counts)
+        self.offsets = np.concatenate([offsets for offsets, _, _ in found])[: limit or None]
+        self.checksum = zlib.crc32(np.array([crc for _, _, crc in found]))
+        rows = defaultdict(list)
+        for first, (_, domains, _) in zip(np.cumsum([0, *counts]), found):
+            for name, places in domains.items():
+                rows[name].append(first + places[first + places < len(self)])
+        self.rows = {name: np.concatenate(parts) for name, parts in sorted(rows.items()) if any(map(len, parts))}
+
+    def _index(self, block):
+        """The lines that begin in a block: their offsets, their places among them by domain, the checksum of their bytes."""
+        offsets, domains, crc = [], defaultdict(list), 0
+        with open(block.path, "rb") as file:
+            if block.offset:  # to the first line that begins here: the end of the one that holds the byte before
+                file.seek(block.offset - 1)
+                file.readline()
+            while (at := file.tell()) < block.offset + BLOCK and (line := file.readline()):
+                crc = zlib.crc32(line, crc)
+                if line.strip():
+                    place = Place(block.path, at)
+                    domain, _ = check_sft(check_record(parse_json(line, place), place), place)
+                    if len(line) > self.max_tokens and not self.trim:  # fewer bytes are fewer tokens, too
+                        self._sample(line, place)
+                    domains[domain].append(len(offsets))
+                    offsets.append(at)
+        return np.array(offsets, np.int64), {name: np.array(places) for name, places in domains.items()}, crc
+
+    def _sample(self, line, place):
+        sample, size = parse_sft(check_record(parse_json(line, place), place), self.tokenizer, place), self.max_tokens
+        if len(sample.ids) <= size:
+            return sample
+        if not self.trim:
+            tokens = f"{len(sample.ids)} tokens, the limit is {size}"
+            raise ValueError(f"{place}: field messages: {tokens}; raise it, allow trimming, or drop the line")
+        return Sample(sample.ids[:size], sample.mask[:size], sample.weight, sample.domain, trimmed=True)
+
+    def __len__(self):
+        return len(self.offsets)
+
+    def __getitem__(self, i):
+        place = Place(self.paths[self.block[i]], int(self.offsets[i]))
+        with open(place.path, "rb") as file:
+            file.seek(place.offset)
+            return self._sample(file.readline(), place)
 
 
-def parse_sft(record, tokenizer, where):
+def check_sft(record, where):
+    """(domain, weight) of a record, after a look at all that a sample needs. where names it in errors."""
     domain, weight = text_field(record, "domain", where), record.get("weight", "missing")
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < 1e6:
         raise ValueError(f"{where}: field weight must be a positive number, not {short(weight)}")
     try:
-        ids, mask = render_chat(record.get("messages"), tokenizer)
+        check_messages(record.get("messages"), generation_prompt=False)
     except ValueError as error:
         raise ValueError(f"{where}: field {error}") from None
-    if not any(mask):
+    if all(message["role"] != "assistant" for message in record["messages"]):
         raise ValueError(f"{where}: field messages: holds no assistant turn to learn from")
-    return Sample(np.array(ids, np.int32), np.array(mask), float(weight), domain)
+    return domain, float(weight)
+
+
+def parse_sft(record, tokenizer, where):
+    domain, weight = check_sft(record, where)
+    ids, mask = render_chat(record["messages"], tokenizer)
+    return Sample(np.array(ids, np.int32), np.array(mask), weight, domain)
 
 
 def show(args):
@@ -990,40 +1065,35 @@ def join(row):
 
 
 class Loader:
-    """Endless iterator of global batches, lists of batch_size samples, in the proportions of a mixture of domains.
+    """Endless iterator of global batches, lists of batch_size samples' numbers, in the proportions of a mixture of domains.
 
-    Every domain has its own epochs, each shuffled anew. The next sample comes from the domain with the largest deficit,
-    share * samples drawn - samples of this domain, so that every batch has the proportions and not only the average one
-    (paper, section 2). No random state is kept: the order follows from (seed, domain, epoch), the position from counts.
+    Every domain has its own epochs, each shuffled anew. After any number of draws, each domain has had its share of them, rounded
+    up or down: so every batch has the proportions and not only the average one (paper, section 2). No random state is kept: the
+    order follows from (seed, domain, epoch), the position from counts. So all ranks draw the same batches, and another number of
+    ranks continues them.
 
     Args:
-        samples: list of Sample. Every rank holds all of them and draws the same batches.
+        rows: dict from each domain to an array of its samples' numbers, as SftFiles has it.
         batch_size: samples of a global batch.
         seed: integer, at least 0.
         mixture: dict from each domain to its weight, whatever their sum; None takes the sizes of the domains, and then
-            len(samples) draws take every sample exactly once.
+            as many draws as there are samples take every sample exactly once.
+        checksum: of what the numbers stand for: a stream is continued with the same samples, or not at all.
     """
 
-    def __init__(self, samples, batch_size, seed, mixture=None):
-        self.samples, self.batch_size, self.seed = samples, batch_size, seed
-        self.rows = defaultdict(list)  # domain -> indices into samples
-        digest = hashlib.sha256()
-        for i, sample in enumerate(samples):
-            self.rows[sample.domain].append(i)
-            digest.update(f"{len(sample.ids)} {sample.weight} {sample.domain}\n".encode())
-            digest.update(sample.ids.tobytes() + sample.mask.tobytes())
-        self.mixture = mixture or {domain: len(rows) for domain, rows in self.rows.items()}
-        if not samples or batch_size < 1:
-            raise ValueError(f"batches of {batch_size} cannot be drawn from {len(samples)} samples")
-        if set(self.mixture) != set(self.rows):
-            raise ValueError(f"mixture: has {sorted(self.mixture)}, the data have the domains {sorted(self.rows)}")
+    def __init__(self, rows, batch_size, seed, mixture=None, checksum=0):
+        self.rows, self.batch_size, self.seed = rows, batch_size, seed
+        self.mixture, count = mixture or {domain: len(numbers) for domain, numbers in rows.items()}, sum(map(len, rows.values()))
+        if not count or batch_size < 1:
+            raise ValueError(f"batches of {batch_size} cannot be drawn from {count} samples")
+        if set(self.mixture) != set(rows):
+            raise ValueError(f"mixture: has {sorted(self.mixture)}, the data have the domains {sorted(rows)}")
         if not all(0 <= weight < math.inf for weight in self.mixture.values()) or not any(self.mixture.values()):
             raise ValueError(f"mixture: weights must be numbers from 0 up, and not all 0, not {self.mixture}")
-        self.drawn = dict.fromkeys(sorted(self.rows), 0)
+        self.drawn = dict.fromkeys(sorted(rows), 0)
         self.orders = {}  # domain -> (epoch, permutation)
         # What the stream depends on. Not the batch size: it may change where a run is resumed.
-        data = {"samples": len(samples), "fingerprint": digest.hexdigest()}
-        self.identity = data | {"seed": seed, "mixture": dict(self.mixture)}
+        self.identity = {"samples": count, "checksum": checksum, "seed": seed, "mixture": dict(self.mixture)}
 
     def __iter__(self):
         return self
@@ -1032,16 +1102,18 @@ class Loader:
         return [self.draw() for _ in range(self.batch_size)]
 
     def draw(self):
-        # Multiplied by the sum of weights, so that integer weights are exact.
+        # Draw k + 1 of a domain with share w may come when k < w step, and must have come when w step >= k + 1. Always taking the
+        # one that is due first keeps within both, for any shares (Pfair scheduling); the one furthest behind would not.
         total, step = sum(self.mixture.values()), sum(self.drawn.values()) + 1
-        domain = max(self.drawn, key=lambda name: self.mixture[name] * step - self.drawn[name] * total)
+        may = [name for name, k in self.drawn.items() if k * total < self.mixture[name] * step]
+        domain = min(may, key=lambda name: (self.drawn[name] + 1) / self.mixture[name])
         rows = self.rows[domain]
         epoch, at = divmod(self.drawn[domain], len(rows))
         if self.orders.get(domain, (None,))[0] != epoch:
             rng = np.random.default_rng([self.seed, epoch, list(self.drawn).index(domain)])
             self.orders[domain] = epoch, rng.permutation(len(rows))
         self.drawn[domain] += 1
-        return self.samples[rows[self.orders[domain][1][at]]]
+        return int(rows[self.orders[domain][1][at]])
 
     def state_dict(self):
         """A small dict, JSON-able: how far the stream is, and of what it is the stream."""

@@ -202,7 +202,17 @@ PRESETS = {
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 2. The pieces of a block
+# 2. The pieces of a block. What a token learns from others stands in two functions called mix; all else works on single tokens.
+
+
+@dataclass
+class Context:
+    """What the blocks of a forward pass share. torch.compile leaves `mix` alone, and nothing else looks at the last three: so
+    a compiled block serves whatever documents come."""
+    rope: tuple  # cos and sin of the tokens' positions, see rope_table
+    cu: tuple | None = None  # cu_seqlens
+    cache: object = None  # a Cache
+    cp: object = None  # a train_sft.ContextParallel: h holds this rank's share of a row's tokens
 
 
 def scaled(x, multiplier):
@@ -293,18 +303,23 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.attention_bias)
         self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=c.attention_bias)
 
-    def forward(self, x, rope, cu, cache, layer, cp):
+    def forward(self, x, context, layer):
         c = self.config
         x = scaled(x, c.attention_in_multiplier)
         q = self.q_proj(x).unflatten(-1, (-1, c.head_dim))  # (b, t, hq, hd)
         k = scaled(self.k_proj(x).unflatten(-1, (-1, c.head_dim)), c.key_multiplier)  # (b, t, hkv, hd)
         v = self.v_proj(x).unflatten(-1, (-1, c.head_dim))
-        q, k = rotate(q, *rope), rotate(k, *rope)
+        y = self.mix(rotate(q, *context.rope), rotate(k, *context.rope), v, context, layer)
+        return scaled(self.o_proj(y.flatten(2)), c.attention_out_multiplier)
+
+    @torch.compiler.disable
+    def mix(self, q, k, v, context, layer):
+        """What a token learns from others: (b, t, hq, hd)."""
+        cp, cache = context.cp, context.cache
         if cp is not None:  # from a share of the tokens and all heads to all tokens and a share of the heads
             q, k, v = cp.to_heads(torch.cat([q, k, v], 2), cp.attention)
-        y = attend(q, k, v, cu) if cache is None else cache.attend(layer, q, k, v)
-        y = y if cp is None else cp.to_tokens(y)
-        return scaled(self.o_proj(y.flatten(2)), c.attention_out_multiplier)
+        y = attend(q, k, v, context.cu) if cache is None else cache.attend(layer, q, k, v)
+        return y if cp is None else cp.to_tokens(y)
 
 
 @lru_cache(maxsize=64)
@@ -340,18 +355,29 @@ class Mamba(nn.Module):
             self.norm = RMSNorm(c.mamba_d_ssm, c.rms_norm_eps)  # holds the weight of gated_norm
         self.out_proj = nn.Linear(c.mamba_d_ssm, c.hidden_size, bias=c.projectors_bias)
 
-    def forward(self, u, cu, cache, layer, cp):
-        c, t = self.config, u.shape[1]
+    def forward(self, u, context, layer):
+        c = self.config
         p = self.in_proj(scaled(u, c.ssm_in_multiplier))
         if set(c.ssm_multipliers) != {1}:
             p = p * _mup_vector(c.mamba_widths, c.ssm_multipliers, u.dtype, u.device)
         z, xBC, dt = p.split([c.mamba_d_ssm, sum(c.mamba_widths[1:4]), c.mamba_n_heads], -1)
         dt = F.softplus(dt + self.dt_bias).clamp(*c.time_step_limit)  # in the model's dtype, as published
+        y = self.mix(xBC, dt, context, layer).flatten(2)  # (b, t, I)
+        if c.mamba_rms_norm:
+            y = gated_norm(y, z, self.norm.weight, c.mamba_n_groups, c.rms_norm_eps, c.mamba_norm_before_gate).to(u.dtype)
+        else:
+            y = y * F.silu(z)
+        return scaled(self.out_proj(y), c.ssm_out_multiplier)
+
+    @torch.compiler.disable
+    def mix(self, xBC, dt, context, layer):
+        """What a token learns from those before it, by convolution and scan: (b, t, h, p)."""
+        c, cp, cache, cu = self.config, context.cp, context.cache, context.cu
         weight, bias, A, D = self.conv1d.weight[:, 0], self.conv1d.bias, -self.A_log.float().exp(), self.D
         if cp is not None:  # as in attention; the convolution and the scan then see whole sequences, too
             xBC, dt = cp.to_heads(torch.cat([xBC, dt], 2), cp.mamba)
             weight, bias, A, D = cp.own(weight, bias, A, D)
-        step = cache is not None and t == 1
+        step = cache is not None and dt.shape[1] == 1
         conv_state, state = (None, None) if cache is None else (cache.conv[layer], cache.ssm[layer])
         if step:
             xBC, conv_state = causal_conv1d_step(conv_state, xBC[:, 0], weight, bias, activation="silu")
@@ -368,12 +394,7 @@ class Mamba(nn.Module):
         if cache is not None and not step:  # a step has updated them in place
             cache.conv[layer].copy_(conv_state)
             cache.ssm[layer].copy_(state)
-        y = (y if cp is None else cp.to_tokens(y)).flatten(2)  # (b, t, I)
-        if c.mamba_rms_norm:
-            y = gated_norm(y, z, self.norm.weight, c.mamba_n_groups, c.rms_norm_eps, c.mamba_norm_before_gate).to(u.dtype)
-        else:
-            y = y * F.silu(z)
-        return scaled(self.out_proj(y), c.ssm_out_multiplier)
+        return y if cp is None else cp.to_tokens(y)
 
 
 class MLP(nn.Module):
@@ -398,9 +419,9 @@ class Block(nn.Module):
         self.pre_ff_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.feed_forward = MLP(c)
 
-    def forward(self, h, rope, cu=None, cache=None, layer=0, cp=None):
+    def forward(self, h, context, layer=0):
         n = self.input_layernorm(h)  # one norm feeds both branches
-        h = h + (self.mamba(n, cu, cache, layer, cp) + self.self_attn(n, rope, cu, cache, layer, cp))
+        h = h + (self.mamba(n, context, layer) + self.self_attn(n, context, layer))
         return h + self.feed_forward(self.pre_ff_layernorm(h))
 
 
@@ -431,10 +452,10 @@ class Backbone(nn.Module):
             positions = cache.lengths[:, None] + positions
             cache.extend(positions)
         h = scaled(self.embed_tokens(input_ids), self.config.embedding_multiplier)
-        rope = rope_table(positions, self.config.head_dim, self.config.rope_theta, h.dtype)
+        context = Context(rope_table(positions, self.config.head_dim, self.config.rope_theta, h.dtype), cu, cache, cp)
         for layer, block in enumerate(self.layers):
             run = partial(checkpoint, block, use_reentrant=False) if self.recompute and torch.is_grad_enabled() else block
-            h = run(h, rope, cu, cache, layer, cp)
+            h = run(h, context, layer)
         if cache is not None:
             cache.lengths += t
         return self.final_layernorm(h)
@@ -488,18 +509,14 @@ class FalconH1(nn.Module):
         values = token_logprobs(rows, self.lm_head.weight, targets[kept], scale)
         return tuple(v.new_zeros(b, t).index_put(kept, v) for v in values)
 
-    def save_pretrained(self, folder):
-        """Write config.json and model.safetensors in the published format. Under FSDP every rank must call, rank 0 writes, and a
-        tensor at a time is gathered: nobody ever holds the whole model."""
+    def save_pretrained(self, folder, read=lambda name, v: v):
+        """Write config.json and model.safetensors in the published format. read(name, v) gives the values of a tensor when it is its
+        turn, where the model itself has none (it is on the meta device, or sharded)."""
         state = self.state_dict()
         if self.config.tie_word_embeddings:
             del state["lm_head.weight"]
-        if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
-            for _, v in sorted(state.items()):
-                _whole(v)
-            return
         os.makedirs(folder, exist_ok=True)
-        write_safetensors(Path(folder) / "model.safetensors", state)
+        write_safetensors(Path(folder) / "model.safetensors", state, read)
         config = json.dumps(self.config.to_json(next(iter(state.values())).dtype), indent=2) + "\n"
         _replace(Path(folder) / "config.json", lambda f: f.write(config.encode()))
 
@@ -880,12 +897,8 @@ def _replace(path, write):
         raise OSError(f"{path}: could not be written: {e.strerror}") from None
 
 
-def _whole(v):
-    return v.full_tensor() if hasattr(v, "full_tensor") else v  # of a sharded parameter, from all ranks
-
-
-def write_safetensors(path, tensors):
-    """tensors {name: tensor} -> file, little-endian, in the order of the names."""
+def write_safetensors(path, tensors, read=lambda name, v: v):
+    """tensors {name: tensor} -> file, little-endian, in the order of the names. read: see save_pretrained."""
     names, header, offset = {v: k for k, v in _DTYPES.items()}, {"__metadata__": {"format": "pt"}}, 0
     for name, v in sorted(tensors.items()):
         size = v.numel() * v.element_size()
@@ -896,8 +909,8 @@ def write_safetensors(path, tensors):
 
     def write(f):
         f.write(struct.pack("<Q", len(text)) + text)
-        for _, v in sorted(tensors.items()):
-            f.write(_whole(v).detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        for name, v in sorted(tensors.items()):
+            f.write(read(name, v).detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     _replace(path, write)
 
 

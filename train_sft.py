@@ -23,14 +23,17 @@ loss and its normalisation alike, so a batch of hard samples takes no larger ste
 To copy this file, also take model.py, ssm_scan.py and data.py.
 """
 
+import itertools
 import json
 import math
 import os
 import shutil
 import sys
+import threading
 import time
 import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -56,27 +59,29 @@ from model import PRESETS, FalconH1, FalconH1Config, generate
 @dataclass
 class Args:
     out: str = flag("runs/tiny/sft", "folder of the run")
-    data: str = flag("runs/tiny/data/sft.jsonl", "SFT samples; the default is made when it is not there")
+    data: str = flag("runs/tiny/data/sft.jsonl", "SFT samples: files, separated by commas, * for any part of a name; of any size. "
+                     "The default is made when it is not there")
     init: str = flag("", "checkpoint folder to start from; empty: --preset with random weights and byte tokens")
     preset: str = flag("tiny", "model size when --init is empty")
     steps: int = flag(1800, "optimiser steps")
     batch: int = flag(16, "samples of a global batch")
     pack_tokens: int = flag(4096, "longest row, in tokens: bounds memory, does not change the result")
     context: int = flag(1024, "longest sample, in tokens")
-    trim: bool = flag(False, "cut longer samples on the right instead of refusing them")
+    trim: bool = flag(False, "cut longer samples on the right instead of refusing them, and log how many of a batch")
     lr: float = flag(4e-3, "peak learning rate (the paper's 1.024e-3 is for published multipliers)")
     warmup: float = flag(0.04, "share of steps with rising learning rate; it then falls linearly to 0")
     weight_decay: float = flag(0.01, "AdamW decay of matrices; vectors have none")
     clip: float = flag(1.0, "largest norm of the whole gradient")
     mixture: str = flag("", "weights of domains, as math=0.6,code=0.4; empty: as many as there are")
-    held_out: int = flag(100, "samples of the file kept from training, for the held-out loss")
+    held_out: int = flag(100, "samples kept from training for the held-out loss, evenly spread over the files")
     eval_every: int = flag(300, "steps between held-out losses and sample texts")
     save_every: int = flag(300, "steps between checkpoints")
     seed: int = flag(0, "of weights and data order")
-    limit: int = flag(0, "use the first samples of the file only; 0: all")
+    limit: int = flag(0, "use the first samples only; 0: all")
     cp: int = flag(1, "ranks that share each row's tokens (context parallelism); it must divide ranks and heads")
     replicas: int = flag(1, "copies of the sharded model; best one a node, so that only gradients travel between nodes")
     checkpoint_activations: bool = flag(False, "keep one activation a block and compute the others again: less memory, a third more work")
+    compile: bool = flag(False, "torch.compile what blocks do to single tokens: a minute at the start, a tenth less for every step")
     device: str = flag("", "cpu or cuda; empty: cuda where there is one")
     fresh: bool = flag(False, "start over, deleting what --out holds of an earlier run")
 
@@ -114,20 +119,21 @@ class Ranks:
             dist.all_reduce(t)
         return t.tolist()
 
-    def gather(self, objects):
+    def gather(self, objects, group=None):
         """A list to which rank r gives the objects r, r + world, r + 2 world, ..., put together: all of it on every rank."""
         if self.world == 1:
             return objects
         shares = [None] * self.world
-        try:
-            dist.all_gather_object(shares, objects[self.rank :: self.world])
-        except RuntimeError as e:
-            raise OSError(f"another rank has ended, and what it printed says why ({str(e).strip().splitlines()[-1]})") from None
+        dist.all_gather_object(shares, objects[self.rank :: self.world], group)
         return [shares[i % self.world][i // self.world] for i in range(len(objects))]
 
-    def all_values(self, value):
+    def each(self, function, items, group=None):
+        """[function(item) for item in items], every call made by one rank and its result known to all."""
+        return self.gather([function(item) if i % self.world == self.rank else None for i, item in enumerate(items)], group)
+
+    def all_values(self, value, group=None):
         """The ranks' values, in their order."""
-        return self.gather([value] * self.world)
+        return self.gather([value] * self.world, group)
 
     def agree(self, what, value):
         """ValueError if a rank has another value: nodes that were started differently, or see different files, must not train."""
@@ -151,17 +157,54 @@ def start_ranks(device, cp=1, replicas=1):
         check(local < there, f"--nproc-per-node must be at most {there}, the number of GPUs here")
         device = f"cuda:{local}"
         torch.cuda.set_device(device)
-    if "WORLD_SIZE" in os.environ:  # a rank may wait hours for another that samples longer; one that dies is torchrun's to notice
-        dist.init_process_group(backend, timeout=timedelta(days=1))
-    else:
+    if "WORLD_SIZE" not in os.environ:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    return Ranks(dist.get_rank(), world, device, cp, replicas)
+        return Ranks(0, 1, device)
+    try:
+        store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(seconds=MEET)))
+    except dist.DistError as e:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise OSError(f"not all of {world} ranks met at {where} within {MEET} s: {str(e).splitlines()[0]}") from None
+    # A rank may wait hours for another that samples longer: what ends a run is not time but `watch`.
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(days=1))
+    threading.Thread(target=watch, args=(store.clone(), rank, world), daemon=True).start()
+    return Ranks(rank, world, device, cp, replicas)
 
 
-def shard(model, ranks, recompute=False):
+MEET, SILENCE = 300, 30  # seconds in which all ranks must have come; without a sign of life from one that then counts as dead
+
+
+def watch(store, rank, world):
+    """Give signs of life and look for the next rank's, in a thread, for as long as the process lives. Where one falls silent, all
+    ranks end: torchrun sees to that on its own node, but those on others would wait for the dead for ever."""
+    after, last, heard, pause = (rank + 1) % world, None, time.monotonic(), SILENCE / 8
+    for beat in itertools.count():
+        try:
+            store.set(f"sign of {rank}", str(beat))
+            sign = store.get(f"sign of {after}") if store.check([f"sign of {after}"]) else None
+            if sign != last:
+                last, heard = sign, time.monotonic()
+            elif time.monotonic() - heard > SILENCE:
+                store.set("dead", str(after))
+            dead = int(store.get("dead")) if store.check(["dead"]) else None
+        except RuntimeError:
+            time.sleep(pause)  # where all have come to a good end, this process has by now
+            dead = 0
+        if dead is not None:
+            if 0 in (rank, dead):
+                print(f"error: rank {dead}{' or its torchrun' if dead == 0 else ''} gives no sign of life; what it printed may say why. "
+                      "Give the same command again to go on from the last checkpoint", file=sys.stderr, flush=True)
+            time.sleep(2 * pause if rank == 0 else 0)  # it may keep the rendezvous, where the others have to read this
+            os._exit(1)
+        time.sleep(pause)
+
+
+def shard(model, ranks, recompute=False, compile=False):
     """FSDP2: each rank keeps a slice of every parameter, gathers a block's when it needs them, and averages gradients.
     On a GPU compute is bf16 over float32 master weights and float32 reductions; on a CPU it is float32 throughout."""
     model.model.recompute = recompute
+    for block in model.model.layers if compile else ():
+        block.forward = torch.compile(block.forward, dynamic=True)  # the forward alone: FSDP's hooks stay outside
     if not dist.is_initialized():
         return model.to(ranks.device)
     if ranks.cp > 1:
@@ -293,9 +336,11 @@ def replica(model, copy=None):
 
 
 class Run:
-    """The folder of a run: its identity, its log, its checkpoints. Only rank 0 writes, except the shards of a checkpoint."""
+    """The folder of a run: its identity, its log, its checkpoints. Only rank 0 writes, except the shards of a checkpoint.
 
-    VOLATILE = ("fresh", "device", "cp", "replicas", "checkpoint_activations", "judge", "judge_cache", "save_every",
+    Used in a `with`: however the block ends, a checkpoint that was begun is completed."""
+
+    VOLATILE = ("fresh", "device", "cp", "replicas", "checkpoint_activations", "compile", "judge", "judge_cache", "save_every",
                 "eval_every")  # may differ between the parts of one run
 
     def __init__(self, args, ranks):
@@ -309,9 +354,20 @@ class Run:
         self.log = open(self.out / "log.jsonl", "a", encoding="utf-8") if ranks.rank == 0 else None
         self.started, self.first_step = time.time(), None
         self.logged = 0  # the last step that log.jsonl holds when a run is resumed
+        # Checkpoints are completed by a thread, one at a time. What it says to other ranks must not mix with training's collectives.
+        self.thread, self.saving = ThreadPoolExecutor(1), None
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(days=1)) if dist.is_initialized() else None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.finish()
 
     def write(self, step, steps, record, shown=()):
         """All of record into log.jsonl, and one line with the time left: its fields, or those of `shown`."""
+        if self.saving and self.saving.done():
+            self.finish()  # a full disk ends the run now, not at the next checkpoint
         if self.ranks.rank != 0:
             return
         self.log.write(json.dumps({"step": step, **record}) + "\n")
@@ -324,45 +380,59 @@ class Run:
         tqdm.write(f"step {step:5d}/{steps}  {text}  left {left}", file=sys.stdout)
 
     def save(self, step, model, optimizer, tokenizer, state):
-        """Checkpoint `step`: shards first, then state.json with every file's size and checksum, then the rename that makes it
-        count; then the model in the published format. The last two are kept: one may be broken without a run being lost."""
-        final = self.out / "trainer" / f"step-{step:06d}"
-        temporary = final.with_suffix(".tmp")
+        """Begin checkpoint `step`: copy to the host what it needs. Training goes on while the rest is done in the background."""
+        self.finish()
+        temporary = self.out / "trainer" / f"step-{step:06d}.tmp"
+        if self.ranks.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        weights, moments = get_state_dict(model, optimizer)
+        writing = dcp.async_save({"model": weights, "optimizer": moments}, checkpoint_id=temporary, process_group=self.group)
+        self.saving = self.thread.submit(self._complete, writing, temporary, model.config, tokenizer, {"step": step, **state})
+
+    def finish(self):
+        """Wait for the checkpoint that was begun last, if any. OSError if it could not be completed."""
+        saving, self.saving = self.saving, None
+        if saving is not None:
+            saving.result()
+
+    def _complete(self, writing, temporary, config, tokenizer, state):
+        """When all shards are there, state.json with every file's size and checksum; the rename, which makes the checkpoint count;
+        then the model in the published format. The last two are kept: one may be broken without a run being lost."""
         try:
+            writing.result()
+            names = self.ranks.all_values(sorted(path.name for path in temporary.iterdir()), self.group)[0]
+            files = dict(zip(names, self.ranks.each(lambda name: fingerprint(temporary / name), names, self.group)))
             if self.ranks.rank == 0:
-                shutil.rmtree(temporary, ignore_errors=True)
-            weights, moments = get_state_dict(model, optimizer)
-            dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=temporary)
-            if self.ranks.rank == 0:
-                files = {p.name: [p.stat().st_size, zlib.crc32(p.read_bytes())] for p in sorted(temporary.iterdir())}
-                data.write_text(temporary / "state.json", json.dumps({"step": step, "files": files, **state}))
-                shutil.rmtree(final, ignore_errors=True)
+                data.write_text(temporary / "state.json", json.dumps({"files": files, **state}))
+                shutil.rmtree(final := temporary.with_suffix(""), ignore_errors=True)
                 temporary.rename(final)
-                for old in sorted((self.out / "trainer").glob("step-??????"))[:-2]:
+                for old in sorted(final.parent.glob("step-??????"))[:-2]:
                     shutil.rmtree(old)
                 tokenizer.save(self.out / "model")
-            self.ranks.all_sum([0])  # on a GPU the gathering that follows is only queued, and must not wait for rank 0's files
-            model.save_pretrained(self.out / "model")
-            self.ranks.all_sum([0])  # nobody leaves while rank 0 still writes
+                export(config, final, self.out / "model")
         except (OSError, RuntimeError, dcp.CheckpointException) as e:  # a full disk: torch's writer has a RuntimeError for it
             shutil.rmtree(temporary, ignore_errors=True)
             why = str(e).strip().splitlines()[-1]
-            raise OSError(f"{self.out}: step {step} could not be saved ({why}); is the disk full? Earlier checkpoints are whole: "
-                          f"make room and give the same command again") from None
+            raise OSError(f"{self.out}: step {state['step']} could not be saved ({why}); is the disk full? Earlier checkpoints are "
+                          f"whole: make room and give the same command again") from None
 
     def resume(self, model, optimizer):
         """Load the newest whole checkpoint into model and optimizer; return its state, or None at the start of a run."""
         for folder in sorted((self.out / "trainer").glob("step-??????"), reverse=True):
             try:
                 state = json.loads((folder / "state.json").read_text())
-                for name, (size, crc) in state["files"].items():
-                    raw = (folder / name).read_bytes()
-                    check(len(raw) == size and zlib.crc32(raw) == crc, f"{name} is damaged")
+                found = self.ranks.each(lambda name: fingerprint(folder / name), [*state["files"]])
+                bad = [name for name, one in zip(state["files"], found) if one != state["files"][name]]
+                check(not bad, f"{(bad or [''])[0]} is damaged")
             except (OSError, ValueError, KeyError, TypeError) as e:
-                print(f"{folder}: not a whole checkpoint ({e}); trying the one before", file=sys.stderr)
+                if self.ranks.rank == 0:
+                    print(f"{folder}: not a whole checkpoint ({e}); trying the one before", file=sys.stderr)
                 continue
             weights, moments = get_state_dict(model, optimizer)
-            dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=folder)
+            try:
+                dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=folder)
+            except dcp.CheckpointException as e:
+                raise ValueError(f"{folder}: a checkpoint of another model: {str(e).strip().splitlines()[-1]}") from None
             set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
             log = self.out / "log.jsonl"
             kept = [r for _, r in data.read_records(log) if r["step"] <= state["step"]] if log.stat().st_size else []
@@ -377,17 +447,51 @@ class Run:
         return None
 
 
+def fingerprint(path):
+    """[size, CRC-32] of a file, or None where it cannot be read: ranks that compare files must not stop at one."""
+    size = crc = 0
+    try:
+        with open(path, "rb") as file:
+            while piece := file.read(2**24):
+                size, crc = size + len(piece), zlib.crc32(piece, crc)
+        return [size, crc]
+    except OSError:
+        return None
+
+
+def export(config, checkpoint, folder):
+    """Write the weights of a finished checkpoint to folder, in the published format. They are read a tensor at a time: nobody ever
+    holds the whole model, and no other rank is needed."""
+    reader = dcp.FileSystemReader(checkpoint)
+    metadata = reader.read_metadata()
+    reader.read_metadata = lambda *args, **kwargs: metadata  # once; for hundreds of shards it takes seconds
+
+    def read(name, like):
+        v = torch.empty(like.shape)
+        dcp.load({"model": {name: v}}, storage_reader=reader, no_dist=True)
+        return v
+    with torch.device("meta"):
+        model = FalconH1(config)
+    model.save_pretrained(folder, read)
+
+
 def run_main(body):
     """Run a script's body and return its exit status; what a user can put right ends in one line and 1, from whichever rank saw it."""
     warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is what is meant here, not a mistake
     status = 0
     try:
         body()
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(torch.zeros(1))  # nobody leaves before the others: rank 0 may keep the rendezvous
     except (ValueError, OSError) as e:
         if dist.is_initialized() and dist.get_rank() != 0:
             time.sleep(3)  # where rank 0 fails alike, its line is enough, and torchrun ends this rank meanwhile
         print(f"error: {e}", file=sys.stderr, flush=True)
         status = 1
+    except RuntimeError as e:
+        if not isinstance(e, dist.DistError) and "gloo" not in str(e):
+            raise
+        time.sleep(2 * SILENCE)  # a rank this one talks to has ended; `watch` finds out which, or torchrun is faster
     if dist.is_initialized():
         if dist.get_world_size() > 1:  # after an error other ranks may hang in a collective: torchrun ends them
             sys.stdout.flush()
@@ -461,9 +565,16 @@ def sft_loss(model, row, total_weight):
     return -(torch.from_numpy(row.weights).to(logprobs.device) * logprobs).sum() / total_weight
 
 
+def weight_of(packs):
+    """What the loss of a global batch is divided by: the weights of all tokens that are to be predicted, on all ranks."""
+    total = float(sum(row.weights.sum() for row in packs))
+    check(total > 0, "no token to learn from in the batch: --context has cut them all off")
+    return total
+
+
 def train_step(model, optimizer, packs, lr, clip, ranks):
     """One update on a global batch of packs; returns its loss and the gradient's norm."""
-    total = float(sum(row.weights.sum() for row in packs))
+    total = weight_of(packs)
     loss = ranks.all_sum([backward_all(model, packs, ranks, lambda row: sft_loss(model, row, total))])[0]
     check(math.isfinite(loss), f"the loss is {loss}")
     return loss, update(model, optimizer, lr, clip)
@@ -473,7 +584,7 @@ def train_step(model, optimizer, packs, lr, clip, ranks):
 def held_out_loss(model, samples, args, ranks):
     """Mean loss per token over samples that are not trained on, in nats, every token alike."""
     packs = data.pack(samples, args.pack_tokens, ranks.teams)
-    total = float(sum(row.weights.sum() for row in packs))
+    total = weight_of(packs)
     return ranks.all_sum([sum(float(sft_loss(model, row, total)) for row in ranks.own(packs)) / ranks.cp])[0]
 
 
@@ -490,7 +601,7 @@ def sample_text(model, tokenizer, sample, max_new_tokens=200):
 
 
 def load(args, ranks):
-    """Tokenizer, model and samples."""
+    """Tokenizer, model, samples, a loader of those that are trained on, the others."""
     check(args.preset in PRESETS, f"--preset {args.preset}: not one of {', '.join(PRESETS)}")
     check(args.steps >= 1 and args.batch >= 1, "--steps and --batch must be at least 1")
     check(args.pack_tokens >= args.context, f"--pack-tokens {args.pack_tokens} must hold a sample of --context {args.context}")
@@ -499,14 +610,17 @@ def load(args, ranks):
     if dist.is_initialized():
         dist.barrier()
     tokenizer = load_tokenizer(args.init) if args.init else data.Tokenizer.byte_level()
-    samples = data.load_sft(args.data, tokenizer, args.context, args.trim)
-    samples = samples[: args.limit or None]
+    ranks.agree("the data", data.sft_blocks(args.data))
+    samples = data.SftFiles(args.data, tokenizer, args.context, args.trim, args.limit, ranks.each)
     check(len(samples) > args.held_out, f"{args.data}: {len(samples)} samples, of which --held-out keeps {args.held_out}")
     torch.manual_seed(args.seed)
     model = load_model(args.init) if args.init else FalconH1(PRESETS[args.preset])
     check(args.context <= model.config.max_position_embeddings, f"--context {args.context} exceeds the model's "
           f"max_position_embeddings {model.config.max_position_embeddings}")
-    return tokenizer, shard(model, ranks, args.checkpoint_activations), samples[args.held_out :], samples[: args.held_out]
+    model, held = shard(model, ranks, args.checkpoint_activations, args.compile), np.linspace(0, len(samples) - 1, args.held_out, dtype=int)
+    rows = {domain: np.setdiff1d(numbers, held) for domain, numbers in samples.rows.items()}  # the held-out ones lie evenly in the files
+    loader = data.Loader(rows, args.batch, args.seed, parse_mixture(args.mixture), samples.checksum)
+    return tokenizer, model, samples, loader, ranks.each(samples.__getitem__, held)
 
 
 def load_model(folder):
@@ -537,10 +651,8 @@ def parse_mixture(text):
 def main():
     args = data.parse_args(Args, __doc__.partition("\n\n")[0])
     ranks = start_ranks(args.device, args.cp, args.replicas)
-    tokenizer, model, samples, held_out = load(args, ranks)  # before --fresh deletes anything: bad data must cost nothing
-    loader = data.Loader(samples, args.batch, args.seed, parse_mixture(args.mixture))
     ranks.agree("the arguments", asdict(args))
-    ranks.agree("the checksum of the samples", zlib.crc32(b"".join(sample.ids.tobytes() for sample in samples)))
+    tokenizer, model, samples, loader, held_out = load(args, ranks)  # before --fresh deletes anything: bad data must cost nothing
     run = Run(args, ranks)
     optimizer = make_optimizer(model, args.lr, args.weight_decay)
     state = run.resume(model, optimizer)
@@ -555,26 +667,30 @@ def main():
         if step == args.steps or step % args.eval_every == 0:
             if held_out:
                 record["held_out"] = held_out_loss(model, held_out, args, ranks)
-            text = sample_text(replica(model), tokenizer, (held_out or samples)[step % max(1, len(held_out))])
+            text = sample_text(replica(model), tokenizer, held_out[step % len(held_out)] if held_out else samples[0])
             if ranks.rank == 0:
                 tqdm.write("sample: " + " ".join(text.split()), file=sys.stdout)
         run.write(step, args.steps, record)
 
-    if state is not None and run.logged < state["step"]:  # it was killed between saving and logging
-        report(state["step"], state["record"])
-    for step in range(state["step"] if state else 0, args.steps):
-        start, lr = time.time(), learning_rate(step, args.steps, args.lr, args.warmup)
-        packs = data.pack(next(loader), args.pack_tokens, ranks.teams)
-        try:
-            loss, norm = train_step(model, optimizer, packs, lr, args.clip, ranks)
-        except ValueError as e:
-            raise ValueError(f"step {step + 1}, samples {step * args.batch} to {(step + 1) * args.batch - 1} of the stream: {e}; the last "
-                             f"checkpoint in {run.out / 'trainer'} is good") from None
-        record = {"loss": loss, "grad_norm": norm, "lr": lr, "tokens": sum(len(row.input_ids) for row in packs),
-                  "seconds": round(time.time() - start, 3)}
-        if step + 1 == args.steps or (step + 1) % args.save_every == 0:
-            run.save(step + 1, model, optimizer, tokenizer, {"loader": loader.state_dict(), "record": record})
-        report(step + 1, record)
+    with run:
+        if state is not None and run.logged < state["step"]:  # it was killed between saving and logging
+            report(state["step"], state["record"])
+        for step in range(state["step"] if state else 0, args.steps):
+            start, lr = time.time(), learning_rate(step, args.steps, args.lr, args.warmup)
+            batch = ranks.each(samples.__getitem__, next(loader))
+            packs = data.pack(batch, args.pack_tokens, ranks.teams)
+            try:
+                loss, norm = train_step(model, optimizer, packs, lr, args.clip, ranks)
+            except ValueError as e:
+                raise ValueError(f"step {step + 1}, samples {step * args.batch} to {(step + 1) * args.batch - 1} of the stream: {e}; "
+                                 f"the last checkpoint in {run.out / 'trainer'} is good") from None
+            record = {"loss": loss, "grad_norm": norm, "lr": lr, "tokens": sum(len(row.input_ids) for row in packs),
+                      "seconds": round(time.time() - start, 3)}
+            if args.trim:
+                record["trimmed"] = sum(sample.trimmed for sample in batch)
+            if step + 1 == args.steps or (step + 1) % args.save_every == 0:
+                run.save(step + 1, model, optimizer, tokenizer, {"loader": loader.state_dict(), "record": record})
+            report(step + 1, record)
     if ranks.rank == 0:
         print(f"the model is in {run.out / 'model'}")
 

@@ -22,7 +22,7 @@ def gradient(model, packs, ranks):
 
 
 def main(checkpoint, file, cp, replicas, pack_tokens):
-    samples = data.load_sft(file, data.Tokenizer.byte_level(), 512)[:9]
+    samples = [*data.SftFiles(file, data.Tokenizer.byte_level(), 512, limit=9)]
     one, expected = gradient(t.load_model(checkpoint).float(), data.pack(samples, 4096), t.Ranks())
     ranks = t.start_ranks("cpu", int(cp), int(replicas))
     packs = data.pack(samples, int(pack_tokens), ranks.teams)

@@ -4,7 +4,10 @@ import gzip
 import json
 import random
 import re
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -388,7 +391,7 @@ def test_make(tmp_path, capsys):
         assert data.why_not_sft(row) is None and row["weight"] in {0.5, 1.0} or 1.25 <= row["weight"] <= 1.75
     assert 0.15 < careful / 300 < 0.5  # a quarter, and careless ones that happen to skip nothing
     assert {0.5, 1.0, 1.75} <= {row["weight"] for row in rows}
-    assert len(data.load_sft(tmp_path / "a" / "sft.jsonl", TOKENIZER, 200)) == 300
+    assert len(data.SftFiles(str(tmp_path / "a" / "sft.jsonl"), TOKENIZER, 200)) == 300
 
 
 # --- Curation
@@ -513,27 +516,30 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 SFT = {"messages": turns("q", "<think>r</think>a"), "domain": "math", "weight": 1.5}
 
 
-def test_load_sft(tmp_path, capsys):
-    samples = data.load_sft(write(tmp_path / "s.jsonl", SFT, SFT | {"domain": "code", "weight": 1}), TOKENIZER, 99)
+def sft_files(path, *options, **more):
+    return data.SftFiles(str(path), TOKENIZER, *options, **more)
+
+
+def test_sft_files(tmp_path):
+    samples = sft_files(write(tmp_path / "s.jsonl", SFT, SFT | {"domain": "code", "weight": 1}), 99)
     ids, mask = data.render_chat(SFT["messages"], TOKENIZER)
     assert samples[0].ids.tolist() == ids and samples[0].mask.tolist() == mask
     assert samples[0].ids.dtype == np.int32 and samples[0].mask.dtype == bool
-    assert [(sample.weight, sample.domain) for sample in samples] == [(1.5, "math"), (1.0, "code")]
-    assert capsys.readouterr().err == ""
+    assert [(sample.weight, sample.domain, sample.trimmed) for sample in samples] == [(1.5, "math", False), (1.0, "code", False)]
+    assert {name: rows.tolist() for name, rows in samples.rows.items()} == {"code": [1], "math": [0]}
 
 
-def test_load_sft_trims_counts_and_drops(tmp_path, capsys):
-    long = SFT | {"messages": turns("q" * 50, "<think>r</think>a")}
-    path = write(tmp_path / "s.jsonl", SFT, long)
+def test_long_samples_are_refused_or_trimmed_and_marked(tmp_path):
+    path = write(tmp_path / "s.jsonl", SFT, SFT | {"messages": turns("q" * 50, "<think>r</think>a")})
     size = len(data.render_chat(SFT["messages"], TOKENIZER)[0])
     with pytest.raises(ValueError, match=rf"s\.jsonl, line 2: .*{size + 49} tokens, the limit is {size}"):
-        data.load_sft(path, TOKENIZER, size)
-    [sample] = data.load_sft(path, TOKENIZER, size - 2, trim=True)
+        sft_files(path, size)
+    one, two = sft_files(path, size, trim=True)
     ids, mask = data.render_chat(SFT["messages"], TOKENIZER)
-    assert sample.ids.tolist() == ids[:-2] and sample.mask.tolist() == mask[:-2]
-    assert f"2 samples trimmed to {size - 2} tokens, 1 of them dropped" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="no sample has a token to learn from within 5"):
-        data.load_sft(path, TOKENIZER, 5, trim=True)
+    assert one.ids.tolist() == ids and not one.trimmed
+    assert len(two.ids) == len(two.mask) == size and two.trimmed and not two.mask.any()
+    one, _ = sft_files(path, size - 2, trim=True)
+    assert one.ids.tolist() == ids[:-2] and one.mask.tolist() == mask[:-2] and one.trimmed
 
 
 @pytest.mark.parametrize(
@@ -545,9 +551,69 @@ def test_load_sft_trims_counts_and_drops(tmp_path, capsys):
         *[({"weight": bad}, "field weight") for bad in (0, -1, "1", None, True, float("nan"), float("inf"), 10**400)],
     ],
 )  # fmt: skip
-def test_load_sft_names_file_line_and_field(tmp_path, change, error):
+def test_sft_files_name_file_line_and_field(tmp_path, change, error):
     with pytest.raises(ValueError, match=rf"s\.jsonl, line 2: {error}"):
-        data.load_sft(write(tmp_path / "s.jsonl", SFT, SFT | change), TOKENIZER, 99)
+        sft_files(write(tmp_path / "s.jsonl", SFT, SFT | change), 99)
+
+
+@pytest.mark.parametrize(("name", "content", "error"), [
+    ("s.jsonl", b"", "empty"), ("s.jsonl", b"\n \n", "empty"), ("s.jsonl", b"{}\n", "line 1: {} is not a JSON object with fields"),
+    ("s.jsonl", b"\n\n[1]\n", "line 3: \\[1\\] is not"), ("s.jsonl", b'\n{"a": \xff}', "line 2: invalid UTF-8"),
+    ("s.jsonl", b"[\n{}\n]", "line 1: malformed"), ("s.jsonl.gz", b"", "decompress it")])  # fmt: skip
+def test_files_that_hold_no_samples(tmp_path, name, content, error):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{name}.*{error}"):
+        sft_files(tmp_path / name, 99)
+    with pytest.raises(OSError, match="none.jsonl"):
+        sft_files(tmp_path / "none.jsonl", 99)
+
+
+@given(st.lists(st.lists(st.integers(0, 60), max_size=8), min_size=1, max_size=3).filter(all), st.integers(1, 400), st.integers(1, 4))
+def test_blocks_and_ranks_do_not_change_what_is_read(tmp_path_factory, sizes, block, ranks):
+    """Blank lines, a byte order mark, a last line without an end; blocks that end anywhere, also within a character."""
+    folder, expected, mark = tmp_path_factory.mktemp("files"), [], b"\xef\xbb\xbf"
+    for i, some in enumerate(sizes):
+        records = [SFT | {"domain": "ab"[n % 2], "messages": turns(f"{n}é" * (n % 7), "<think>r</think>" + "x" * n)} for n in some]
+        lines = (json.dumps(r, ensure_ascii=False).encode() + b"\n" * (1 + n % 3) for r, n in zip(records, some))
+        (folder / f"{i}.jsonl").write_bytes((mark if i else b"") + b"".join(lines).removesuffix(b"\n"))
+        expected += [data.parse_sft(r, TOKENIZER, "") for r in records]
+
+    def each(function, items):  # as ranks do: by turns
+        results = {i: function(items[i]) for rank in range(ranks) for i in range(rank, len(items), ranks)}
+        return [results[i] for i in range(len(items))]
+    checksum = sft_files(f"{folder}/*.jsonl", 999).checksum
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "BLOCK", block)
+        samples = sft_files(",".join(f"{folder}/{i}.jsonl" for i in range(len(sizes))), 999, each=each)
+    assert [(s.ids.tolist(), s.domain) for s in samples] == [(s.ids.tolist(), s.domain) for s in expected]
+    assert {name: rows.tolist() for name, rows in samples.rows.items()} == {
+        name: [i for i, s in enumerate(expected) if s.domain == name] for name in sorted({s.domain for s in expected})}
+    assert sft_files(f"{folder}/*.jsonl", 999).checksum == checksum
+    few = sft_files(f"{folder}/*.jsonl", 999, limit=2)
+    assert len(few) == min(2, len(expected)) and sorted(i for rows in few.rows.values() for i in rows) == [*range(len(few))]
+
+
+def test_files_larger_than_memory(tmp_path):
+    """4,000 samples of 50 kB, 200 MB, in a process that may have 60 MB more than it needs for itself."""
+    with open(tmp_path / "s.jsonl", "w") as file:
+        for i in range(4000):
+            file.write(json.dumps(SFT | {"domain": "ab"[i % 2], "messages": turns(str(i), "<think>r</think>" + "x" * 50_000)}) + "\n")
+    program = f"""
+import resource, sys
+sys.path.insert(0, {str(Path(data.__file__).parent)!r})
+import data
+tokenizer = data.Tokenizer.byte_level()
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 60_000_000,) * 2)
+samples = data.SftFiles({str(tmp_path / "s.jsonl")!r}, tokenizer, 1000, trim=True)
+loader = data.Loader(samples.rows, 8, 0, {{"a": 3, "b": 1}}, samples.checksum)
+for _ in range(20):
+    batch = [samples[i] for i in next(loader)]
+    assert [sample.domain for sample in batch].count("a") == 6 and all(sample.trimmed for sample in batch)
+print(len(samples))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "4000\n", done.stderr
 
 
 # --- Packing
@@ -606,44 +672,57 @@ def test_packing_keeps_every_document(lengths, capacity, multiple):
 # --- Loader
 
 
-def make_samples(**sizes):
-    return [make_sample([i, ord(name[0])], domain=name) for name, size in sizes.items() for i in range(size)]
+def make_rows(**sizes):
+    """Numbers of samples by domain, all different."""
+    ends = np.cumsum([0, *sizes.values()])
+    return {name: np.arange(start, end) for name, start, end in zip(sizes, ends, ends[1:]) if end > start}
 
 
 def stream(loader, batches):
-    return [[(sample.domain, int(sample.ids[0])) for sample in next(loader)] for _ in range(batches)]
+    return [next(loader) for _ in range(batches)]
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 9), st.integers(0, 99))
 def test_default_mixture_takes_every_sample_once_an_epoch(a, b, c, seed):
-    samples = make_samples(a=a, b=b, c=c)
-    loader = data.Loader(samples, len(samples), seed)
-    everything = sorted((sample.domain, int(sample.ids[0])) for sample in samples)
-    assert [sorted(batch) for batch in stream(loader, 3)] == [everything] * 3
+    loader = data.Loader(make_rows(a=a, b=b, c=c), a + b + c, seed)
+    assert [sorted(batch) for batch in stream(loader, 3)] == [[*range(a + b + c)]] * 3
 
 
 def test_mixture_is_exact_over_a_window():
-    loader = data.Loader(make_samples(math=3, code=50, other=7), 10, 0, {"math": 0.6, "code": 0.3, "other": 0.1})
+    rows = make_rows(math=3, code=50, other=7)
+    name = {i: name for name, numbers in rows.items() for i in numbers}
+    loader = data.Loader(rows, 10, 0, {"math": 0.6, "code": 0.3, "other": 0.1})
     for batch in stream(loader, 20):
-        assert Counter(name for name, _ in batch) == {"math": 6, "code": 3, "other": 1}
-    loader = data.Loader(make_samples(math=3, code=50), 4, 0, {"math": 1, "code": 0})
-    assert {name for batch in stream(loader, 5) for name, _ in batch} == {"math"}
+        assert Counter(name[i] for i in batch) == {"math": 6, "code": 3, "other": 1}
+    loader = data.Loader(make_rows(math=3, code=50), 4, 0, {"math": 1, "code": 0})
+    assert {name[i] for batch in stream(loader, 5) for i in batch} == {"math"}
+
+
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=6).filter(any), st.integers(0, 9))
+def test_no_domain_is_ever_a_sample_away_from_its_share(weights, seed):
+    names = "abcdef"[: len(weights)]
+    rows = make_rows(**dict.fromkeys(names, 5))
+    loader, drawn = data.Loader(rows, 1, seed, dict(zip(names, weights))), Counter()
+    for step in range(1, 101):
+        [number] = next(loader)
+        drawn[names[number // 5]] += 1
+        assert all(abs(drawn[name] - step * weight / sum(weights)) < 1 for name, weight in zip(names, weights))
 
 
 def test_epochs_are_shuffled_anew_and_by_seed():
-    samples = make_samples(math=50)
-    first, second = stream(data.Loader(samples, 50, 0), 2)
+    rows = make_rows(math=50)
+    first, second = stream(data.Loader(rows, 50, 0), 2)
     assert first != second and sorted(first) == sorted(second)
-    assert stream(data.Loader(samples, 50, 0), 1) == [first] != stream(data.Loader(samples, 50, 1), 1)
+    assert stream(data.Loader(rows, 50, 0), 1) == [first] != stream(data.Loader(rows, 50, 1), 1)
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 7), st.integers(0, 9), st.booleans())
 def test_resumed_stream_equals_the_uninterrupted_one(a, b, batch, taken, mixed):
-    samples, mixture = make_samples(a=a, b=b), {"a": 0.9, "b": 0.3} if mixed else None
-    loader = data.Loader(samples, batch, 3, mixture)
+    rows, mixture = make_rows(a=a, b=b), {"a": 0.9, "b": 0.3} if mixed else None
+    loader = data.Loader(rows, batch, 3, mixture)
     stream(loader, taken)
     state = json.loads(json.dumps(loader.state_dict()))
-    resumed = data.Loader(samples, batch, 3, mixture)
+    resumed = data.Loader(rows, batch, 3, mixture)
     stream(resumed, 2)  # a used loader forgets its own position
     resumed.load_state_dict(state)
     assert stream(resumed, 5) == stream(loader, 5)
@@ -651,13 +730,11 @@ def test_resumed_stream_equals_the_uninterrupted_one(a, b, batch, taken, mixed):
 
 
 def test_state_of_something_else_is_refused():
-    samples = make_samples(a=4, b=4)
-    state = data.Loader(samples, 2, 0).state_dict()
-    other = make_samples(a=4, b=4)
-    other[3].ids[1] += 1
+    rows = make_rows(a=4, b=4)
+    state = data.Loader(rows, 2, 0, checksum=1).state_dict()
     for loader, name in [
-        (data.Loader(samples[:-1], 2, 0), "samples"), (data.Loader(other, 2, 0), "fingerprint"),
-        (data.Loader(samples, 2, 1), "seed"), (data.Loader(samples, 2, 0, {"a": 1, "b": 2}), "mixture"),
+        (data.Loader(make_rows(a=4, b=3), 2, 0, checksum=1), "samples"), (data.Loader(rows, 2, 0, checksum=2), "checksum"),
+        (data.Loader(rows, 2, 1, checksum=1), "seed"), (data.Loader(rows, 2, 0, {"a": 1, "b": 2}, checksum=1), "mixture"),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=f"data position: {name} was"):
             loader.load_state_dict(state)
@@ -670,7 +747,7 @@ def test_state_of_something_else_is_refused():
 )  # fmt: skip
 def test_loader_refuses(samples, batch, mixture, error):
     with pytest.raises(ValueError, match=error):
-        data.Loader(make_samples(a=samples), batch, 0, mixture)
+        data.Loader(make_rows(a=samples), batch, 0, mixture)
 
 
 # --- Commands

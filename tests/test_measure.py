@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import model
-from model import PRESETS, Cache, FalconH1, rope_table
+from model import PRESETS, Cache, Context, FalconH1, rope_table
 from tests import measure
 from tests.measure import (activation_bytes, cache_bytes, decoding_floor, describe, diagram, flops_per_token, large_model, medians,
                            parameters, peak_bytes, scan_flops, small_model, training_bytes)
@@ -91,7 +91,7 @@ def kept_bytes(c, t):
             kept[x.untyped_storage().data_ptr()] = x  # keeps it alive, so that nothing else gets its address
         return x
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        m.model.layers[0](torch.randn(1, t, c.hidden_size, dtype=torch.bfloat16, requires_grad=True), rope, None, None, 0)
+        m.model.layers[0](torch.randn(1, t, c.hidden_size, dtype=torch.bfloat16, requires_grad=True), Context(rope))
     return sum(x.untyped_storage().nbytes() for x in kept.values())
 
 

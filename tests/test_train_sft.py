@@ -68,7 +68,7 @@ def gradients(model, packs, rank=0, world=1):
 
 def test_the_split_into_rows_changes_nothing(sft_file):
     torch.manual_seed(0)
-    model, samples = FalconH1(PRESETS["tiny"]), data.load_sft(sft_file, data.Tokenizer.byte_level(), 512)[:9]
+    model, samples = FalconH1(PRESETS["tiny"]), [*data.SftFiles(str(sft_file), data.Tokenizer.byte_level(), 512, limit=9)]
     loss, grad = gradients(model, data.pack(samples, 4096))
     # By definition: every sample by itself, all token losses weighted and divided by all weights.
     plain = [(float(s.weight), -model(torch.tensor(s.ids[None].astype(np.int64))).log_softmax(-1)[0, :-1].gather(
