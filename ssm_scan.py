@@ -203,25 +203,32 @@ def _scan_recurrent(x, dt, B, C, A, S, cu, chunk_size):
     return torch.stack(ys), torch.stack(finals)
 
 
-class _Decays(torch.autograd.Function):
-    """exp(c_i - c_j) at row j and column i >= j, else 0, of c (..., l) in float64. dc_i is what column i gets less what row i gets.
+def _exp(c):
+    """exp of c <= 0, at least e^-60 = 9e-27, which is as good as 0. A CPU takes a hundred times as long for each number below 1e-38, and
+    strong decays make many."""
+    return c.clamp(-60, 0).exp_()
 
-    Without the diagonal: c_i - c_i is a constant, whose two gradients are large, cancel, and would take with them the digits of
-    what strong decays leave over. Before the exponential, positive differences become -inf: they could overflow."""
+
+class _Weights(torch.autograd.Function):
+    """(B C^T)_ji exp(c_i - c_j) at row j and column i >= j, else 0: bc (k, g, l, l), c (k, h, l) in float64 -> (k, h, l, l).
+
+    dc_i is what column i gets less what row i gets, without the diagonal: c_i - c_i is a constant, whose two gradients are large,
+    cancel, and would take with them the digits of what strong decays leave over."""
 
     @staticmethod
-    def forward(ctx, c, dtype):
-        earlier = torch.full((c.shape[-1],) * 2, -torch.inf, dtype=dtype, device=c.device).tril(-1)  # where column i < row j
-        decay = (c[..., None, :] - c[..., :, None]).to(dtype).add_(earlier).exp_()
-        ctx.save_for_backward(decay)
-        return decay
+    def forward(ctx, bc, c):
+        decay = _exp((c[..., None, :] - c[..., :, None]).to(bc.dtype))
+        ctx.save_for_backward(bc := bc.triu(), decay)
+        return (bc.unsqueeze(2) * decay.unflatten(1, (bc.shape[1], -1))).flatten(1, 2)
 
     @staticmethod
     def backward(ctx, grad):
-        (decay,) = ctx.saved_tensors
-        q = grad * decay
+        bc, decay = ctx.saved_tensors
+        by_group = (grad * decay).unflatten(1, (bc.shape[1], -1))  # (k, g, h / g, l, l)
+        dbc = by_group.sum(2).triu_()
+        q = by_group.mul_(bc.unsqueeze(2)).flatten(1, 2)
         q.diagonal(dim1=-2, dim2=-1).zero_()
-        return q.sum(-2, dtype=torch.float64) - q.sum(-1, dtype=torch.float64), None
+        return dbc, q.sum(-2, dtype=torch.float64) - q.sum(-1, dtype=torch.float64)
 
 
 def _scan_chunked(x, dt, B, C, A, S, cu, chunk_size):
@@ -250,16 +257,15 @@ def _scan_chunked(x, dt, B, C, A, S, cu, chunk_size):
         return v.reshape(len(v), g, -1, v.shape[-1])
 
     # Step 1, within the chunk.
-    decay = _Decays.apply(c, x.dtype)  # (k, h, l, l)
-    y = dtx @ ((B @ C).unsqueeze(2) * decay.unflatten(1, (g, -1))).flatten(1, 2)  # (k, h, p, l)
+    y = dtx @ _Weights.apply(B @ C, c)  # (k, h, p, l)
 
     # Step 2, what each chunk adds to the state: one (p h / g x l)(l x n) product per group.
     left = F.pad(a[..., 1:].flip(2).cumsum(2).flip(2), (0, 1)).to(x.dtype)  # (k, h, l), c_l - c_j without taking a difference
-    written = dtx * left.exp()[:, :, None]  # (k, h, p, l)
+    written = dtx * _exp(left)[:, :, None]  # (k, h, p, l)
     local = (by_group(written) @ B).view(len(x), h, p, n)  # (k, h, p, n)
 
     # Step 3, along the chunks of every sequence at once. Only this loop is sequential: t / l short steps.
-    keep = c[..., -1].to(x.dtype).exp()[..., None, None]  # (k, h, 1, 1)
+    keep = _exp(c[..., -1].to(x.dtype))[..., None, None]  # (k, h, 1, 1)
     entering, final = [], S[table.by_length]
     for kept, added in zip(keep.split(table.steps), local.split(table.steps)):
         entering.append(final[: len(kept)])  # of the sequences that have one more chunk, a prefix of by_length
@@ -268,7 +274,7 @@ def _scan_chunked(x, dt, B, C, A, S, cu, chunk_size):
     entering = torch.cat(entering)  # (k, h, p, n)
 
     # Step 4, what the entering state adds to each token's output.
-    y = torch.addcmul(y, (by_group(entering) @ C).view(y.shape), c.to(x.dtype).exp()[:, :, None])
+    y = torch.addcmul(y, (by_group(entering) @ C).view(y.shape), _exp(c.to(x.dtype))[:, :, None])
     return gather_rows(y.permute(0, 3, 1, 2).flatten(0, 1), table.inverse), final[torch.argsort(table.by_length)]
 
 
@@ -676,7 +682,7 @@ def ssd_step(state, x, dt, A, B, C, *, D=None, dt_bias=None, dt_softplus=False, 
         state = torch.addcmul(by_group(state * keep), write, Bn).flatten(1, 2)
     else:
         by_group(state.mul_(keep)).addcmul_(write, Bn)
-    y = (by_group(state) * Cn).sum(-1).flatten(1, 2)  # on a CPU faster than as many products of one row
+    y = (Cn[:, :, 0] @ by_group(state).flatten(2, 3).mT).view(x.shape)  # (b, g, 1, n) (b, g, n, p h / g): reads the state once
     y = y if D is None else y + D[:, None] * x
     return y.to(x.dtype), state
 
@@ -705,16 +711,42 @@ def _conv_table(cu, history, device):
     return tuple(torch.tensor(v, dtype=torch.long, device=device) for v in (rows, outputs))
 
 
+class _Taps(torch.autograd.Function):
+    """y_i = bias + sum_j w_j v_{i + j}: v (r + k - 1, d), weight (k, d), bias (d,) -> y (r, d). Some hundred rows at a time, which
+    stay in a CPU's cache while the taps go over them: then memory is read once, and not for every tap."""
+
+    @staticmethod
+    def forward(ctx, v, weight, bias):
+        ctx.save_for_backward(v, weight)
+        y = v.new_empty(len(v) - len(weight) + 1, v.shape[1])
+        for i, part in _pieces(y):
+            torch.addcmul(bias, v[i : i + len(part)], weight[0], out=part)
+            for j in range(1, len(weight)):
+                part.addcmul_(v[i + j : i + j + len(part)], weight[j])
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        v, weight = ctx.saved_tensors
+        dv, dweight = torch.zeros_like(v), torch.zeros_like(weight)
+        for i, part in _pieces(dy):
+            for j in range(len(weight)):
+                dv[i + j : i + j + len(part)].addcmul_(part, weight[j])
+                dweight[j] += (part * v[i + j : i + j + len(part)]).sum(0)
+        return dv, dweight, dy.sum(0)
+
+
+def _pieces(x):
+    """Pairs of a first row and a view of some rows of x, 2^17 numbers or half a megabyte together."""
+    rows = max(1, 2**17 // x.shape[1])
+    return zip(range(0, len(x), rows), x.split(rows))
+
+
 def _conv_torch(x, weight, bias, history, cu, activation):
-    """x (tokens, d), weight (d, k), bias (d,), history (s, d, k - 1) -> y (tokens, d): k shifted multiply-adds."""
-    k = weight.shape[1]
-    rows, outputs = _conv_table(cu, k - 1, x.device)
-    buffer = gather_rows(torch.cat([x, history.mT.flatten(0, 1)]), rows)  # (tokens + s (k - 1), d)
-    width = len(buffer) - (k - 1)
-    y = bias
-    for j in range(k):
-        y = torch.addcmul(y, buffer[j : j + width], weight[:, j])
-    y = gather_rows(y, outputs)
+    """x (tokens, d), weight (d, k), bias (d,), history (s, d, k - 1) -> y (tokens, d)."""
+    rows, outputs = _conv_table(cu, weight.shape[1] - 1, x.device)
+    places = gather_rows(torch.cat([x, history.mT.flatten(0, 1)]), rows)  # (tokens + s (k - 1), d)
+    y = gather_rows(_Taps.apply(places, weight.T, bias), outputs)
     return F.silu(y) if activation else y
 
 
