@@ -174,7 +174,7 @@ _NOT_READ = set("""model_type architectures auto_map dtype torch_dtype transform
     output_attentions output_hidden_states is_encoder_decoder chunk_size_feed_forward id2label label2id problem_type""".split())
 
 def _published(vocab, hidden, layers, heads, kv_heads, head_dim, ssm_heads, ssm_head, state, intermediate, positions, **other):
-    """The published models. Their multipliers were tuned once, at 0.5B (hidden 1024), and follow the widths from there: w is the
+    """The published shapes. Their multipliers were tuned once, at 0.5B (hidden 1024), and follow the widths from there: w is the
     ratio of widths. The rule gives the published values of 0.5B, 7B and 34B, and those of the others as far as they are known."""
     w, ssm = hidden / 1024, ssm_heads * ssm_head
     return FalconH1Config(
@@ -193,6 +193,7 @@ PRESETS = {
         vocab_size=272, hidden_size=96, intermediate_size=160, num_hidden_layers=3, num_attention_heads=3,
         num_key_value_heads=1, head_dim=32, mamba_d_ssm=96, mamba_n_heads=3, mamba_d_head=32, mamba_d_state=32,
         mamba_chunk_size=32, rope_theta=1e4, initializer_range=0.1),
+    "100m": _published(32784, 512, 20, 4, 2, 64, 12, 64, 128, 1024, 16384, mamba_rms_norm=False),  # not published: half of 0.5b
     "0.5b": _published(32784, 1024, 36, 8, 2, 64, 24, 64, 128, 2048, 16384, mamba_rms_norm=False),
     "1.5b": _published(65536, 2048, 24, 8, 2, 128, 48, 64, 256, 4608, 131072),
     "1.5b-deep": _published(65536, 1280, 66, 6, 2, 128, 24, 64, 256, 3072, 131072),

@@ -203,6 +203,12 @@ def _scan_recurrent(x, dt, B, C, A, S, cu, chunk_size):
     return torch.stack(ys), torch.stack(finals)
 
 
+def chunk_of(p, n):
+    """The fastest chunk of this backend, in tokens: one costs l entries of the decays and its share p n / l of a state, least for
+    l = sqrt(p n)."""
+    return 1 << max(4, (p * n).bit_length() // 2)
+
+
 def _exp(c):
     """exp of c <= 0, at least e^-60 = 9e-27, which is as good as 0. A CPU takes a hundred times as long for each number below 1e-38, and
     strong decays make many."""
@@ -241,9 +247,7 @@ def _scan_chunked(x, dt, B, C, A, S, cu, chunk_size):
     Padding has dt = 0: it neither writes nor decays, so c_l is right for chunks that are not full, too.
     """
     (h, p), (g, n) = x.shape[1:], B.shape[1:]
-    # A token costs l entries of the decays and its share p n / l of a chunk's state: least for l = sqrt(p n).
-    fastest = 1 << max(4, (p * n).bit_length() // 2)
-    chunk_size = min(chunk_size, fastest, max(end - start for start, end in zip(cu, cu[1:])))
+    chunk_size = min(chunk_size, chunk_of(p, n), max(end - start for start, end in zip(cu, cu[1:])))
     table = chunk_table(cu, chunk_size, x.device, in_step=True)
     x, dt, B, C = (gather_rows(v, table.index, table.inverse) for v in (x, dt, B, C))  # (k, l, h, p), (k, l, h), (k, l, g, n)
     dt = torch.where(table.valid[..., None], dt, 0).transpose(1, 2)  # (k, h, l)

@@ -340,7 +340,7 @@ class Run:
 
     Used in a `with`: however the block ends, a checkpoint that was begun is completed."""
 
-    VOLATILE = ("fresh", "device", "cp", "replicas", "checkpoint_activations", "compile", "judge", "judge_cache", "save_every",
+    VOLATILE = ("out", "fresh", "device", "cp", "replicas", "checkpoint_activations", "compile", "judge", "judge_cache", "save_every",
                 "eval_every")  # may differ between the parts of one run
 
     def __init__(self, args, ranks):

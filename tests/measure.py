@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from model import PRESETS, Cache, FalconH1, FalconH1Config, decoder, generate, prefill
-from ssm_scan import ssd_scan, ssd_step
+from ssm_scan import chunk_of, ssd_scan, ssd_step
 from train_sft import shares
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -243,29 +243,46 @@ def decoding_floor(c, batch, context, dtype, bandwidth, rate):
     return max(moved / bandwidth, batch * products / rate)
 
 
-def training_bytes(c, ranks):
-    """{part: bytes on each rank} as train_sft.py's shard() and AdamW keep them: float32 parameters, gradients and two moments, each
-    rank a slice. gathered is an estimate of what is whole on every rank for a while: bfloat16 weights and gradients of the embedding
-    and the head, which FSDP2 keeps until the backward pass is over, and of two blocks, one at work and one on its way."""
-    parts = parameters(c)
+def block_bytes(c, device="cuda"):
+    """Bytes that one block keeps of a token for its gradient, counted from what autograd saves: w bytes a number, 2 on a GPU (bfloat16,
+    Triton kernels), 4 on a CPU (float32, the chunked scan with chunks of l tokens); letters as in model.py.
+
+        norms           2 (4 + w) d             their inputs in float32, and those normalised
+        projections     w d (2 or 3)            inputs of q k v, of in_proj (the same tensor if both multipliers are 1), of the MLP
+        attention       w hd (3 hq + 2 hkv)     q, k, v; its output, as padded documents and as tokens
+        mamba           w (3 I + 4 g n + h)     z, x, B, C, dt; x, B, C after the convolution
+        gated norm      22 I or 20 I            y and z in bfloat16 and float32, gate, product, normalised; without norm 6 I or 12 I
+        MLP             4 w ff                  gate, silu(gate), up, their product
+        scan, GPU       2 (I n / 256 + 256 g)   the state that enters a chunk, C B^T
+        scan, CPU       4 (5 I + 2 h l + I n / l + g l + 2 g n + 7 h)     also x, dt x, what is written and read; decays, with and without C B^T
+        taps, CPU       4 (2 I + 4 g n)         the convolution's inputs with their history, its output before SiLU"""
+    d, I, h, ff = c.hidden_size, c.mamba_d_ssm, c.mamba_n_heads, c.intermediate_size
+    g, n, w, l = c.mamba_n_groups, c.mamba_d_state, 2 if device == "cuda" else 4, chunk_of(c.mamba_d_head, c.mamba_d_state)
+    size = 2 * (4 + w) * d + w * d * (2 + (c.attention_in_multiplier != 1 or c.ssm_in_multiplier != 1)) + 4 * w * ff
+    size += w * (c.head_dim * (3 * c.num_attention_heads + 2 * c.num_key_value_heads) + 3 * I + 4 * g * n + h)
+    if device == "cuda":
+        return size + (22 if c.mamba_rms_norm else 6) * I + 2 * (I * n // 256 + 256 * g)
+    return size + (20 if c.mamba_rms_norm else 12) * I + 4 * (5 * I + 2 * h * l + I * n // l + g * l + 2 * g * n + 7 * h + 2 * I + 4 * g * n)
+
+
+def training_bytes(c, tokens, ranks=1, device="cuda", recompute=False):
+    """{part: bytes} on each rank when a step of train_sft.py needs most: one row of `tokens` tokens for every rank; float32 parameters,
+    gradients and two moments, each rank a slice. With recompute, activation checkpointing, all blocks but one keep their input only.
+
+        gathered     what is whole on every rank for a while, where FSDP2 is at work: weights and gradients of the embedding and the
+                     head until the backward pass is over, and of two blocks, one at work and one on its way
+        at work      beside the activations, the most of what is needed at the head: the logits of a chunk, some in two dtypes, and the
+                     head's gradient; in the last block: its gradients, of the MLP's products above all, and where recomputed itself;
+                     in the first block: the same and all gradients, which have come as activations went"""
+    parts, w, vocab, layers = parameters(c), 2 if device == "cuda" else 4, c.vocab_size, c.num_hidden_layers
     total, outer = sum(parts.values()), parts["embedding"] + parts["head"]
-    return {"parameters": 4 * total / ranks, "gradients": 4 * total / ranks, "moments": 8 * total / ranks,
-            "gathered": 4 * (outer + 2 * (total - outer) / c.num_hidden_layers)}
-
-
-def activation_bytes(c, tokens):
-    """{part: bytes} that the backward pass of one row of tokens needs, an estimate: bfloat16, float32 inside norms and gates, no peaks.
-
-        input   2 d a block: all that activation checkpointing keeps of it
-        block   what one block keeps: two norms 12 d; inputs of the projections 6 d; q, k, v and attention's output 4 hd (hq + hkv);
-                z, x, B, C, then x, B, C after the convolution 6 I + 8 g n; for every 256 tokens a state and C B^T; the gate 6 I,
-                with its norm 22 I; the MLP's four products 8 intermediate_size
-        head    the gradient of lm_head in float32, and three times the 2^25 logits that are in work"""
-    d, I, g, n = c.hidden_size, c.mamba_d_ssm, c.mamba_n_groups, c.mamba_d_state
-    gate = 22 if c.mamba_rms_norm else 6
-    block = 18 * d + 4 * c.head_dim * (c.num_attention_heads + c.num_key_value_heads) + (6 + gate) * I + 8 * g * n + I * n // 128 + 512 * g \
-        + 8 * c.intermediate_size
-    return {"input": 2 * d * tokens, "block": block * tokens, "head": 4 * d * c.vocab_size + 12 * 2**25}
+    logits = vocab * max(1, min(tokens, 2**25 // vocab))
+    head = max((2 * w + 4 if w == 2 else 8) * logits, (2 * w + 4 if w == 2 else 4) * logits + (4 + w) * vocab * c.hidden_size)
+    block, products, whole = block_bytes(c, device) * tokens, 3 * w * c.intermediate_size * tokens, device == "cuda" or ranks > 1
+    kept = layers * w * c.hidden_size * tokens if recompute else layers * block
+    work = max(head, recompute * block + products, block + products + 4 * total / ranks - kept)
+    return {"parameters": 4 * total / ranks, "moments": 8 * total / ranks, "gathered": whole * 2 * w * (outer + 2 * (total - outer) / layers),
+            "activations": kept, "at work": work}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -351,15 +368,12 @@ def describe(name, c):
     for slots in (1, 16, 64, 256):
         sizes = (sum(cache_bytes(c, slots, length, torch.bfloat16).values()) for length in (512, 16384, 65536, 262144))
         lines.append(f"  {slots:9d}  " + " ".join(f"{size / gib:14.2f}" for size in sizes))
-    lines += ["", "GiB a rank to train with train_sft.py: float32 slices, and (estimated) what is gathered in bfloat16 for a while",
-              f"  {'ranks':>9s}  {'parameters':>10s} {'gradients':>10s} {'moments':>10s} {'gathered':>10s} {'sum':>10s}"]
+    lines += ["", "GiB a rank to train with train_sft.py, a row of 32,768 tokens on each, activations checkpointed (as --plan has it)"]
     for ranks in (1, 8, 64, 256):
-        sizes = training_bytes(c, ranks)
-        lines.append(f"  {ranks:9d}  " + " ".join(f"{size / gib:10.2f}" for size in (*sizes.values(), sum(sizes.values()))))
-    size = activation_bytes(c, 32768)
-    kept, again = c.num_hidden_layers * size["block"] + size["head"], c.num_hidden_layers * size["input"] + size["block"] + size["head"]
-    lines += [f"  a rank that takes several rows of a batch keeps {4 * total / gib:.2f} more, the whole gradient in float32, until the last of them",
-              f"  activations of a row of 32,768 tokens, estimated: {kept / gib:.1f}; with activation checkpointing of blocks {again / gib:.1f}"]
+        size = training_bytes(c, 32768, ranks, recompute=True)
+        if ranks == 1:
+            lines.append(f"  {'ranks':>9s}  " + " ".join(f"{part:>11s}" for part in (*size, "sum")))
+        lines.append(f"  {ranks:9d}  " + " ".join(f"{n / gib:11.2f}" for n in (*size.values(), sum(size.values()))))
     return lines
 
 
@@ -377,22 +391,30 @@ def exchange_bytes(c, tokens, cp):
     return (cp - 1) / cp * c.num_hidden_layers * tokens * 2 * numbers
 
 
-def plan(name, c, gpus, cp, context):
-    """What `python model.py --plan NAME` prints, as lines: one step of train_sft.py in which every cp GPUs share a row of `context` tokens,
-    sharded over all GPUs, with activation checkpointing. All of it from formulas and data sheets, nothing measured."""
-    size, state, flops, gb = activation_bytes(c, context // cp), training_bytes(c, gpus), flops_per_token(c, context), 1e9
-    memory = {**state, "kept activations": c.num_hidden_layers * size["input"], "a block's activations": size["block"], "head": size["head"]}
-    work = 3 * sum(flops.values()) * context / cp  # of one GPU
-    weights = sum(parameters(c).values()) * (gpus - 1) / gpus
-    again = 3 * exchange_bytes(c, context // cp, cp)  # forward, again for the gradient, and the gradient itself
-    link = NVLINK if gpus <= 8 else NETWORK
-    total, compute, gather, exchange = sum(memory.values()), work / (PEAK * MFU), 8 * weights / link, again / NVLINK
-    lines = [f"{name} on {gpus} GPUs, {cp} to a row of {context:,} tokens, {gpus // cp * context:,} tokens a step; estimates, not measured", "",
-             "GB on each GPU", *(f"  {part:22s} {n / gb:8.1f}" for part, n in memory.items()), f"  {'sum':22s} {total / gb:8.1f}"]
-    lines += [f"  {'fits' if total < 0.9 * room else 'DOES NOT FIT'} into an {gpu}'s {room / gb:.0f} GB, a tenth left free"
-              for gpu, room in MEMORY.items()]
-    lines += ["", "seconds of a step, each by itself; what overlaps costs nothing",
-              f"  {compute:8.2f}  {gpus * work / 1e15:,.0f} PFLOP, {100 * MFU:.0f} % of {PEAK / 1e12:.0f} TFLOP/s a GPU",
+def plan(name, c, ranks, cp, context, device):
+    """What `python model.py --plan NAME` prints, as lines: one step of train_sft.py in which every cp ranks share a row of `context` tokens,
+    sharded over all. Formulas; the memory of one CPU process is checked against a real run, the rates are from data sheets."""
+    cases, gb = [training_bytes(c, context // cp, ranks, device, recompute) for recompute in (False, True)], 1e9
+    sums = [sum(case.values()) for case in cases]
+    lines = [f"{name} on {ranks} {'GPUs' if device == 'cuda' else 'CPU processes'}, {cp} to a row of {context:,} tokens, "
+             f"{ranks // cp * context:,} tokens a step; estimated", "",
+             f"{'GB on each':22s} {'':>12s} {'--checkpoint-activations':>26s}"]
+    lines += [f"  {part:20s} {cases[0][part] / gb:12.3f} {cases[1][part] / gb:26.3f}" for part in cases[0]]
+    lines += [f"  {'sum':20s} {sums[0] / gb:12.3f} {sums[1] / gb:26.3f}",
+              f"  a rank that works on several rows keeps {4 * sum(parameters(c).values()) / gb:.3f} more, the whole gradient, until the last",
+              f"  a checkpoint that is being written keeps {(cases[0]['parameters'] + cases[0]['moments']) / gb:.3f} more in the host's memory"]
+    if device != "cuda":
+        return [*lines, "  Python and its libraries take 0.4 more"]
+    for gpu, room in MEMORY.items():
+        fits = ["fits" if size < 0.9 * room else "DOES NOT FIT" for size in sums]
+        lines.append(f"  {f'{gpu}, {room / gb:.0f} GB':20s} {fits[0]:>12s} {fits[1]:>26s}     with a tenth left free")
+    work = 3 * sum(flops_per_token(c, context).values()) * context / cp  # of one GPU
+    weights, again = sum(parameters(c).values()) * (ranks - 1) / ranks, 2 * exchange_bytes(c, context // cp, cp)  # forward, and its gradient
+    link = NVLINK if ranks <= 8 else NETWORK
+    compute, gather, exchange = work / (PEAK * MFU), 8 * weights / link, again / NVLINK
+    lines += ["", "seconds of a step, each by itself; what overlaps costs nothing. Checkpointed: compute and exchange half as much again, for "
+              "blocks that run twice",
+              f"  {compute:8.2f}  {ranks * work / 1e15:,.0f} PFLOP, {100 * MFU:.0f} % of {PEAK / 1e12:.0f} TFLOP/s a GPU",
               f"  {gather:8.2f}  {8 * weights / gb:,.1f} GB a GPU: weights gathered twice in bfloat16, gradients reduced in float32, "
               f"{link / gb:.0f} GB/s",
               f"  {exchange:8.2f}  {again / gb:,.1f} GB a GPU: the all-to-alls of context parallelism, {NVLINK / gb:.0f} GB/s"]
@@ -549,6 +571,7 @@ def main():
     parser.add_argument("--plan", metavar="NAME", help="memory, time and traffic of training this one on --gpus GPUs")
     for flag, default, what in (("gpus", 8, "GPUs"), ("cp", 1, "GPUs that share a row"), ("context", 32768, "tokens of a row")):
         parser.add_argument(f"--{flag}", type=int, default=default, metavar="N", help=f"{what}, for --plan")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: --gpus are processes on a CPU, for --plan")
     parser.add_argument("--bench", action="store_true", help="speed of training, prefill and decoding")
     parser.error = lambda message: sys.exit(f"error: {message}; see --help")  # one line and exit status 1, as for any bad input
     args = parser.parse_args()
@@ -562,6 +585,6 @@ def main():
     if args.bench:
         model_speed()
     elif args.plan:
-        print("\n".join(plan(name, PRESETS[name], args.gpus, args.cp, args.context)))
+        print("\n".join(plan(name, PRESETS[name], args.gpus, args.cp, args.context, args.device)))
     else:
         print("\n".join(describe(name, PRESETS[name]) if name else overview()))

@@ -6,16 +6,19 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import data
 import model
+import train_sft
 from model import PRESETS, Cache, Context, FalconH1, rope_table
 from tests import measure
-from tests.measure import (activation_bytes, cache_bytes, decoding_floor, describe, diagram, flops_per_token, large_model, medians,
-                           parameters, peak_bytes, scan_flops, small_model, training_bytes)
+from tests.measure import (block_bytes, cache_bytes, decoding_floor, describe, diagram, flops_per_token, large_model, medians, parameters,
+                           peak_bytes, scan_flops, small_model, training_bytes)
 
 from .test_model import SMALL
 
@@ -66,19 +69,34 @@ def test_decoding_floor_by_hand():
     assert decoding_floor(SMALL, 5, 8, torch.float32, bandwidth=1e30, rate=100) == pytest.approx(5 * 2 * weights / 100)
 
 
-def test_training_bytes():
-    c, total = SMALL, sum(parameters(SMALL).values())
+def step_bytes(c, tokens, documents, recompute):
+    """The most bytes of tensors that a training step on one row holds, this one included, as torch reports what it allocates and frees."""
+    model, ranks = FalconH1(c), train_sft.Ranks()
+    optimizer, model = train_sft.make_optimizer(model, 1e-3, 0.01), train_sft.shard(model, ranks, recompute)
+    ids = np.random.default_rng(0).integers(c.vocab_size, size=(documents, tokens // documents)).astype(np.int32)
+    packs = data.pack([data.Sample(row, np.ones(len(row), bool), 1.0, "") for row in ids], tokens)
+    def step():
+        train_sft.train_step(model, optimizer, packs, 1e-3, 1.0, ranks)
+    step()  # makes the moments
+    held = [*model.parameters(), *(v for state in optimizer.state.values() for v in state.values() if v.dim())]
+    return sum(v.nbytes for v in held) + peak_bytes(step, "cpu")
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(("name", "tokens", "documents"), [("tiny", 512, 4), ("tiny", 4096, 1), ("100m", 300, 2)])
+def test_training_bytes_are_those_of_a_real_step(name, tokens, documents, recompute):
+    size = training_bytes(PRESETS[name], tokens, device="cpu", recompute=recompute)
+    assert sum(size.values()) == pytest.approx(step_bytes(PRESETS[name], tokens, documents, recompute), rel=0.08)
+
+
+def test_training_bytes_on_many_ranks():
+    total, c = sum(parameters(SMALL).values()), SMALL
     assert total == sum(p.numel() for p in FalconH1(c).parameters())
-    block = (total - 2 * 37 * 12) / 2  # counts half of the last norm, 6 numbers, with each block
-    size = training_bytes(c, 8)
-    assert sum(size.values()) == pytest.approx(16 * total / 8 + 4 * (2 * 37 * 12 + 2 * block))
-    m = FalconH1(c)
-    optimizer = torch.optim.AdamW(m.parameters())
-    m(torch.tensor([[1]])).sum().backward()
-    optimizer.step()
-    held = [*m.parameters(), *(p.grad for p in m.parameters()), *(state[k] for state in optimizer.state.values() for k in ("exp_avg", "exp_avg_sq"))]
-    size = training_bytes(c, 1)
-    assert sum(v.nbytes for v in held) == size["parameters"] + size["gradients"] + size["moments"]
+    outer = 2 * 37 * 12  # the block's share counts half of the last norm, 6 numbers, with each block
+    size = training_bytes(c, 8, ranks=8)
+    assert size["parameters"] == 4 * total / 8 and size["moments"] == 8 * total / 8
+    assert size["gathered"] == pytest.approx(4 * (outer + 2 * (total - outer) / 2))
+    assert training_bytes(c, 8, ranks=1, device="cpu")["gathered"] == 0
 
 
 def kept_bytes(c, t):
@@ -91,18 +109,18 @@ def kept_bytes(c, t):
             kept[x.untyped_storage().data_ptr()] = x  # keeps it alive, so that nothing else gets its address
         return x
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        m.model.layers[0](torch.randn(1, t, c.hidden_size, dtype=torch.bfloat16, requires_grad=True), Context(rope))
+        m.model.layers[0](torch.randn(1, t, c.hidden_size, dtype=torch.bfloat16, requires_grad=True), Context(rope, (0, t)))
     return sum(x.untyped_storage().nbytes() for x in kept.values())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is off where there is a GPU")
 @pytest.mark.parametrize("norm", [True, False])
-def test_activation_bytes(norm, monkeypatch):
+def test_block_bytes(norm, monkeypatch):
     monkeypatch.setattr(model, "ssd_scan", partial(model.ssd_scan, backend="triton"))
     monkeypatch.setattr(model, "causal_conv1d", partial(model.causal_conv1d, backend="triton"))
     c = replace(SEVEN, vocab_size=64, hidden_size=96, intermediate_size=384, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
                 mamba_d_ssm=96, mamba_n_heads=3, mamba_d_head=32, mamba_d_state=32, num_hidden_layers=1, mamba_rms_norm=norm)
-    assert activation_bytes(c, 256)["block"] == pytest.approx(kept_bytes(c, 256), rel=0.05)
+    assert block_bytes(c) == pytest.approx(kept_bytes(c, 256) / 256, rel=0.05)
 
 
 def test_peak_bytes():
@@ -148,7 +166,7 @@ def test_commands():
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["--preset", "8b"], "error: --preset 8b: not one of tiny, 0.5b, 1.5b, 1.5b-deep, 3b, 7b, 34b"),
+    (["--preset", "8b"], "error: --preset 8b: not one of tiny, 100m, 0.5b, 1.5b, 1.5b-deep, 3b, 7b, 34b"),
     (["--ben"], "--ben"), (["--preset"], "--preset")])
 def test_what_is_not_a_command(arguments, message, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["model.py", *arguments])
@@ -179,8 +197,9 @@ def test_benchmark_of_a_large_model(capsys, monkeypatch):
 
 
 def test_plan():
-    text = "\n".join(measure.plan("7b", PRESETS["7b"], 256, 2, 36864))
-    assert "4,718,592 tokens a step" in text and "DOES NOT FIT" not in text
-    assert "DOES NOT FIT" in "\n".join(measure.plan("34b", PRESETS["34b"], 8, 1, 32768))
+    text = "\n".join(measure.plan("7b", PRESETS["7b"], 256, 2, 36864, "cuda"))
+    assert "4,718,592 tokens a step" in text and text.count("DOES NOT FIT") == 2 and text.count("  fits  ") == 2
+    assert "H100, 80 GB          DOES NOT FIT               DOES NOT FIT" in "\n".join(measure.plan("34b", PRESETS["34b"], 8, 1, 32768, "cuda"))
+    assert "2 CPU processes" in (text := "\n".join(measure.plan("100m", PRESETS["100m"], 2, 1, 512, "cpu"))) and "H100" not in text
     c = PRESETS["7b"]  # 12 heads on 2 keys, 24 heads of 128 on one group of 256: two ranks send each other half of what they made
     assert measure.exchange_bytes(c, 10, 2) == 44 * 10 * (2 * 128 * (12 + 2) + 2 * 3072 + 2 * 2 * 256 + 24)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tests.test_train_sft import killed_and_resumed, refused, run
+from tests.test_train_sft import dying, killed_and_resumed, refused, run
 
 import data
 import train_rl as r
@@ -230,6 +230,18 @@ def test_ranks_sample_and_reward_like_one(start, tmp_path, whole_run, ranks, fla
     for name in ("reward", "correct", "all_right", "all_wrong", "length", "calls", "tokens"):
         assert two[name] == one[name], name
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-4, abs=1e-6) and two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
+
+
+def test_a_killed_rank_leaves_a_run_that_goes_on(start, tmp_path, whole_run):
+    out, program = tmp_path / "run", tmp_path / "program.py"
+    program.write_text(dying("train_rl.py", rl_args(start), out, "log of step 3", rank=1))
+    status, _, err = run(program, ranks=2)
+    assert status == 1 and "rank      : 1" in err and "SIGKILL" in err
+    status, stdout, err = run("train_rl.py", *rl_args(start), "--out", out, ranks=2)
+    assert status == 0 and "continuing after step 2" in stdout, err
+    one, two = ([json.loads(line) for line in open(folder / "log.jsonl")] for folder in (whole_run, out))
+    assert [r["step"] for r in two] == [1, 2, 3, 4]
+    assert [r["reward"] for r in two] == pytest.approx([r["reward"] for r in one], abs=0.1) and two[0]["reward"] == one[0]["reward"]
 
 
 @pytest.mark.parametrize(("args", "message"), [

@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -130,6 +132,19 @@ def test_four_ranks_leave_a_run_that_fewer_go_on_with(sft_file, tmp_path):
         assert [r["loss"] for r in logs[1]] == pytest.approx([r["loss"] for r in logs[0]], rel=1e-6) and len(logs[1]) == 10
 
 
+def test_ranks_that_all_read_their_share(sft_file):
+    """Nobody makes tokens of what another rank reads; all get all of it, in order."""
+    read = []
+    class Rank(t.Ranks):
+        def gather(self, objects, group=None):
+            read.append([i for i, x in enumerate(objects) if x is not None])
+            return objects
+    samples = data.SftFiles(str(sft_file), data.Tokenizer.byte_level(), 512)
+    for r in range(3):
+        Rank(r, 3).each(samples.__getitem__, [5, 7, 11, 2, 3])
+    assert read == [[0, 3], [1, 4], [2]]
+
+
 @pytest.mark.parametrize(("flags", "message"), [(("--cp", 3), "--cp 3: it must divide the number of ranks, 2"),
                                                 (("--replicas", 3), "--replicas 3: it must divide"), (("--cp", 2), "num_attention_heads 3")])
 def test_ranks_that_cannot_be_shared_out(sft_file, tmp_path, flags, message):
@@ -143,22 +158,27 @@ sys.path.insert(0, {root!r})
 import data, {module}, train_sft
 def dying(function, name):
     def inner(*args):
-        if name(*args).endswith({moment!r}):
+        if name(*args).endswith({moment!r}) and os.environ.get("RANK", {rank!r}) == {rank!r}:
             os.kill(os.getpid(), signal.SIGKILL)
         return function(*args)
     return inner
 train_sft.Run.write = dying(train_sft.Run.write, lambda run, step, *rest: f"log of step {{step}}")
 data.write_text = dying(data.write_text, lambda path, text: str(path))
 sys.argv = ['x', *{args!r}]
+train_sft.SILENCE = 4
 train_sft.run_main({module}.main)
 """
 
 
+def dying(script, args, out, moment, rank=0):
+    """A script that kills itself, or its rank, at `moment`."""
+    return KILL.format(root=str(ROOT), module=script.removesuffix(".py"), moment=moment, rank=str(rank), args=[str(a) for a in (*args, "--out", out)])
+
+
 def killed_and_resumed(script, args, whole, out, moment):
     """Run a script until `moment`, SIGKILL it there, resume it, and compare its weights and log with those of `whole`."""
-    program = KILL.format(root=str(ROOT), module=script.removesuffix(".py"), moment=moment, args=[str(a) for a in (*args, "--out", out)])
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    assert subprocess.run([sys.executable, "-c", program], capture_output=True, env=env, timeout=120).returncode == -9
+    assert subprocess.run([sys.executable, "-c", dying(script, args, out, moment)], capture_output=True, timeout=120,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode == -9
     status, _, err = run(script, *args, "--out", out)
     assert status == 0, err
     a, b = (read_safetensors(folder / "model" / "model.safetensors") for folder in (whole, out))
@@ -200,9 +220,6 @@ def test_a_full_disk_costs_nothing_but_the_step(sft_file, tmp_path, whole_run):
 def test_a_damaged_checkpoint_is_passed_over(sft_file, tmp_path, whole_run):
     out = tmp_path / "run"
     shutil.copytree(whole_run, out)
-    run_json = json.loads((out / "run.json").read_text())
-    run_json["identity"]["out"] = str(out)
-    (out / "run.json").write_text(json.dumps(run_json))
     newest = out / "trainer" / "step-000006"
     largest = max(newest.iterdir(), key=lambda p: p.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:-7])
@@ -252,3 +269,69 @@ def test_ranks_started_differently_do_not_train(sft_file, tmp_path):
                        "train_sft.run_main(train_sft.main)")
     status, _, err = run(program, "--data", sft_file, "--out", tmp_path / "run", *SMALL_RUN, ranks=2)
     assert status == 1 and err.count("error: ranks 0 and 1 disagree about the arguments") == 1 and not (tmp_path / "run").exists(), err
+
+
+def launched_by_hand(program, world, timeout=60):
+    """Ranks without torchrun, as a cluster's scheduler starts them -> list of (exit status, stderr)."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
+    ranks = [subprocess.Popen([sys.executable, program], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env | {"RANK": str(r)})
+             for r in range(world)]
+    return [(rank.communicate(timeout=timeout)[1], rank.returncode)[::-1] for rank in ranks]
+
+
+@pytest.mark.parametrize("dead", [0, 1])
+def test_ranks_do_not_wait_for_the_dead(sft_file, tmp_path, dead):
+    (tmp_path / "program.py").write_text(dying("train_sft.py", ("--data", sft_file, *SMALL_RUN), tmp_path / "run", "log of step 3", dead))
+    start = time.monotonic()
+    results = launched_by_hand(tmp_path / "program.py", 3)
+    assert time.monotonic() - start < 40 and [status for status, _ in results] == [-9 if r == dead else 1 for r in range(3)]
+    said = [[line for line in err.splitlines() if line.startswith("error: ")] for _, err in results]
+    assert said[0 if dead else 1] == [f"error: rank {dead}{'' if dead else ' or its torchrun'} gives no sign of life; what it printed may say why. "
+                                      "Give the same command again to go on from the last checkpoint"]
+
+
+@pytest.mark.parametrize(("environment", "message"), [
+    ({"RANK": "1"}, "MASTER_ADDR expected, but not set"),
+    ({"RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}, "not all of 2 ranks met at 127.0.0.1:0 within 2 s: ")])
+def test_a_missing_rendezvous(sft_file, tmp_path, monkeypatch, capsys, environment, message):
+    monkeypatch.setattr(t, "MEET", 2)
+    for name, value in {"WORLD_SIZE": "2", **environment}.items():
+        monkeypatch.setenv(name, value)
+    assert message in refused(t.main, ("--data", sft_file, "--out", tmp_path / "run"), monkeypatch, capsys)
+
+
+def test_a_checkpoint_of_another_model(sft_file, tmp_path, whole_run, monkeypatch, capsys):
+    shutil.copytree(whole_run, tmp_path / "run")
+    args = ("--data", sft_file, *SMALL_RUN, "--save-every", 2, "--init", checkpoint(tmp_path / "init", 2), "--out", tmp_path / "run")
+    assert "holds another run, with --init ''" in refused(t.main, args, monkeypatch, capsys)
+    run_json = json.loads((tmp_path / "run" / "run.json").read_text())  # as if --init had held another model then
+    run_json["identity"]["init"] = str(tmp_path / "init")
+    (tmp_path / "run" / "run.json").write_text(json.dumps(run_json))
+    assert "step-000006: a checkpoint of another model" in refused(t.main, args, monkeypatch, capsys)
+
+
+def test_many_files_one_mixture_and_trimmed_samples(sft_file, tmp_path):
+    lines = [json.loads(line) for line in sft_file.read_text().splitlines()]
+    for i in range(3):
+        part = [line | {"domain": ["math", "code", "science"][i]} for line in lines[20 * i : 20 * i + 20]]
+        data.write_jsonl(tmp_path / f"part-{i}.jsonl", part)
+    logs = []
+    for ranks in (1, 2):
+        out = tmp_path / str(ranks)
+        status, _, err = run("train_sft.py", "--data", tmp_path / "part-*.jsonl", "--out", out, *SMALL_RUN, "--context", 90, "--trim", "--mixture",
+                             "math=3,code=2,science=1", ranks=ranks)
+        assert status == 0, err
+        logs.append([json.loads(line) for line in open(out / "log.jsonl")])
+    assert [r["trimmed"] for r in logs[0]] == [r["trimmed"] for r in logs[1]] and 0 < sum(r["trimmed"] for r in logs[0]) < 36
+    assert logs[0][0]["loss"] == pytest.approx(logs[1][0]["loss"], rel=1e-6)
+    assert all(r["tokens"] <= 6 * 90 for r in logs[0])
+
+
+def test_compiled_blocks_train_alike(sft_file, tmp_path, whole_run):
+    status, _, err = run("train_sft.py", "--data", sft_file, "--out", tmp_path / "run", *SMALL_RUN, "--save-every", 2, "--compile")
+    assert status == 0, err
+    logs = [[json.loads(line)["loss"] for line in open(folder / "log.jsonl")] for folder in (whole_run, tmp_path / "run")]
+    assert logs[1] == pytest.approx(logs[0], rel=1e-5)
