@@ -867,7 +867,7 @@ class Place(NamedTuple):
             return f"{self.path}, line {1 + sum(piece.count(10) for piece in pieces)}"
 
 
-BLOCK = 2**26  # bytes of a file that are checked in one go: a second of work
+BLOCK = 2**26  # bytes of a file that one rank checks at a time
 
 
 def sft_blocks(pattern):
@@ -889,7 +889,7 @@ class SftFiles:
         max_tokens: of a sample; a longer one is an error, as silence would hide that its answer is never learned.
         trim: cut longer ones on the right instead, as the paper does above 36K tokens, and mark them as trimmed.
         limit: so many samples only; 0: all.
-        each: each(function, items) -> list of function(item), for ranks to share work out; None: all of it here.
+        each: each(function, items, desc) -> list of function(item), for ranks to share work out; None: all of it here.
     Attributes:
         rows: dict from each domain to an array of its samples' numbers; checksum: of all bytes.
     Raises:
@@ -899,7 +899,7 @@ class SftFiles:
     def __init__(self, pattern, tokenizer, max_tokens, trim=False, limit=0, each=None):
         self.tokenizer, self.max_tokens, self.trim = tokenizer, max_tokens, trim
         blocks = sft_blocks(pattern)
-        found = each(self._index, blocks) if each else [self._index(block) for block in blocks]
+        found = each(self._index, blocks, desc=f"reading {pattern}") if each else [self._index(block) for block in blocks]
         counts = [len(offsets) for offsets, _, _ in found]
         for path in {block.path: None for block in blocks}:
             if not any(count for count, block in zip(counts, blocks) if block.path == path):

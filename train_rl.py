@@ -381,7 +381,7 @@ def main():
     ranks.agree("the checksum of the problems", zlib.crc32("".join(p.prompt + p.answer for p in problems).encode(errors="surrogatepass")))
     run = train_sft.Run(args, ranks)
     optimizer = train_sft.make_optimizer(model, args.lr, args.weight_decay)
-    state = run.resume(model, optimizer)
+    state = run.resume(model, optimizer, tokenizer)
     prompts = Prompts(problems, tokenizer, args.seed, state["position"] if state else 0)
     cache = from_json(state["cache"]) if state else []
     sampler = train_sft.replica(model)

@@ -127,9 +127,10 @@ class Ranks:
         dist.all_gather_object(shares, objects[self.rank :: self.world], group)
         return [shares[i % self.world][i // self.world] for i in range(len(objects))]
 
-    def each(self, function, items, group=None):
-        """[function(item) for item in items], every call made by one rank and its result known to all."""
-        return self.gather([function(item) if i % self.world == self.rank else None for i, item in enumerate(items)], group)
+    def each(self, function, items, group=None, desc=""):
+        """[function(item) for item in items], every call made by one rank and its result known to all. desc: show a bar that says so."""
+        bar = enumerate(tqdm(items, desc, disable=not desc or self.rank > 0, delay=2))  # seconds
+        return self.gather([function(item) if i % self.world == self.rank else None for i, item in bar], group)
 
     def all_values(self, value, group=None):
         """The ranks' values, in their order."""
@@ -408,20 +409,21 @@ class Run:
                 temporary.rename(final)
                 for old in sorted(final.parent.glob("step-??????"))[:-2]:
                     shutil.rmtree(old)
-                tokenizer.save(self.out / "model")
-                export(config, final, self.out / "model")
+                export(config, tokenizer, final, self.out / "model")
         except (OSError, RuntimeError, dcp.CheckpointException) as e:  # a full disk: torch's writer has a RuntimeError for it
             shutil.rmtree(temporary, ignore_errors=True)
             why = str(e).strip().splitlines()[-1]
+            if "gloo" in why:  # not the disk: another rank has ended
+                raise RuntimeError(why) from None
             raise OSError(f"{self.out}: step {state['step']} could not be saved ({why}); is the disk full? Earlier checkpoints are "
                           f"whole: make room and give the same command again") from None
 
-    def resume(self, model, optimizer):
+    def resume(self, model, optimizer, tokenizer):
         """Load the newest whole checkpoint into model and optimizer; return its state, or None at the start of a run."""
         for folder in sorted((self.out / "trainer").glob("step-??????"), reverse=True):
             try:
                 state = json.loads((folder / "state.json").read_text())
-                found = self.ranks.each(lambda name: fingerprint(folder / name), [*state["files"]])
+                found = self.ranks.each(lambda name: fingerprint(folder / name), [*state["files"]], desc=f"checking {folder}")
                 bad = [name for name, one in zip(state["files"], found) if one != state["files"][name]]
                 check(not bad, f"{(bad or [''])[0]} is damaged")
             except (OSError, ValueError, KeyError, TypeError) as e:
@@ -443,6 +445,7 @@ class Run:
                 data.write_jsonl(log, kept)
                 self.log = open(log, "a", encoding="utf-8")
                 print(f"{folder}: continuing after step {state['step']}")
+                self.saving = self.thread.submit(export, model.config, tokenizer, folder, self.out / "model")  # if it was killed before that
             return state
         return None
 
@@ -459,9 +462,9 @@ def fingerprint(path):
         return None
 
 
-def export(config, checkpoint, folder):
-    """Write the weights of a finished checkpoint to folder, in the published format. They are read a tensor at a time: nobody ever
-    holds the whole model, and no other rank is needed."""
+def export(config, tokenizer, checkpoint, folder):
+    """Write the model of a finished checkpoint to folder, in the published format. Weights are read a tensor at a time: nobody ever
+    holds all of them, and no other rank is needed."""
     reader = dcp.FileSystemReader(checkpoint)
     metadata = reader.read_metadata()
     reader.read_metadata = lambda *args, **kwargs: metadata  # once; for hundreds of shards it takes seconds
@@ -473,6 +476,7 @@ def export(config, checkpoint, folder):
     with torch.device("meta"):
         model = FalconH1(config)
     model.save_pretrained(folder, read)
+    tokenizer.save(folder)
 
 
 def run_main(body):
@@ -484,7 +488,7 @@ def run_main(body):
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(torch.zeros(1))  # nobody leaves before the others: rank 0 may keep the rendezvous
     except (ValueError, OSError) as e:
-        if dist.is_initialized() and dist.get_rank() != 0:
+        if os.environ.get("RANK", "0") != "0":
             time.sleep(3)  # where rank 0 fails alike, its line is enough, and torchrun ends this rank meanwhile
         print(f"error: {e}", file=sys.stderr, flush=True)
         status = 1
@@ -655,7 +659,7 @@ def main():
     tokenizer, model, samples, loader, held_out = load(args, ranks)  # before --fresh deletes anything: bad data must cost nothing
     run = Run(args, ranks)
     optimizer = make_optimizer(model, args.lr, args.weight_decay)
-    state = run.resume(model, optimizer)
+    state = run.resume(model, optimizer, tokenizer)
     if state is not None:
         loader.load_state_dict(state["loader"])
     elif ranks.rank == 0:

@@ -578,7 +578,7 @@ def test_blocks_and_ranks_do_not_change_what_is_read(tmp_path_factory, sizes, bl
         (folder / f"{i}.jsonl").write_bytes((mark if i else b"") + b"".join(lines).removesuffix(b"\n"))
         expected += [data.parse_sft(r, TOKENIZER, "") for r in records]
 
-    def each(function, items):  # as ranks do: by turns
+    def each(function, items, desc):  # as ranks do: by turns
         results = {i: function(items[i]) for rank in range(ranks) for i in range(rank, len(items), ranks)}
         return [results[i] for i in range(len(items))]
     checksum = sft_files(f"{folder}/*.jsonl", 999).checksum
