@@ -870,12 +870,12 @@ class Place(NamedTuple):
 BLOCK = 2**26  # bytes of a file that one rank checks at a time
 
 
-def sft_blocks(pattern):
-    """Places at which the blocks of some files begin. pattern: the files, separated by commas; * stands for any part of a name."""
+def sizes_of(pattern):
+    """Dict from files to their sizes in bytes. pattern: the files, separated by commas; * stands for any part of a name."""
     paths = [path for part in pattern.split(",") for path in sorted(glob.glob(part)) or [part]]
     if packed := [path for path in paths if path.endswith(".gz")]:
         raise ValueError(f"{packed[0]}: cannot be read from the middle; decompress it")
-    return [Place(path, start) for path in paths for start in range(0, os.path.getsize(path) or 1, BLOCK)]
+    return {path: os.path.getsize(path) for path in paths}
 
 
 class SftFiles:
@@ -885,7 +885,7 @@ class SftFiles:
     again, and made into tokens, when it is asked for: so each rank reads its share, and nobody waits for hours of tokenising.
 
     Args:
-        pattern: the files, see sft_blocks.
+        pattern: the files, see sizes_of.
         max_tokens: of a sample; a longer one is an error, as silence would hide that its answer is never learned.
         trim: cut longer ones on the right instead, as the paper does above 36K tokens, and mark them as trimmed.
         limit: so many samples only; 0: all.
@@ -898,7 +898,7 @@ class SftFiles:
 
     def __init__(self, pattern, tokenizer, max_tokens, trim=False, limit=0, each=None):
         self.tokenizer, self.max_tokens, self.trim = tokenizer, max_tokens, trim
-        blocks = sft_blocks(pattern)
+        blocks = [Place(path, start) for path, size in sizes_of(pattern).items() for start in range(0, size or 1, BLOCK)]
         found = each(self._index, blocks, desc=f"reading {pattern}") if each else [self._index(block) for block in blocks]
         counts = [len(offsets) for offsets, _, _ in found]
         for path in {block.path: None for block in blocks}:

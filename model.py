@@ -36,6 +36,7 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache, partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -43,6 +44,12 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from ssm_scan import causal_conv1d, causal_conv1d_step, check_cu_seqlens, gather_rows, ssd_scan, ssd_step
+
+
+def check(ok, message):
+    if not ok:
+        raise ValueError(message)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Configuration, with the field names of the published config.json
@@ -88,10 +95,6 @@ class FalconH1Config:
     time_step_limit: tuple = field(default=(0.0, float("inf")))
 
     def __post_init__(self):
-        def check(ok, what):
-            if not ok:
-                raise ValueError(f"config: {what}")
-
         def number(v):
             return type(v) in (int, float) and -1e30 < v < 1e30
 
@@ -99,10 +102,9 @@ class FalconH1Config:
             v = getattr(self, f.name)
             ok, expected = {int: (type(v) is int and 0 < v < 2**31, "a whole number above 0"), float: (number(v), "a finite number"),
                             bool: (type(v) is bool, "true or false"),
-                            tuple: (isinstance(v, tuple) and all(number(x) or x == float("inf") for x in v), "numbers")}[f.type]
+                            tuple: (isinstance(v, tuple) and all(number(x) or x == float("inf") for x in v) and len(v) == len(f.default),
+                                    f"{len(f.default) if f.type is tuple else 0} numbers")}[f.type]
             check(ok, f"{f.name} is {v!r}, expected {expected}")
-        for name, length in (("ssm_multipliers", 5), ("mlp_multipliers", 2), ("time_step_limit", 2)):
-            check(len(getattr(self, name)) == length, f"{name} has {len(getattr(self, name))} numbers, expected {length}")
         check(self.mamba_d_ssm == self.mamba_n_heads * self.mamba_d_head,
               f"mamba_d_ssm {self.mamba_d_ssm} is not mamba_n_heads * mamba_d_head = {self.mamba_n_heads * self.mamba_d_head}")
         for name, divisor in (("mamba_n_heads", "mamba_n_groups"), ("num_attention_heads", "num_key_value_heads")):
@@ -121,14 +123,18 @@ class FalconH1Config:
     def from_json(cls, path):
         """Read a config.json in the published format, of old and new versions of transformers. Nothing that would change a
         logit is guessed: transformers' own defaults (norm before the gate, mamba_d_ssm 1024) are those of no published model."""
-        def check(ok, what):
-            if not ok:
-                raise ValueError(f"{path}: {what}")
         try:
             raw = json.loads(Path(path).read_text(), object_hook=lambda d: float(d["__float__"]) if "__float__" in d else d)
             raw = {name: tuple(v) if isinstance(v, list) else v for name, v in raw.items() if v is not None}
         except (OSError, ValueError, TypeError, AttributeError, RecursionError) as e:
             raise ValueError(f"{path}: not a readable config.json ({e})") from None
+        try:
+            return cls._from_fields(raw)
+        except ValueError as e:
+            raise ValueError(f"{path}: {e}") from None
+
+    @classmethod
+    def _from_fields(cls, raw):
         check(raw.get("model_type") == "falcon_h1", f"model_type is {raw.get('model_type')!r}, expected 'falcon_h1'")
         rope = raw.pop("rope_parameters", {})
         check(isinstance(rope, dict) and rope.keys() <= {"rope_theta", "rope_type"} and rope.get("rope_type", "default") == "default",
@@ -138,8 +144,8 @@ class FalconH1Config:
         for name, only in _ONE_VALUE.items():
             check(raw.pop(name, only) == only, f"{name} is supported with the value {only!r} only")
         names, expand = {f.name for f in fields(cls)}, raw.pop("mamba_expand", None)
-        unknown = sorted(raw.keys() - names - _NOT_READ)
-        check(not unknown, f"field {(unknown or [''])[0]} is unknown; it may change what the model computes")
+        for name in sorted(raw.keys() - names - _NOT_READ):
+            raise ValueError(f"field {name} is unknown; it may change what the model computes")
         try:  # what the published format derives where it is absent, null or "auto"
             if "mamba_d_ssm" not in raw and expand is not None:
                 raw["mamba_d_ssm"] = int(expand * raw["hidden_size"])
@@ -149,12 +155,9 @@ class FalconH1Config:
             raw.setdefault("head_dim", raw["hidden_size"] // raw["num_attention_heads"])
         except (KeyError, TypeError, ZeroDivisionError, OverflowError, ValueError):
             pass  # one of the fields named here is missing or no number, which is said next
-        missing = sorted(n for n in names - _MAY_BE_ABSENT if raw.get(n) is None)
-        check(not missing, f"field {(missing or [''])[0]} is missing")
-        try:
-            return cls(**{n: v for n, v in raw.items() if n in names})
-        except ValueError as e:
-            raise ValueError(f"{path}: {e}") from None
+        for name in sorted(n for n in names - _MAY_BE_ABSENT if raw.get(n) is None):
+            raise ValueError(f"field {name} is missing")
+        return cls(**{n: v for n, v in raw.items() if n in names})
 
     def to_json(self, dtype):
         values = asdict(self)
@@ -463,7 +466,7 @@ class Backbone(nn.Module):
 
 
 class FalconH1(nn.Module):
-    cp = None  # or a train_sft.ContextParallel: input_ids and targets are then this rank's share of a row, cu_seqlens those of all
+    cp = None  # or a train_sft.ContextParallel: input_ids are then this rank's share of a row, cu_seqlens those of all
 
     def __init__(self, config):
         super().__init__()
@@ -488,27 +491,19 @@ class FalconH1(nn.Module):
                 dt = m.dt_bias.uniform_(-6.9, -2.3).exp()  # ln 0.001, ln 0.1
                 m.dt_bias.copy_(dt.expm1().log())  # the inverse of softplus
 
-    def forward(self, input_ids, *, cu_seqlens=None, cache=None, targets=None, temperature=1.0):
+    def forward(self, input_ids, *, cu_seqlens=None, cache=None, head=None):
         """input_ids (b, t) -> logits (b, t, vocab), in the model's dtype.
 
         cu_seqlens (s + 1,) packs s documents into one row (b = 1). cache: a Cache of b slots; every row appends its t tokens.
-        targets (b, t): return instead their log-probabilities at `temperature` and the entropy of the distributions they come
-        from, both (b, t) float32, without ever holding all logits. Negative targets give 0 and no gradient."""
-        if input_ids.dim() != 2 or input_ids.shape[1] < 1:
-            raise ValueError(f"input_ids: got {tuple(input_ids.shape)}, expected (b, t) with t >= 1")
-        if cache is not None and (cu_seqlens is not None or cache.lengths.shape[0] != input_ids.shape[0]):
-            raise ValueError(f"cache: {cache.lengths.shape[0]} slots, expected {input_ids.shape[0]} and no cu_seqlens")
-        b, t = input_ids.shape
+        head(h (b, t, d), lm_head.weight (vocab, d)): return its result instead, see train_sft.target_logprobs."""
+        check(input_ids.dim() == 2 and input_ids.shape[1] >= 1, f"input_ids: got {tuple(input_ids.shape)}, expected (b, t) with t >= 1")
+        (b, t), there = input_ids.shape, None if cache is None else len(cache.lengths)
+        check(cache is None or cu_seqlens is None and there == b, f"cache: {there} slots, expected {b} and no cu_seqlens")
         cu = None if cu_seqlens is None else check_cu_seqlens(cu_seqlens, b, t if self.cp is None else t * self.cp.size)
-        if input_ids.device.type == "cpu" and not 0 <= input_ids.min() <= input_ids.max() < self.config.vocab_size:  # a GPU would stall
-            raise ValueError(f"input_ids: an id is outside 0..{self.config.vocab_size - 1}")
+        if input_ids.device.type == "cpu":  # looking at a GPU's ids would stop the host
+            check(0 <= input_ids.min() and input_ids.max() < self.config.vocab_size, f"input_ids: an id is outside 0..{self.config.vocab_size - 1}")
         h = self.model(input_ids, cu, cache, self.cp)
-        if targets is None:
-            return scaled(self.lm_head(h), self.config.lm_head_multiplier)
-        scale, kept = self.config.lm_head_multiplier / temperature, (targets >= 0).nonzero(as_tuple=True)
-        rows = gather_rows(h.flatten(0, 1), kept[0] * t + kept[1])  # prompts have no targets and need no logits
-        values = token_logprobs(rows, self.lm_head.weight, targets[kept], scale)
-        return tuple(v.new_zeros(b, t).index_put(kept, v) for v in values)
+        return scaled(self.lm_head(h), self.config.lm_head_multiplier) if head is None else head(h, self.lm_head.weight)
 
     def save_pretrained(self, folder, read=lambda name, v: v):
         """Write config.json and model.safetensors in the published format. read(name, v) gives the values of a tensor when it is its
@@ -527,78 +522,28 @@ class FalconH1(nn.Module):
 
         mapped leaves the tensors in their file until they are moved or used: train_sft.shard() moves a block at a time, so that
         no rank ever holds the whole model."""
-        def check(ok, name, what):
-            if not ok:
-                raise ValueError(f"{folder}: tensor {name} {what}")
         config, state = FalconH1Config.from_json(Path(folder) / "config.json"), read_checkpoint(folder)
         if config.tie_word_embeddings and (tied := state.get("model.embed_tokens.weight")) is not None:
-            check(torch.equal(state.setdefault("lm_head.weight", tied), tied), "lm_head.weight",
-                  "differs from model.embed_tokens.weight, but config.json says tie_word_embeddings")
+            check(torch.equal(state.setdefault("lm_head.weight", tied), tied),
+                  f"{folder}: tensor lm_head.weight differs from model.embed_tokens.weight, but config.json says tie_word_embeddings")
         last = f"model.layers.{config.num_hidden_layers - 1}.mamba.D"
-        check(last in state, last, "is missing")  # before a model of a billion layers is built
+        check(last in state, f"{folder}: tensor {last} is missing")  # before a model of a billion layers is built
         with torch.device("meta"):
             model = cls(config)
         expected = model.state_dict()
         stored = state["model.embed_tokens.weight"].dtype if "model.embed_tokens.weight" in state else None
         for name in sorted({*expected, *state}):
-            check(name in state, name, "is missing")
-            check(name in expected, name, "is not part of this model")
+            tensor = f"{folder}: tensor {name}"
+            check(name in state, f"{tensor} is missing")
+            check(name in expected, f"{tensor} is not part of this model")
             v, shape = state[name], tuple(expected[name].shape)
-            check(v.shape == shape, name, f"is {tuple(v.shape)}, config.json makes it {shape}")
-            check(v.is_floating_point() and (dtype is not None or v.dtype == stored), name,
-                  f"is {v.dtype}, expected {stored} as the embeddings are; give a dtype to convert a mixture of floating-point types")
+            check(v.shape == shape, f"{tensor} is {tuple(v.shape)}, config.json makes it {shape}")
+            check(v.is_floating_point() and (dtype is not None or v.dtype == stored), f"{tensor} is {v.dtype}, expected {stored} as the "
+                  "embeddings are; give a dtype to convert a mixture of floating-point types")
         model.load_state_dict({name: v if mapped else v.to(device, dtype, copy=True) for name, v in state.items()}, assign=True)
         if config.tie_word_embeddings:
             model.lm_head.weight = model.model.embed_tokens.weight
         return model
-
-
-class _TokenLogprobs(torch.autograd.Function):
-    """log softmax(scale h W^T)[target] and the entropy, a chunk of tokens at a time. The backward pass computes the logits
-    once more instead of keeping them:  dlogits = (onehot(target) - softmax) * dlogp. All chunks use the same memory: on a CPU,
-    where large tensors are mapped anew each time, that takes a third off the time."""
-
-    @staticmethod
-    def forward(ctx, h, weight, targets, scale, chunk):
-        logprobs, entropy, lse = (h.new_empty(len(h), dtype=torch.float32) for _ in range(3))
-        products, ps = h.new_empty(chunk, len(weight)), h.new_empty(chunk, len(weight), dtype=torch.float32)
-        for i in range(0, len(h), chunk):
-            part = slice(i, i + chunk)
-            logits = torch.mm(h[part], weight.T, out=products[: len(h) - i]).float().mul_(scale)  # (chunk, vocab)
-            largest = logits.amax(-1, keepdim=True)
-            p = torch.sub(logits, largest, out=ps[: len(h) - i]).exp_()  # up to their sum z
-            z = p.sum(-1)
-            lse[part] = largest[:, 0] + z.log()
-            logprobs[part] = logits.gather(1, targets[part, None])[:, 0] - lse[part]
-            entropy[part] = lse[part] - p.mul_(logits).sum(-1) / z
-        ctx.save_for_backward(h, weight, targets, lse)
-        ctx.scale, ctx.chunk = scale, chunk
-        ctx.mark_non_differentiable(entropy)
-        return logprobs, entropy
-
-    @staticmethod
-    def backward(ctx, dlogprobs, _):
-        h, weight, targets, lse = ctx.saved_tensors
-        dh, dweight = torch.empty_like(h), torch.zeros_like(weight, dtype=torch.float32)
-        dlogprobs = dlogprobs.float() * ctx.scale
-        products, more = h.new_empty(ctx.chunk, len(weight)), torch.empty_like(weight)
-        for i in range(0, len(h), ctx.chunk):
-            part = slice(i, i + ctx.chunk)
-            logits = torch.mm(h[part], weight.T, out=products[: len(h) - i]).float().mul_(ctx.scale)
-            d = logits.sub_(lse[part, None]).exp_().mul_(-dlogprobs[part, None])
-            d.scatter_add_(1, targets[part, None], dlogprobs[part, None])
-            d = d.to(h.dtype)
-            torch.mm(d, weight, out=dh[part])
-            dweight += torch.mm(d.T, h[part], out=more)
-        return dh, dweight.to(weight.dtype), None, None, None
-
-
-def token_logprobs(h, weight, targets, scale=1.0, chunk=None):
-    """h (t, d), weight (vocab, d), targets (t,) -> log-probabilities (t,) and entropies (t,, no gradient), float32.
-
-    scale multiplies the logits: lm_head_multiplier / temperature. chunk tokens are in work at a time; by default as many as
-    keep the logits at 2^25 numbers (128 MB), whatever the vocabulary."""
-    return _TokenLogprobs.apply(h, weight, targets, scale, max(1, min(len(h), chunk or 2**25 // len(weight))))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -644,8 +589,7 @@ class Cache:
         self.empty = self.used == 0
         self.used += positions.shape[1]
         length = self.k.shape[3]
-        if self.used > length:
-            raise ValueError(f"cache: {self.used} tokens do not fit a length of {length}")
+        check(self.used <= length, f"cache: {self.used} tokens do not fit a length of {length}")
         self.positions, self.window = positions, self.window_of(self.used)
         self.mask = (torch.arange(self.window, device=positions.device) <= positions[:, None, :, None])  # (slots, 1, t, window)
 
@@ -683,27 +627,6 @@ class Trace:
     logprobs: list = field(default_factory=list)  # of each token under the distribution it was drawn from
     confidences: list = field(default_factory=list)  # DeepConf's token confidence, see `draw`
     stop: str = ""  # "stop" | "length" | "deepconf" (the callback said so)
-
-
-def _mix(z):
-    """splitmix64's finaliser on int64 tensors: a bijection whose output bits all depend on all input bits."""
-    def xor_shift(z, bits):
-        return z ^ ((z >> bits) & (2 ** (64 - bits) - 1))  # >> is arithmetic on int64; the mask makes it logical
-    z = xor_shift(z, 30) * -4658895280553007687  # 0xBF58476D1CE4E5B9 as a signed number
-    return xor_shift(xor_shift(z, 27) * -7723592293110705685, 31)  # 0x94D049BB133111EB
-
-
-def trace_key(seed, prompt_index, sample_index):
-    """The random stream of a trace, int64: a counter-based generator needs no state and does not care about its neighbours."""
-    key = torch.tensor(seed)
-    for value in (prompt_index, sample_index):
-        key = _mix(key * 2862933555777941757 + value + 1)
-    return int(key)
-
-
-def uniforms(keys, positions):
-    """keys, positions (b,) int64 -> (b,) float64 in [0, 1), 53 random bits each."""
-    return ((_mix(keys + positions * -7046029254386353131) >> 11) & (2**53 - 1)).double() * 2.0**-53
 
 
 def draw(logits, u, temperature, top_p, top=20):
@@ -790,27 +713,23 @@ def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_p=1.0, seed
     means no further trace of that prompt. slots None: as many as fit into free memory. on_token(trace) -> True stops a trace;
     on_trace(trace) sees every ended one. temperature 0 is greedy. progress shows a bar with tokens/s. Raises ValueError for an
     empty prompt, ids out of range, more tokens than positions, or logits that are not finite."""
-    c, device = model.config, next(model.parameters()).device
+    c, p = model.config, next(model.parameters())
     for i, prompt in enumerate(prompts):
-        if not prompt or min(prompt) < 0 or max(prompt) >= c.vocab_size:
-            raise ValueError(f"prompt {i}: " + ("it is empty" if not prompt else f"a token id is outside 0..{c.vocab_size - 1}"))
-        if len(prompt) + max_new_tokens > c.max_position_embeddings:
-            raise ValueError(f"prompt {i}: {len(prompt)} tokens and max_new_tokens {max_new_tokens} exceed "
-                             f"max_position_embeddings {c.max_position_embeddings}")
-    if not (max_new_tokens >= 1 and samples >= 1 and temperature >= 0 and 0 < top_p <= 1):
-        raise ValueError(f"generate: got max_new_tokens {max_new_tokens}, samples {samples}, temperature {temperature}, "
-                         f"top_p {top_p}; expected >= 1, >= 1, >= 0 and in (0, 1]")
+        check(prompt, f"prompt {i}: it is empty")
+        check(0 <= min(prompt) and max(prompt) < c.vocab_size, f"prompt {i}: a token id is outside 0..{c.vocab_size - 1}")
+        check(len(prompt) + max_new_tokens <= c.max_position_embeddings, f"prompt {i}: {len(prompt)} tokens and max_new_tokens "
+              f"{max_new_tokens} exceed max_position_embeddings {c.max_position_embeddings}")
+    check(max_new_tokens >= 1 and samples >= 1 and temperature >= 0 and 0 < top_p <= 1, f"generate: got max_new_tokens {max_new_tokens}, "
+          f"samples {samples}, temperature {temperature}, top_p {top_p}; expected >= 1, >= 1, >= 0 and in (0, 1]")
     if not prompts:
         return []
-    longest, dtype = max(map(len, prompts)) + max_new_tokens, next(model.parameters()).dtype
-    slots = min(slots or slots_that_fit(c, longest, dtype, device), len(prompts) * samples)
-    cache = Cache(c, slots, longest, dtype=dtype, device=device)
-    step = decoder(model, cache)
-    active = [None] * slots  # the trace in each slot
-    tokens, keys, steps = (torch.zeros(slots, dtype=torch.long) for _ in range(3))
+    longest = max(map(len, prompts)) + max_new_tokens
+    slots = min(slots or slots_that_fit(c, longest, p.dtype, p.device), len(prompts) * samples)
+    cache = Cache(c, slots, longest, dtype=p.dtype, device=p.device)
+    step, prefilled, ended = decoder(model, cache), {}, []
+    active, tokens, random = [None] * slots, [0] * slots, [None] * slots  # of each slot its trace, last token, random numbers
     waiting = deque([i, 0] for i in range(len(prompts)))  # prompts with the index of their next sample
-    prefilled, ended, bar = {}, [], tqdm(total=len(prompts) * samples, disable=not progress, desc="sampling", unit="trace")
-    start, shown, produced = time.perf_counter(), 0, 0
+    bar, start, shown, produced = tqdm(total=len(prompts) * samples, disable=not progress, desc="sampling", unit="trace"), time.time(), 0, 0
 
     def next_job():
         """(prompt, sample) to start now, or None. Prompts in order, so that few prefilled states are alive at a time."""
@@ -839,8 +758,7 @@ def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_p=1.0, seed
             cache.load(slot, *prefilled[i])
             if sample == samples - 1:
                 del prefilled[i]
-            active[slot], tokens[slot] = Trace(i, sample), prompts[i][-1]
-            keys[slot], steps[slot] = trace_key(seed, i, sample), 0
+            active[slot], tokens[slot], random[slot] = Trace(i, sample), prompts[i][-1], np.random.default_rng([seed, i, sample])
         busy = [s for s in range(slots) if active[s] is not None]
         if not busy:
             if waiting:
@@ -848,35 +766,31 @@ def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_p=1.0, seed
             break
         if not waiting and 2 * len(busy) <= slots:  # the last traces: decoding only these is faster
             cache.keep(busy)
-            step = decoder(model, cache)
-            active, tokens, keys, steps = [active[s] for s in busy], tokens[busy], keys[busy], steps[busy]
-            slots, busy = len(busy), range(len(busy))
+            active, tokens, random = ([values[s] for s in busy] for values in (active, tokens, random))
+            step, slots, busy = decoder(model, cache), len(busy), range(len(busy))
         cache.used = max(len(prompts[active[s].prompt_index]) - 1 + len(active[s].tokens) for s in busy)
         cache.lengths.clamp_(max=cache.used)  # idle slots go on decoding nonsense, inside the window
-        logits = step(tokens.to(device))
-        if not logits.isfinite().all():
-            raise ValueError("generate: the model's logits are not finite")
-        produced, now = produced + len(busy), time.perf_counter()
-        if now - shown > 0.5:
-            bar.set_postfix_str(f"{produced / (now - start):,.0f} tokens/s")
-            shown = now
-        new, logprob, confidence = draw(logits, uniforms(keys, steps).to(device), temperature, top_p)
-        tokens, steps = new.cpu(), steps + 1
-        for slot, token, lp, conf in zip(range(slots), tokens.tolist(), logprob.tolist(), confidence.tolist()):
-            if (trace := active[slot]) is None:
-                continue
-            trace.tokens.append(token)
-            trace.logprobs.append(lp)
-            trace.confidences.append(conf)
+        logits = step(torch.tensor(tokens, device=p.device))
+        check(logits.isfinite().all(), "generate: the model's logits are not finite")
+        u = torch.tensor([0.0 if r is None else r.random() for r in random], dtype=torch.float64, device=p.device)
+        new, logprobs, confidences = (v.tolist() for v in draw(logits, u, temperature, top_p))
+        for slot in busy:
+            trace, tokens[slot] = active[slot], new[slot]
+            trace.tokens.append(new[slot])
+            trace.logprobs.append(logprobs[slot])
+            trace.confidences.append(confidences[slot])
             halted = on_token is not None and on_token(trace)
-            trace.stop = "stop" if token in stop_ids else "deepconf" if halted else \
-                "length" if len(trace.tokens) == max_new_tokens else ""
+            trace.stop = "stop" if new[slot] in stop_ids else "deepconf" if halted else "length" if len(trace.tokens) == max_new_tokens else ""
             if trace.stop:
-                active[slot] = None
+                active[slot] = random[slot] = None
                 ended.append(trace)
                 bar.update()
                 if on_trace is not None:
                     on_trace(trace)
+        produced, now = produced + len(busy), time.time()
+        if now - shown > 0.5:
+            bar.set_postfix_str(f"{produced / (now - start):,.0f} tokens/s")
+            shown = now
     bar.close()
     return sorted(ended, key=lambda t: (t.prompt_index, t.sample_index))
 
@@ -920,36 +834,38 @@ def write_safetensors(path, tensors, read=lambda name, v: v):
 
 def read_safetensors(path):
     """file -> {name: tensor}, memory-mapped (copy what you want to keep or to change). A header that lies is a ValueError."""
-    def check(ok, what):
-        if not ok:
-            raise ValueError(f"{path}: not a whole safetensors file: {what}")
     try:
         with open(path, "rb") as f:
             size = os.fstat(f.fileno()).st_size
             check(size >= 8, f"{size} bytes")
             data = memoryview(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY))
+        (length,) = struct.unpack("<Q", data[:8])
+        check(length <= min(size - 8, 100_000_000), f"a header of {length} bytes in a file of {size}")
+        return _tensors(data, 8 + length)
     except OSError as e:
         raise ValueError(f"{path}: {e.strerror}") from None
-    (length,) = struct.unpack("<Q", data[:8])
-    check(length <= min(size - 8, 100_000_000), f"a header of {length} bytes in a file of {size}")
+    except ValueError as e:
+        raise ValueError(f"{path}: not a whole safetensors file: {e}") from None
+
+
+def _tensors(data, begin):
+    """The tensors of a file whose header ends at byte `begin`: in the order of their bytes, without gap or overlap, to the end."""
     try:
-        header = json.loads(bytes(data[8 : 8 + length]))
+        header = json.loads(bytes(data[8:begin]))
         header.pop("__metadata__", None)
         entries = sorted((e["data_offsets"][0], e["data_offsets"][1], e["dtype"], tuple(e["shape"]), n) for n, e in header.items())
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as e:
-        raise ValueError(f"{path}: not a whole safetensors file: unreadable header ({type(e).__name__})") from None
+        raise ValueError(f"unreadable header ({type(e).__name__})") from None
     tensors, end = {}, 0
     for start, stop, dtype, shape, name in entries:
         check(isinstance(dtype, str) and dtype in _DTYPES, f"tensor {name} has dtype {dtype}")
         check(all(type(v) is int and 0 <= v < 2**63 for v in (start, stop, *shape)), f"tensor {name} has no natural shape or offsets")
-        count = math.prod(shape)
-        check(start == end and stop - start == count * _DTYPES[dtype].itemsize, f"tensor {name} is at {start}..{stop}")
-        end = stop
-        check(8 + length + end <= size, f"tensor {name} ends at byte {8 + length + end} of {size}")
-        raw = data[8 + length + start : 8 + length + stop]
-        flat = torch.frombuffer(raw, dtype=_DTYPES[dtype]) if count else torch.empty(0, dtype=_DTYPES[dtype])
-        tensors[name] = flat.view(shape)
-    check(8 + length + end == size, f"{size - 8 - length - end} bytes too many")
+        count, end, before = math.prod(shape), stop, end
+        check(start == before and stop - start == count * _DTYPES[dtype].itemsize, f"tensor {name} is at {start}..{stop}")
+        check(begin + end <= len(data), f"tensor {name} ends at byte {begin + end} of {len(data)}")
+        raw = data[begin + start : begin + stop]
+        tensors[name] = (torch.frombuffer(raw, dtype=_DTYPES[dtype]) if count else torch.empty(0, dtype=_DTYPES[dtype])).view(shape)
+    check(begin + end == len(data), f"{len(data) - begin - end} bytes too many")
     return tensors
 
 
@@ -961,17 +877,15 @@ def read_checkpoint(folder):
     try:
         shard_of = json.loads(index.read_text())["weight_map"]
         shards = sorted(set(shard_of.values()))
-        if any(shard != Path(shard).name for shard in shards):
-            raise ValueError("a path, not a file name")
+        check(all(shard == Path(shard).name for shard in shards), "a path, not a file name")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise ValueError(f"{index}: expected a weight_map from tensors to files in its folder ({e})") from None
     for shard in shards:
         for name, v in read_safetensors(Path(folder) / shard).items():
-            if shard_of.get(name) != shard:
-                raise ValueError(f"{Path(folder) / shard}: tensor {name} is here, but {index.name} names {shard_of.get(name)}")
+            check(shard_of.get(name) == shard, f"{Path(folder) / shard}: tensor {name} is here, but {index.name} names {shard_of.get(name)}")
             state[name] = v
-    if missing := sorted(shard_of.keys() - state.keys()):
-        raise ValueError(f"{Path(folder) / shard_of[missing[0]]}: tensor {missing[0]} is missing, {index.name} says it is here")
+    for name in sorted(shard_of.keys() - state.keys()):
+        raise ValueError(f"{Path(folder) / shard_of[name]}: tensor {name} is missing, {index.name} says it is here")
     return state
 
 

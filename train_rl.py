@@ -43,8 +43,7 @@ import data
 import train_sft
 from data import flag
 from eval import check_code, check_gold, format_ok, mixed_scripts, open_judge, reply_text, verify
-from model import generate
-from train_sft import check
+from model import check, generate
 
 
 @dataclass

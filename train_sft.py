@@ -50,7 +50,8 @@ from tqdm import tqdm
 
 import data
 from data import flag
-from model import PRESETS, FalconH1, FalconH1Config, generate
+from model import PRESETS, FalconH1, FalconH1Config, check, generate
+from ssm_scan import gather_rows
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Arguments
@@ -84,11 +85,6 @@ class Args:
     compile: bool = flag(False, "torch.compile what blocks do to single tokens: a minute at the start, a tenth less for every step")
     device: str = flag("", "cpu or cuda; empty: cuda where there is one")
     fresh: bool = flag(False, "start over, deleting what --out holds of an earlier run")
-
-
-def check(ok, message):
-    if not ok:
-        raise ValueError(message)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -551,13 +547,72 @@ def backward_all(model, packs, ranks, loss_of):
 # 5. The loss
 
 
+class _TokenLogprobs(torch.autograd.Function):
+    """log softmax(scale h W^T)[target] and the entropy, a chunk of tokens at a time. The backward pass computes the logits
+    once more instead of keeping them:  dlogits = (onehot(target) - softmax) * dlogp. All chunks use the same memory: on a CPU,
+    where large tensors are mapped anew each time, that takes a third off the time."""
+
+    @staticmethod
+    def forward(ctx, h, weight, targets, scale, chunk):
+        logprobs, entropy, lse = (h.new_empty(len(h), dtype=torch.float32) for _ in range(3))
+        products, ps = h.new_empty(chunk, len(weight)), h.new_empty(chunk, len(weight), dtype=torch.float32)
+        for i in range(0, len(h), chunk):
+            part = slice(i, i + chunk)
+            logits = torch.mm(h[part], weight.T, out=products[: len(h) - i]).float().mul_(scale)  # (chunk, vocab)
+            largest = logits.amax(-1, keepdim=True)
+            p = torch.sub(logits, largest, out=ps[: len(h) - i]).exp_()  # up to their sum z
+            z = p.sum(-1)
+            lse[part] = largest[:, 0] + z.log()
+            logprobs[part] = logits.gather(1, targets[part, None])[:, 0] - lse[part]
+            entropy[part] = lse[part] - p.mul_(logits).sum(-1) / z
+        ctx.save_for_backward(h, weight, targets, lse)
+        ctx.scale, ctx.chunk = scale, chunk
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx, dlogprobs, _):
+        h, weight, targets, lse = ctx.saved_tensors
+        dh, dweight = torch.empty_like(h), torch.zeros_like(weight, dtype=torch.float32)
+        dlogprobs = dlogprobs.float() * ctx.scale
+        products, more = h.new_empty(ctx.chunk, len(weight)), torch.empty_like(weight)
+        for i in range(0, len(h), ctx.chunk):
+            part = slice(i, i + ctx.chunk)
+            logits = torch.mm(h[part], weight.T, out=products[: len(h) - i]).float().mul_(ctx.scale)
+            d = logits.sub_(lse[part, None]).exp_().mul_(-dlogprobs[part, None])
+            d.scatter_add_(1, targets[part, None], dlogprobs[part, None])
+            d = d.to(h.dtype)
+            torch.mm(d, weight, out=dh[part])
+            dweight += torch.mm(d.T, h[part], out=more)
+        return dh, dweight.to(weight.dtype), None, None, None
+
+
+def token_logprobs(h, weight, targets, scale=1.0, chunk=None):
+    """h (t, d), weight (vocab, d), targets (t,) -> log-probabilities (t,) and entropies (t,, no gradient), float32.
+
+    scale multiplies the logits: lm_head_multiplier / temperature. chunk tokens are in work at a time; by default as many as
+    keep the logits at 2^25 numbers (128 MB), whatever the vocabulary."""
+    return _TokenLogprobs.apply(h, weight, targets, scale, max(1, min(len(h), chunk or 2**25 // len(weight))))
+
+
+def target_logprobs(model, input_ids, targets, *, cu_seqlens=None, temperature=1.0):
+    """input_ids, targets (b, t) -> log-probabilities of the targets at `temperature`, and entropies of the distributions they come from,
+    both (b, t) float32, without ever holding all logits. Negative targets give 0 and no gradient."""
+    (b, t), scale, kept = targets.shape, model.config.lm_head_multiplier / temperature, (targets >= 0).nonzero(as_tuple=True)
+
+    def head(h, weight):  # within the model's forward pass, for which FSDP has gathered the weight
+        rows = gather_rows(h.flatten(0, 1), kept[0] * t + kept[1])  # prompts have no targets and need no logits
+        return tuple(v.new_zeros(b, t).index_put(kept, v) for v in token_logprobs(rows, weight, targets[kept], scale))
+    return model(input_ids, cu_seqlens=cu_seqlens, head=head)
+
+
 def pack_logprobs(model, row, temperature=1.0):
     """Log-probabilities and entropies (t,) of a Pack's targets; positions without a target give 0."""
     device, cp, cu = next(model.parameters()).device, model.cp, row.cu_seqlens.tolist()
     ids, targets = torch.from_numpy(row.input_ids).to(device), torch.from_numpy(np.where(row.weights != 0, row.targets, -1)).to(device)
     if cp is not None:
         ids, targets, cu = cp.share(ids, 0), cp.share(targets, -1), [*cu[:-1], cu[-1] + -cu[-1] % cp.size]
-    values = model(ids[None], cu_seqlens=cu, targets=targets[None], temperature=temperature)
+    values = target_logprobs(model, ids[None], targets[None], cu_seqlens=cu, temperature=temperature)
     return tuple(v[0] if cp is None else cp.all_tokens(v[0])[: len(row.input_ids)] for v in values)
 
 
@@ -614,7 +669,7 @@ def load(args, ranks):
     if dist.is_initialized():
         dist.barrier()
     tokenizer = load_tokenizer(args.init) if args.init else data.Tokenizer.byte_level()
-    ranks.agree("the data", data.sft_blocks(args.data))
+    ranks.agree("the data", data.sizes_of(args.data))
     samples = data.SftFiles(args.data, tokenizer, args.context, args.trim, args.limit, ranks.each)
     check(len(samples) > args.held_out, f"{args.data}: {len(samples)} samples, of which --held-out keeps {args.held_out}")
     torch.manual_seed(args.seed)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from model import PRESETS, Cache, FalconH1, FalconH1Config, decoder, generate, prefill
 from ssm_scan import chunk_of, ssd_scan, ssd_step
-from train_sft import shares
+from train_sft import shares, target_logprobs
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. The scan against its definition
@@ -488,7 +488,7 @@ def small_model(c=SMALL, batch=8, length=512, decoding=((1, 128), (16, 64), (256
 
     flops, tokens = flops_per_token(c, length), batch * length
     work = {"training": 3 * tokens * (flops["blocks"] + flops["head"]), "prefill": tokens * flops["blocks"]}
-    runs = {"training": [lambda: train(model, lambda: -model(ids, targets=ids)[0].mean()),
+    runs = {"training": [lambda: train(model, lambda: -target_logprobs(model, ids, ids)[0].mean()),
                          lambda: train(theirs, lambda: theirs(ids, labels=ids).loss)],
             "prefill": [lambda: prefill(model, ids.tolist()), read]}
     for name in work:
@@ -542,7 +542,7 @@ def large_model(c, device, dtype=torch.bfloat16, length=32768, batches=(1, 4, 16
 
         def run():
             model.zero_grad()
-            (-model(ids, targets=ids)[0].mean()).backward()
+            (-target_logprobs(model, ids, ids)[0].mean()).backward()
         return run
 
     for context, batch in itertools.product(contexts, batches):

@@ -13,6 +13,7 @@ import torch  # noqa: E402
 
 import data  # noqa: E402
 import train_sft as t  # noqa: E402
+from model import check  # noqa: E402
 
 
 def gradient(model, packs, ranks):
@@ -36,7 +37,7 @@ def main(checkpoint, file, *settings):
         if ranks.rank == 0:
             print(f"{ranks.world} ranks, cp {cp}, replicas {replicas}, {len(packs)} rows: loss off by {abs(loss / one - 1):.1e}, gradient by "
                   f"{off:.1e}, at most {worst:.1e} in a tensor")
-        t.check(abs(loss / one - 1) < 1e-6 and off < 1e-6, "the ranks together do not compute what one process does")
+        check(abs(loss / one - 1) < 1e-6 and off < 1e-6, "the ranks together do not compute what one process does")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model import (PRESETS, Cache, FalconH1, FalconH1Config, decoder, draw, generate, prefill, read_safetensors, slots_that_fit,
-                   token_logprobs, trace_key, uniforms, write_safetensors)
+                   write_safetensors)
+from train_sft import target_logprobs
 
 SMALL = FalconH1Config(
     vocab_size=37, hidden_size=12, intermediate_size=20, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -183,7 +184,7 @@ def test_log_probabilities_are_those_of_the_trainer():
     model, prompt = build(), [3, 4, 5]
     for trace in generate(model, [prompt], max_new_tokens=20, samples=4, temperature=0.85, stop_ids=[9]):
         ids = torch.tensor([prompt + trace.tokens])
-        logprobs, entropy = model(ids[:, :-1], targets=ids[:, 1:], temperature=0.85)
+        logprobs, entropy = target_logprobs(model, ids[:, :-1], ids[:, 1:], temperature=0.85)
         assert trace.logprobs == pytest.approx(logprobs[0, 2:].tolist(), abs=1e-4) and (entropy > 0).all()
         top = model(ids[:, :-1])[0, 2:].log_softmax(-1).topk(20).values
         assert trace.confidences == pytest.approx((-top.mean(-1)).tolist(), abs=1e-4)
@@ -259,46 +260,6 @@ def test_draw_inverts_the_distribution():
         torch.testing.assert_close(logprobs, p.log()[tokens], rtol=1e-5, atol=1e-5)
     assert draw(logits, u[:1], 0, 1.0)[0].item() == 3
     assert draw(logits, u[:1], 1.0, 1.0, top=2)[2].item() == pytest.approx(-logits.log_softmax(-1)[0, [3, 0]].mean().item())
-
-
-def test_random_numbers():
-    keys = torch.tensor([trace_key(0, i, j) for i in range(20) for j in range(20)])
-    assert len(set(keys.tolist())) == 400 and trace_key(1, 0, 0) != trace_key(0, 0, 0)
-    u = torch.cat([uniforms(keys, torch.full((400,), n)) for n in range(50)])
-    assert 0 <= u.min() and u.max() < 1
-    counts = torch.histc(u.float(), 20, 0, 1)
-    assert ((counts - 1000) ** 2 / 1000).sum() < 43.8  # chi-square, 19 degrees of freedom, p = 0.001
-    assert abs(torch.corrcoef(u.view(50, 400)[:2])[0, 1]) < 0.2
-
-
-@pytest.mark.parametrize("chunk", [1, 3, 100])
-def test_token_logprobs(chunk):
-    torch.manual_seed(0)
-    h, w, targets = torch.randn(7, 5, requires_grad=True), torch.randn(11, 5, requires_grad=True), torch.tensor([0, 1, 7, 3, 10, 5, 2])
-    g = torch.randn(7)
-    logprobs, entropy = token_logprobs(h, w, targets, 0.7, chunk)
-    logprobs.backward(g)
-    mine = h.grad.clone(), w.grad.clone()
-    h.grad = w.grad = None
-    logp = (h @ w.T * 0.7).log_softmax(-1)
-    plain = logp.gather(1, targets[:, None])[:, 0]
-    plain.backward(g)
-    torch.testing.assert_close(logprobs, plain)
-    torch.testing.assert_close(entropy, -(logp.exp() * logp).sum(-1))
-    torch.testing.assert_close(mine, (h.grad, w.grad), rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("targets", [[3, -1, 5, -7], [-1, -1, -1, -1]])
-def test_negative_targets_give_zero_and_no_gradient(targets):
-    torch.manual_seed(0)
-    model, ids, targets = build(), torch.tensor([[1, 2, 3, 4]]), torch.tensor([targets])
-    logprobs, entropy = model(ids, targets=targets, temperature=2.0)
-    logp = (model(ids) / 2.0).log_softmax(-1)
-    want = torch.where(targets < 0, 0, logp.gather(2, targets.clamp(min=0)[..., None])[..., 0])
-    torch.testing.assert_close(logprobs, want)
-    torch.testing.assert_close(entropy, torch.where(targets < 0, 0, -(logp.exp() * logp).sum(-1)))
-    ours, theirs = (torch.autograd.grad(v.sum(), list(model.parameters())) for v in (logprobs, want))
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
 def test_generate_does_not_sample_from_nonsense():

@@ -141,7 +141,7 @@ def rewrite(path, change):
     ({"mamba_d_ssm": 21}, "mamba_d_ssm 21 is not"), ({"mamba_d_ssm": "20"}, "mamba_d_ssm is '20', expected a whole number"),
     ({"hidden_size": 0}, "hidden_size is 0"), ({"hidden_size": True}, "hidden_size is True"), ({"hidden_size": 10**30}, "hidden_size is 1000"),
     ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"), ({"mamba_rms_norm": 1}, "mamba_rms_norm is 1, expected true or false"),
-    ({"ssm_multipliers": [1, 1]}, "ssm_multipliers has 2 numbers"), ({"mlp_multipliers": 3}, "mlp_multipliers is 3"),
+    ({"ssm_multipliers": [1, 1]}, r"ssm_multipliers is \(1, 1\), expected 5 numbers"), ({"mlp_multipliers": 3}, "mlp_multipliers is 3"),
     ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"), ({"head_dim": 5}, "head_dim 5"),
     ({"time_step_limit": [1, 0]}, "time_step_limit"), ({"num_hidden_layers": 10**9}, "tensor model.layers.999999999.mamba.D is missing"),
     ({"num_hidden_layers": 1}, "tensor model.layers.1.* is not part"), ({"vocab_size": 42}, r"lm_head.weight is \(41, 12\)"),

@@ -62,6 +62,36 @@ def test_vectors_do_not_decay():
     assert all(p.dim() == 1 for p in vectors["params"]) and len(vectors["params"]) == 3 * 7 + 1
 
 
+@pytest.mark.parametrize("chunk", [1, 3, 100])
+def test_token_logprobs(chunk):
+    torch.manual_seed(0)
+    h, w, targets = torch.randn(7, 5, requires_grad=True), torch.randn(11, 5, requires_grad=True), torch.tensor([0, 1, 7, 3, 10, 5, 2])
+    g = torch.randn(7)
+    logprobs, entropy = t.token_logprobs(h, w, targets, 0.7, chunk)
+    logprobs.backward(g)
+    mine = h.grad.clone(), w.grad.clone()
+    h.grad = w.grad = None
+    logp = (h @ w.T * 0.7).log_softmax(-1)
+    plain = logp.gather(1, targets[:, None])[:, 0]
+    plain.backward(g)
+    torch.testing.assert_close(logprobs, plain)
+    torch.testing.assert_close(entropy, -(logp.exp() * logp).sum(-1))
+    torch.testing.assert_close(mine, (h.grad, w.grad), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("targets", [[3, -1, 5, -7], [-1, -1, -1, -1]])
+def test_negative_targets_give_zero_and_no_gradient(targets):
+    torch.manual_seed(0)
+    model, ids, targets = FalconH1(PRESETS["tiny"]), torch.tensor([[1, 2, 3, 4]]), torch.tensor([targets])
+    logprobs, entropy = t.target_logprobs(model, ids, targets, temperature=2.0)
+    logp = (model(ids) / 2.0).log_softmax(-1)
+    want = torch.where(targets < 0, 0, logp.gather(2, targets.clamp(min=0)[..., None])[..., 0])
+    torch.testing.assert_close(logprobs, want)
+    torch.testing.assert_close(entropy, torch.where(targets < 0, 0, -(logp.exp() * logp).sum(-1)))
+    ours, theirs = (torch.autograd.grad(v.sum(), list(model.parameters())) for v in (logprobs, want))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
 def gradients(model, packs, rank=0, world=1):
     model.zero_grad()
     total = float(sum(row.weights.sum() for row in packs))
@@ -289,12 +319,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(sft_file, tmp_path, monkeypatch
     assert all(torch.isfinite(v).all() for v in read_safetensors(out / "model" / "model.safetensors").values())
 
 
-def test_ranks_started_differently_do_not_train(sft_file, tmp_path):
+@pytest.mark.parametrize(("change", "message"), [
+    ("sys.argv += ['--seed', os.environ['RANK']]", "the arguments: "),
+    ("sizes = data.sizes_of; data.sizes_of = lambda pattern: {k: v + int(os.environ['RANK']) for k, v in sizes(pattern).items()}", "the data: {")])
+def test_ranks_started_differently_do_not_train(sft_file, tmp_path, change, message):
     program = tmp_path / "differs.py"
-    program.write_text(f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); import train_sft; sys.argv += ['--seed', os.environ['RANK']]; "
-                       "train_sft.run_main(train_sft.main)")
+    program.write_text(f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); import data, train_sft; {change}; train_sft.run_main(train_sft.main)")
     status, _, err = run(program, "--data", sft_file, "--out", tmp_path / "run", *SMALL_RUN, ranks=2)
-    assert status == 1 and err.count("error: ranks 0 and 1 disagree about the arguments") == 1 and not (tmp_path / "run").exists(), err
+    assert status == 1 and err.count(f"error: ranks 0 and 1 disagree about {message}") == 1 and not (tmp_path / "run").exists(), err
 
 
 def launched_by_hand(program, world, timeout=60):
