@@ -886,6 +886,7 @@ class SftFiles:
 
     Args:
         pattern: the files, see sizes_of.
+        tokenizer: Tokenizer.
         max_tokens: of a sample; a longer one is an error, as silence would hide that its answer is never learned.
         trim: cut longer ones on the right instead, as the paper does above 36K tokens, and mark them as trimmed.
         limit: so many samples only; 0: all.
@@ -924,15 +925,16 @@ class SftFiles:
                 crc = zlib.crc32(line, crc)
                 if line.strip():
                     place = Place(block.path, at)
-                    domain, _ = check_sft(check_record(parse_json(line, place), place), place)
+                    record = check_record(parse_json(line, place), place)
+                    domain, _ = check_sft(record, place)
                     if len(line) > self.max_tokens and not self.trim:  # fewer bytes are fewer tokens, too
-                        self._sample(line, place)
+                        self._sample(record, place)
                     domains[domain].append(len(offsets))
                     offsets.append(at)
         return np.array(offsets, np.int64), {name: np.array(places) for name, places in domains.items()}, crc
 
-    def _sample(self, line, place):
-        sample, size = parse_sft(check_record(parse_json(line, place), place), self.tokenizer, place), self.max_tokens
+    def _sample(self, record, place):
+        sample, size = parse_sft(record, self.tokenizer, place), self.max_tokens
         if len(sample.ids) <= size:
             return sample
         if not self.trim:
@@ -944,10 +946,11 @@ class SftFiles:
         return len(self.offsets)
 
     def __getitem__(self, i):
+        """Sample number i, ValueError if its line has changed into something else, IndexError beyond the last."""
         place = Place(self.paths[self.block[i]], int(self.offsets[i]))
         with open(place.path, "rb") as file:
             file.seek(place.offset)
-            return self._sample(file.readline(), place)
+            return self._sample(check_record(parse_json(file.readline(), place), place), place)
 
 
 def check_sft(record, where):
@@ -1015,7 +1018,7 @@ def pack(samples, capacity, multiple_of=1):
     Args:
         samples: list of Sample.
         capacity: tokens of a pack, at most.
-        multiple_of: the number of packs is made a multiple of this, the number of ranks: with FSDP, a rank that makes
+        multiple_of: the number of packs is made a multiple of this, the number of teams of ranks: with FSDP, a rank that makes
             fewer passes than the others leaves them waiting for ever. Packs are split, the longest first; where none
             can be, dummies of one token and no weight fill up.
     Returns:

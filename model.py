@@ -15,13 +15,13 @@ One block, the paper's SA_M ("semi-parallel attention and Mamba, then MLP"); x s
 Glossary (letters of the SSM stand in ssm_scan.py)
     b, t        batch rows, tokens              d        hidden_size
     hq, hkv     query heads, key/value heads    hd       head_dim
-    h, p, n, g  SSM heads, channels of a head, state size, groups of B and C
+    h, p, n, g  SSM heads, channels of a head, state size, groups of B and C;  I = h p, all channels of the SSM
     cu_seqlens  (s + 1,) boundaries of the documents packed into one row; nothing passes from one to another
     mup         the forward multipliers through which one learning rate serves every model size (PRESETS lists them)
 
 Deviations from the published model: none in the function. The paper projects concatenated heads with one matrix; the published
 weights keep two projections and add their results, which is the same function and what stands here.
-To copy this file, also take ssm_scan.py; its command line needs tests/measure.py.
+To copy this file, also take ssm_scan.py; its command line needs tests/measure.py, train_sft.py and data.py.
 """
 
 import json
@@ -70,7 +70,7 @@ class FalconH1Config:
     mamba_d_state: int
     mamba_n_groups: int = 1
     mamba_d_conv: int = 4
-    mamba_chunk_size: int = 128  # not read: how long chunks are is a matter of speed, and ssm_scan.py knows best
+    mamba_chunk_size: int = 128  # not read: chunks are a matter of speed, and ssm_scan.py chooses them
     mamba_rms_norm: bool = True
     mamba_norm_before_gate: bool = False
     mamba_conv_bias: bool = True
@@ -92,7 +92,7 @@ class FalconH1Config:
     ssm_out_multiplier: float = 1.0
     ssm_multipliers: tuple = (1.0, 1.0, 1.0, 1.0, 1.0)  # z, x, B, C, dt
     mlp_multipliers: tuple = (1.0, 1.0)  # gate, down
-    time_step_limit: tuple = field(default=(0.0, float("inf")))
+    time_step_limit: tuple = (0.0, float("inf"))
 
     def __post_init__(self):
         def number(v):
@@ -100,10 +100,12 @@ class FalconH1Config:
 
         for f in fields(self):
             v = getattr(self, f.name)
-            ok, expected = {int: (type(v) is int and 0 < v < 2**31, "a whole number above 0"), float: (number(v), "a finite number"),
-                            bool: (type(v) is bool, "true or false"),
-                            tuple: (isinstance(v, tuple) and all(number(x) or x == float("inf") for x in v) and len(v) == len(f.default),
-                                    f"{len(f.default) if f.type is tuple else 0} numbers")}[f.type]
+            if f.type is tuple:
+                ok = isinstance(v, tuple) and len(v) == len(f.default) and all(number(x) or x == float("inf") for x in v)
+                expected = f"{len(f.default)} numbers"
+            else:
+                ok, expected = {int: (type(v) is int and 0 < v < 2**31, "a whole number above 0"), float: (number(v), "a finite number"),
+                                bool: (type(v) is bool, "true or false")}[f.type]
             check(ok, f"{f.name} is {v!r}, expected {expected}")
         check(self.mamba_d_ssm == self.mamba_n_heads * self.mamba_d_head,
               f"mamba_d_ssm {self.mamba_d_ssm} is not mamba_n_heads * mamba_d_head = {self.mamba_n_heads * self.mamba_d_head}")
@@ -211,8 +213,8 @@ PRESETS = {
 
 @dataclass
 class Context:
-    """What the blocks of a forward pass share. torch.compile leaves `mix` alone, and nothing else looks at the last three: so
-    a compiled block serves whatever documents come."""
+    """What the blocks of a forward pass share. torch.compile does not look into `mix`, and nothing else reads cu, cache or cp: so one
+    compiled block serves any documents."""
     rope: tuple  # cos and sin of the tokens' positions, see rope_table
     cu: tuple | None = None  # cu_seqlens
     cache: object = None  # a Cache
@@ -380,14 +382,15 @@ class Mamba(nn.Module):
         weight, bias, A, D = self.conv1d.weight[:, 0], self.conv1d.bias, -self.A_log.float().exp(), self.D
         if cp is not None:  # as in attention; the convolution and the scan then see whole sequences, too
             xBC, dt = cp.to_heads(torch.cat([xBC, dt], 2), cp.mamba)
-            weight, bias, A, D = cp.own(weight, bias, A, D)
+            weight, bias, A, D = cp.own_weights(weight, bias, A, D)
         step = cache is not None and dt.shape[1] == 1
         conv_state, state = (None, None) if cache is None else (cache.conv[layer], cache.ssm[layer])
         if step:
             xBC, conv_state = causal_conv1d_step(conv_state, xBC[:, 0], weight, bias, activation="silu")
         else:
             xBC, conv_state = causal_conv1d(xBC, weight, bias, initial_states=conv_state, cu_seqlens=cu, activation="silu")
-        x, B, C = xBC.tensor_split([channels := dt.shape[-1] * c.mamba_d_head, (channels + xBC.shape[-1]) // 2], -1)
+        inner = dt.shape[-1] * c.mamba_d_head  # channels of the heads that are here
+        x, B, C = xBC.tensor_split([inner, (inner + xBC.shape[-1]) // 2], -1)
         x = x.unflatten(-1, (-1, c.mamba_d_head))  # (b, t, h, p), without t in a single step
         B, C = (v.unflatten(-1, (-1, c.mamba_d_state)) for v in (B, C))  # (b, t, g, n)
         if step:
@@ -395,9 +398,9 @@ class Mamba(nn.Module):
             y = y[:, None]
         else:
             y, state = ssd_scan(x, dt, A, B, C, D=D, initial_states=state, cu_seqlens=cu)
-        if cache is not None and not step:  # a step has updated them in place
-            cache.conv[layer].copy_(conv_state)
-            cache.ssm[layer].copy_(state)
+            if cache is not None:  # a step updates them in place
+                cache.conv[layer].copy_(conv_state)
+                cache.ssm[layer].copy_(state)
         return y if cp is None else cp.to_tokens(y)
 
 
@@ -480,7 +483,7 @@ class FalconH1(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Normal matrices; A in (1, 16) and softplus(dt_bias) in (0.001, 0.1), log-uniform, as in Mamba-2."""
+        """Normal matrices; A in (1, 16) and softplus(dt_bias) in (0.001, 0.1), log-uniform, as in Mamba-2; torch's for the convolution."""
         for m in self.modules():
             if isinstance(m, (nn.Linear, nn.Embedding)):
                 m.weight.normal_(0, self.config.initializer_range)
@@ -520,8 +523,8 @@ class FalconH1(nn.Module):
     def from_pretrained(cls, folder, *, dtype=None, device=None, mapped=False):
         """Read a checkpoint in the published format. dtype None keeps the stored one. Every tensor must be there, and no other.
 
-        mapped leaves the tensors in their file until they are moved or used: train_sft.shard() moves a block at a time, so that
-        no rank ever holds the whole model."""
+        mapped leaves the tensors as they are in their file, whatever dtype and device: train_sft.shard() moves and converts a block
+        at a time, so that no rank ever holds the whole model."""
         config, state = FalconH1Config.from_json(Path(folder) / "config.json"), read_checkpoint(folder)
         if config.tie_word_embeddings and (tied := state.get("model.embed_tokens.weight")) is not None:
             check(torch.equal(state.setdefault("lm_head.weight", tied), tied),
@@ -712,7 +715,7 @@ def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_p=1.0, seed
     admit(prompt_index, sample_index) -> "go" | "wait" | "done" is asked, in sample order, before a trace is started; "done"
     means no further trace of that prompt. slots None: as many as fit into free memory. on_token(trace) -> True stops a trace;
     on_trace(trace) sees every ended one. temperature 0 is greedy. progress shows a bar with tokens/s. Raises ValueError for an
-    empty prompt, ids out of range, more tokens than positions, or logits that are not finite."""
+    empty prompt, ids out of range, more tokens than positions, or logits that are not finite; RuntimeError where admit lets nothing go on."""
     c, p = model.config, next(model.parameters())
     for i, prompt in enumerate(prompts):
         check(prompt, f"prompt {i}: it is empty")
@@ -727,9 +730,9 @@ def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_p=1.0, seed
     slots = min(slots or slots_that_fit(c, longest, p.dtype, p.device), len(prompts) * samples)
     cache = Cache(c, slots, longest, dtype=p.dtype, device=p.device)
     step, prefilled, ended = decoder(model, cache), {}, []
-    active, tokens, random = [None] * slots, [0] * slots, [None] * slots  # of each slot its trace, last token, random numbers
+    active, tokens, streams = [None] * slots, [0] * slots, [None] * slots  # of each slot its trace, last token, random numbers
     waiting = deque([i, 0] for i in range(len(prompts)))  # prompts with the index of their next sample
-    bar, start, shown, produced = tqdm(total=len(prompts) * samples, disable=not progress, desc="sampling", unit="trace"), time.time(), 0, 0
+    bar, begun, shown, produced = tqdm(total=len(prompts) * samples, disable=not progress, desc="sampling", unit="trace"), time.time(), 0, 0
 
     def next_job():
         """(prompt, sample) to start now, or None. Prompts in order, so that few prefilled states are alive at a time."""
@@ -746,11 +749,10 @@ def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_p=1.0, seed
                 bar.total -= samples - sample
         return None
 
-    while True:
-        free = [s for s in range(slots) if active[s] is None]
-        jobs = sorted(zip(free, iter(next_job, None)), key=lambda job: (len(prompts[job[1][0]]), job[1]))
-        for slot, (i, sample) in jobs:
-            if i not in prefilled:  # read it together with the next prompts of its length, up to 16k tokens at once
+    def start(jobs):
+        """Put traces into slots. Their prompts are read together with others of their length, up to 16k tokens at once."""
+        for slot, (i, sample) in sorted(jobs, key=lambda job: (len(prompts[job[1][0]]), job[1])):
+            if i not in prefilled:
                 same = sorted({j for _, (j, _) in jobs if j >= i and len(prompts[j]) == len(prompts[i])} - prefilled.keys())
                 same = same[: max(1, 16384 // len(prompts[i]))]
                 read = prefill(model, [prompts[j] for j in same])
@@ -758,7 +760,25 @@ def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_p=1.0, seed
             cache.load(slot, *prefilled[i])
             if sample == samples - 1:
                 del prefilled[i]
-            active[slot], tokens[slot], random[slot] = Trace(i, sample), prompts[i][-1], np.random.default_rng([seed, i, sample])
+            active[slot], tokens[slot], streams[slot] = Trace(i, sample), prompts[i][-1], np.random.default_rng([seed, i, sample])
+
+    def append(slot, token, logprob, confidence):
+        trace, tokens[slot] = active[slot], token
+        trace.tokens.append(token)
+        trace.logprobs.append(logprob)
+        trace.confidences.append(confidence)
+        halted = on_token is not None and on_token(trace)
+        trace.stop = "stop" if token in stop_ids else "deepconf" if halted else "length" if len(trace.tokens) == max_new_tokens else ""
+        if trace.stop:
+            active[slot] = streams[slot] = None
+            ended.append(trace)
+            bar.update()
+            if on_trace is not None:
+                on_trace(trace)
+
+    while True:
+        free = [s for s in range(slots) if active[s] is None]
+        start(list(zip(free, iter(next_job, None))))
         busy = [s for s in range(slots) if active[s] is not None]
         if not busy:
             if waiting:
@@ -766,30 +786,19 @@ def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_p=1.0, seed
             break
         if not waiting and 2 * len(busy) <= slots:  # the last traces: decoding only these is faster
             cache.keep(busy)
-            active, tokens, random = ([values[s] for s in busy] for values in (active, tokens, random))
+            active, tokens, streams = ([values[s] for s in busy] for values in (active, tokens, streams))
             step, slots, busy = decoder(model, cache), len(busy), range(len(busy))
         cache.used = max(len(prompts[active[s].prompt_index]) - 1 + len(active[s].tokens) for s in busy)
         cache.lengths.clamp_(max=cache.used)  # idle slots go on decoding nonsense, inside the window
         logits = step(torch.tensor(tokens, device=p.device))
         check(logits.isfinite().all(), "generate: the model's logits are not finite")
-        u = torch.tensor([0.0 if r is None else r.random() for r in random], dtype=torch.float64, device=p.device)
-        new, logprobs, confidences = (v.tolist() for v in draw(logits, u, temperature, top_p))
+        u = torch.tensor([0.0 if r is None else r.random() for r in streams], dtype=torch.float64, device=p.device)
+        drawn = [v.tolist() for v in draw(logits, u, temperature, top_p)]
         for slot in busy:
-            trace, tokens[slot] = active[slot], new[slot]
-            trace.tokens.append(new[slot])
-            trace.logprobs.append(logprobs[slot])
-            trace.confidences.append(confidences[slot])
-            halted = on_token is not None and on_token(trace)
-            trace.stop = "stop" if new[slot] in stop_ids else "deepconf" if halted else "length" if len(trace.tokens) == max_new_tokens else ""
-            if trace.stop:
-                active[slot] = random[slot] = None
-                ended.append(trace)
-                bar.update()
-                if on_trace is not None:
-                    on_trace(trace)
+            append(slot, *(v[slot] for v in drawn))
         produced, now = produced + len(busy), time.time()
         if now - shown > 0.5:
-            bar.set_postfix_str(f"{produced / (now - start):,.0f} tokens/s")
+            bar.set_postfix_str(f"{produced / (now - begun):,.0f} tokens/s")
             shown = now
     bar.close()
     return sorted(ended, key=lambda t: (t.prompt_index, t.sample_index))
@@ -860,10 +869,10 @@ def _tensors(data, begin):
     for start, stop, dtype, shape, name in entries:
         check(isinstance(dtype, str) and dtype in _DTYPES, f"tensor {name} has dtype {dtype}")
         check(all(type(v) is int and 0 <= v < 2**63 for v in (start, stop, *shape)), f"tensor {name} has no natural shape or offsets")
-        count, end, before = math.prod(shape), stop, end
-        check(start == before and stop - start == count * _DTYPES[dtype].itemsize, f"tensor {name} is at {start}..{stop}")
-        check(begin + end <= len(data), f"tensor {name} ends at byte {begin + end} of {len(data)}")
-        raw = data[begin + start : begin + stop]
+        count = math.prod(shape)
+        check(start == end and stop - start == count * _DTYPES[dtype].itemsize, f"tensor {name} is at {start}..{stop}")
+        check(begin + stop <= len(data), f"tensor {name} ends at byte {begin + stop} of {len(data)}")
+        raw, end = data[begin + start : begin + stop], stop
         tensors[name] = (torch.frombuffer(raw, dtype=_DTYPES[dtype]) if count else torch.empty(0, dtype=_DTYPES[dtype])).view(shape)
     check(begin + end == len(data), f"{len(data) - begin - end} bytes too many")
     return tensors

@@ -84,7 +84,7 @@ class Args:
     cp: int = flag(1, "ranks that share each row's tokens in updates (context parallelism); it must divide ranks and heads")
     replicas: int = flag(1, "copies of the sharded model; best one a node, so that only gradients travel between nodes")
     checkpoint_activations: bool = flag(False, "keep one activation a block and compute the others again: less memory, a third more work")
-    compile: bool = flag(False, "torch.compile what blocks do to single tokens in updates: a minute at the start, a tenth less for each")
+    compile: bool = flag(False, "torch.compile what blocks do to single tokens in updates; takes a minute at the start")
     device: str = flag("", "cpu or cuda; empty: cuda where there is one")
     fresh: bool = flag(False, "start over, deleting what --out holds of an earlier run")
 
@@ -383,7 +383,7 @@ def main():
     state = run.resume(model, optimizer, tokenizer)
     prompts = Prompts(problems, tokenizer, args.seed, state["position"] if state else 0)
     cache = from_json(state["cache"]) if state else []
-    sampler = train_sft.replica(model)
+    sampler = train_sft.whole_copy(model)
     if ranks.rank == 0 and state is None:
         print("  ".join(f"{k}={v}" for k, v in asdict(args).items()))
 
@@ -402,9 +402,9 @@ def main():
                 before = time.time()
                 loss, norm = train_step(model, optimizer, groups, args, lr, ranks, stats)
             except ValueError as e:
-                raise ValueError(f"step {step + 1}, prompts {first} to {prompts.position - 1} of the stream: {e}; the last checkpoint "
-                                 f"in {run.out / 'trainer'} is good") from None
-            sampler = train_sft.replica(model, sampler)
+                raise ValueError(f"step {step + 1}, prompts {first} to {prompts.position - 1} of the stream: {e}; "
+                                 f"{run.out / 'trainer'} holds what was saved before") from None
+            sampler = train_sft.whole_copy(model, sampler)
             stats["t_update"] = time.time() - before
             record = {**record_of(stats, loss, norm, lr, ranks), "seconds": round(time.time() - start, 3)}
             if step + 1 == args.steps or (step + 1) % args.save_every == 0:

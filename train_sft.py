@@ -82,7 +82,7 @@ class Args:
     cp: int = flag(1, "ranks that share each row's tokens (context parallelism); it must divide ranks and heads")
     replicas: int = flag(1, "copies of the sharded model; best one a node, so that only gradients travel between nodes")
     checkpoint_activations: bool = flag(False, "keep one activation a block and compute the others again: less memory, a third more work")
-    compile: bool = flag(False, "torch.compile what blocks do to single tokens: a minute at the start, a tenth less for every step")
+    compile: bool = flag(False, "torch.compile what blocks do to single tokens; takes a minute at the start")
     device: str = flag("", "cpu or cuda; empty: cuda where there is one")
     fresh: bool = flag(False, "start over, deleting what --out holds of an earlier run")
 
@@ -116,7 +116,7 @@ class Ranks:
         return t.tolist()
 
     def gather(self, objects, group=None):
-        """A list to which rank r gives the objects r, r + world, r + 2 world, ..., put together: all of it on every rank."""
+        """Rank r has made objects[r], objects[r + world], ...; returns the whole list on every rank."""
         if self.world == 1:
             return objects
         shares = [None] * self.world
@@ -139,8 +139,14 @@ class Ranks:
         check(other is None, f"ranks 0 and {other} disagree about {what}: {values[0]} and {values[other or 0]}")
 
 
+MEET = 300  # seconds within which all ranks must have come
+SILENCE = 30  # seconds without a sign of life after which a rank counts as dead
+
+
 def start_ranks(device, cp=1, replicas=1):
-    """One process, or what torchrun started. A GPU always gets a process group, so that FSDP2 shards and casts there."""
+    """Ranks of one process, or of what torchrun started. A GPU always gets a process group, so that FSDP2 shards and casts there.
+
+    device: "cpu", "cuda" or "" for the better one there is. ValueError for flags that do not fit, OSError where the ranks do not meet."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     check(device == "cpu" or torch.cuda.is_available(), f"--device {device}: there is no GPU here")
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -168,13 +174,10 @@ def start_ranks(device, cp=1, replicas=1):
     return Ranks(rank, world, device, cp, replicas)
 
 
-MEET, SILENCE = 300, 30  # seconds in which all ranks must have come; without a sign of life from one that then counts as dead
-
-
 def watch(store, rank, world):
     """Give signs of life and look for the next rank's, in a thread, for as long as the process lives. Where one falls silent, all
     ranks end: torchrun sees to that on its own node, but those on others would wait for the dead for ever."""
-    after, last, heard, pause = (rank + 1) % world, None, time.monotonic(), SILENCE / 8
+    after, last, heard, pause = (rank + 1) % world, None, time.monotonic(), SILENCE / 8  # some signs may be late, not all
     for beat in itertools.count():
         try:
             store.set(f"sign of {rank}", str(beat))
@@ -185,7 +188,7 @@ def watch(store, rank, world):
                 store.set("dead", str(after))
             dead = int(store.get("dead")) if store.check(["dead"]) else None
         except RuntimeError:
-            time.sleep(pause)  # where all have come to a good end, this process has by now
+            time.sleep(pause)  # the store is gone: rank 0 or its torchrun has ended. After a good end this process is gone by now
             dead = 0
         if dead is not None:
             if 0 in (rank, dead):
@@ -208,8 +211,7 @@ def shard(model, ranks, recompute=False, compile=False):
         model.cp = ContextParallel(model.config, ranks)
     mesh = init_device_mesh(ranks.device.split(":")[0], (ranks.replicas, ranks.world // ranks.replicas),
                             mesh_dim_names=("replica", "shard")) if ranks.replicas > 1 else None
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if "cuda" in ranks.device \
-        else MixedPrecisionPolicy()
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if "cuda" in ranks.device else None, reduce_dtype=torch.float32)
     for block in model.model.layers:  # one at a time: from_pretrained(mapped=True) has left them in their file
         fully_shard(block.to(ranks.device, torch.float32), mesh=mesh, mp_policy=policy)
     return fully_shard(model.to(ranks.device, torch.float32), mesh=mesh, mp_policy=policy)
@@ -228,14 +230,15 @@ def shard(model, ranks, recompute=False, compile=False):
 #
 # Heads share what they read: hq / hkv query heads a key and value head, h / g SSM heads a group's B and C. to_heads sends such a
 # group to every rank that has heads of it. Each rank convolves with its own channels' weights, and with those of B and C that it
-# got; what a weight is worth on several ranks is added up by FSDP's reduction, as for any other.
+# got: where several ranks compute a gradient of the same weight, FSDP's reduction adds them up, as for any other.
 
 
 def shares(heads, n, groups):
-    """For each of n ranks its heads, and the groups that these read: as many for all ranks, each read by as many heads."""
+    """(own, read): for each of n ranks its heads, and the groups that these read. All ranks list as many groups, and each group in a
+    list is read by as many heads."""
     own = [list(range(r * heads // n, (r + 1) * heads // n)) for r in range(n)]
     read = [[j * groups // heads for j in share] for share in own]
-    few = [sorted(set(groups)) for groups in read]
+    few = [sorted(set(r)) for r in read]
     even = all(len(f) == len(few[0]) and r == [group for group in f for _ in range(len(r) // len(f))] for f, r in zip(few, read))
     return own, few if even else read  # if not even, every head gets a copy of its own
 
@@ -260,9 +263,9 @@ class _AllGather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, cp):
-        ctx.cp, out = cp, x.new_empty(cp.size * len(x))
-        dist.all_gather_single(out, x.contiguous(), group=cp.group)
-        return out
+        ctx.cp, shares = cp, [torch.empty_like(x) for _ in range(cp.size)]
+        dist.all_gather(shares, x.contiguous(), group=cp.group)
+        return torch.cat(shares)
 
     @staticmethod
     def backward(ctx, grad):
@@ -278,7 +281,7 @@ class ContextParallel:
             check(getattr(c, name) % n == 0, f"--cp {n}: {name} {getattr(c, name)} is not a multiple of it")
         self.rank, self.size, self.group = ranks.rank % n, n, dist.new_subgroups(n, timeout=timedelta(days=1))[0]
 
-        def places(parts):  # of (start, width of an item, items of every rank) each -> (n, places), how many there are of each part
+        def places(parts):  # (first place, width of an item, items of each rank) -> the places (n, wanted), how many of each part
             rows = [[[start + i * width + j for i in items[r] for j in range(width)] for start, width, items in parts] for r in range(n)]
             return torch.tensor([sum(row, []) for row in rows], device=ranks.device), [len(part) for part in rows[0]]
 
@@ -286,10 +289,10 @@ class ContextParallel:
         k, v = c.num_attention_heads, c.num_attention_heads + c.num_key_value_heads
         self.attention = places([(0, 1, own), (k, 1, read), (v, 1, read)])
         own, read = shares(c.mamba_n_heads, n, c.mamba_n_groups)
-        B, C, dt = np.cumsum(c.mamba_widths[1:4]).tolist()
-        index, (x, b, _, heads) = places([(0, c.mamba_d_head, own), (B, c.mamba_d_state, read), (C, c.mamba_d_state, read), (dt, 1, own)])
-        self.mamba = index, [x + 2 * b, heads]
-        self.channels, self.heads = index[self.rank, :-heads], index[self.rank, -heads:] - dt
+        b, c_, dt = np.cumsum(c.mamba_widths[1:4]).tolist()  # where B, C and dt begin, behind x
+        index, sizes = places([(0, c.mamba_d_head, own), (b, c.mamba_d_state, read), (c_, c.mamba_d_state, read), (dt, 1, own)])
+        self.mamba = index, [sum(sizes[:3]), sizes[3]]
+        self.channels, self.heads = index[self.rank, : -sizes[3]], index[self.rank, -sizes[3] :] - dt
 
     def to_heads(self, x, part):
         """x (1, s, places, ...), all of this rank's tokens -> this rank's places of all tokens, split into (1, n s, ..., ...)."""
@@ -301,11 +304,11 @@ class ContextParallel:
         """y (1, n s, own heads, ...) -> (1, s, heads, ...)."""
         return _AllToAll.apply(y[0].unflatten(0, (self.size, -1)), self.group).movedim(0, 1).flatten(1, 2)[None]
 
-    def own(self, weight, bias, A, D):
+    def own_weights(self, weight, bias, A, D):
         """Convolution weights of this rank's channels, A and D of its heads."""
         return weight[self.channels], None if bias is None else bias[self.channels], A[self.heads], D[self.heads]
 
-    def share(self, x, fill):
+    def own_tokens(self, x, fill):
         """This rank's tokens of x (t,), whose end is filled up to a multiple of the ranks."""
         return F.pad(x, (0, -len(x) % self.size), value=fill).chunk(self.size)[self.rank]
 
@@ -315,13 +318,16 @@ class ContextParallel:
 
 
 @torch.no_grad()
-def replica(model, copy=None):
+def whole_copy(model, copy=None):
     """A model to sample from: the model itself, or under FSDP an unsharded copy (refreshed in `copy` when that is given),
     gathered one parameter at a time. Every rank must call."""
     if not dist.is_initialized():
         return model
-    device = next(model.parameters()).device
-    copy = copy or FalconH1(model.config).to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    if copy is None:
+        device = next(model.parameters()).device
+        with torch.device("meta"):
+            copy = FalconH1(model.config)
+        copy = copy.to(torch.bfloat16 if device.type == "cuda" else torch.float32).to_empty(device=device)
     target = copy.state_dict()
     for name, p in model.state_dict().items():  # state_dict reshards what the last forward pass has gathered
         target[name].copy_(p.full_tensor())
@@ -349,7 +355,7 @@ class Run:
         if dist.is_initialized():
             dist.barrier()
         self.log = open(self.out / "log.jsonl", "a", encoding="utf-8") if ranks.rank == 0 else None
-        self.started, self.first_step = time.time(), None
+        self.started = None  # step and time of the first line
         self.logged = 0  # the last step that log.jsonl holds when a run is resumed
         # Checkpoints are completed by a thread, one at a time. What it says to other ranks must not mix with training's collectives.
         self.thread, self.saving = ThreadPoolExecutor(1), None
@@ -369,15 +375,16 @@ class Run:
             return
         self.log.write(json.dumps({"step": step, **record}) + "\n")
         self.log.flush()
-        self.first_step = step if self.first_step is None else self.first_step
-        done = step - self.first_step
-        left = f"{(time.time() - self.started) / done * (steps - step):.0f}s" if done else "?"
+        first, since = self.started = self.started or (step, time.time())  # the first step's time is no guide: it compiles and warms up
+        left = f"{(time.time() - since) / (step - first) * (steps - step):.0f}s" if step > first else "?"
         text = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items()
                          if k in (shown or record))
         tqdm.write(f"step {step:5d}/{steps}  {text}  left {left}", file=sys.stdout)
 
     def save(self, step, model, optimizer, tokenizer, state):
-        """Begin checkpoint `step`: copy to the host what it needs. Training goes on while the rest is done in the background."""
+        """Begin checkpoint `step`: copy to the host what it needs. Training goes on while the rest is done in the background.
+
+        state, JSON-able, comes back from `resume`. Raises the OSError of the checkpoint before, if that could not be completed."""
         self.finish()
         temporary = self.out / "trainer" / f"step-{step:06d}.tmp"
         if self.ranks.rank == 0:
@@ -438,16 +445,18 @@ class Run:
             if dist.is_initialized():
                 dist.barrier()
             if self.ranks.rank == 0:
+                self.log.close()
                 data.write_jsonl(log, kept)
                 self.log = open(log, "a", encoding="utf-8")
                 print(f"{folder}: continuing after step {state['step']}")
-                self.saving = self.thread.submit(export, model.config, tokenizer, folder, self.out / "model")  # if it was killed before that
+                # The export may be missing, if the run was killed after the rename.
+                self.saving = self.thread.submit(export, model.config, tokenizer, folder, self.out / "model")
             return state
         return None
 
 
 def fingerprint(path):
-    """[size, CRC-32] of a file, or None where it cannot be read: ranks that compare files must not stop at one."""
+    """[size, CRC-32] of a file, or None where it cannot be read: a rank that raised here would leave the others waiting."""
     size = crc = 0
     try:
         with open(path, "rb") as file:
@@ -485,13 +494,14 @@ def run_main(body):
             dist.all_reduce(torch.zeros(1))  # nobody leaves before the others: rank 0 may keep the rendezvous
     except (ValueError, OSError) as e:
         if os.environ.get("RANK", "0") != "0":
-            time.sleep(3)  # where rank 0 fails alike, its line is enough, and torchrun ends this rank meanwhile
+            time.sleep(3)  # seconds: where rank 0 fails alike, its line is enough, and torchrun ends this rank meanwhile
         print(f"error: {e}", file=sys.stderr, flush=True)
         status = 1
     except RuntimeError as e:
         if not isinstance(e, dist.DistError) and "gloo" not in str(e):
             raise
-        time.sleep(2 * SILENCE)  # a rank this one talks to has ended; `watch` finds out which, or torchrun is faster
+        time.sleep(2 * SILENCE)  # a rank this one talks to has ended: by now `watch` has said which, or torchrun has ended this one
+        raise
     if dist.is_initialized():
         if dist.get_world_size() > 1:  # after an error other ranks may hang in a collective: torchrun ends them
             sys.stdout.flush()
@@ -531,8 +541,8 @@ def update(model, optimizer, lr, clip):
 
 
 def backward_all(model, packs, ranks, loss_of):
-    """Accumulate the gradient of sum over all packs of loss_of(pack); this rank takes every world-th pack. Returns this
-    rank's loss. FSDP averages over ranks, so each loss is scaled by their number; only the last pass reduces."""
+    """Accumulate the gradient of sum over all packs of loss_of(pack); this rank takes its team's share, see Ranks.own. Returns its
+    part of the loss; the parts add up. FSDP averages over ranks, so each loss is scaled by their number; only the last pass reduces."""
     own, total = ranks.own(packs), 0.0
     for i, row in enumerate(own):
         if dist.is_initialized():
@@ -550,7 +560,7 @@ def backward_all(model, packs, ranks, loss_of):
 class _TokenLogprobs(torch.autograd.Function):
     """log softmax(scale h W^T)[target] and the entropy, a chunk of tokens at a time. The backward pass computes the logits
     once more instead of keeping them:  dlogits = (onehot(target) - softmax) * dlogp. All chunks use the same memory: on a CPU,
-    where large tensors are mapped anew each time, that takes a third off the time."""
+    where large tensors are mapped anew each time, that takes a quarter off the time."""
 
     @staticmethod
     def forward(ctx, h, weight, targets, scale, chunk):
@@ -560,7 +570,7 @@ class _TokenLogprobs(torch.autograd.Function):
             part = slice(i, i + chunk)
             logits = torch.mm(h[part], weight.T, out=products[: len(h) - i]).float().mul_(scale)  # (chunk, vocab)
             largest = logits.amax(-1, keepdim=True)
-            p = torch.sub(logits, largest, out=ps[: len(h) - i]).exp_()  # up to their sum z
+            p = torch.sub(logits, largest, out=ps[: len(h) - i]).exp_()  # softmax, not yet divided by its sum z
             z = p.sum(-1)
             lse[part] = largest[:, 0] + z.log()
             logprobs[part] = logits.gather(1, targets[part, None])[:, 0] - lse[part]
@@ -611,7 +621,7 @@ def pack_logprobs(model, row, temperature=1.0):
     device, cp, cu = next(model.parameters()).device, model.cp, row.cu_seqlens.tolist()
     ids, targets = torch.from_numpy(row.input_ids).to(device), torch.from_numpy(np.where(row.weights != 0, row.targets, -1)).to(device)
     if cp is not None:
-        ids, targets, cu = cp.share(ids, 0), cp.share(targets, -1), [*cu[:-1], cu[-1] + -cu[-1] % cp.size]
+        ids, targets, cu = cp.own_tokens(ids, 0), cp.own_tokens(targets, -1), [*cu[:-1], cu[-1] + -cu[-1] % cp.size]
     values = target_logprobs(model, ids[None], targets[None], cu_seqlens=cu, temperature=temperature)
     return tuple(v[0] if cp is None else cp.all_tokens(v[0])[: len(row.input_ids)] for v in values)
 
@@ -641,7 +651,7 @@ def train_step(model, optimizer, packs, lr, clip, ranks):
 
 @torch.no_grad()
 def held_out_loss(model, samples, args, ranks):
-    """Mean loss per token over samples that are not trained on, in nats, every token alike."""
+    """Mean loss per token over samples that are not trained on, in nats, weighted as in training."""
     packs = data.pack(samples, args.pack_tokens, ranks.teams)
     total = weight_of(packs)
     return ranks.all_sum([sum(float(sft_loss(model, row, total)) for row in ranks.own(packs)) / ranks.cp])[0]
@@ -649,6 +659,8 @@ def held_out_loss(model, samples, args, ranks):
 
 def sample_text(model, tokenizer, sample, max_new_tokens=200):
     """What the model answers to the first prompt of a sample, greedily."""
+    if not sample.mask.any():
+        return "(the prompt alone fills --context)"
     prompt = sample.ids[: int(sample.mask.argmax())].tolist()
     room = min(max_new_tokens, model.config.max_position_embeddings - len(prompt))
     trace = generate(model, [prompt], max_new_tokens=room, temperature=0, stop_ids=tokenizer.stop_ids)[0]
@@ -660,7 +672,7 @@ def sample_text(model, tokenizer, sample, max_new_tokens=200):
 
 
 def load(args, ranks):
-    """Tokenizer, model, samples, a loader of those that are trained on, the others."""
+    """Tokenizer, model, SftFiles, a Loader of the samples that are trained on, and a list of the others, the held-out ones."""
     check(args.preset in PRESETS, f"--preset {args.preset}: not one of {', '.join(PRESETS)}")
     check(args.steps >= 1 and args.batch >= 1, "--steps and --batch must be at least 1")
     check(args.pack_tokens >= args.context, f"--pack-tokens {args.pack_tokens} must hold a sample of --context {args.context}")
@@ -676,7 +688,8 @@ def load(args, ranks):
     model = load_model(args.init) if args.init else FalconH1(PRESETS[args.preset])
     check(args.context <= model.config.max_position_embeddings, f"--context {args.context} exceeds the model's "
           f"max_position_embeddings {model.config.max_position_embeddings}")
-    model, held = shard(model, ranks, args.checkpoint_activations, args.compile), np.linspace(0, len(samples) - 1, args.held_out, dtype=int)
+    model = shard(model, ranks, args.checkpoint_activations, args.compile)
+    held = np.linspace(0, len(samples) - 1, args.held_out, dtype=int)
     rows = {domain: np.setdiff1d(numbers, held) for domain, numbers in samples.rows.items()}  # the held-out ones lie evenly in the files
     loader = data.Loader(rows, args.batch, args.seed, parse_mixture(args.mixture), samples.checksum)
     return tokenizer, model, samples, loader, ranks.each(samples.__getitem__, held)
@@ -726,8 +739,9 @@ def main():
         if step == args.steps or step % args.eval_every == 0:
             if held_out:
                 record["held_out"] = held_out_loss(model, held_out, args, ranks)
-            text = sample_text(replica(model), tokenizer, held_out[step % len(held_out)] if held_out else samples[0])
+            whole = whole_copy(model)
             if ranks.rank == 0:
+                text = sample_text(whole, tokenizer, held_out[step % len(held_out)] if held_out else samples[0])
                 tqdm.write("sample: " + " ".join(text.split()), file=sys.stdout)
         run.write(step, args.steps, record)
 
@@ -742,7 +756,7 @@ def main():
                 loss, norm = train_step(model, optimizer, packs, lr, args.clip, ranks)
             except ValueError as e:
                 raise ValueError(f"step {step + 1}, samples {step * args.batch} to {(step + 1) * args.batch - 1} of the stream: {e}; "
-                                 f"the last checkpoint in {run.out / 'trainer'} is good") from None
+                                 f"{run.out / 'trainer'} holds what was saved before") from None
             record = {"loss": loss, "grad_norm": norm, "lr": lr, "tokens": sum(len(row.input_ids) for row in packs),
                       "seconds": round(time.time() - start, 3)}
             if args.trim:

@@ -412,8 +412,8 @@ def plan(name, c, ranks, cp, context, device):
     weights, again = sum(parameters(c).values()) * (ranks - 1) / ranks, 2 * exchange_bytes(c, context // cp, cp)  # forward, and its gradient
     link = NVLINK if ranks <= 8 else NETWORK
     compute, gather, exchange = work / (PEAK * MFU), 8 * weights / link, again / NVLINK
-    lines += ["", "seconds of a step, each by itself; what overlaps costs nothing. Checkpointed: compute and exchange half as much again, for "
-              "blocks that run twice",
+    lines += ["", "seconds of a step, each by itself; what overlaps costs nothing. Checkpointed: a third more of the first, half more of the "
+              "last, for blocks that run twice",
               f"  {compute:8.2f}  {ranks * work / 1e15:,.0f} PFLOP, {100 * MFU:.0f} % of {PEAK / 1e12:.0f} TFLOP/s a GPU",
               f"  {gather:8.2f}  {8 * weights / gb:,.1f} GB a GPU: weights gathered twice in bfloat16, gradients reduced in float32, "
               f"{link / gb:.0f} GB/s",
