@@ -84,7 +84,7 @@ def tokenizer_json(special):
     bytewise = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
             "pre_tokenizer": bytewise, "post_processor": None, "decoder": bytewise,
-            "model": {"type": "BPE", "vocab": {c: byte for byte, c in enumerate(SPELLING)}, "merges": []}}  # fmt: skip
+            "model": {"type": "BPE", "vocab": {c: byte for byte, c in enumerate(SPELLING)}, "merges": []}}
 
 
 # The pre-tokenizers, functions from a piece of text to smaller ones. What a delimiter does, in the tokenizers library's words:
@@ -92,8 +92,8 @@ def tokenizer_json(special):
 GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
-# A tokenizer must not change its mind with the Unicode version of whoever reads it. The tokenizers library knows Unicode 16; what
-# came after it, to our `regex` perhaps a letter, is nothing to it, as U+10FFFF is to both.
+# A tokenizer must not change its mind with the Unicode version of whoever reads it. To the tokenizers library, which knows Unicode
+# 16, later characters are unassigned; to `regex` they may be letters. So patterns see U+10FFFF there, unassigned for everybody.
 AFTER_UNICODE_16 = (
     "558 58b-58c 5c8-5c9 88f b53-b54 c5c cdc 1acf-1af0 208f 209d-209f 20c1-20c4 2b96 2e60-2e63 a7ce-a7cf a7d2 a7d4 a7dd "
     "a7e2 a7f1 ab6c-ab6d fbc3-fbd2 fd90-fd91 fdc8-fdce 107bb-107bf 10940-10959 10ec5-10ec7 10ec9-10eee 10ef0-10efb 11b0a "
@@ -228,10 +228,10 @@ class Tokenizer:
         names += [f"<|reserved_{i}|>" for i in range(-(256 + len(names)) % 16)]
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": CHAT_TEMPLATE, "padding_side": "left",
                   "bos_token": "<|begin_of_text|>", "eos_token": "<|im_end|>", "pad_token": "<|pad|>",
-                  "clean_up_tokenization_spaces": False}  # fmt: skip
+                  "clean_up_tokenization_spaces": False}
         whole = tokenizer_json({name: 256 + i for i, name in enumerate(names)})
         return cls({"tokenizer.json": json.dumps(whole, ensure_ascii=False, indent=1),
-                    "tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=1)})  # fmt: skip
+                    "tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=1)})
 
     def encode(self, text, *, special=False):
         """Ids of text, a list of int; no BOS is added. special: read special tokens, as the tokenizers library does; by default
@@ -311,10 +311,7 @@ def short(value, limit=100):
 # in that last point is unknown, as is its role for tool results, here `tool`.
 
 # role -> the roles it may follow
-FOLLOWS = {
-    "system": {None}, "user": {None, "system", "assistant"},
-    "assistant": {"user", "tool"}, "tool": {"assistant", "tool"},
-}  # fmt: skip
+FOLLOWS = {"system": {None}, "user": {None, "system", "assistant"}, "assistant": {"user", "tool"}, "tool": {"assistant", "tool"}}
 
 
 def render_chat(messages, tokenizer, *, generation_prompt=False):
@@ -328,14 +325,9 @@ def render_chat(messages, tokenizer, *, generation_prompt=False):
     The loss covers what an assistant writes and the <|im_end|> that ends it, and no header. TAGS are special tokens in
     assistant turns and plain text elsewhere; all other special tokens are plain text wherever they are typed.
 
-    Args:
-        messages: list of {"role", "content"}, see FOLLOWS for the order of roles.
-        generation_prompt: append the header of the reply to come; all turns in messages are then earlier ones.
-    Returns:
-        (ids, loss_mask): lists of int and bool, of equal length; loss_mask[i] says whether ids[i] is to be predicted.
-    Raises:
-        ValueError: naming the message and its field.
-    """
+    messages is a list of {"role", "content"}, see FOLLOWS for the order of roles; generation_prompt appends the header of the reply
+    to come, and all turns are then earlier ones. Returns (ids, loss_mask), lists of int and bool: loss_mask[i] says whether ids[i] is
+    to be predicted. ValueError names the message and its field."""
     check_messages(messages, generation_prompt)
     assistant = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     calls = any("<tool_call>" in messages[i]["content"] for i in assistant)
@@ -417,11 +409,8 @@ def write_jsonl(path, records):
 def read_records(path):
     """Read .jsonl, .jsonl.gz or a JSON array of objects; blank lines are skipped, a byte order mark is tolerated.
 
-    Yields:
-        (where, record): "FILE, line 3" (or "item 3" of an array, from 1), for error messages, and a dict.
-    Raises:
-        ValueError: naming file and line, at malformed JSON, invalid UTF-8, anything but objects, an empty file.
-    """
+    Yields (where, record): "FILE, line 3" (or "item 3" of an array, from 1), for error messages, and a dict. ValueError names file and
+    line, at malformed JSON, invalid UTF-8, anything but objects, an empty file."""
     try:
         with gzip.open(path) if str(path).endswith(".gz") else open(path, "rb") as file:
             lines = file.read().removeprefix(b"\xef\xbb\xbf").splitlines()
@@ -486,7 +475,7 @@ class Problem:
 
 PUBLIC = {"question": "prompt", "problem": "prompt", "unique_id": "id", "task_id": "id", "test": "tests",
           "canonical_solution": "solution", "answerKey": "answer", "ID": "id", "Problem": "prompt", "Solution": "solution",
-          "Answer": "answer"}  # fmt: skip
+          "Answer": "answer"}
 
 
 def read_problems(path, limit=0, check_answer=None):
@@ -499,15 +488,8 @@ def read_problems(path, limit=0, check_answer=None):
         AIME        problem (or question), answer: a number
         MMLU, ARC   question, choices (or options), answer (or answerKey): see parse_choices
 
-    Args:
-        path: .jsonl, .jsonl.gz or a JSON array.
-        check_answer: a function that raises ValueError at an answer which nothing could be compared with; where there are
-            only tests, it is not called.
-    Returns:
-        List of Problem. One without an id is named after its file and line.
-    Raises:
-        ValueError: naming file, line and field; also where two problems share an id.
-    """
+    check_answer raises ValueError at an answer which nothing could be compared with; where there are only tests, it is not called.
+    A problem without an id is named after its file and line. ValueError names file, line and field; also where two share an id."""
     problems, seen = [], {}
     for where, record in read_records(path):
         problem = parse_problem(record, where)
@@ -554,14 +536,9 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def parse_choices(choices, answer, where):
-    """The choices of a problem and the letter of the right one, whichever way a file writes them.
-
-    Args:
-        choices: a list of texts, {"A": text, ...} or {"label": ["A", ...], "text": [text, ...]}.
-        answer: a letter such as B or (B), a label, a choice's text, or its index, counted from 0.
-    Raises:
-        ValueError naming the field.
-    """
+    """The choices of a problem and the letter of the right one, whichever way a file writes them: choices as a list of texts,
+    {"A": text, ...} or {"label": ["A", ...], "text": [text, ...]}; answer as a letter such as B or (B), a label, a choice's text,
+    or its index, counted from 0. ValueError names the field."""
     labels = None
     if isinstance(choices, dict):
         labels = choices.get("label", sorted(choices))
@@ -598,7 +575,7 @@ def with_choices(prompt, choices):
 # longer the number. So RL can learn to skip less, majority voting fails where hardly any trace is careful (the more so in
 # mod, where wrong answers are few and collide), and DeepConf can find the one that is.
 
-MIX = {(family, level): level - 2 for family in ("div", "mod") for level in range(3, 9)}  # how often, relative to each other
+MIX = {(family, level): level - 2 for family in ("div", "mod") for level in range(3, 9)}  # weights: the longer, the more often
 CAREFUL = 0.55, 0.03  # share of careful traces in the SFT data, at the easiest level and at the hardest
 SKIP = 0.5  # in a careless trace: the probability that a step takes several digits, where as many are left
 SKIP_WIDTHS = (3, 4)  # and how many, at random: two at once would be learned
@@ -653,11 +630,8 @@ def split_of(prompt):
 
 
 def make_problems(split, count, seed):
-    """count different problems of one split, families and levels in the proportions of MIX.
-
-    Where a level has too few different problems (div, level 1: 14 in all splits), others take its place; where all of
-    them have, this is an error and not an endless search.
-    """
+    """count different problems of one split, families and levels in the proportions of MIX. Where a level has too few different
+    problems, others take its place; where all of them have, this is an error and not an endless search."""
     rng, problems = random.Random(f"{seed} {split}"), {}
     for _ in range(100 * count + 1000):
         if len(problems) == count:
@@ -691,11 +665,8 @@ def check_disjoint(prompts):
 
 def make(args):
     """Generate long divisions: sft.jsonl, rl.jsonl and heldout.jsonl."""
-    problems = {
-        "sft": make_problems("train", args.sft, args.seed),
-        "rl": make_problems("rl", args.rl, args.seed),
-        "heldout": make_problems("heldout", args.heldout, args.seed),
-    }
+    wanted = {"sft": ("train", args.sft), "rl": ("rl", args.rl), "heldout": ("heldout", args.heldout)}
+    problems = {name: make_problems(split, count, args.seed) for name, (split, count) in wanted.items()}
     check_disjoint({name: [problem.prompt for problem in some] for name, some in problems.items()})
     rng, folder = random.Random(f"{args.seed} traces"), Path(args.out)
     write_jsonl(folder / "sft.jsonl", (make_sft(problem, rng) for problem in problems["sft"]))
@@ -722,12 +693,8 @@ def difficulty_weight(pass_rate):
 
 
 def why_not_sft(record):
-    """The paper's filters (section 2) for one SFT record: the reason to drop it, or None.
-
-    Args:
-        record: "messages" and "domain"; where "correct" is there and False, the reply is known to be wrong. The last
-            message is the one that is judged.
-    """
+    """The paper's filters (section 2) for one SFT record: the reason to drop it, or None. Judged is its last message; where
+    "correct" is there and False, the reply is known to be wrong."""
     if record.get("correct") is False:
         return "incorrect"
     _, opened, rest = record["messages"][-1]["content"].partition("<think>")
@@ -760,12 +727,8 @@ def why_not_rl(problem_id, rollouts):
 
     What every rollout solves teaches nothing. What none solves is kept if it is merely long (a random tenth of those
     where every rollout ran out of tokens), and dropped where the rollouts agree on a wrong answer, as the reference
-    answer is then the likelier culprit.
-
-    Args:
-        problem_id: decides the random subset, so that a second run keeps the same problems.
-        rollouts: traces of this problem, dicts with "correct", "answer" (str or None) and "stop". The paper takes 8.
-    """
+    answer is then the likelier culprit. problem_id decides the random tenth, so that a second run keeps the same problems.
+    rollouts: traces of this problem, dicts with "correct", "answer" (str or None) and "stop"; the paper takes 8."""
     if not rollouts:
         return "no rollouts"
     correct = sum(rollout["correct"] for rollout in rollouts)
@@ -836,11 +799,10 @@ def from_rollouts(path, problems):
     """SFT records of sampled replies, weighted by their problem's pass rate. Unfinished replies count as incorrect."""
     rollouts = read_rollouts(path, problems)
     for problem in problems:
-        some = rollouts[problem.id]
-        for rollout in some:
-            weight = difficulty_weight(sum(other["correct"] for other in some) / len(some))
+        right = [rollout["correct"] and rollout["stop"] == "stop" for rollout in rollouts[problem.id]]
+        for rollout, correct in zip(rollouts[problem.id], right):
             reply = rollout["text"].removesuffix("<|end_of_text|>").removesuffix("<|im_end|>")  # render_chat adds it
-            yield sft_record(problem, reply, weight) | {"correct": rollout["correct"] and rollout["stop"] == "stop"}
+            yield sft_record(problem, reply, difficulty_weight(sum(right) / len(right))) | {"correct": correct}
 
 
 # 6. Samples -----------------------------------------------------------------------------------------------------------
@@ -872,7 +834,8 @@ BLOCK = 2**26  # bytes of a file that one rank checks at a time
 
 def sizes_of(pattern):
     """Dict from files to their sizes in bytes. pattern: the files, separated by commas; * stands for any part of a name."""
-    paths = [path for part in pattern.split(",") for path in sorted(glob.glob(part)) or [part]]
+    parts = [part.strip() for part in pattern.split(",")]
+    paths = [path for part in parts for path in ([part] if os.path.exists(part) else sorted(glob.glob(part)) or [part])]
     if packed := [path for path in paths if path.endswith(".gz")]:
         raise ValueError(f"{packed[0]}: cannot be read from the middle; decompress it")
     return {path: os.path.getsize(path) for path in paths}
@@ -884,18 +847,10 @@ class SftFiles:
     At the start every line is read and checked once, in blocks that ranks can share out among themselves. A sample is read
     again, and made into tokens, when it is asked for: so each rank reads its share, and nobody waits for hours of tokenising.
 
-    Args:
-        pattern: the files, see sizes_of.
-        tokenizer: Tokenizer.
-        max_tokens: of a sample; a longer one is an error, as silence would hide that its answer is never learned.
-        trim: cut longer ones on the right instead, as the paper does above 36K tokens, and mark them as trimmed.
-        limit: so many samples only; 0: all.
-        each: each(function, items, desc) -> list of function(item), for ranks to share work out; None: all of it here.
-    Attributes:
-        rows: dict from each domain to an array of its samples' numbers; checksum: of all bytes.
-    Raises:
-        ValueError: naming file, line and field.
-    """
+    pattern: the files, see sizes_of. A sample of more than max_tokens is an error, as silence would hide that its answer is never
+    learned; trim cuts it on the right instead, as the paper does above 36K tokens, and marks it as trimmed. limit: so many samples
+    only; 0: all. each(function, items, desc) -> list of function(item) shares work out among ranks; None: all of it here.
+    rows: dict from each domain to an array of its samples' numbers; checksum: of all bytes. ValueError names file, line and field."""
 
     def __init__(self, pattern, tokenizer, max_tokens, trim=False, limit=0, each=None):
         self.tokenizer, self.max_tokens, self.trim = tokenizer, max_tokens, trim
@@ -946,7 +901,7 @@ class SftFiles:
         return len(self.offsets)
 
     def __getitem__(self, i):
-        """Sample number i, ValueError if its line has changed into something else, IndexError beyond the last."""
+        """Sample number i, ValueError if its line is no sample any more, IndexError beyond the last."""
         place = Place(self.paths[self.block[i]], int(self.offsets[i]))
         with open(place.path, "rb") as file:
             file.seek(place.offset)
@@ -1013,17 +968,11 @@ def pack(samples, capacity, multiple_of=1):
     """First-fit decreasing: the longest sample first, each into the first pack with room for it.
 
     Needs at most 11/9 of the best possible number of packs, plus one. Quadratic in the number of packs, so meant for
-    one global batch and not for a whole data set.
+    one global batch and not for a whole data set. capacity: tokens of a pack, at most.
 
-    Args:
-        samples: list of Sample.
-        capacity: tokens of a pack, at most.
-        multiple_of: the number of packs is made a multiple of this, the number of teams of ranks: with FSDP, a rank that makes
-            fewer passes than the others leaves them waiting for ever. Packs are split, the longest first; where none
-            can be, dummies of one token and no weight fill up.
-    Returns:
-        List of Pack, longest first: so the packs of one pass, neighbours here, take the ranks about equally long.
-    """
+    The number of packs is made a multiple of multiple_of, the number of teams of ranks: with FSDP, a rank that makes fewer passes
+    than the others leaves them waiting for ever. Packs are split, the longest first; where none can be, dummies of one token and no
+    weight fill up. Longest first is also the order of the list, so the packs of one pass take the ranks about equally long."""
     rows, room = [], []
     for sample in sorted(samples, key=lambda sample: -len(sample.ids)):  # stable, hence deterministic
         size = len(sample.ids)
@@ -1075,14 +1024,9 @@ class Loader:
     order follows from (seed, domain, epoch), the position from counts. So all ranks draw the same batches, and another number of
     ranks continues them.
 
-    Args:
-        rows: dict from each domain to an array of its samples' numbers, as SftFiles has it.
-        batch_size: samples of a global batch.
-        seed: integer, at least 0.
-        mixture: dict from each domain to its weight, whatever their sum; None takes the sizes of the domains, and then
-            as many draws as there are samples take every sample exactly once.
-        checksum: of what the numbers stand for: a stream is continued with the same samples, or not at all.
-    """
+    rows: dict from each domain to an array of its samples' numbers, as SftFiles has it. mixture: dict from each domain to its weight,
+    whatever their sum; None takes the sizes of the domains, and then as many draws as there are samples take every sample exactly
+    once. checksum: of what the numbers stand for: a stream is continued with the same samples, or not at all."""
 
     def __init__(self, rows, batch_size, seed, mixture=None, checksum=0):
         self.rows, self.batch_size, self.seed = rows, batch_size, seed
@@ -1091,6 +1035,8 @@ class Loader:
             raise ValueError(f"batches of {batch_size} cannot be drawn from {count} samples")
         if set(self.mixture) != set(rows):
             raise ValueError(f"mixture: has {sorted(self.mixture)}, the data have the domains {sorted(rows)}")
+        if empty := [name for name, numbers in rows.items() if not len(numbers) and self.mixture[name]]:
+            raise ValueError(f"mixture: no sample of {empty[0]} is left to draw from; hold out fewer")
         if not all(0 <= weight < math.inf for weight in self.mixture.values()) or not any(self.mixture.values()):
             raise ValueError(f"mixture: weights must be numbers from 0 up, and not all 0, not {self.mixture}")
         self.drawn = dict.fromkeys(sorted(rows), 0)
@@ -1105,8 +1051,8 @@ class Loader:
         return [self.draw() for _ in range(self.batch_size)]
 
     def draw(self):
-        # Draw k + 1 of a domain with share w may come when k < w step, and must have come when w step >= k + 1. Always taking the
-        # one that is due first keeps within both, for any shares (Pfair scheduling); the one furthest behind would not.
+        # After `step` draws a domain of share w should have had w * step of them. Its draw k + 1 is allowed once k < w * step, and due
+        # when w * step reaches k + 1. Taking the allowed one that is due first keeps all within one draw (Pfair scheduling).
         total, step = sum(self.mixture.values()), sum(self.drawn.values()) + 1
         may = [name for name, k in self.drawn.items() if k * total < self.mixture[name] * step]
         domain = min(may, key=lambda name: (self.drawn[name] + 1) / self.mixture[name])
@@ -1156,14 +1102,9 @@ def parse_args(cls, description, argv=None):
 
 
 def open_run(out, identity, outputs, *, fresh, device, **about):
-    """Make `out` the folder of a run: run.json then holds its identity, versions, hardware and commit.
-
-    Args:
-        identity: dict of the arguments that two parts of one run must share.
-        outputs: glob patterns of what such a run leaves in its folder; `fresh` deletes these and starts over.
-    Raises:
-        ValueError: the folder holds another run, or outputs of nobody knows what; nothing is changed then.
-    """
+    """Make `out` the folder of a run: run.json then holds its identity (the arguments that two parts of one run must share), versions,
+    hardware and commit. outputs: glob patterns of what such a run leaves in its folder; `fresh` deletes these and starts over.
+    ValueError if the folder holds another run, or outputs of nobody knows what; nothing is changed then."""
     path = Path(out) / "run.json"
     left = [old for pattern in outputs for old in Path(out).glob(pattern)]
     if not fresh and (left or path.exists()):
@@ -1190,7 +1131,7 @@ def open_run(out, identity, outputs, *, fresh, device, **about):
 
         hardware = torch.cuda.get_device_name(device)
     about |= {"torch": importlib.metadata.version("torch"), "python": platform.python_version(), "hardware": hardware,
-              "commit": commit}  # fmt: skip
+              "commit": commit}
     write_text(path, json.dumps({"identity": identity, **about}, indent=2) + "\n")
 
 

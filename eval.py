@@ -149,25 +149,25 @@ SPELLINGS = {
     "(": r"\langle \lparen", ")": r"\rangle \rparen", r"\{": r"\lbrace", r"\}": r"\rbrace", ",": "; or and",
     r"\frac": r"\dfrac \tfrac \cfrac", r"\sqrt": "sqrt √", r"\binom": r"\dbinom \tbinom", "|": r"\vert",
     r"\lfloor": "⌊", r"\rfloor": "⌋", r"\lceil": "⌈", r"\rceil": "⌉",
-}  # fmt: skip
+}
 SPELLING = {other: one for one, others in SPELLINGS.items() for other in others.split()}
 GREEK = r"\\(?:alpha|beta|gamma|delta|epsilon|theta|lambda|mu|nu|rho|sigma|tau|phi|varphi|psi|omega)"
 TRIGONOMETRIC = {
     r"\sin": cmath.sin, r"\cos": cmath.cos, r"\tan": cmath.tan, r"\cot": lambda x: 1 / cmath.tan(x),
     r"\sec": lambda x: 1 / cmath.cos(x), r"\csc": lambda x: 1 / cmath.sin(x),
-}  # fmt: skip
+}
 FUNCTIONS = {
     **TRIGONOMETRIC, r"\arcsin": cmath.asin, r"\arccos": cmath.acos, r"\arctan": cmath.atan,
     r"\arccot": lambda x: cmath.atan(1 / x), r"\arcsec": lambda x: cmath.acos(1 / x),
     r"\arccsc": lambda x: cmath.asin(1 / x), r"\sinh": cmath.sinh, r"\cosh": cmath.cosh, r"\tanh": cmath.tanh,
     r"\exp": cmath.exp, r"\ln": lambda x: ln(x), r"\log": lambda x: ln(x), r"\lg": lambda x: ln(x) / math.log(10),
-}  # fmt: skip
+}
 CURRENCIES = {r"\$": "dollar", "£": "pound sterling", "€": "euro"}  # a bare $ is LaTeX's
 UNITS = {
     "mm": "millimeter", "cm": "centimeter", "m": "meter", "km": "kilometer", "in": "inch inches", "ft": "foot feet",
     "yd": "yard", "mi": "mile", "g": "gram", "kg": "kilogram", "lb": "pound", "oz": "ounce", "s": "second sec",
     "min": "minute", "h": "hour hr", "day": "", "week": "", "year": "", "cent": "", "dollar": "", "degree": "",
-}  # fmt: skip
+}
 SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
 ONES = "one two three four five six seven eight nine".split()
 TEENS = "zero ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
@@ -257,7 +257,7 @@ CLOSING = {"(": (")", "]"), "[": (")", "]"), "{": ("}",), r"\{": (r"\}",)}
 FENCES = {
     "|": ("|", abs), r"\lvert": (r"\rvert", abs), "left": ("right", abs),
     r"\lfloor": (r"\rfloor", lambda x: floor(x)), r"\lceil": (r"\rceil", lambda x: -floor(-x)),
-}  # fmt: skip
+}
 
 
 DEGREE = ("degree", "1")
@@ -847,7 +847,7 @@ FORBIDDEN = {
     "perf_event_open": (298, 241), "userfaultfd": (323, 282), "memfd_create": (319, 279), "shmget": (29, 194),
     "semget": (64, 190), "msgget": (68, 186), "mq_open": (240, 180), "name_to_handle_at": (303, 264),
     "open_by_handle_at": (304, 265), "personality": (135, 92), "fanotify_init": (300, 262),
-}  # fmt: skip
+}
 NEWER = 424  # calls from here on (2019: pidfd, io_uring, clone3, new mounts) "do not exist"; C libraries know how to do without
 NAMESPACES = {"user": 0x10000000, "mount": 0x20000, "pid": 0x20000000, "network": 0x40000000, "ipc": 0x08000000}
 
@@ -979,7 +979,7 @@ def sandbox(nonce, memory, seconds, unsafe):
     attempt(layers, "no rights", drop_rights)
     attempt(layers, "killed with its parent", die_with_parent)  # a change of user has cleared it
     limits = {"AS": memory, "CPU": int(seconds) + 1, "FSIZE": OUTPUT, "NOFILE": 64, "NPROC": PROCESSES, "CORE": 0, "MEMLOCK": 0,
-              "MSGQUEUE": 0}  # fmt: skip
+              "MSGQUEUE": 0}
     while True:
         request = receive(3, nonce, most=2 * DISK)
         stdin, stdout = unnamed_file(request["stdin"].encode("utf-8", "surrogatepass")), unnamed_file(b"")
@@ -1092,7 +1092,7 @@ def filter_calls():
     program = [
         (load, 0, 0, 4), (equal, 1, 0, (0xC000003E, 0xC00000B7)[column]), (leave, 0, 0, kill),  # the architecture
         (load, 0, 0, 0), (at_least, 0, 1, NEWER), (leave, 0, 0, fail | 38),  # its number
-    ]  # fmt: skip
+    ]
     for numbers in FORBIDDEN.values():
         program += [(equal, 0, 1, numbers[column]), (leave, 0, 0, fail | 1)] if len(numbers) > column else []
     program += [(equal, 1, 0, CLONE[column]), (leave, 0, 0, allow), (load, 0, 0, 16)]  # the first argument: flags
@@ -1358,7 +1358,7 @@ def same_value(result, expected):
         try:
             return result == expected or abs(result - expected) <= 1e-6 * max(1, abs(expected)) < math.inf or (
                 result != result and expected != expected
-            )  # fmt: skip
+            )
         except OverflowError:  # an int beyond all floats
             return False
     if kind is list and type(result) is tuple:
@@ -1380,7 +1380,7 @@ CHILD_SIDE = (
     Failed, TimeIsUp, libc, attempt, die_with_parent, send, receive, packed, plain, revive, sandbox, unnamed_file, private_root,
     drop_rights, set_limits, machine, filter_calls, candidate, supervise, map_users, write_whole, Pipes, judge_stdin,
     judge_calls, judge_check, same_value,
-)  # fmt: skip
+)
 
 
 @lru_cache(maxsize=1)
@@ -1390,7 +1390,7 @@ def child_program():
     source = "\n".join([
         "import atexit, ctypes, itertools, json, math, os, resource, signal, struct, sys",
         *(f"{name} = {globals()[name]!r}" for name in numbers), *map(inspect.getsource, CHILD_SIDE), "supervise()",
-    ])  # fmt: skip
+    ])
     compiled = marshal.dumps(compile(source, "supervisor", "exec"))
     return len(compiled).to_bytes(8, "big") + compiled
 
@@ -1473,7 +1473,7 @@ def check_tests(tests, where, entry_point=""):
     if isinstance(tests, dict):
         inputs, outputs = tests.get("inputs"), tests.get("outputs")
         must(isinstance(inputs, list) and isinstance(outputs, list) and len(inputs) == len(outputs) > 0,
-             "tests need lists inputs and outputs of the same length, at least 1")  # fmt: skip
+             "tests need lists inputs and outputs of the same length, at least 1")
         name = tests.get("fn_name")
         if name is None:
             tests = [{"input": text(a), "output": text(b)} for a, b in zip(inputs, outputs)]
@@ -1487,7 +1487,7 @@ def check_tests(tests, where, entry_point=""):
     for i, test in enumerate(tests, 1):
         name = test.get("fn_name", test.get("call"))
         must(isinstance(name, str) and name.isidentifier() and isinstance(test.get("args"), list) and "expected" in test,
-             f"test {i} has neither input and output nor fn_name (or call), args and expected")  # fmt: skip
+             f"test {i} has neither input and output nor fn_name (or call), args and expected")
         try:
             json.dumps(plain([test["args"], test["expected"]], depth=5))  # deeper by then in what is sent
         except (TypeError, ValueError) as error:
@@ -1510,7 +1510,7 @@ def start_supervisor(job, seconds, memory, unsafe):
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, cwd=folder,
             start_new_session=True,
-        )  # fmt: skip
+        )
 
         def kill():
             with suppress(ProcessLookupError):
@@ -1994,7 +1994,7 @@ def write(model, tokenizer, chats, args, samples=1, admit=None, on_token=None, o
         model, prompts, samples=samples, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
         top_p=args.top_p, seed=args.seed, stop_ids=tokenizer.stop_ids, admit=admit, on_token=on_token,
         on_trace=on_trace, progress=progress,
-    )  # fmt: skip
+    )
 
 
 def answer_of(text, problem):
@@ -2025,7 +2025,7 @@ def sample(model, tokenizer, problems, args, samples, ranks, judge, file, online
             "seed": args.seed, "text": text, "tokens": len(trace.tokens), "answer": answer_of(text, problem),
             "correct": verdict.score == 1, "reason": verdict.reason, "stop": trace.stop,
             "confidences": [round(confidence, 4) for confidence in trace.confidences],
-        }  # fmt: skip
+        }
 
     def admit(prompt, index):
         if prompt % ranks.world != ranks.rank:
@@ -2069,7 +2069,7 @@ def row(checkpoint, method, scores, tokens, seconds):
     return {
         "checkpoint": checkpoint, "method": method, "accuracy": accuracy, "stderr": stderr, "tokens": round(tokens),
         "seconds": round(seconds, 2), "problems": len(scores),
-    }  # fmt: skip
+    }
 
 
 def count_tokens(groups):

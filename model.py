@@ -6,10 +6,10 @@
     python model.py --bench               training, prefill and decoding against what this machine allows, and against transformers
     model = FalconH1(PRESETS["tiny"]);    logits = model(torch.tensor([[72, 101, 108, 108, 111]]))
 
-One block, the paper's SA_M ("semi-parallel attention and Mamba, then MLP"); x stands for a scalar multiplier of muP:
+One block, the paper's SA_M ("semi-parallel attention and Mamba, then MLP"); µ stands for a scalar multiplier of muP:
 
-    h ──┬── RMSNorm ──┬── x ── q k v ── RoPE ── attention ─────────────────── o ── x ──(+)──┬── RMSNorm ── SwiGLU ──(+)── h
-        │             └── x ── z x B C dt ── conv ── SSD scan ── gated norm ── out ── x ─┘  │                        │
+    h ──┬── RMSNorm ──┬── µ ── q k v ── RoPE ── attention ─────────────────── o ── µ ──(+)──┬── RMSNorm ── SwiGLU ──(+)── h
+        │             └── µ ── z x B C dt ── conv ── SSD scan ── gated norm ── out ── µ ─┘  │                        │
         └─────────────────────────────────────────────────────────────────────────────────┘└────────────────────────┘
 
 Glossary (letters of the SSM stand in ssm_scan.py)
@@ -29,9 +29,8 @@ import math
 import mmap
 import os
 import re
-import struct
+import sys
 import time
-from collections import deque
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache, partial
 from pathlib import Path
@@ -113,7 +112,8 @@ class FalconH1Config:
             n, by = getattr(self, name), getattr(self, divisor)
             check(n % by == 0, f"{name} {n} is not a multiple of {divisor} {by}")
         check(self.head_dim % 2 == 0, f"head_dim {self.head_dim} is odd, but RoPE turns channels in pairs")
-        check(self.rope_theta > 0 and self.time_step_limit[0] <= self.time_step_limit[1], "rope_theta above 0 and time_step_limit in order needed")
+        check(self.rope_theta > 0 and self.rms_norm_eps >= 0 and self.time_step_limit[0] <= self.time_step_limit[1],
+              "needed: rope_theta above 0, rms_norm_eps not below, and time_step_limit in order")
 
     @property
     def mamba_widths(self):
@@ -127,12 +127,9 @@ class FalconH1Config:
         logit is guessed: transformers' own defaults (norm before the gate, mamba_d_ssm 1024) are those of no published model."""
         try:
             raw = json.loads(Path(path).read_text(), object_hook=lambda d: float(d["__float__"]) if "__float__" in d else d)
-            raw = {name: tuple(v) if isinstance(v, list) else v for name, v in raw.items() if v is not None}
-        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as e:
-            raise ValueError(f"{path}: not a readable config.json ({e})") from None
-        try:
-            return cls._from_fields(raw)
-        except ValueError as e:
+            check(isinstance(raw, dict), "not a JSON object")
+            return cls._from_fields({name: tuple(v) if isinstance(v, list) else v for name, v in raw.items() if v is not None})
+        except (OSError, ValueError, TypeError, OverflowError, RecursionError) as e:
             raise ValueError(f"{path}: {e}") from None
 
     @classmethod
@@ -157,16 +154,9 @@ class FalconH1Config:
             raw.setdefault("head_dim", raw["hidden_size"] // raw["num_attention_heads"])
         except (KeyError, TypeError, ZeroDivisionError, OverflowError, ValueError):
             pass  # one of the fields named here is missing or no number, which is said next
-        for name in sorted(n for n in names - _MAY_BE_ABSENT if raw.get(n) is None):
-            raise ValueError(f"field {name} is missing")
+        missing = sorted(n for n in names - _MAY_BE_ABSENT if raw.get(n) is None)
+        check(not missing, f"field {', '.join(missing)} is missing")
         return cls(**{n: v for n, v in raw.items() if n in names})
-
-    def to_json(self, dtype):
-        values = asdict(self)
-        if self.time_step_limit == (0, float("inf")):
-            del values["time_step_limit"]  # the published default; JSON has no word for infinity
-        return {"architectures": ["FalconH1ForCausalLM"], "model_type": "falcon_h1", "torch_dtype": str(dtype).split(".")[1],
-                "hidden_act": "silu", **values}
 
 
 # Fields of config.json that may be absent, because they change no logit or because tensors that are there, or not, would contradict
@@ -179,8 +169,9 @@ _NOT_READ = set("""model_type architectures auto_map dtype torch_dtype transform
     output_attentions output_hidden_states is_encoder_decoder chunk_size_feed_forward id2label label2id problem_type""".split())
 
 def _published(vocab, hidden, layers, heads, kv_heads, head_dim, ssm_heads, ssm_head, state, intermediate, positions, **other):
-    """The published shapes. Their multipliers were tuned once, at 0.5B (hidden 1024), and follow the widths from there: w is the
-    ratio of widths. The rule gives the published values of 0.5B, 7B and 34B, and those of the others as far as they are known."""
+    """The published shapes. Their multipliers were tuned once, at 0.5B (hidden 1024, where w = 1 and the numbers here are the tuned
+    ones), and follow the widths from there. The rule gives the published values of 0.5B, 7B and 34B, and those of the others as far
+    as they are known."""
     w, ssm = hidden / 1024, ssm_heads * ssm_head
     return FalconH1Config(
         vocab_size=vocab, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
@@ -216,6 +207,7 @@ class Context:
     """What the blocks of a forward pass share. torch.compile does not look into `mix`, and nothing else reads cu, cache or cp: so one
     compiled block serves any documents."""
     rope: tuple  # cos and sin of the tokens' positions, see rope_table
+    mup: torch.Tensor | None  # the multiplier of every output channel of in_proj, in the model's dtype, as published also in bf16
     cu: tuple | None = None  # cu_seqlens
     cache: object = None  # a Cache
     cp: object = None  # a train_sft.ContextParallel: h holds this rank's share of a row's tokens
@@ -227,7 +219,7 @@ def scaled(x, multiplier):
 
 
 class Linear(nn.Linear):
-    """x W^T + bias. CPUs multiply the few rows of a decoding step faster as (W x^T)^T."""
+    """x W^T + bias. CPUs multiply the few rows of a decoding step faster as (W x^T)^T, which tells in the widest: MLP and head."""
 
     def forward(self, x):
         if x.is_cuda or torch.is_grad_enabled() or x.shape[:-1].numel() > 64:
@@ -236,21 +228,16 @@ class Linear(nn.Linear):
         return y if self.bias is None else y + self.bias
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(nn.RMSNorm):
     """w * x / sqrt(mean(x^2) + eps), the mean in float32 and the cast before the weight, as in the published model."""
 
-    def __init__(self, width, eps):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
-
     def forward(self, x):
-        x32 = x.float()
-        return self.weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return self.weight * F.rms_norm(x.float(), self.normalized_shape, eps=self.eps).to(x.dtype)
 
 
 def rope_table(positions, head_dim, theta, dtype):
-    """positions (b, t) -> cos, sin (b, t, 1, head_dim) of the angles position * theta^(-2i / head_dim), i < head_dim / 2, each for
-    two channels; the first of them takes minus the sine."""
+    """positions (b, t) -> cos, sin (b, t, 1, head_dim) of the angles position * theta^(-2i / head_dim). Channels i and
+    i + head_dim / 2 share one; the sine of the first is negative, as `rotate` needs it."""
     frequency = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
     angle = positions[..., None, None].float() * frequency
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
@@ -263,9 +250,10 @@ def rotate(x, cos, sin):
 
 
 @lru_cache(maxsize=16)
+@torch.inference_mode(False)  # what is cached may meet autograd later
 def _document_groups(cu, device):
     """Documents of similar length, to be padded and attended to together. Returns the token of every padded row, group after
-    group; the groups' shapes (documents, longest); the place of every token among the rows. A group's longest document is at
+    group; the groups' shapes (documents, longest); where each token stands among the padded rows. A group's longest document is at
     most 1.25 times its shortest: that bounds the padding, and keeps the groups few."""
     groups = []
     for start, end in sorted(zip(cu, cu[1:]), key=lambda d: d[1] - d[0]):
@@ -328,20 +316,13 @@ class Attention(nn.Module):
         return y if cp is None else cp.to_tokens(y)
 
 
-@lru_cache(maxsize=64)
-def _mup_vector(widths, multipliers, dtype, device):
-    """The muP multiplier of every output channel of in_proj, in the model's dtype (as published, also in bf16)."""
-    return torch.cat([torch.full((w,), m) for w, m in zip(widths, multipliers)]).to(device, dtype)
-
-
 def gated_norm(y, z, weight, groups, eps, norm_before_gate):
     """Mamba-2's gated RMSNorm over each group's channels. y, z (b, t, I) -> (b, t, I) float32.
 
     norm_before_gate False (the published checkpoints): w * RMS(y silu(z));  True: w * RMS(y) silu(z)."""
     gate = F.silu(z.float())
     y = y.float() if norm_before_gate else y.float() * gate
-    by_group = y.unflatten(-1, (groups, -1))
-    y = (by_group * torch.rsqrt(by_group.square().mean(-1, keepdim=True) + eps)).flatten(-2) * weight
+    y = F.rms_norm(y.unflatten(-1, (groups, -1)), (y.shape[-1] // groups,), eps=eps).flatten(-2) * weight
     return y * gate if norm_before_gate else y
 
 
@@ -364,8 +345,7 @@ class Mamba(nn.Module):
     def forward(self, u, context, layer):
         c = self.config
         p = self.in_proj(scaled(u, c.ssm_in_multiplier))
-        if set(c.ssm_multipliers) != {1}:
-            p = p * _mup_vector(c.mamba_widths, c.ssm_multipliers, u.dtype, u.device)
+        p = p if context.mup is None else p * context.mup
         z, xBC, dt = p.split([c.mamba_d_ssm, sum(c.mamba_widths[1:4]), c.mamba_n_heads], -1)
         dt = F.softplus(dt + self.dt_bias).clamp(*c.time_step_limit)  # in the model's dtype, as published
         y = self.mix(xBC, dt, context, layer).flatten(2)  # (b, t, I)
@@ -449,7 +429,7 @@ class Backbone(nn.Module):
         self.final_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
     def forward(self, input_ids, cu=None, cache=None, cp=None):
-        t = input_ids.shape[1]
+        c, t = self.config, input_ids.shape[1]
         first = 0 if cp is None else cp.rank * t
         positions = torch.arange(first, first + t, device=input_ids.device)[None]
         if cu is not None:  # positions start anew in every document
@@ -458,8 +438,10 @@ class Backbone(nn.Module):
         elif cache is not None:
             positions = cache.lengths[:, None] + positions
             cache.extend(positions)
-        h = scaled(self.embed_tokens(input_ids), self.config.embedding_multiplier)
-        context = Context(rope_table(positions, self.config.head_dim, self.config.rope_theta, h.dtype), cu, cache, cp)
+        h = scaled(self.embed_tokens(input_ids), c.embedding_multiplier)
+        rope = rope_table(positions, c.head_dim, c.rope_theta, h.dtype)
+        mup = torch.cat([h.new_full((width,), m) for width, m in zip(c.mamba_widths, c.ssm_multipliers)])
+        context = Context(rope, mup if set(c.ssm_multipliers) != {1} else None, cu, cache, cp)
         for layer, block in enumerate(self.layers):
             run = partial(checkpoint, block, use_reentrant=False) if self.recompute and torch.is_grad_enabled() else block
             h = run(h, context, layer)
@@ -491,7 +473,7 @@ class FalconH1(nn.Module):
                     m.bias.zero_()
             elif isinstance(m, Mamba):
                 m.A_log.uniform_(1, 16).log_()
-                dt = m.dt_bias.uniform_(-6.9, -2.3).exp()  # ln 0.001, ln 0.1
+                dt = m.dt_bias.uniform_(-6.9, -2.3).exp()  # about ln 0.001 and ln 0.1
                 m.dt_bias.copy_(dt.expm1().log())  # the inverse of softplus
 
     def forward(self, input_ids, *, cu_seqlens=None, cache=None, head=None):
@@ -516,8 +498,11 @@ class FalconH1(nn.Module):
             del state["lm_head.weight"]
         os.makedirs(folder, exist_ok=True)
         write_safetensors(Path(folder) / "model.safetensors", state, read)
-        config = json.dumps(self.config.to_json(next(iter(state.values())).dtype), indent=2) + "\n"
-        _replace(Path(folder) / "config.json", lambda f: f.write(config.encode()))
+        config = {"architectures": ["FalconH1ForCausalLM"], "model_type": "falcon_h1", "hidden_act": "silu",
+                  "torch_dtype": str(next(iter(state.values())).dtype).split(".")[1], **asdict(self.config)}
+        if self.config.time_step_limit == (0, float("inf")):
+            del config["time_step_limit"]  # the published default; JSON has no word for infinity
+        _replace(Path(folder) / "config.json", lambda f: f.write(json.dumps(config, indent=2).encode() + b"\n"))
 
     @classmethod
     def from_pretrained(cls, folder, *, dtype=None, device=None, mapped=False):
@@ -526,15 +511,16 @@ class FalconH1(nn.Module):
         mapped leaves the tensors as they are in their file, whatever dtype and device: train_sft.shard() moves and converts a block
         at a time, so that no rank ever holds the whole model."""
         config, state = FalconH1Config.from_json(Path(folder) / "config.json"), read_checkpoint(folder)
-        if config.tie_word_embeddings and (tied := state.get("model.embed_tokens.weight")) is not None:
-            check(torch.equal(state.setdefault("lm_head.weight", tied), tied),
-                  f"{folder}: tensor lm_head.weight differs from model.embed_tokens.weight, but config.json says tie_word_embeddings")
-        last = f"model.layers.{config.num_hidden_layers - 1}.mamba.D"
-        check(last in state, f"{folder}: tensor {last} is missing")  # before a model of a billion layers is built
+        embeddings, last = "model.embed_tokens.weight", f"model.layers.{config.num_hidden_layers - 1}.mamba.D"
+        for name in (embeddings, last):  # before a model of a billion layers is built
+            check(name in state, f"{folder}: tensor {name} is missing")
+        stored = state[embeddings].dtype
+        if config.tie_word_embeddings:
+            check(torch.equal(state.setdefault("lm_head.weight", state[embeddings]), state[embeddings]),
+                  f"{folder}: tensor lm_head.weight differs from {embeddings}, but config.json says tie_word_embeddings")
         with torch.device("meta"):
             model = cls(config)
         expected = model.state_dict()
-        stored = state["model.embed_tokens.weight"].dtype if "model.embed_tokens.weight" in state else None
         for name in sorted({*expected, *state}):
             tensor = f"{folder}: tensor {name}"
             check(name in state, f"{tensor} is missing")
@@ -557,8 +543,8 @@ class Cache:
     """What a sequence has left behind, for `slots` sequences: keys and values of every token, and the fixed-size states.
 
     k, v (layers, slots, hkv, length, hd) and conv (layers, slots, channels, d_conv - 1) in the model's dtype, ssm (layers,
-    slots, h, p, n) always float32, lengths (slots,). Attention looks at `used` positions, an upper bound on the lengths
-    kept on the host (reading it back from a GPU would stall every step), rounded up to `window_of` them."""
+    slots, h, p, n) always float32, lengths (slots,). `used`: no sequence is longer, which the host knows without asking the
+    GPU and stalling every step. Attention reads the first `window` positions: `used`, rounded up."""
 
     def __init__(self, config, slots, length, *, dtype=torch.float32, device=None):
         c, layers = config, config.num_hidden_layers
@@ -588,13 +574,11 @@ class Cache:
 
     def extend(self, positions):
         """The next forward appends tokens at `positions` (slots, t)."""
-        self.rows = torch.arange(len(positions), device=positions.device)[:, None]
-        self.empty = self.used == 0
-        self.used += positions.shape[1]
-        length = self.k.shape[3]
-        check(self.used <= length, f"cache: {self.used} tokens do not fit a length of {length}")
-        self.positions, self.window = positions, self.window_of(self.used)
-        self.mask = (torch.arange(self.window, device=positions.device) <= positions[:, None, :, None])  # (slots, 1, t, window)
+        used, length = self.used + positions.shape[1], self.k.shape[3]
+        check(used <= length, f"cache: {used} tokens do not fit a length of {length}")
+        self.empty, self.used, self.window = self.used == 0, used, self.window_of(used)
+        self.rows, self.positions = torch.arange(len(positions), device=positions.device)[:, None], positions
+        self.mask = torch.arange(self.window, device=positions.device) <= positions[:, None, :, None]  # (slots, 1, t, window)
 
     def attend(self, layer, q, k, v):
         """Append k, v (slots, t, hkv, hd), then attend with q (slots, t, hq, hd) to all that each slot holds."""
@@ -677,14 +661,15 @@ def slots_that_fit(config, length, dtype, device):
         match = re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text()) if Path("/proc/meminfo").exists() else None
         free = int(match[1]) * 1024 if match else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     one = sum(v.nbytes for v in vars(Cache(config, 1, length, dtype=dtype, device="meta")).values() if isinstance(v, torch.Tensor))
-    return int(min(256, max(1, free // 2 // one)))
+    return min(256, max(1, free // 2 // one))
 
 
 def decoder(model, cache):
     """step(tokens (slots,)) -> logits (slots, vocab): every slot of `cache` appends one token. The caller sets cache.used.
 
-    On a GPU a step is some thousand launches, which take the host longer than the device. So the second step that attends to a
-    window of a given size is recorded as a CUDA graph, and replayed until the window changes; the first one compiles."""
+    On a GPU a step is some thousand launches, which take the host longer than the device. So the first step with a window of some
+    size runs as usual (Triton compiles there), the second one is recorded as a CUDA graph, and that is replayed until the window
+    changes."""
     if not cache.k.is_cuda:
         return lambda tokens: model(tokens[:, None], cache=cache)[:, 0]
     ids, graph, window, logits = cache.lengths.clone()[:, None], None, None, None
@@ -730,24 +715,23 @@ def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_p=1.0, seed
     slots = min(slots or slots_that_fit(c, longest, p.dtype, p.device), len(prompts) * samples)
     cache = Cache(c, slots, longest, dtype=p.dtype, device=p.device)
     step, prefilled, ended = decoder(model, cache), {}, []
-    active, tokens, streams = [None] * slots, [0] * slots, [None] * slots  # of each slot its trace, last token, random numbers
-    waiting = deque([i, 0] for i in range(len(prompts)))  # prompts with the index of their next sample
-    bar, begun, shown, produced = tqdm(total=len(prompts) * samples, disable=not progress, desc="sampling", unit="trace"), time.time(), 0, 0
+    active = [None] * slots  # of each slot its trace and that trace's random numbers
+    waiting = dict.fromkeys(range(len(prompts)), 0)  # prompts with the index of their next sample
+    bar = tqdm(total=len(prompts) * samples, disable=not progress, desc="sampling", unit="trace", mininterval=0.5, miniters=0)
+    begun, produced = time.time(), 0
 
     def next_job():
         """(prompt, sample) to start now, or None. Prompts in order, so that few prefilled states are alive at a time."""
-        for entry in list(waiting):
-            i, sample = entry
+        for i, sample in list(waiting.items()):
             verdict = "go" if admit is None else admit(i, sample)
-            entry[1] += verdict == "go"
-            if verdict == "done" or entry[1] == samples:
-                waiting.remove(entry)
+            waiting[i] += verdict == "go"
+            if verdict == "done" or waiting[i] == samples:
+                del waiting[i]
             if verdict == "go":
                 return i, sample
             if verdict == "done":
                 prefilled.pop(i, None)
                 bar.total -= samples - sample
-        return None
 
     def start(jobs):
         """Put traces into slots. Their prompts are read together with others of their length, up to 16k tokens at once."""
@@ -760,46 +744,43 @@ def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_p=1.0, seed
             cache.load(slot, *prefilled[i])
             if sample == samples - 1:
                 del prefilled[i]
-            active[slot], tokens[slot], streams[slot] = Trace(i, sample), prompts[i][-1], np.random.default_rng([seed, i, sample])
-
-    def append(slot, token, logprob, confidence):
-        trace, tokens[slot] = active[slot], token
-        trace.tokens.append(token)
-        trace.logprobs.append(logprob)
-        trace.confidences.append(confidence)
-        halted = on_token is not None and on_token(trace)
-        trace.stop = "stop" if token in stop_ids else "deepconf" if halted else "length" if len(trace.tokens) == max_new_tokens else ""
-        if trace.stop:
-            active[slot] = streams[slot] = None
-            ended.append(trace)
-            bar.update()
-            if on_trace is not None:
-                on_trace(trace)
+            active[slot] = Trace(i, sample), np.random.default_rng([seed, i, sample])
 
     while True:
-        free = [s for s in range(slots) if active[s] is None]
+        free = [s for s, job in enumerate(active) if job is None]
         start(list(zip(free, iter(next_job, None))))
-        busy = [s for s in range(slots) if active[s] is not None]
+        busy = [s for s, job in enumerate(active) if job is not None]
         if not busy:
             if waiting:
-                raise RuntimeError(f"generate: prompt {waiting[0][0]} waits to be admitted and nothing is running")
+                raise RuntimeError(f"generate: prompt {min(waiting)} waits to be admitted and nothing is running")
             break
-        if not waiting and 2 * len(busy) <= slots:  # the last traces: decoding only these is faster
+        if not waiting and 2 * len(busy) <= len(active):  # the last traces: decoding only these is faster
             cache.keep(busy)
-            active, tokens, streams = ([values[s] for s in busy] for values in (active, tokens, streams))
-            step, slots, busy = decoder(model, cache), len(busy), range(len(busy))
-        cache.used = max(len(prompts[active[s].prompt_index]) - 1 + len(active[s].tokens) for s in busy)
+            active = [active[s] for s in busy]
+            step, busy = decoder(model, cache), range(len(busy))
+        cache.used = max(len(prompts[t.prompt_index]) - 1 + len(t.tokens) for t, _ in filter(None, active))
         cache.lengths.clamp_(max=cache.used)  # idle slots go on decoding nonsense, inside the window
-        logits = step(torch.tensor(tokens, device=p.device))
+        last = [(job[0].tokens or prompts[job[0].prompt_index])[-1] if job else 0 for job in active]
+        logits = step(torch.tensor(last, device=p.device))
         check(logits.isfinite().all(), "generate: the model's logits are not finite")
-        u = torch.tensor([0.0 if r is None else r.random() for r in streams], dtype=torch.float64, device=p.device)
-        drawn = [v.tolist() for v in draw(logits, u, temperature, top_p)]
+        u = torch.tensor([job[1].random() if job else 0.0 for job in active], dtype=torch.float64, device=p.device)
+        tokens, logprobs, confidences = (v.tolist() for v in draw(logits, u, temperature, top_p))
         for slot in busy:
-            append(slot, *(v[slot] for v in drawn))
-        produced, now = produced + len(busy), time.time()
-        if now - shown > 0.5:
-            bar.set_postfix_str(f"{produced / (now - begun):,.0f} tokens/s")
-            shown = now
+            trace, token = active[slot][0], tokens[slot]
+            trace.tokens.append(token)
+            trace.logprobs.append(logprobs[slot])
+            trace.confidences.append(confidences[slot])
+            halted = on_token is not None and on_token(trace)
+            trace.stop = "stop" if token in stop_ids else "deepconf" if halted else "length" if len(trace.tokens) == max_new_tokens else ""
+            if trace.stop:
+                active[slot] = None
+                ended.append(trace)
+                bar.update()
+                if on_trace is not None:
+                    on_trace(trace)
+        produced += len(busy)
+        bar.set_postfix_str(f"{produced / (time.time() - begun):,.0f} tokens/s", refresh=False)
+        bar.update(0)  # shows it, at most twice a second
     bar.close()
     return sorted(ended, key=lambda t: (t.prompt_index, t.sample_index))
 
@@ -828,73 +809,64 @@ def write_safetensors(path, tensors, read=lambda name, v: v):
     """tensors {name: tensor} -> file, little-endian, in the order of the names. read: see save_pretrained."""
     names, header, offset = {v: k for k, v in _DTYPES.items()}, {"__metadata__": {"format": "pt"}}, 0
     for name, v in sorted(tensors.items()):
-        size = v.numel() * v.element_size()
-        header[name] = {"dtype": names[v.dtype], "shape": list(v.shape), "data_offsets": [offset, offset + size]}
-        offset += size
+        header[name] = {"dtype": names[v.dtype], "shape": list(v.shape), "data_offsets": [offset, offset + v.nbytes]}
+        offset += v.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
 
     def write(f):
-        f.write(struct.pack("<Q", len(text)) + text)
+        f.write(len(text).to_bytes(8, "little") + text)
         for name, v in sorted(tensors.items()):
             f.write(read(name, v).detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     _replace(path, write)
 
 
 def read_safetensors(path):
-    """file -> {name: tensor}, memory-mapped (copy what you want to keep or to change). A header that lies is a ValueError."""
+    """file -> {name: tensor}, memory-mapped (copy what you want to keep or to change). The tensors' bytes must follow the header
+    without gap or overlap, to the end of the file; a header that lies is a ValueError."""
+    tensors = {}
     try:
         with open(path, "rb") as f:
-            size = os.fstat(f.fileno()).st_size
-            check(size >= 8, f"{size} bytes")
             data = memoryview(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY))
-        (length,) = struct.unpack("<Q", data[:8])
-        check(length <= min(size - 8, 100_000_000), f"a header of {length} bytes in a file of {size}")
-        return _tensors(data, 8 + length)
+        end = 8 + int.from_bytes(data[:8], "little")  # so far; of the header
+        check(end <= min(len(data), 100_000_000), f"a header of {end - 8} bytes in a file of {len(data)}")
+        header = json.loads(bytes(data[8:end]))
+        header.pop("__metadata__", None)
+        first = end
+        for start, stop, dtype, shape, name in sorted((*e["data_offsets"], e["dtype"], e["shape"], n) for n, e in header.items()):
+            check(dtype in [*_DTYPES], f"tensor {name} has dtype {dtype}")
+            check(all(type(v) is int and 0 <= v < 2**63 for v in (start, stop, *shape)), f"tensor {name} has no natural shape or offsets")
+            dtype, count, begin, end = _DTYPES[dtype], math.prod(shape), end, first + stop
+            check(first + start == begin and end - begin == count * dtype.itemsize, f"tensor {name} is at {start}..{stop}")
+            check(end <= len(data), f"tensor {name} ends at byte {end} of {len(data)}")
+            tensors[name] = torch.frombuffer(data[begin:end], dtype=dtype).view(shape) if count else torch.empty(shape, dtype=dtype)
+        check(end == len(data), f"{len(data) - end} bytes too many")
     except OSError as e:
         raise ValueError(f"{path}: {e.strerror}") from None
     except ValueError as e:
         raise ValueError(f"{path}: not a whole safetensors file: {e}") from None
-
-
-def _tensors(data, begin):
-    """The tensors of a file whose header ends at byte `begin`: in the order of their bytes, without gap or overlap, to the end."""
-    try:
-        header = json.loads(bytes(data[8:begin]))
-        header.pop("__metadata__", None)
-        entries = sorted((e["data_offsets"][0], e["data_offsets"][1], e["dtype"], tuple(e["shape"]), n) for n, e in header.items())
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as e:
-        raise ValueError(f"unreadable header ({type(e).__name__})") from None
-    tensors, end = {}, 0
-    for start, stop, dtype, shape, name in entries:
-        check(isinstance(dtype, str) and dtype in _DTYPES, f"tensor {name} has dtype {dtype}")
-        check(all(type(v) is int and 0 <= v < 2**63 for v in (start, stop, *shape)), f"tensor {name} has no natural shape or offsets")
-        count = math.prod(shape)
-        check(start == end and stop - start == count * _DTYPES[dtype].itemsize, f"tensor {name} is at {start}..{stop}")
-        check(begin + stop <= len(data), f"tensor {name} ends at byte {begin + stop} of {len(data)}")
-        raw, end = data[begin + start : begin + stop], stop
-        tensors[name] = (torch.frombuffer(raw, dtype=_DTYPES[dtype]) if count else torch.empty(0, dtype=_DTYPES[dtype])).view(shape)
-    check(begin + end == len(data), f"{len(data) - begin - end} bytes too many")
+    except (KeyError, TypeError, AttributeError, RuntimeError) as e:  # also RecursionError, and torch's of absurd shapes
+        raise ValueError(f"{path}: not a whole safetensors file: unreadable header ({type(e).__name__})") from None
     return tensors
 
 
 def read_checkpoint(folder):
     """{name: tensor}, memory-mapped, of model.safetensors, or else of the shards that model.safetensors.index.json names."""
-    single, index, state = Path(folder) / "model.safetensors", Path(folder) / "model.safetensors.index.json", {}
+    folder, state = Path(folder), {}
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.exists() or not index.exists():
         return read_safetensors(single)
     try:
         shard_of = json.loads(index.read_text())["weight_map"]
-        shards = sorted(set(shard_of.values()))
-        check(all(shard == Path(shard).name for shard in shards), "a path, not a file name")
+        check(all(shard == Path(shard).name for shard in shard_of.values()), "a path, not a file name")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise ValueError(f"{index}: expected a weight_map from tensors to files in its folder ({e})") from None
-    for shard in shards:
-        for name, v in read_safetensors(Path(folder) / shard).items():
-            check(shard_of.get(name) == shard, f"{Path(folder) / shard}: tensor {name} is here, but {index.name} names {shard_of.get(name)}")
+    for shard in sorted(set(shard_of.values())):
+        for name, v in read_safetensors(folder / shard).items():
+            check(shard_of.get(name) == shard, f"{folder / shard}: tensor {name} is here, but {index.name} names {shard_of.get(name)}")
             state[name] = v
     for name in sorted(shard_of.keys() - state.keys()):
-        raise ValueError(f"{Path(folder) / shard_of[name]}: tensor {name} is missing, {index.name} says it is here")
+        raise ValueError(f"{folder / shard_of[name]}: tensor {name} is missing, {index.name} says it is here")
     return state
 
 
@@ -902,8 +874,6 @@ def read_checkpoint(folder):
 
 
 def main():
-    import sys
-
     sys.modules.setdefault("model", sys.modules["__main__"])  # for measure.py's import: this file, not a second copy of it
     from tests import measure
 

@@ -124,6 +124,7 @@ class ChunkTable(NamedTuple):
 
 
 @lru_cache(maxsize=16)  # once for a batch, then shared by all layers and by the backward pass
+@torch.inference_mode(False)
 def chunk_table(cu, chunk_size, device, in_step=False):
     """Cut sequences with boundaries `cu` (a tuple) into chunks; a chunk holds tokens of one sequence only.
 
@@ -365,7 +366,7 @@ def _load(rows, columns, token, stride, row_mask, column_mask):
 @_jit
 def _states_kernel(value, key, dt, c, s_lo, start, length, first, initial, states, final, entering, crossing, s_v, s_k,
                    H: constexpr, G: constexpr, P: constexpr, N: constexpr, L: constexpr,
-                   BP: constexpr, BN: constexpr, BL: constexpr, REVERSED: constexpr):  # fmt: skip
+                   BP: constexpr, BN: constexpr, BL: constexpr, REVERSED: constexpr):
     """Steps 2 and 3. One program carries a BP x BN tile of one head's state through all chunks of one sequence, in float32
     registers: states[k] = S before chunk k, then S <- 2^(c_l) S + sum_j 2^(c_l - c_j) dt_j value_j key_j^T.
 
@@ -401,7 +402,7 @@ def _states_kernel(value, key, dt, c, s_lo, start, length, first, initial, state
 @_jit
 def _scan_kernel(value, query, cb, states, dt, c, s_lo, D, start, length, out, x, ddt, dD, s_v, s_q, s_out, s_x,
                  H: constexpr, G: constexpr, P: constexpr, N: constexpr, L: constexpr,
-                 BM: constexpr, BP: constexpr, BK: constexpr, BL: constexpr, REVERSED: constexpr):  # fmt: skip
+                 BM: constexpr, BP: constexpr, BK: constexpr, BL: constexpr, REVERSED: constexpr):
     """Steps 1 and 4, BM rows of one chunk and head a program (the picture above):
     y_i = 2^(c_i) S C_i + sum_{j <= i} W_ij dt_j x_j + D x_i.
 
@@ -442,7 +443,7 @@ def _scan_kernel(value, query, cb, states, dt, c, s_lo, D, start, length, out, x
 
 @_jit
 def _dcb_kernel(x, dy, cb, dt, c, s_lo, start, length, dcb, row, col, s_x, s_dy,
-                H: constexpr, G: constexpr, P: constexpr, L: constexpr, BM: constexpr, BJ: constexpr, BP: constexpr):  # fmt: skip
+                H: constexpr, G: constexpr, P: constexpr, L: constexpr, BM: constexpr, BJ: constexpr, BP: constexpr):
     """d(cb)_ij = sum over the group's heads of 2^(c_i - c_j) dt_j (dy_i . x_j), a BM x BJ tile a program; and of every head's
     q = d(cb) cb below the diagonal the sums of rows, row[k, h, tile's column, i], and columns, col[k, h, tile's row, j]."""
     DOWN: constexpr = L // BM
@@ -474,7 +475,7 @@ def _dcb_kernel(x, dy, cb, dt, c, s_lo, start, length, dcb, row, col, s_x, s_dy,
 @_jit
 def _dbc_kernel(value, own, other, dcb, states, dt, c, s_lo, start, length, out, through, s_v, s_own, s_other, s_out,
                 H: constexpr, G: constexpr, P: constexpr, N: constexpr, L: constexpr,
-                BM: constexpr, BN: constexpr, BP: constexpr, BL: constexpr, REVERSED: constexpr):  # fmt: skip
+                BM: constexpr, BN: constexpr, BP: constexpr, BL: constexpr, REVERSED: constexpr):
     """dC_i = sum_h 2^(c_i) S^T dy_i + sum_{j <= i} d(cb)_ij B_j, BM x BN a program (value dy, own C, other B, states S), and
     of every head through[k, h, tile of n, i] = C_i . (its first term), which is F_i.
 
@@ -548,7 +549,7 @@ def _launch(kernel, programs, *args, **sizes):
 
 @torch.library.custom_op("falcon_h1r::ssd", mutates_args=())  # opaque to torch.compile, which therefore has no graph break
 def _ssd(x: torch.Tensor, dt: torch.Tensor, B: torch.Tensor, C: torch.Tensor, A: torch.Tensor, D: torch.Tensor,
-         S: torch.Tensor, cu: Sequence[int], l: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+         S: torch.Tensor, cu: Sequence[int], l: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """x (tokens, h, p), dt (tokens, h), B and C (tokens, g, n), A and D (h,), S (s, h, p, n) -> y, final states, and for the
     backward pass the states (k, h, p, n) that enter each chunk, and cb (k, g, l, l)."""
     (h, p), (g, n), table = x.shape[1:], B.shape[1:], chunk_table(tuple(cu), l, x.device)
@@ -558,9 +559,9 @@ def _ssd(x: torch.Tensor, dt: torch.Tensor, B: torch.Tensor, C: torch.Tensor, A:
     sizes, chunks = dict(H=h, G=g, P=p, N=n, L=l), (table.start, table.length)
     bm, bp, bn = tiles["scan"]["BM"], tiles["states"]["BP"], tiles["states"]["BN"]
     _launch(_states_kernel, triton.cdiv(p, bp) * triton.cdiv(n, bn) * h * len(S), x, B, dt, c, c.stride(0), *chunks, table.first,
-            S, states, final, None, None, x.stride(0), B.stride(0), **sizes, **tiles["states"], REVERSED=False)  # fmt: skip
+            S, states, final, None, None, x.stride(0), B.stride(0), **sizes, **tiles["states"], REVERSED=False)
     _launch(_scan_kernel, l // bm * h * k, x, C, cb, states, dt, c, c.stride(0), D, *chunks, y, None, None, None,
-            x.stride(0), C.stride(0), y.stride(0), 0, **sizes, **tiles["scan"], REVERSED=False)  # fmt: skip
+            x.stride(0), C.stride(0), y.stride(0), 0, **sizes, **tiles["scan"], REVERSED=False)
     return y, final, states, cb
 
 
@@ -573,7 +574,7 @@ def _(x, dt, B, C, A, D, S, cu, l):
 @torch.library.custom_op("falcon_h1r::ssd_backward", mutates_args=())
 def _ssd_backward(dy: torch.Tensor, dfinal: torch.Tensor, x: torch.Tensor, dt: torch.Tensor, B: torch.Tensor, C: torch.Tensor,
                   A: torch.Tensor, D: torch.Tensor, states: torch.Tensor, cb: torch.Tensor, cu: Sequence[int],
-                  l: int) -> list[torch.Tensor]:  # fmt: skip
+                  l: int) -> list[torch.Tensor]:
     """Gradients of x, dt, B, C, A, D and the initial states."""
     (h, p), (g, n), table = x.shape[1:], B.shape[1:], chunk_table(tuple(cu), l, x.device)
     k, tiles, (dt, c) = len(table.start), _tiling(l, p, n, x.dtype, _shared_memory(x)), _chunk_decays(dt, A, table)
@@ -584,17 +585,17 @@ def _ssd_backward(dy: torch.Tensor, dfinal: torch.Tensor, x: torch.Tensor, dt: t
     R, dS, dcb = torch.empty_like(states), torch.empty_like(dfinal), torch.empty_like(cb)
     # Tiles beyond a chunk's tokens are not computed; what is summed up below therefore starts as 0.
     crossing, ddt, dD, row, col, through, leaving = (x.new_zeros(k, h, *size, dtype=torch.float32) for size in (
-        (parts,), (l,), (side,), (across, l), (side, l), (split, l), (split, l)))  # fmt: skip
+        (parts,), (l,), (side,), (across, l), (side, l), (split, l), (split, l)))
     v, q = dy.stride(0), x.stride(0)
     _launch(_states_kernel, parts * h * len(dfinal), dy, C, dt, c, c.stride(0), *chunks, table.first, dfinal, R, dS, states, crossing,
-            v, C.stride(0), **sizes, **tiles["states"], REVERSED=True)  # fmt: skip
+            v, C.stride(0), **sizes, **tiles["states"], REVERSED=True)
     _launch(_scan_kernel, side * h * k, dy, B, cb, R, dt, c, c.stride(0), D, *chunks, dx, x, ddt, dD, v, B.stride(0), dx.stride(0), q,
-            **sizes, **tiles["scan"], REVERSED=True)  # fmt: skip
+            **sizes, **tiles["scan"], REVERSED=True)
     _launch(_dcb_kernel, side * across * g * k, x, dy, cb, dt, c, c.stride(0), *chunks, dcb, row, col, q, v, H=h, G=g, P=p, L=l, **tiles["dcb"])
     _launch(_dbc_kernel, side * split * g * k, dy, C, B, dcb, states, dt, c, c.stride(0), *chunks, dC, through, v, C.stride(0),
-            B.stride(0), dC.stride(0), **sizes, **tiles["dbc"], REVERSED=False)  # fmt: skip
+            B.stride(0), dC.stride(0), **sizes, **tiles["dbc"], REVERSED=False)
     _launch(_dbc_kernel, side * split * g * k, x, B, C, dcb, R, dt, c, c.stride(0), *chunks, dB, leaving, q, B.stride(0), C.stride(0),
-            dB.stride(0), **sizes, **tiles["dbc"], REVERSED=True)  # fmt: skip
+            dB.stride(0), **sizes, **tiles["dbc"], REVERSED=True)
     # The gradient of log a_t, by the formula on top; sums of many small parts, so in float64.
     from_here = (row.sum(2) - col.sum(2) + through.sum(2)).double().flip(-1).cumsum(-1).flip(-1)
     da = from_here + F.pad(leaving.sum(2).double().cumsum(-1)[..., :-1], (1, 0)) + crossing.sum(2, keepdim=True)
@@ -640,7 +641,7 @@ def _scan_triton(x, dt, B, C, A, D, S, cu, chunk_size):
 
 @_jit
 def _step_kernel(state, x, dt, A, B, C, D, y, s_state, s_x, s_dt, s_b, s_c,
-                 H: constexpr, G: constexpr, P: constexpr, N: constexpr, BP: constexpr, BN: constexpr):  # fmt: skip
+                 H: constexpr, G: constexpr, P: constexpr, N: constexpr, BP: constexpr, BN: constexpr):
     """S <- exp(dt A) S + dt x B^T in place and y = S C + D x, BP rows of one state a program: read once, written once."""
     tile, h, b = _program(tl.cdiv(P, BP), H)
     p, n = tile * BP + tl.arange(0, BP), tl.arange(0, BN)
@@ -660,7 +661,7 @@ def _step_triton(state, x, dt, A, B, C, D):
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     x, B, C = (v if v[0].is_contiguous() else v.contiguous() for v in (x, B, C))
     _launch(_step_kernel, triton.cdiv(p, 16) * h * b, state, x, dt.contiguous(), A, B, C, torch.zeros_like(A) if D is None else D, y,
-            state.stride(0), x.stride(0), h, B.stride(0), C.stride(0), H=h, G=g, P=p, N=n, BP=16, BN=_power(n), num_warps=4)  # fmt: skip
+            state.stride(0), x.stride(0), h, B.stride(0), C.stride(0), H=h, G=g, P=p, N=n, BP=16, BN=_power(n), num_warps=4)
     return y
 
 
@@ -705,6 +706,7 @@ def _check_conv(x, weight, bias, activation, states, s):
 
 
 @lru_cache(maxsize=16)
+@torch.inference_mode(False)
 def _conv_table(cu, history, device):
     """Rows of the buffer [history of sequence 0 | its tokens | history of sequence 1 | ...], as places in [tokens | histories];
     and which rows of the convolved buffer belong to tokens."""
@@ -774,7 +776,7 @@ def _places(x, history, e, d, s, begin, num, s_x, CHANNELS: constexpr, K: conste
 
 @_jit
 def _conv_kernel(x, weight, bias, history, y, dy, dx, dhistory, dweight, dbias, start, length, seq, cu, s_x, s_dy,
-                 CHANNELS: constexpr, K: constexpr, SILU: constexpr, BT: constexpr, BD: constexpr, BACKWARD: constexpr):  # fmt: skip
+                 CHANNELS: constexpr, K: constexpr, SILU: constexpr, BT: constexpr, BD: constexpr, BACKWARD: constexpr):
     """y, or BACKWARD the gradients: dweight[block, j, d] and dbias[block, d] are a block's share in the sums over tokens."""
     tile, _, block = _program(tl.cdiv(CHANNELS, BD), 1)
     s = tl.load(seq + block)
@@ -808,6 +810,7 @@ def _conv_kernel(x, weight, bias, history, y, dy, dx, dhistory, dweight, dbias, 
 
 
 @lru_cache(maxsize=16)
+@torch.inference_mode(False)
 def _conv_blocks(cu, k, size, device):
     """The chunk table of sequences with their histories, and cu (s + 1,)."""
     return chunk_table(tuple(end + s * (k - 1) for s, end in enumerate(cu)), size, device), torch.tensor(cu, device=device)
@@ -815,7 +818,7 @@ def _conv_blocks(cu, k, size, device):
 
 @torch.library.custom_op("falcon_h1r::conv", mutates_args=())
 def _conv_triton(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, history: torch.Tensor, dy: torch.Tensor | None,
-                 cu: Sequence[int], silu: bool) -> list[torch.Tensor]:  # fmt: skip
+                 cu: Sequence[int], silu: bool) -> list[torch.Tensor]:
     """Arguments as _conv_torch -> [y], or for dy (tokens, d) the gradients of x, weight, bias and history."""
     (d, k), size = weight.shape, 32
     table, cu = _conv_blocks(tuple(cu), k, size, x.device)
@@ -824,7 +827,7 @@ def _conv_triton(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, hist
         grads = [y, torch.empty_like(history), *(torch.empty(blocks, *v, d, device=x.device) for v in ((k,), ()))]
     _launch(_conv_kernel, blocks * triton.cdiv(d, 64), x, weight, bias, history, y, dy, *grads, table.start, table.length, table.seq, cu,
             x.stride(0), 0 if dy is None else dy.stride(0), CHANNELS=d, K=k, SILU=silu, BT=size, BD=64, BACKWARD=dy is not None,
-            num_warps=8)  # fmt: skip
+            num_warps=8)
     dx, dhistory, dweight, dbias = grads
     return [y] if dy is None else [dx, dweight.sum(0).T.to(weight.dtype), dbias.sum(0).to(bias.dtype), dhistory]
 
@@ -847,6 +850,7 @@ _conv_triton.register_autograd(_conv_gradients, setup_context=_conv_setup)
 
 
 @lru_cache(maxsize=16)
+@torch.inference_mode(False)
 def _last_places(cu, history, device):
     """The last `history` places (s, history) of each sequence with its history in front, and the tokens that stand there."""
     place = torch.tensor([end - start for start, end in zip(cu, cu[1:])])[:, None] + torch.arange(history)

@@ -350,6 +350,8 @@ SHOWN = ("reward", "correct", "entropy", "mismatch", "length", "calls", "cached"
 
 
 def load(args, ranks):
+    train_sft.check_at_least(1, args, "steps", "prompts", "max_new_tokens", "updates", "max_calls", "slots", "save_every", "eval_every")
+    train_sft.check_at_least(0, args, "warmup_steps", "cache", "limit", "seed")
     check(args.group >= 2, f"--group {args.group}: one answer has nothing to be compared with, give at least 2")
     check(args.temperature > 0, f"--temperature {args.temperature}: must be above 0, or all answers are the same")
     token_weights([1], args.normalise)

@@ -101,7 +101,7 @@ class Ranks:
 
     @property
     def teams(self):
-        """How many rows are worked on at a time."""
+        """How many rows are worked on at a time: the cp ranks that share one are a team."""
         return self.world // self.cp
 
     def own(self, packs):
@@ -148,6 +148,7 @@ def start_ranks(device, cp=1, replicas=1):
 
     device: "cpu", "cuda" or "" for the better one there is. ValueError for flags that do not fit, OSError where the ranks do not meet."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check(device in ("cpu", "cuda"), f"--device {device}: expected cpu or cuda")
     check(device == "cpu" or torch.cuda.is_available(), f"--device {device}: there is no GPU here")
     world = int(os.environ.get("WORLD_SIZE", 1))
     for name, n in (("cp", cp), ("replicas", replicas)):
@@ -234,8 +235,8 @@ def shard(model, ranks, recompute=False, compile=False):
 
 
 def shares(heads, n, groups):
-    """(own, read): for each of n ranks its heads, and the groups that these read. All ranks list as many groups, and each group in a
-    list is read by as many heads."""
+    """(own, read): for each of n ranks its heads, and the groups that these read (key and value heads, or B and C). All ranks list as
+    many groups, and read each as often, so that shapes agree; where that cannot be, they list a group for every head."""
     own = [list(range(r * heads // n, (r + 1) * heads // n)) for r in range(n)]
     read = [[j * groups // heads for j in share] for share in own]
     few = [sorted(set(r)) for r in read]
@@ -281,7 +282,7 @@ class ContextParallel:
             check(getattr(c, name) % n == 0, f"--cp {n}: {name} {getattr(c, name)} is not a multiple of it")
         self.rank, self.size, self.group = ranks.rank % n, n, dist.new_subgroups(n, timeout=timedelta(days=1))[0]
 
-        def places(parts):  # (first place, width of an item, items of each rank) -> the places (n, wanted), how many of each part
+        def places(parts):  # (first place, places of an item, items of each rank) -> the places (n, wanted), how many of each part
             rows = [[[start + i * width + j for i in items[r] for j in range(width)] for start, width, items in parts] for r in range(n)]
             return torch.tensor([sum(row, []) for row in rows], device=ranks.device), [len(part) for part in rows[0]]
 
@@ -312,10 +313,6 @@ class ContextParallel:
         """This rank's tokens of x (t,), whose end is filled up to a multiple of the ranks."""
         return F.pad(x, (0, -len(x) % self.size), value=fill).chunk(self.size)[self.rank]
 
-    def all_tokens(self, x):
-        """x (s,) of each rank -> (n s,)"""
-        return _AllGather.apply(x, self)
-
 
 @torch.no_grad()
 def whole_copy(model, copy=None):
@@ -343,8 +340,8 @@ class Run:
 
     Used in a `with`: however the block ends, a checkpoint that was begun is completed."""
 
-    VOLATILE = ("out", "fresh", "device", "cp", "replicas", "checkpoint_activations", "compile", "judge", "judge_cache", "save_every",
-                "eval_every")  # may differ between the parts of one run
+    VOLATILE = ("out", "fresh", "device", "cp", "replicas", "checkpoint_activations", "compile", "save_every", "eval_every",
+                "judge", "judge_cache")  # may differ between the parts of one run; the last two are train_rl's
 
     def __init__(self, args, ranks):
         self.out, self.ranks = Path(args.out), ranks
@@ -356,7 +353,7 @@ class Run:
             dist.barrier()
         self.log = open(self.out / "log.jsonl", "a", encoding="utf-8") if ranks.rank == 0 else None
         self.started = None  # step and time of the first line
-        self.logged = 0  # the last step that log.jsonl holds when a run is resumed
+        self.logged = 0  # the last step that log.jsonl held when the run was resumed
         # Checkpoints are completed by a thread, one at a time. What it says to other ranks must not mix with training's collectives.
         self.thread, self.saving = ThreadPoolExecutor(1), None
         self.group = dist.new_group(backend="gloo", timeout=timedelta(days=1)) if dist.is_initialized() else None
@@ -386,7 +383,7 @@ class Run:
 
         state, JSON-able, comes back from `resume`. Raises the OSError of the checkpoint before, if that could not be completed."""
         self.finish()
-        temporary = self.out / "trainer" / f"step-{step:06d}.tmp"
+        temporary = self.out / "trainer" / f"step-{step:09d}.tmp"
         if self.ranks.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         weights, moments = get_state_dict(model, optimizer)
@@ -410,9 +407,8 @@ class Run:
                 data.write_text(temporary / "state.json", json.dumps({"files": files, **state}))
                 shutil.rmtree(final := temporary.with_suffix(""), ignore_errors=True)
                 temporary.rename(final)
-                for old in sorted(final.parent.glob("step-??????"))[:-2]:
+                for old in sorted(final.parent.glob("step-?????????"))[:-2]:
                     shutil.rmtree(old)
-                export(config, tokenizer, final, self.out / "model")
         except (OSError, RuntimeError, dcp.CheckpointException) as e:  # a full disk: torch's writer has a RuntimeError for it
             shutil.rmtree(temporary, ignore_errors=True)
             why = str(e).strip().splitlines()[-1]
@@ -420,15 +416,17 @@ class Run:
                 raise RuntimeError(why) from None
             raise OSError(f"{self.out}: step {state['step']} could not be saved ({why}); is the disk full? Earlier checkpoints are "
                           f"whole: make room and give the same command again") from None
+        if self.ranks.rank == 0:
+            export(config, tokenizer, final, self.out / "model")
 
     def resume(self, model, optimizer, tokenizer):
         """Load the newest whole checkpoint into model and optimizer; return its state, or None at the start of a run."""
-        for folder in sorted((self.out / "trainer").glob("step-??????"), reverse=True):
+        for folder in sorted((self.out / "trainer").glob("step-?????????"), reverse=True):
             try:
                 state = json.loads((folder / "state.json").read_text())
                 found = self.ranks.each(lambda name: fingerprint(folder / name), [*state["files"]], desc=f"checking {folder}")
                 bad = [name for name, one in zip(state["files"], found) if one != state["files"][name]]
-                check(not bad, f"{(bad or [''])[0]} is damaged")
+                check(not bad, f"{', '.join(bad)}: damaged")
             except (OSError, ValueError, KeyError, TypeError) as e:
                 if self.ranks.rank == 0:
                     print(f"{folder}: not a whole checkpoint ({e}); trying the one before", file=sys.stderr)
@@ -440,7 +438,8 @@ class Run:
                 raise ValueError(f"{folder}: a checkpoint of another model: {str(e).strip().splitlines()[-1]}") from None
             set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
             log = self.out / "log.jsonl"
-            kept = [r for _, r in data.read_records(log) if r["step"] <= state["step"]] if log.stat().st_size else []
+            lines = log.read_bytes().rpartition(b"\n")[0].splitlines()  # the last may be half a line: a full disk, a power cut
+            kept = [r for r in (data.parse_json(line, str(log)) for line in lines) if r["step"] <= state["step"]]
             self.logged = max([r["step"] for r in kept], default=0)
             if dist.is_initialized():
                 dist.barrier()
@@ -452,6 +451,8 @@ class Run:
                 # The export may be missing, if the run was killed after the rename.
                 self.saving = self.thread.submit(export, model.config, tokenizer, folder, self.out / "model")
             return state
+        if self.ranks.rank == 0:
+            self.log.truncate(0)  # of a part that ended before its first checkpoint
         return None
 
 
@@ -497,6 +498,9 @@ def run_main(body):
             time.sleep(3)  # seconds: where rank 0 fails alike, its line is enough, and torchrun ends this rank meanwhile
         print(f"error: {e}", file=sys.stderr, flush=True)
         status = 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        status = 130  # what shells call the end by Ctrl-C
     except RuntimeError as e:
         if not isinstance(e, dist.DistError) and "gloo" not in str(e):
             raise
@@ -623,7 +627,7 @@ def pack_logprobs(model, row, temperature=1.0):
     if cp is not None:
         ids, targets, cu = cp.own_tokens(ids, 0), cp.own_tokens(targets, -1), [*cu[:-1], cu[-1] + -cu[-1] % cp.size]
     values = target_logprobs(model, ids[None], targets[None], cu_seqlens=cu, temperature=temperature)
-    return tuple(v[0] if cp is None else cp.all_tokens(v[0])[: len(row.input_ids)] for v in values)
+    return tuple(v[0] if cp is None else _AllGather.apply(v[0], cp)[: len(row.input_ids)] for v in values)
 
 
 def sft_loss(model, row, total_weight):
@@ -671,10 +675,16 @@ def sample_text(model, tokenizer, sample, max_new_tokens=200):
 # 6. Training
 
 
+def check_at_least(least, args, *names):
+    for name in names:
+        check(getattr(args, name) >= least, f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
+
+
 def load(args, ranks):
     """Tokenizer, model, SftFiles, a Loader of the samples that are trained on, and a list of the others, the held-out ones."""
     check(args.preset in PRESETS, f"--preset {args.preset}: not one of {', '.join(PRESETS)}")
-    check(args.steps >= 1 and args.batch >= 1, "--steps and --batch must be at least 1")
+    check_at_least(1, args, "steps", "batch", "context", "eval_every", "save_every")
+    check_at_least(0, args, "held_out", "limit", "seed")
     check(args.pack_tokens >= args.context, f"--pack-tokens {args.pack_tokens} must hold a sample of --context {args.context}")
     if args.data == Args.data and not Path(args.data).exists() and ranks.rank == 0:
         check(data.main(["make", "--out", str(Path(args.data).parent)]) == 0, f"{args.data}: could not be made")
@@ -690,7 +700,7 @@ def load(args, ranks):
           f"max_position_embeddings {model.config.max_position_embeddings}")
     model = shard(model, ranks, args.checkpoint_activations, args.compile)
     held = np.linspace(0, len(samples) - 1, args.held_out, dtype=int)
-    rows = {domain: np.setdiff1d(numbers, held) for domain, numbers in samples.rows.items()}  # the held-out ones lie evenly in the files
+    rows = {domain: np.setdiff1d(numbers, held) for domain, numbers in samples.rows.items()}
     loader = data.Loader(rows, args.batch, args.seed, parse_mixture(args.mixture), samples.checksum)
     return tokenizer, model, samples, loader, ranks.each(samples.__getitem__, held)
 

@@ -144,7 +144,7 @@ ADD = [{"input": "1 2\n", "output": "3\n"}, {"input": "10 20", "output": "30"}]
         ("import os\nprint(sum(map(int, input().split())), flush=True)\nos._exit(0)", "died"),
         ("import os\nos.abort()", "died"),
     ],
-)  # fmt: skip
+)
 def test_programs(source, reason):
     assert ev.run_code(source, ADD, seconds=5).reason == reason
 
@@ -183,7 +183,7 @@ def test_functions(source, reason):
 @needs_sandbox
 def test_every_plain_type_crosses_the_pipe():
     values = [None, True, 0, -(10**30), 0.1, -0.0, 1e300, float("inf"), 1 - 2j, "\udcff\0é\n", b"\0\xff", [[], [1, [2]]],
-              (1, (2,)), {1, 2}, set(), frozenset("ab"), {"a": [1], (1, 2): {3: 4}, None: ()}, {"set": [1]}]  # fmt: skip
+              (1, (2,)), {1, 2}, set(), frozenset("ab"), {"a": [1], (1, 2): {3: 4}, None: ()}, {"set": [1]}]
     tests = [{"fn_name": "f", "args": [value], "expected": value} for value in values]
     assert ev.run_code("def f(x): return x", tests, limit=99).reason == "passed"
     kinds = [type(value).__name__ for value in values]
@@ -209,13 +209,13 @@ def test_same_value():
     for result, expected in [
         (1, 1), (1, 1.0), (1.0, 1.0), (0.1 + 0.2, 0.3), (nan, nan), (float("inf"), float("inf")), ((1, 2), [1, 2]),
         ([(1, 2)], [[1, 2]]), ({"a": 0.5}, {"a": 0.5}), ({1}, {1}), (None, None), (1j, 1j), ((1,), (1,)), (10**400, 10**400),
-    ]:  # fmt: skip
+    ]:
         assert ev.same_value(result, expected), (result, expected)
     for result, expected in [
         (True, 1), (1, True), (1.0, 1), ("1", 1), (True, 1.0), (1.001, 1.0), (nan, 1.0), (1.0, nan), (float("inf"), 1e308),
         (10**400, 1.0), ([1, 2], (1, 2)), ([1], [1, 2]), ({True: 1}, {1: 1}), ({1: True}, {1: 1}), ({1}, frozenset({1})),
         ([True], [1]), ({"a": 1, "b": 2}, {"a": 1}), (None, False), ("a", b"a"), (float("inf"), float("-inf")), ([], None),
-    ]:  # fmt: skip
+    ]:
         assert not ev.same_value(result, expected), (result, expected)
 
 
@@ -241,7 +241,7 @@ HELPED = "def check(candidate):\n    for i in range(5):\n        assert abs(cand
         ("def check(candidate):\n  while True:\n    try: candidate(1)\n    except: pass", "def f(n): 1 / 0", "time limit"),
         ("def check(candidate): assert 0 < 10 ** 10 ** candidate(1)", "def f(n): return 9", "time limit"),
     ],
-)  # fmt: skip
+)
 def test_checks(test, source, reason):
     start = time.perf_counter()
     verdict = ev.run_code(source, test, entry_point="f", prompt=PROMPT, seconds=1.5)
@@ -455,7 +455,7 @@ print(pickle.dumps(P()))
 pickle.loads(pickle.dumps(P()))
 return P()
 """,
-}  # fmt: skip
+}
 
 
 def processes(seconds):
@@ -504,7 +504,7 @@ def test_attacks(name, monkeypatch, tmp_path):
 @settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow])
 @given(st.text(st.characters(), max_size=60), st.text(max_size=9), st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary() | st.complex_numbers(),
-    lambda inner: st.lists(inner) | st.dictionaries(st.text() | st.integers(), inner) | st.tuples(inner, inner), max_leaves=9))  # fmt: skip
+    lambda inner: st.lists(inner) | st.dictionaries(st.text() | st.integers(), inner) | st.tuples(inner, inner), max_leaves=9))
 @example("import os; os._exit(0)", "", {"tuple": []})
 @example("print(1)\n```\n```", "\ud800", {"set": {"dict": None}})
 def test_nothing_leaves_the_verifier(source, text, value):

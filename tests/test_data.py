@@ -168,7 +168,7 @@ def test_tags_and_control_tokens_of_others_stay_text():
     ("content", "left"),
     [("a", "a"), ("<think>x</think> a", "a"), ("a<think>x</think>b<think>y</think>c", "abc"), ("a<think>x", "a"),
      ("x</think>a", "a"), ("<think>x<think>y</think>a", "a"), ("<think>x</think>", "")],
-)  # fmt: skip
+)
 def test_without_reasoning(content, left):
     assert data.without_reasoning(content) == left
 
@@ -185,7 +185,7 @@ def test_without_reasoning(content, left):
         ([*turns("a"), {"role": "system", "content": "x"}], r"messages\[1\]\.role: system may not follow user"),
         ([*turns("a"), *turns("b")], "user may not follow user"),
     ],
-)  # fmt: skip
+)
 def test_render_chat_names_the_bad_message(messages, error):
     with pytest.raises(ValueError, match=error):
         data.render_chat(messages, TOKENIZER)
@@ -218,7 +218,7 @@ OURS = {"id": "1", "domain": "math", "prompt": "1+1?", "answer": "2"}
 GSM8K = {"question": "Half of 48?", "answer": "48/2=<<48/2=24>>24.\n#### 24"}
 MATH = {"problem": "1+1?", "answer": "2", "solution": "It is $\\boxed{2}$.", "unique_id": "a/1.json", "level": 1}
 HUMANEVAL = {"task_id": "HumanEval/0", "prompt": "def f():\n", "test": "def check(f): ...", "entry_point": "f",
-             "canonical_solution": "    return 1\n"}  # fmt: skip
+             "canonical_solution": "    return 1\n"}
 
 
 def test_public_shapes(tmp_path):
@@ -259,7 +259,7 @@ def test_containers(tmp_path):
         (MATH | {"answer": ""}, "field answer"), (HUMANEVAL | {"test": ""}, "field test"),
         ({k: v for k, v in HUMANEVAL.items() if k != "test"}, "field answer is missing"),
     ],
-)  # fmt: skip
+)
 def test_read_problems_names_file_line_and_field(tmp_path, line, error):
     line = json.dumps(line) if isinstance(line, dict) else line
     line = line.encode() if isinstance(line, str) else line
@@ -418,7 +418,7 @@ def test_difficulty_weight(rate, weight):
         ("<think>x</think>```python\n\0\n```", "code", "python syntax error"),
         ("<think>x</think>```cpp\nint x;\n```", "code", None), ("<think>```python\nif:\n```</think>ok", "code", None),
     ],
-)  # fmt: skip
+)
 def test_sft_filters(reply, domain, reason):
     record = {"messages": turns("q", reply), "domain": domain}
     assert data.why_not_sft(record) == reason
@@ -438,7 +438,7 @@ def rollouts(answers, gold="1", stop="stop"):
         (rollouts([None] * 8), None), (rollouts([*"2222", *[None] * 4]), "wrong majority"),
         (rollouts([None] * 7, stop="length") + rollouts("2"), None),
     ],
-)  # fmt: skip
+)
 def test_rl_filter(some, reason):
     assert data.why_not_rl("a", some) == reason
 
@@ -455,17 +455,17 @@ def trace(problem, answer, gold="2", stop="stop", text=None):
 
 def test_curate_and_convert_rollouts(tmp_path, capsys):
     problems = write(tmp_path / "p.jsonl", OURS, OURS | {"id": "2", "level": 5}, OURS | {"id": "3"})
-    traces = write(tmp_path / "t.jsonl", trace("1", "2"), trace("1", "2"), trace("2", "2"), trace("2", "3"),
-                   trace("2", "3"), trace("2", "3", stop="length"))  # fmt: skip
+    traces = write(tmp_path / "t.jsonl", trace("1", "2"), trace("1", "2"), trace("1", "2", stop="length"), trace("2", "2"), trace("2", "3"),
+                   trace("2", "3"), trace("2", "3", stop="length"))
     out = str(tmp_path / "out.jsonl")
     assert data.main(["curate", str(traces), "--problems", str(problems), "--out", out]) == 0
     assert data.read_problems(out) == [data.Problem("2", "math", "1+1?", "2", {"level": 5})]
     assert "kept 1 of 3; dropped 1 solved by every rollout, 1 no rollouts" in capsys.readouterr().out
     assert data.main(["convert", str(traces), "--problems", str(problems), "--out", out]) == 0
     rows = [record for _, record in data.read_records(out)]
-    assert [(row["problem"], row["weight"]) for row in rows] == [("1", 0.5), ("1", 0.5), ("2", 1.0)]
+    assert [(row["problem"], row["weight"]) for row in rows] == [("1", 1.0), ("1", 1.0), ("2", 1.0)]  # two of three came to an end
     assert rows[0]["messages"] == turns("1+1?", "<think>hm</think>\\boxed{2}") and rows[0]["correct"]
-    assert "kept 3 of 6; dropped 3 incorrect" in capsys.readouterr().out
+    assert "kept 3 of 7; dropped 4 incorrect" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -473,7 +473,7 @@ def test_curate_and_convert_rollouts(tmp_path, capsys):
     [({"problem": "9"}, "field problem: \"9\" is not in"), ({"problem": 3}, "field problem must be str"),
      ({"correct": 1}, "field correct must be bool"), ({"answer": 2}, "field answer must be"),
      ({"stop": None}, "field stop must be str"), ({"text": None}, "field text must be str")],
-)  # fmt: skip
+)
 def test_bad_traces_are_named(tmp_path, capsys, change, error):
     problems = write(tmp_path / "p.jsonl", OURS)
     traces = write(tmp_path / "t.jsonl", trace("1", "2"), trace("1", "2") | change)
@@ -550,7 +550,7 @@ def test_long_samples_are_refused_or_trimmed_and_marked(tmp_path):
         ({"messages": [{"role": "x", "content": ""}]}, r"field messages\[0\]\.role"), ({"domain": ""}, "field domain"),
         *[({"weight": bad}, "field weight") for bad in (0, -1, "1", None, True, float("nan"), float("inf"), 10**400)],
     ],
-)  # fmt: skip
+)
 def test_sft_files_name_file_line_and_field(tmp_path, change, error):
     with pytest.raises(ValueError, match=rf"s\.jsonl, line 2: {error}"):
         sft_files(write(tmp_path / "s.jsonl", SFT, SFT | change), 99)
@@ -559,7 +559,7 @@ def test_sft_files_name_file_line_and_field(tmp_path, change, error):
 @pytest.mark.parametrize(("name", "content", "error"), [
     ("s.jsonl", b"", "empty"), ("s.jsonl", b"\n \n", "empty"), ("s.jsonl", b"{}\n", "line 1: {} is not a JSON object with fields"),
     ("s.jsonl", b"\n\n[1]\n", "line 3: \\[1\\] is not"), ("s.jsonl", b'\n{"a": \xff}', "line 2: invalid UTF-8"),
-    ("s.jsonl", b"[\n{}\n]", "line 1: malformed"), ("s.jsonl.gz", b"", "decompress it")])  # fmt: skip
+    ("s.jsonl", b"[\n{}\n]", "line 1: malformed"), ("s.jsonl.gz", b"", "decompress it")])
 def test_files_that_hold_no_samples(tmp_path, name, content, error):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=rf"{name}.*{error}"):
@@ -735,7 +735,7 @@ def test_state_of_something_else_is_refused():
     for loader, name in [
         (data.Loader(make_rows(a=4, b=3), 2, 0, checksum=1), "samples"), (data.Loader(rows, 2, 0, checksum=2), "checksum"),
         (data.Loader(rows, 2, 1, checksum=1), "seed"), (data.Loader(rows, 2, 0, {"a": 1, "b": 2}, checksum=1), "mixture"),
-    ]:  # fmt: skip
+    ]:
         with pytest.raises(ValueError, match=f"data position: {name} was"):
             loader.load_state_dict(state)
 
@@ -744,7 +744,7 @@ def test_state_of_something_else_is_refused():
     ("samples", "batch", "mixture", "error"),
     [(0, 1, None, "0 samples"), (3, 0, None, "batches of 0"), (3, 1, {"b": 1}, r"has \['b'\]"),
      (3, 1, {"a": -1}, "weights"), (3, 1, {"a": 0}, "weights"), (3, 1, {"a": float("nan")}, "weights")],
-)  # fmt: skip
+)
 def test_loader_refuses(samples, batch, mixture, error):
     with pytest.raises(ValueError, match=error):
         data.Loader(make_rows(a=samples), batch, 0, mixture)

@@ -533,7 +533,7 @@ HOSTILE = [
     r"\sqrt[500]{2^{3000}}", "1/" * 450 + "7", "5" + "%" * 900, "5" + "°" * 900, "1_" * 300, "x=1" + "=1" * 200,
     "5 cm^", "5 cm^{}", r"5 cm^\{\}", r"\text{" * 100, r"\left" * 150, r"\sin" * 200 + "x", r"\boxed{5}", "|5|", "1e400",
     "(,)", "[]", "()", r"\{,\}", ",", "=", "1=", "=1",
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
@@ -597,7 +597,7 @@ SHAPES = {
     r"\frac{{{}}}{{1+({})^2}}": lambda a, b: a / (1 + b * b), r"\ln{{(1+|({})|)}}\arctan({})": lambda a, b: math.log(1 + abs(a)) * math.atan(b),
     r"\log_3\left(2+\left|{}\right|\right)+({})": lambda a, b: math.log(2 + abs(a), 3) + b,
     r"\tanh{{({})}}\sqrt[3]{{{}}}": lambda a, b: math.tanh(a) * math.copysign(abs(b) ** (1 / 3), b),
-}  # fmt: skip
+}
 
 
 @PATIENT
@@ -742,7 +742,7 @@ def test_report_of_the_script(place, capsys):
     rows = {r["method"]: r for r in report["rows"]}
     assert list(rows) == [
         "pass@1", "majority@32", "majority@equal-tokens", "deepconf-offline@32", "deepconf-low@32", "deepconf-high@32"
-    ]  # fmt: skip
+    ]
     assert {r["checkpoint"] for r in report["rows"]} == {"rl"}
     assert {r["problems"] for r in report["rows"]} == {3}
     each = LENGTH + len(r"\boxed{5}") + 1
@@ -766,7 +766,7 @@ def test_report_of_the_script(place, capsys):
     assert traces[0] == {
         "problem": "easy", "domain": "math", "gold": "5", "sample": 0, "seed": 0, "text": "." * LENGTH + r"\boxed{5}",
         "tokens": each, "answer": "5", "correct": True, "reason": "right", "stop": "stop", "confidences": [3.0] * each,
-    }  # fmt: skip
+    }
     assert ev.table(report["rows"]) in Path("out/report.md").read_text()
     assert ev.table(report["rows"]) in capsys.readouterr().out
 

@@ -102,14 +102,15 @@ def test_training_bytes_on_many_ranks():
 def kept_bytes(c, t):
     """What autograd keeps of a block's forward pass in bfloat16 with the Triton kernels, each piece of memory once, without weights."""
     m, rope = FalconH1(c).to(torch.bfloat16), rope_table(torch.arange(t)[None], c.head_dim, c.rope_theta, torch.bfloat16)
-    shared, kept = {v.untyped_storage().data_ptr() for v in (*m.parameters(), *rope)}, {}
+    mup = torch.ones(sum(c.mamba_widths), dtype=torch.bfloat16)
+    shared, kept = {v.untyped_storage().data_ptr() for v in (*m.parameters(), *rope, mup)}, {}
 
     def pack(x):
         if x.untyped_storage().data_ptr() not in shared:
             kept[x.untyped_storage().data_ptr()] = x  # keeps it alive, so that nothing else gets its address
         return x
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        m.model.layers[0](torch.randn(1, t, c.hidden_size, dtype=torch.bfloat16, requires_grad=True), Context(rope, (0, t)))
+        m.model.layers[0](torch.randn(1, t, c.hidden_size, dtype=torch.bfloat16, requires_grad=True), Context(rope, mup, (0, t)))
     return sum(x.untyped_storage().nbytes() for x in kept.values())
 
 

@@ -285,6 +285,23 @@ def test_forward_refuses():
             build()(torch.tensor(ids))
 
 
+def test_a_refused_forward_leaves_the_cache_as_it_was():
+    model, ids = build(), torch.arange(36)[None]
+    expected = model(ids[:, :20])[:, 12:]
+    cache = Cache(SMALL, 1, 20)
+    model(ids[:, :12], cache=cache)
+    with pytest.raises(ValueError, match="cache: 32 tokens do not fit a length of 20"):
+        model(ids[:, :20], cache=cache)
+    torch.testing.assert_close(model(ids[:, 12:20], cache=cache), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_training_after_inference_mode():
+    model, ids = build(), torch.arange(36)[None]
+    with torch.inference_mode():  # what it leaves in caches must not reach autograd
+        model(ids, cu_seqlens=[0, 17, 36])
+    model(ids, cu_seqlens=[0, 17, 36]).sum().backward()
+
+
 # Files
 
 
@@ -306,7 +323,9 @@ def test_every_tensor_is_accounted_for(tmp_path):
     path = tmp_path / "model.safetensors"
     tensors = {k: v.clone() for k, v in read_safetensors(path).items()}
     name = "model.layers.0.mamba.D"
-    for change, message in (({name: None}, f"{name} is missing"), ({"stranger": torch.ones(1)}, "stranger is not part"),
+    embeddings = "model.embed_tokens.weight"
+    for change, message in (({name: None}, f"{name} is missing"), ({embeddings: None}, f"{embeddings} is missing"),
+                            ({"stranger": torch.ones(1)}, "stranger is not part"),
                             ({name: torch.ones(5)}, rf"{name} is \(5,\), config.json makes it \(4,\)")):
         write_safetensors(path, {k: v for k, v in (tensors | change).items() if v is not None})
         with pytest.raises(ValueError, match=message):
@@ -343,7 +362,9 @@ def test_damaged_safetensors_are_refused_or_read(tmp_path_factory, data):
 @pytest.mark.parametrize("entry", [
     {"dtype": "F32", "shape": [2], "data_offsets": [0, 80]}, {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]},
     {"dtype": "F32", "shape": [2], "data_offsets": [8, 16]}, {"dtype": "F9", "shape": [2], "data_offsets": [0, 8]},
-    {"dtype": "F32", "shape": [2]}, {"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]}, 7])
+    {"dtype": "F32", "shape": [2]}, {"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]}, 7,
+    {"dtype": "F32", "shape": [2**62, 2**62, 0], "data_offsets": [0, 0]}, {"dtype": "F32", "shape": 2, "data_offsets": [0, 8]},
+    {"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]}, {"dtype": "F32", "shape": [2], "data_offsets": [0, 8, 8]}])
 def test_headers_that_lie(tmp_path, entry):
     path, header = tmp_path / "m.safetensors", json.dumps({"a": entry}).encode()
     path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))

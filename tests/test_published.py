@@ -140,7 +140,9 @@ def rewrite(path, change):
     ({"rope_parameters": None}, "field rope_theta is missing"), ({"mamba_norm_before_gate": None}, "field mamba_norm_before_gate is missing"),
     ({"mamba_d_ssm": 21}, "mamba_d_ssm 21 is not"), ({"mamba_d_ssm": "20"}, "mamba_d_ssm is '20', expected a whole number"),
     ({"hidden_size": 0}, "hidden_size is 0"), ({"hidden_size": True}, "hidden_size is True"), ({"hidden_size": 10**30}, "hidden_size is 1000"),
-    ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"), ({"mamba_rms_norm": 1}, "mamba_rms_norm is 1, expected true or false"),
+    ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"), ({"rms_norm_eps": -1}, "rms_norm_eps not below"),
+    ({"mamba_n_heads": None, "head_dim": None, "mamba_d_head": "auto"}, "field head_dim, mamba_n_heads is missing"),
+    ({"mamba_rms_norm": 1}, "mamba_rms_norm is 1, expected true or false"),
     ({"ssm_multipliers": [1, 1]}, r"ssm_multipliers is \(1, 1\), expected 5 numbers"), ({"mlp_multipliers": 3}, "mlp_multipliers is 3"),
     ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"), ({"head_dim": 5}, "head_dim 5"),
     ({"time_step_limit": [1, 0]}, "time_step_limit"), ({"num_hidden_layers": 10**9}, "tensor model.layers.999999999.mamba.D is missing"),
@@ -151,7 +153,8 @@ def test_config_is_refused(folder, change, message):
     refuses(folder, message)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "3", "{", "[" * 100_000, "\x00", '{"model_type": "falcon_h1"}'])
+@pytest.mark.parametrize("text", ["", "[]", "3", "{", "[" * 100_000, "\x00", '{"model_type": "falcon_h1"}',
+                                  '{"time_step_limit": [0, {"__float__": 1' + "0" * 400 + "}]}"])
 def test_no_config(folder, text):
     (folder / "config.json").write_text(text)
     refuses(folder, "config.json: ")

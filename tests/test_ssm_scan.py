@@ -279,7 +279,7 @@ def test_triton_documents_do_not_leak(interpreter):
 def test_triton_answers_nan_where_nothing_is_forgotten(interpreter):
     inputs = {k: v.to(DEVICE) for k, v in small().items()}
     y, _ = s._scan_triton(*(inputs[k][0] for k in ("x", "dt", "B", "C")), torch.tensor([-1.0, 0.0], device=DEVICE), None,
-                          torch.zeros(1, 2, 3, 4, device=DEVICE), (0, 12), 16)  # fmt: skip
+                          torch.zeros(1, 2, 3, 4, device=DEVICE), (0, 12), 16)
     assert y[:, 0].isfinite().all() and y[:, 1].isnan().all()
 
 
@@ -295,7 +295,7 @@ def test_triton_convolution(interpreter, lengths, k, d, packed, silu, with_state
     def run(backend, dtype):
         leaves = [v.detach().clone().to(dtype).requires_grad_() for v in tensors]
         y, final = s.causal_conv1d(*leaves[:3], initial_states=leaves[3] if with_states else None, cu_seqlens=cu, backend=backend,
-                                   activation="silu" if silu else None)  # fmt: skip
+                                   activation="silu" if silu else None)
         (y.sin().sum() + final.sin().sum()).backward()
         return y, final, *(v.grad for v in leaves)
 

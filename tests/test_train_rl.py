@@ -206,7 +206,7 @@ def whole_run(start):
     return start / "whole"
 
 
-@pytest.mark.parametrize("moment", ["log of step 3", "step-000004.tmp/state.json"])
+@pytest.mark.parametrize("moment", ["log of step 3", "step-000000004.tmp/state.json"])
 def test_a_killed_run_ends_like_one_that_was_not(start, tmp_path, whole_run, moment):
     killed_and_resumed("train_rl.py", rl_args(start), whole_run, tmp_path / "run", moment)
 

@@ -159,7 +159,7 @@ def test_four_ranks_leave_a_run_that_fewer_go_on_with(sft_file, tmp_path):
     for ranks in (1, 2):
         shutil.rmtree(out)
         shutil.copytree(whole, out)
-        shutil.rmtree(out / "trainer" / "step-000020")
+        shutil.rmtree(out / "trainer" / "step-000000020")
         status, _, err = run("train_sft.py", *args, ranks=ranks)
         assert status == 0, err
         logs = [[json.loads(line) for line in open(folder / "log.jsonl")][10:] for folder in (whole, out)]
@@ -233,9 +233,11 @@ def whole_run(sft_file, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("moment", ["log of step 1", "log of step 4", "step-000004.tmp/state.json", "model/tokenizer.json"])
-def test_a_killed_run_ends_like_one_that_was_not(sft_file, tmp_path, whole_run, moment):
-    killed_and_resumed("train_sft.py", ("--data", sft_file, *SMALL_RUN, "--save-every", 2), whole_run, tmp_path / "run", moment)
+@pytest.mark.parametrize(("moment", "every"), [
+    ("log of step 1", 2), ("log of step 4", 2), ("step-000000004.tmp/state.json", 2), ("model/tokenizer.json", 2),
+    ("log of step 3", 6)])  # before the first checkpoint
+def test_a_killed_run_ends_like_one_that_was_not(sft_file, tmp_path, whole_run, moment, every):
+    killed_and_resumed("train_sft.py", ("--data", sft_file, *SMALL_RUN, "--save-every", every), whole_run, tmp_path / "run", moment)
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(sft_file, tmp_path, monkeypatch):
@@ -253,7 +255,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(sft_file, tmp_path, monk
 
 
 def test_exporting_holds_no_more_than_a_tensor(tmp_path, whole_run):
-    tokenizer, (checkpoint_,) = data.Tokenizer.byte_level(), (whole_run / "trainer").glob("step-000006")
+    tokenizer, (checkpoint_,) = data.Tokenizer.byte_level(), (whole_run / "trainer").glob("step-000000006")
     peak = peak_bytes(lambda: t.export(PRESETS["tiny"], tokenizer, checkpoint_, tmp_path), "cpu")
     state, again = (read_safetensors(folder / "model.safetensors") for folder in (whole_run / "model", tmp_path))
     assert state.keys() == again.keys() and all(torch.equal(state[k], again[k]) for k in state)
@@ -276,13 +278,30 @@ def test_a_full_disk_costs_nothing_but_the_step(sft_file, tmp_path, whole_run):
 def test_a_damaged_checkpoint_is_passed_over(sft_file, tmp_path, whole_run):
     out = tmp_path / "run"
     shutil.copytree(whole_run, out)
-    newest = out / "trainer" / "step-000006"
+    newest = out / "trainer" / "step-000000006"
     largest = max(newest.iterdir(), key=lambda p: p.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:-7])
+    (out / "log.jsonl").write_text((out / "log.jsonl").read_text()[:-9])  # as a power cut may leave it
     status, stdout, err = run("train_sft.py", "--data", sft_file, "--out", out, *SMALL_RUN, "--save-every", 2)
-    assert status == 0 and "step-000006: not a whole checkpoint" in err and "continuing after step 4" in stdout
+    assert status == 0 and "step-000000006: not a whole checkpoint" in err and "continuing after step 4" in stdout
     a, b = (read_safetensors(folder / "model" / "model.safetensors") for folder in (whole_run, out))
     assert all(torch.equal(a[k], b[k]) for k in a)
+    assert [json.loads(line)["step"] for line in open(out / "log.jsonl")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_an_export_that_fails_is_not_a_checkpoint_that_fails(sft_file, tmp_path, monkeypatch, capsys):
+    def export(*args):
+        raise OSError("model.safetensors: could not be written: No space left on device")
+    monkeypatch.setattr(t, "export", export)
+    args = ("--data", sft_file, "--out", tmp_path, *SMALL_RUN, "--save-every", 2)
+    assert refused(t.main, args, monkeypatch, capsys) == "error: model.safetensors: could not be written: No space left on device\n"
+    assert (tmp_path / "trainer" / "step-000000002" / "state.json").exists()
+
+
+def test_ctrl_c_is_no_traceback(capsys):
+    def body():
+        raise KeyboardInterrupt
+    assert t.run_main(body) == 130 and capsys.readouterr().err == "interrupted\n"
 
 
 @pytest.mark.parametrize(("args", "message"), [
@@ -294,7 +313,11 @@ def test_a_damaged_checkpoint_is_passed_over(sft_file, tmp_path, whole_run):
     (("--fresh", "--init", "nowhere"), "nowhere"),
     (("--fresh", "--preset", "huge"), "--preset huge"),
     (("--fresh", "--mixture", "math"), "--mixture 'math'"),
+    (("--fresh", "--mixture", "math=1,code=1", "--data", "{rare}"), "no sample of code is left to draw from"),
+    (("--fresh", "--save-every", 0), "--save-every 0: must be at least 1"),
+    (("--fresh", "--limit", -1), "--limit -1: must be at least 0"),
     (("--fresh", "--device", "cuda"), "no GPU"),
+    (("--fresh", "--device", "cuda:3"), "--device cuda:3: expected cpu or cuda"),
 ])
 def test_bad_input_is_one_line_and_costs_nothing(sft_file, tmp_path, whole_run, args, message, monkeypatch, capsys):
     if "cuda" in args and torch.cuda.is_available():
@@ -302,7 +325,9 @@ def test_bad_input_is_one_line_and_costs_nothing(sft_file, tmp_path, whole_run, 
     (tmp_path / "bad.jsonl").write_text(sft_file.read_text().splitlines()[0] + "\n{\n")
     (tmp_path / "empty.jsonl").write_text("")
     before = {p: p.stat().st_mtime_ns for p in whole_run.rglob("*") if p.is_file()}
-    args = [str(a).format(bad=tmp_path / "bad.jsonl", empty=tmp_path / "empty.jsonl") for a in args]
+    rows = [json.loads(line) for line in sft_file.read_text().splitlines()]
+    data.write_jsonl(tmp_path / "rare.jsonl", [rows[0] | {"domain": "code"}, *rows[1:]])  # its first sample is held out
+    args = [str(a).format(**{name: tmp_path / f"{name}.jsonl" for name in ("bad", "empty", "rare")}) for a in args]
     args = ("--data", sft_file, "--out", whole_run, *SMALL_RUN, "--save-every", 2, *args)
     assert message in refused(t.main, args, monkeypatch, capsys)
     assert before == {p: p.stat().st_mtime_ns for p in whole_run.rglob("*") if p.is_file()}
@@ -368,7 +393,7 @@ def test_a_checkpoint_of_another_model(sft_file, tmp_path, whole_run, monkeypatc
     run_json = json.loads((tmp_path / "run" / "run.json").read_text())  # as if --init had held another model then
     run_json["identity"]["init"] = str(tmp_path / "init")
     (tmp_path / "run" / "run.json").write_text(json.dumps(run_json))
-    assert "step-000006: a checkpoint of another model" in refused(t.main, args, monkeypatch, capsys)
+    assert "step-000000006: a checkpoint of another model" in refused(t.main, args, monkeypatch, capsys)
 
 
 def test_many_files_one_mixture_and_trimmed_samples(sft_file, tmp_path):

@@ -37,7 +37,7 @@ def judge_choice(reply, gold, choices):
         ("E", None), ("AB", None), ("", None), ("14", None), ("Vitamin", None), ("A B C D", None), ("B. 12 C. 13", None),
         ("1", None), ("none", None),
     ],
-)  # fmt: skip
+)
 def test_chosen(answer, letter):
     for right in "ABCD":
         assert judge_choice(rf"<think>\boxed{{A}}</think>\boxed{{{answer}}}", right, CHOICES) == (right == letter)
@@ -73,7 +73,7 @@ WHERE = "FILE, line 1"
         (["x", "x"], "A", None), (["x"], "A", None), ([], "A", None), ("xy", "A", None), (["x", " "], "A", None),
         ([str(i) for i in range(27)], "A", None),
     ],
-)  # fmt: skip
+)
 def test_reading_choices(choices, answer, letter):
     record = {"question": "Which?", "choices": choices, "answer": answer}
     if letter is None:
@@ -100,7 +100,7 @@ def test_choices_that_the_prompt_shows_are_left_as_they_are():
         {"ID": "2024-I-1", "Problem": "q", "Solution": r"\boxed{033}", "Answer": 33}, {"question": "q", "answer": "33"},
         {"id": 60, "problem": "q", "answer": "033", "solution": "s"}, {"problem": "q", "answer": 33},
     ],
-)  # fmt: skip
+)
 def test_aime_shapes(record):
     problem = data.parse_problem(record, WHERE)
     assert (problem.domain, problem.prompt, int(problem.answer)) == ("math", "q", 33)
@@ -118,7 +118,7 @@ def test_aime_shapes(record):
         ("VERDICT: RIGHT or WRONG", "unknown"), ("VERDICT: RIGHT\nI am not sure.", "unknown"), ("VERDICT:", "unknown"),
         ("VERDICT: WRONG\nVERDICT: RIGHT", "unknown"), ("VERDICT: RIGHTLY", "unknown"), ("not VERDICT: RIGHT", "unknown"),
     ],
-)  # fmt: skip
+)
 def test_parse_verdict(text, verdict):
     assert ev.parse_verdict(text) == verdict
 
@@ -197,7 +197,7 @@ def test_verdicts_are_counted_and_kept(server, tmp_path):
         ("nonsense", "no chat completion"), ("list", "no chat completion"), ("deep", "no chat completion"),
         ("silent", "no chat completion"), ("chatty", "no clear verdict"), ("huge", "above 1048576 bytes"),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_verdict_is_unknown_and_an_error_at_the_start(server, tmp_path, mood, why):
     judge = ev.Judge(server.url, "m", tmp_path / "cache", **QUICK)
     server.mood, before, start = mood, server.calls, time.perf_counter()
@@ -254,7 +254,7 @@ def test_a_judge_that_always_agrees_is_found_out(server, monkeypatch):
         ("<think>a</think>b<think>c</think>d", False), ("<think>a<think>c</think>b", False), ("<think>a</think>b</think>", False),
         ("<think>a</think>b<|im_end|>", False), ("<think>a</think>b<|im_start|>user\nc", False),
     ],
-)  # fmt: skip
+)
 def test_format_ok(reply, ok):
     assert ev.format_ok(reply) is ok
 
@@ -269,7 +269,7 @@ def test_format_ok(reply, ok):
         ("Größe naïve", "A question", 0), ("ｆｕｌｌ 𝐛𝐨𝐥𝐝", "A question", 0), (r"\frac{1}{2} \text{ok} 好", "问题", 2 / 3),
         ("<think>想</think>好<|im_end|>", "问题", 0), ("", "A question", 0), ("123 !? \ud800", "A question", 0), ("yes", "", 0),
     ],
-)  # fmt: skip
+)
 def test_mixed_scripts(reply, prompt, share):
     assert ev.mixed_scripts(reply, prompt) == pytest.approx(share)
 
