@@ -24,6 +24,7 @@ To copy this, nothing else is needed: numpy and tiktoken.
 
 import argparse
 import ast
+import fcntl
 import glob
 import gzip
 import hashlib
@@ -566,25 +567,26 @@ def with_choices(prompt, choices):
 
 # 4. Problems made here: long division, every step of which can be checked -----------------------------------------------
 #
-#   family  level   prompt    answer  careful trace, one digit at a time       careless, some digits taken together
-#   div     digits  4376/8=?  547     04/8=0r4;43/8=5r3;37/8=4r5;56/8=7r0;     0437/8=054r5;56/8=7r0;
-#   mod     digits  4374%8=?  6       04/8=0r4;43/8=5r3;37/8=4r5;54/8=6r6;     04/8=0r4;4374/8=546r6;
+#   family  level   prompt     answer  careful trace, one digit at a time    careless, some digits taken together
+#   div     digits  43757/7=?  6251    43/7=6r1;17/7=2r3;35/7=5r0;07/7=1r0;  4375/7=625r0;07/7=1r0;
+#   mod     digits  43758%7=?  1       43/7=6r1;17/7=2r3;35/7=5r0;08/7=1r1;  4375/7=625r0;08/7=1r1;
 #
-# A step brings down one digit or several behind the remainder so far. Every trace is true, but a step of several digits is
-# more than a small model can do at once: there it errs, and its confidence falls. Careless traces are the more frequent the
-# longer the number. So RL can learn to skip less, majority voting fails where hardly any trace is careful (the more so in
-# mod, where wrong answers are few and collide), and DeepConf can find the one that is.
+# A step brings down one digit or several behind the remainder so far; the first takes what it needs to reach the divisor. Every trace
+# is true, but a step of several digits is more than a small model can do at once: there it errs, and its confidence falls. Careless
+# traces are the more frequent the longer the number. So RL can learn to skip less, majority voting fails where hardly any trace is
+# careful (the more so in mod, where wrong answers are few and collide), and DeepConf can find the one that is.
 
-MIX = {(family, level): level - 2 for family in ("div", "mod") for level in range(3, 9)}  # weights: the longer, the more often
-CAREFUL = 0.55, 0.03  # share of careful traces in the SFT data, at the easiest level and at the hardest
+MIX = {(family, level): level - 4 for family in ("div", "mod") for level in range(5, 8)}  # weights: the longer, the more often
+DIVISORS = (3, 6, 7, 9)  # 2, 4, 5, 8 divide powers of ten, so last digits give the remainder: careless steps would be learned in part
+CAREFUL = 0.3, 0.015  # share of careful traces in the SFT data, at the easiest level and at the hardest
 SKIP = 0.5  # in a careless trace: the probability that a step takes several digits, where as many are left
-SKIP_WIDTHS = (3, 4)  # and how many, at random: two at once would be learned
+SKIP_WIDTHS = (4, 5)  # and how many, at random: of three at once a third would be learned
 SPLIT = {"train": 0.6, "rl": 0.2, "heldout": 0.2}  # shares of all divisions there are
 
 
 def make_problem(family, level, rng):
     """A random Problem. family: "div" (an exact division) or "mod" (its remainder); level: digits of the dividend."""
-    low, high, divisor = 10 ** (level - 1), 10**level, rng.randint(2, 9)
+    low, high, divisor = 10 ** (level - 1), 10**level, rng.choice(DIVISORS)
     if family == "div":  # from ceil(low / divisor) on, the quotients of dividends of this many digits
         answer = rng.randrange(-(-low // divisor), -(-high // divisor))
         text = f"{answer * divisor}/{divisor}"
@@ -599,13 +601,13 @@ def make_problem(family, level, rng):
 def make_trace(problem, rng, careful):
     """A true computation of a made problem: steps `dividend/divisor=quotient r remainder`, see the table above."""
     digits, divisor = re.split("[/%]", problem.prompt.removesuffix("=?"))
-    steps, remainder = [], 0
+    steps, remainder = [], ""
     while digits:
         several = [] if careful or rng.random() >= SKIP else [size for size in SKIP_WIDTHS if size <= len(digits)]
-        size = rng.choice(several or [1])
+        size = rng.choice(several or [1 if steps or digits[0] >= divisor else 2])
         now, digits = f"{remainder}{digits[:size]}", digits[size:]
         quotient, remainder = divmod(int(now), int(divisor))
-        steps.append(f"{now}/{divisor}={quotient:0{size}}r{remainder};")
+        steps.append(f"{now}/{divisor}={quotient:0{size if steps else 1}}r{remainder};")  # put together, the quotients are the answer
     return "".join(steps)
 
 
@@ -615,7 +617,7 @@ def random_point(text):
 
 
 def division_of(prompt):
-    """What a made problem computes: 4374%8=? and 4374/8=? have one trace, and must not be told apart by a split."""
+    """What a made problem computes: 43758%7=? and 43758/7=? have one trace, and must not be told apart by a split."""
     return prompt.replace("%", "/")
 
 
@@ -1104,8 +1106,20 @@ def parse_args(cls, description, argv=None):
 def open_run(out, identity, outputs, *, fresh, device, **about):
     """Make `out` the folder of a run: run.json then holds its identity (the arguments that two parts of one run must share), versions,
     hardware and commit. outputs: glob patterns of what such a run leaves in its folder; `fresh` deletes these and starts over.
-    ValueError if the folder holds another run, or outputs of nobody knows what; nothing is changed then."""
+    ValueError if the folder holds another run, or outputs of nobody knows what, or a process that works there; nothing is changed then.
+
+    Returns:
+        A file that keeps other processes out until it is closed or this process ends, be it by SIGKILL.
+    """
     path = Path(out) / "run.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = open(path.with_name(".lock"), "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{out}: another process is working in this folder; stop it first, or choose another --out") from None
+    except OSError:  # a file system without locks
+        pass
     left = [old for pattern in outputs for old in Path(out).glob(pattern)]
     if not fresh and (left or path.exists()):
         try:
@@ -1117,7 +1131,7 @@ def open_run(out, identity, outputs, *, fresh, device, **about):
         if other is not None:
             what = f"holds another run, with --{other.replace('_', '-')} {before.get(other)!r} and not {identity[other]!r}"
             raise ValueError(f"{path}: this folder {what}: choose another --out, or --fresh to start over")
-        return
+        return lock
     for old in left:
         shutil.rmtree(old) if old.is_dir() else old.unlink()
     try:
@@ -1133,6 +1147,7 @@ def open_run(out, identity, outputs, *, fresh, device, **about):
     about |= {"torch": importlib.metadata.version("torch"), "python": platform.python_version(), "hardware": hardware,
               "commit": commit}
     write_text(path, json.dumps({"identity": identity, **about}, indent=2) + "\n")
+    return lock
 
 
 # 10. Commands ---------------------------------------------------------------------------------------------------------

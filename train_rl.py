@@ -51,7 +51,7 @@ class Args:
     out: str = flag("runs/tiny/rl", "folder of the run")
     init: str = flag("runs/tiny/sft", "checkpoint to start from")
     problems: str = flag("runs/tiny/data/rl.jsonl", "problems with answers or tests, disjoint from the SFT data")
-    steps: int = flag(16, "updates")
+    steps: int = flag(14, "updates")
     prompts: int = flag(16, "groups in an update, and prompts in a sampling call")
     group: int = flag(16, "traces of a prompt, the paper's G")
     temperature: float = flag(0.85, "of sampling and of the loss alike")
@@ -351,7 +351,8 @@ SHOWN = ("reward", "correct", "entropy", "mismatch", "length", "calls", "cached"
 
 def load(args, ranks):
     train_sft.check_at_least(1, args, "steps", "prompts", "max_new_tokens", "updates", "max_calls", "slots", "save_every", "eval_every")
-    train_sft.check_at_least(0, args, "warmup_steps", "cache", "limit", "seed")
+    train_sft.check_at_least(0, args, "warmup_steps", "cache", "cache_age", "limit", "seed", "lr", "weight_decay", "clip", "clip_low",
+                             "clip_high", "tis_cap", "positive_weight", "format_penalty", "language_penalty")
     check(args.group >= 2, f"--group {args.group}: one answer has nothing to be compared with, give at least 2")
     check(args.temperature > 0, f"--temperature {args.temperature}: must be above 0, or all answers are the same")
     token_weights([1], args.normalise)

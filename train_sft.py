@@ -64,7 +64,7 @@ class Args:
                      "The default is made when it is not there")
     init: str = flag("", "checkpoint folder to start from; empty: --preset with random weights and byte tokens")
     preset: str = flag("tiny", "model size when --init is empty")
-    steps: int = flag(1800, "optimiser steps")
+    steps: int = flag(2000, "optimiser steps")
     batch: int = flag(16, "samples of a global batch")
     pack_tokens: int = flag(4096, "longest row, in tokens: bounds memory, does not change the result")
     context: int = flag(1024, "longest sample, in tokens")
@@ -347,8 +347,8 @@ class Run:
         self.out, self.ranks = Path(args.out), ranks
         self.identity = {k: v for k, v in asdict(args).items() if k not in self.VOLATILE}
         if ranks.rank == 0:
-            data.open_run(self.out, self.identity, ("log.jsonl", "trainer", "model"), fresh=args.fresh, device=ranks.device,
-                          ranks=ranks.world)
+            self.lock = data.open_run(self.out, self.identity, ("log.jsonl", "trainer", "model"), fresh=args.fresh,
+                                      device=ranks.device, ranks=ranks.world)
         if dist.is_initialized():
             dist.barrier()
         self.log = open(self.out / "log.jsonl", "a", encoding="utf-8") if ranks.rank == 0 else None
@@ -684,7 +684,7 @@ def load(args, ranks):
     """Tokenizer, model, SftFiles, a Loader of the samples that are trained on, and a list of the others, the held-out ones."""
     check(args.preset in PRESETS, f"--preset {args.preset}: not one of {', '.join(PRESETS)}")
     check_at_least(1, args, "steps", "batch", "context", "eval_every", "save_every")
-    check_at_least(0, args, "held_out", "limit", "seed")
+    check_at_least(0, args, "held_out", "limit", "seed", "lr", "warmup", "weight_decay", "clip")
     check(args.pack_tokens >= args.context, f"--pack-tokens {args.pack_tokens} must hold a sample of --context {args.context}")
     if args.data == Args.data and not Path(args.data).exists() and ranks.rank == 0:
         check(data.main(["make", "--out", str(Path(args.data).parent)]) == 0, f"{args.data}: could not be made")

@@ -316,6 +316,7 @@ def test_ctrl_c_is_no_traceback(capsys):
     (("--fresh", "--mixture", "math=1,code=1", "--data", "{rare}"), "no sample of code is left to draw from"),
     (("--fresh", "--save-every", 0), "--save-every 0: must be at least 1"),
     (("--fresh", "--limit", -1), "--limit -1: must be at least 0"),
+    (("--fresh", "--lr", "nan"), "--lr nan: must be at least 0"),
     (("--fresh", "--device", "cuda"), "no GPU"),
     (("--fresh", "--device", "cuda:3"), "--device cuda:3: expected cpu or cuda"),
 ])
