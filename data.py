@@ -1113,7 +1113,7 @@ def open_run(out, identity, outputs, *, fresh, device, **about):
     """
     path = Path(out) / "run.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = open(path.with_name(".lock"), "w")
+    lock = open(path.with_name(".lock"), "a")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
