@@ -2265,7 +2265,7 @@ def run(args):
     identity = {name: value for name, value in asdict(args).items() if name not in ("out", "fresh", "chat", "check")}
     ranks.gather([])  # here all ranks could load what they need: only now may --fresh delete anything
     if ranks.rank == 0:
-        _lock = data.open_run(args.out, identity, OUTPUTS, fresh=args.fresh, device=ranks.device, ranks=ranks.world)
+        _lock = data.open_run(args.out, identity, OUTPUTS, fresh=args.fresh, device=ranks.device, ranks=ranks.world)  # until the end
         print(" ".join(f"{name}={value}" for name, value in asdict(args).items()))
     out, rows = Path(args.out), []
     for name, model, tokenizer in loaded[:-1]:
