@@ -158,7 +158,7 @@ def _step_size(dt, dt_bias, dt_softplus, dtype):
 
 
 def ssd_scan(x, dt, A, B, C, *, D=None, dt_bias=None, dt_softplus=False, initial_states=None, cu_seqlens=None,
-             chunk_size=256, backend=None):
+             chunk_size=256, backend=None, return_final_states=True):
     """The SSD scan (Mamba-2, equation 1 discretised as in its section 2.1):
 
         S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T          y_t = S_t C_t + D x_t
@@ -180,16 +180,17 @@ def ssd_scan(x, dt, A, B, C, *, D=None, dt_bias=None, dt_softplus=False, initial
 
     dtype = torch.promote_types(x.dtype, torch.float32)  # of the state and of all sums
     delta = _step_size(dt, dt_bias, dt_softplus, dtype)
-    S = x.new_zeros(len(cu) - 1, *x.shape[2:], B.shape[3], dtype=dtype) if initial_states is None else initial_states.to(dtype)
+    S = initial_states if initial_states is None else initial_states.to(dtype)
     x, delta, B, C = (v.flatten(0, 1) for v in (x, delta, B, C))  # tokens of all sequences in one row, (tokens, ...)
     D = D if D is None else D.to(dtype)
     if backend == "triton":
-        y, S = _scan_triton(x, delta, B, C, A.to(dtype), D, S, cu, chunk_size)
+        y, S = _scan_triton(x, delta, B, C, A.to(dtype), D, S, cu, chunk_size, return_final_states)
     else:
+        S = x.new_zeros(len(cu) - 1, *x.shape[1:], B.shape[2], dtype=dtype) if S is None else S
         scan = _scan_chunked if backend == "torch" else _scan_recurrent
         y, S = scan(x.to(dtype), delta, B.to(dtype), C.to(dtype), A.to(dtype), S, cu, chunk_size)
         y = y if D is None else torch.addcmul(y, D[:, None], x)
-    return y.to(x.dtype).view(b, t, *x.shape[1:]), S
+    return y.to(x.dtype).view(b, t, *x.shape[1:]), S if return_final_states else None
 
 
 def _scan_recurrent(x, dt, B, C, A, S, cu, chunk_size):
@@ -295,16 +296,21 @@ def _scan_chunked(x, dt, B, C, A, S, cu, chunk_size):
 #              +-------+-------+   value (l, p)   marked tile of y walks over the tiles of its row up to the diagonal, and
 #     output i | W 0 0 |       |    +-------+     multiplies W with the values it meets:
 #         |    | W W 0 |       |    | dt x  |
-#         v    | W W W |       |    |       |         W_ij = (C_i . B_j) 2^(c_i - c_j)   where j <= i, else 0
+#         v    | W W W |       |    |       |         W_ij = (C_i . B_j) 2^(c_i - c_j) dt_j   where j <= i, else 0
 #              +-------+-------+ @  +-------+
-#              | W W W | W 0 0 |    | dt x  |     C B^T is the same for all heads of a group and was computed by torch;
-#           ** | W W W | W W 0 | ** |       |     the decay is made on the fly; W lives in registers only.
+#              | W W W | W 0 0 |    | dt x  |     C B^T is the same for all heads of a group: a kernel of its own stores it,
+#           ** | W W W | W W 0 | ** |       |     on and below the diagonal. W lives in registers only.
 #              | W W W | W W W |    |       |
 #              +-------+-------+    +-------+
 #
-# Decays are always 2^(c_i - c_j) <= 1 with c = log2(e) cumsum(dt A), never quotients of exponentials, which overflow. c is a
-# pair of float32, the rounded sum and what rounding lost: neighbours late in a strongly decaying chunk differ by less than
-# the last digit of the sum alone.
+# Decays are 2^(c_i - c_j) <= 1 with c = log2(e) cumsum(dt A), never quotients of exponentials, which overflow. A tile below the
+# diagonal needs no exponential of its own. With c_r at a boundary r between its sources j and its outputs i,
+#
+#     2^(c_i - c_j) dt_j  =  after[r, i] before[r, j]         after = 2^(c_i - c_r)    before = 2^(c_r - c_j) dt_j
+#
+# and both factors are at most 1 (times dt_j). The boundaries are those of tiles: r = 0 is the chunk's start, the last one its
+# end. Tiles on the diagonal take c itself, as a pair of float32, the rounded sum and what rounding lost: neighbours late in a
+# strongly decaying chunk differ by less than the last digit of the sum alone.
 #
 # Backward. With R_t = dL/dS_t, everything the loss sees of the state, the definition differentiates to
 #
@@ -312,7 +318,16 @@ def _scan_chunked(x, dt, B, C, A, S, cu, chunk_size):
 #     a_t = exp(dt_t A)                       dB_t = dt_t R_t^T x_t           dC_t = S_t^T dy_t
 #
 # R is a scan as S is, run from the last token to the first, with dy and C written into it and B read from it. So the kernels
-# for states, outputs and dB, dC exist once: REVERSED turns the sign of the decay's exponent and the triangle around.
+# for states, outputs and dB, dC exist once; REVERSED turns the triangle around, and exchanges what their arguments are:
+#
+#     kernel        argument                  forward                          REVERSED
+#     _states       value, key                x, B                             dy, C
+#                   states                    S before each chunk              R after each chunk
+#                   initial, final            S of the sequences' start, end   R of their end, start
+#     _scan         value, query, states      x, C, S                          dy, B, R
+#                   out                       y                                dx
+#     _dbc          value, own, other         dy, C, B                         x, B, C
+#                   states, out, through      S, dC, F                         R, dB, E / dt
 #
 # The gradient of log a_t sums over every path from a source to an output that crosses step t. With q_ij the share of source
 # j in the loss through output i, F_i that of the entering state, E_j that of source j through the leaving state:
@@ -321,16 +336,17 @@ def _scan_chunked(x, dt, B, C, A, S, cu, chunk_size):
 #
 # and the first sum is sum_{i >= t} (row_i - col_i), where row and col add up the same numbers q without their diagonal. The
 # diagonal is what is large there and crosses no step. (y . dy - x . dx, shorter and common, has it in both terms, and loses all
-# digits where decays are strong.)
+# digits where decays are strong.) The same sums give d(dt_j) = (col_j + q_jj + E_j) / dt_j, so they are kept without dt_j.
 #
-# Nothing is added up by atomics: programs that share a sum store their parts, torch adds them, and two runs give the same
-# bits. Chunk and token numbers are int64, because t h p passes 2^31 at 700,000 tokens of the 7B model. Tile sizes are chosen
+# Nothing is added up by atomics: programs that share a sum store their parts, the last kernel adds them, and two runs give the
+# same bits. Chunk and token numbers are int64, because t h p passes 2^31 at 700,000 tokens of the 7B model. Tile sizes are chosen
 # by the size of shared memory alone: autotuning stalls at every new shape, and different tiles round differently.
 #
-# Arguments of all kernels, each a pointer: `start`, `length` (k,) first token and number of tokens of a chunk; `c` (2, k, h, l),
-# its second half at c + s_lo; `dt` (k, h, l), 0 in the padding; `cb` (k, g, l, l); `states` (k, h, p, n). s_x is the number of
-# elements from one token of x to the next, and so on: tokens may be slices of a wider row. In capitals what is known when
-# the kernel is compiled: the sizes above, and BM, BK, ... those of tiles.
+# Arguments of all kernels, each a pointer: `start`, `length` (k,) first token and number of tokens of a chunk; c (2, k, h, l), its
+# second half at c + low; dt (k, h, l), 0 in the padding; before, after (k, h, r, l); cb (k, g, l, l); states (k, h, p, n). s_v is
+# the number of elements from one token of value to the next, and so on: tokens may be slices of a wider row. In capitals what is
+# known when the kernel is compiled: the sizes above, R boundaries, and BM, BK, ... those of tiles. A tile of cb is loaded whole,
+# in wide loads, and what lies above the diagonal put to 0 afterwards: a mask on the load would fetch it element by element.
 
 try:
     import triton
@@ -352,135 +368,237 @@ def _program(tiles, heads):
 
 
 @_jit
-def _decay(c, s_lo, i, j):
-    """2^(c_i - c_j), at most 1, for places i and j that broadcast against each other."""
-    return tl.exp2(tl.minimum((tl.load(c + i) - tl.load(c + j)) + (tl.load(c + s_lo + i) - tl.load(c + s_lo + j)), 0.0))
+def _pair(c, low, i):
+    """c at places i: its float32 and what that lost."""
+    return tl.load(c + i), tl.load(c + low + i)
 
 
 @_jit
-def _load(rows, columns, token, stride, row_mask, column_mask):
-    """A tile of tokens' vectors: element columns of row `token`, 0 outside of the masks."""
-    return tl.load(rows + token * stride + columns, mask=row_mask & column_mask, other=0.0)
+def _decay(later, later_low, sooner, sooner_low):
+    """2^(c_i - c_j), at most 1, of two pairs that broadcast against each other."""
+    return tl.exp2(tl.minimum((later - sooner) + (later_low - sooner_low), 0.0))
 
 
 @_jit
-def _states_kernel(value, key, dt, c, s_lo, start, length, first, initial, states, final, entering, crossing, s_v, s_k,
-                   H: constexpr, G: constexpr, P: constexpr, N: constexpr, L: constexpr,
+def _load(base, columns, token, stride, row_mask, column_mask):
+    """A tile of tokens' vectors: the elements `columns` of each `token`, 0 outside of the masks."""
+    return tl.load(base + token * stride + columns, mask=row_mask & column_mask, other=0.0)
+
+
+@_jit
+def _decays_kernel(step, A, start, length, dt, c, low, before, after, s_dt,
+                   H: constexpr, L: constexpr, R: constexpr, BM: constexpr, BH: constexpr):
+    """dt, c, before and after of BH heads of a chunk, from step (tokens, h); c is summed up in float64."""
+    tile, _, k = _program((H + BH - 1) // BH, 1)
+    h, j = tile * BH + tl.arange(0, BH)[:, None], tl.arange(0, L)[None, :]
+    num, token = tl.load(length + k), tl.load(start + k)
+    delta = tl.load(step + (token + j) * s_dt + h, mask=(h < H) & (j < num), other=0.0)  # (BH, L)
+    # In the padding delta is 0 and c stays constant, so that its last entry is the chunk's end in any case.
+    total = tl.cumsum(delta.to(tl.float64) * (tl.load(A + h, mask=h < H, other=-1.0).to(tl.float64) * 1.4426950408889634), 1)  # / ln 2
+    place = (k * H + h) * L + j
+    high = total.to(tl.float32)
+    tl.store(dt + place, delta, mask=h < H)
+    tl.store(c + place, high, mask=h < H)
+    tl.store(c + low + place, (total - high).to(tl.float32), mask=h < H)
+    for r in tl.static_range(R):
+        boundary = tl.sum(tl.where(j == r * BM - 1, total, 0.0), 1)[:, None]  # 0 before the first token
+        place = ((k * H + h) * R + r) * L + j
+        rise = (total - boundary).to(tl.float32)
+        tl.store(after + place, tl.exp2(tl.where(rise > 0, 0.0, rise)), mask=h < H)  # where, not minimum: a NaN stays one
+        tl.store(before + place, tl.exp2(tl.where(rise < 0, 0.0, -rise)) * delta, mask=h < H)
+
+
+@_jit
+def _cb_kernel(query, key, start, length, cb, s_q, s_k, G: constexpr, N: constexpr, L: constexpr,
+               BM: constexpr, BJ: constexpr, BK: constexpr):
+    """cb = C B^T, a BM x BJ tile on or below the diagonal a program, whole, 0 in the padding."""
+    ACROSS: constexpr = L // BJ
+    tile, g, k = _program((L // BM) * ACROSS, G)
+    num, token = tl.load(length + k), tl.load(start + k)
+    i0, j0 = tile // ACROSS * BM, tile % ACROSS * BJ
+    if (j0 < i0 + BM) & (i0 < num):
+        i, j, n = i0 + tl.arange(0, BM), j0 + tl.arange(0, BJ), tl.arange(0, BK)
+        acc = tl.zeros((BM, BJ), tl.float32)
+        for n0 in range(0, N, BK):
+            nn = n0 + n
+            q = _load(query + g * N, nn[None, :], token + i[:, None], s_q, (i < num)[:, None], (nn < N)[None, :])  # (BM, BK)
+            v = _load(key + g * N, nn[:, None], token + j[None, :], s_k, (j < num)[None, :], (nn < N)[:, None])  # (BK, BJ)
+            acc = tl.dot(q, v, acc, input_precision="ieee")
+        tl.store(cb + ((k * G + g) * L + i[:, None]) * L + j[None, :], acc)
+
+
+@_jit
+def _states_kernel(value, key, before, after, start, length, first, initial, states, final, entering, crossing, s_v, s_k,
+                   H: constexpr, G: constexpr, P: constexpr, N: constexpr, L: constexpr, R: constexpr,
                    BP: constexpr, BN: constexpr, BL: constexpr, REVERSED: constexpr):
-    """Steps 2 and 3. One program carries a BP x BN tile of one head's state through all chunks of one sequence, in float32
-    registers: states[k] = S before chunk k, then S <- 2^(c_l) S + sum_j 2^(c_l - c_j) dt_j value_j key_j^T.
+    """Steps 2 and 3. One program carries a BP x BN tile of one head's state through all tokens of one sequence, BL at a time, in
+    float32 registers: states[k] = S before chunk k, then S <- 2^(c_l) S + sum_j 2^(c_l - c_j) dt_j value_j key_j^T.
 
-    REVERSED (value dy, key C): states[k] = R after chunk k, then R <- 2^(c_l) R + sum_i 2^(c_i) dy_i C_i^T; and
+    REVERSED: states[k] = R after chunk k, then R <- 2^(c_l) R + sum_i 2^(c_i) dy_i C_i^T; and
     crossing[k, h, tile] = 2^(c_l) <R after, S before>, the tile's share in the gradient of the chunk's whole decay."""
-    TILES: constexpr = tl.cdiv(P, BP) * tl.cdiv(N, BN)
+    ACROSS: constexpr = (N + BN - 1) // BN
+    TILES: constexpr = (P + BP - 1) // BP * ACROSS
+    PER_CHUNK: constexpr = L // BL
     tile, h, s = _program(TILES, H)
-    p, n, j = tile // tl.cdiv(N, BN) * BP + tl.arange(0, BP), tile % tl.cdiv(N, BN) * BN + tl.arange(0, BN), tl.arange(0, BL)
+    p, n, j = tile // ACROSS * BP + tl.arange(0, BP), tile % ACROSS * BN + tl.arange(0, BN), tl.arange(0, BL)
     inside, place = (p < P)[:, None] & (n < N)[None, :], p[:, None] * N + n[None, :]
-    S = tl.load(initial + (s * H + h) * P * N + place, mask=inside, other=0.0)
+    if initial is None:
+        S = tl.zeros((BP, BN), tl.float32)
+    else:
+        S = tl.load(initial + (s * H + h) * P * N + place, mask=inside, other=0.0)
     begin, end = tl.load(first + s), tl.load(first + s + 1)
-    for count in range(0, (end - begin).to(tl.int32)):
-        k = end - 1 - count if REVERSED else begin + count
-        head, token, num = k * H + h, tl.load(start + k), tl.load(length + k)
-        tl.store(states + head * P * N + place, S, mask=inside)
-        ck, last = c + head * L, L - 1  # in the padding c stays constant, so its last entry is the chunk's end in any case
-        S *= tl.exp2(tl.load(ck + last) + tl.load(ck + s_lo + last))
-        if REVERSED:
-            before = tl.load(entering + head * P * N + place, mask=inside, other=0.0).to(tl.float32)
-            tl.store(crossing + head * TILES + tile, tl.sum(S * before))
-        for j0 in range(0, num, BL):
-            jj = j0 + j
+    token, tokens = tl.load(start + begin), tl.load(start + end - 1) + tl.load(length + end - 1) - tl.load(start + begin)
+    value += token * s_v + h * P
+    key += token * s_k + h // (H // G) * N
+    # All chunks but a sequence's last one are full: one loop over its tokens, whose loads run ahead across chunks.
+    parts = ((tokens + BL - 1) // BL).to(tl.int32)
+    for count in range(0, parts):
+        part = parts - 1 - count if REVERSED else count
+        head = (begin + part // PER_CHUNK) * H + h
+        if (count == 0) | (part % PER_CHUNK == (PER_CHUNK - 1 if REVERSED else 0)):  # a chunk begins
+            tl.store(states + head * P * N + place, S, mask=inside)
+            S *= tl.load(after + head * R * L + L - 1)  # 2^(c_l)
             if REVERSED:
-                weight = tl.exp2(tl.load(ck + jj) + tl.load(ck + s_lo + jj))
-            else:
-                weight = _decay(ck, s_lo, last, jj) * tl.load(dt + head * L + jj)
-            v = _load(value + h * P, p[:, None], token + jj[None, :], s_v, (jj < num)[None, :], (p < P)[:, None])  # (BP, BL)
-            q = _load(key + h // (H // G) * N, n[None, :], token + jj[:, None], s_k, (jj < num)[:, None], (n < N)[None, :])
-            S = tl.dot(v, (q.to(tl.float32) * weight[:, None]).to(v.dtype), S, input_precision="ieee")
-    tl.store(final + (s * H + h) * P * N + place, S, mask=inside)
+                S_before = tl.load(entering + head * P * N + place, mask=inside, other=0.0).to(tl.float32)
+                tl.store(crossing + head * TILES + tile, tl.sum(S * S_before))
+        within, jj = part % PER_CHUNK * BL + j, (part * BL + j).to(tl.int64)
+        weight = tl.load(after + head * R * L + within) if REVERSED else tl.load(before + (head * R + R - 1) * L + within)
+        v = _load(value, p[:, None], jj[None, :], s_v, (jj < tokens)[None, :], (p < P)[:, None])  # (BP, BL)
+        q = _load(key, n[None, :], jj[:, None], s_k, (jj < tokens)[:, None], (n < N)[None, :])  # (BL, BN)
+        S = tl.dot((v.to(tl.float32) * weight[None, :]).to(v.dtype), q, S, input_precision="ieee")
+    if final is not None:
+        tl.store(final + (s * H + h) * P * N + place, S, mask=inside)
 
 
 @_jit
-def _scan_kernel(value, query, cb, states, dt, c, s_lo, D, start, length, out, x, ddt, dD, s_v, s_q, s_out, s_x,
-                 H: constexpr, G: constexpr, P: constexpr, N: constexpr, L: constexpr,
+def _scan_kernel(value, query, cb, states, dt, c, low, before, after, D, start, length, out, s_v, s_q, s_out,
+                 H: constexpr, G: constexpr, P: constexpr, N: constexpr, L: constexpr, R: constexpr,
                  BM: constexpr, BP: constexpr, BK: constexpr, BL: constexpr, REVERSED: constexpr):
     """Steps 1 and 4, BM rows of one chunk and head a program (the picture above):
-    y_i = 2^(c_i) S C_i + sum_{j <= i} W_ij dt_j x_j + D x_i.
+    y_i = 2^(c_i) S C_i + sum_{j <= i} W_ij x_j + D x_i.
 
-    REVERSED (value dy, query B, states R): u_j = 2^(c_l - c_j) R B_j + sum_{i >= j} W_ij dy_i = R_j B_j of the derivation,
-    and then dx = dt u + D dy, ddt = u . x, dD[k, h, tile] = sum of dy . x over the tile."""
+    REVERSED: dx_j = dt_j 2^(c_l - c_j) R B_j + sum_{i >= j} W_ij dy_i + D dy_j."""
     tile, h, k = _program(L // BM, H)
     num, token, head = tl.load(length + k), tl.load(start + k), k * H + h
     if tile * BM < num:
         i, p, n, l = tile * BM + tl.arange(0, BM), tl.arange(0, BP), tl.arange(0, BK), tl.arange(0, BL)
-        group, row, in_p, ck = h // (H // G), (i < num)[:, None], (p < P)[None, :], c + head * L
+        group, row, in_p = h // (H // G), (i < num)[:, None], (p < P)[None, :]
+        value += token * s_v + h * P
+        cb += (k * G + group) * L * L
+
+        # Step 4, the chunk's entering (leaving) state, decayed only up to the boundary next to this tile.
         acc = tl.zeros((BM, BP), tl.float32)
         for n0 in range(0, N, BK):
             nn = n0 + n
             q = _load(query + group * N, nn[None, :], token + i[:, None], s_q, row, (nn < N)[None, :])  # (BM, BK)
             S = tl.load(states + head * P * N + p[None, :] * N + nn[:, None], mask=in_p & (nn < N)[:, None], other=0.0)
             acc = tl.dot(q, S, acc, input_precision="ieee")
-        acc *= (_decay(ck, s_lo, L - 1, i) if REVERSED else tl.exp2(tl.load(ck + i) + tl.load(ck + s_lo + i)))[:, None]
-        begin, end = (tile * BM, num) if REVERSED else (0, tl.minimum(tile * BM + BM, num))
+        edge = (head * R + tile + 1) * L if REVERSED else (head * R + tile) * L  # where this boundary's decays are
+        if REVERSED:
+            acc *= tl.load(after + edge + L - 1)
+        else:
+            acc *= tl.load(after + head * R * L + tile * BM - 1, mask=tile > 0, other=1.0)
+
+        # Step 1 below the diagonal: tiles of cb, weighted by column before the product and by row after the last one.
+        begin, end = ((tile + 1) * BM, num) if REVERSED else (0, tile * BM)
         for l0 in range(begin, end, BL):
             j = l0 + l
-            rows, columns = (j[None, :], i[:, None]) if REVERSED else (i[:, None], j[None, :])  # rows are the later tokens
-            keep = (rows >= columns) & (j < num)[None, :]
-            W = tl.load(cb + (k * G + group) * L * L + rows * L + columns, mask=keep, other=0.0).to(tl.float32)
-            W *= _decay(ck, s_lo, rows, columns)
-            if not REVERSED:
-                W *= tl.load(dt + head * L + j)[None, :]
-            v = _load(value + h * P, p[None, :], token + j[:, None], s_v, (j < num)[:, None], in_p)  # (BL, BP)
+            if REVERSED:  # rows of cb are the later tokens
+                W, weight = tl.load(cb + j[None, :] * L + i[:, None]), tl.load(after + edge + j)
+            else:
+                W, weight = tl.load(cb + i[:, None] * L + j[None, :]), tl.load(before + edge + j)
+            v = _load(value, p[None, :], j[:, None], s_v, (j < num)[:, None], in_p)  # (BL, BP)
+            acc = tl.dot((W.to(tl.float32) * weight[None, :]).to(v.dtype), v, acc, input_precision="ieee")
+        acc *= tl.load((before if REVERSED else after) + edge + i)[:, None]
+
+        # Step 1 on the diagonal, where every entry has its own decay.
+        ci, ci_low = _pair(c + head * L, low, i)
+        for l0 in range(tile * BM, tl.minimum((tile + 1) * BM, num), BL):
+            j = l0 + l
+            cj, cj_low = _pair(c + head * L, low, j)
+            if REVERSED:
+                W = tl.load(cb + j[None, :] * L + i[:, None]).to(tl.float32) * tl.load(dt + head * L + i)[:, None]
+                W *= _decay(cj[None, :], cj_low[None, :], ci[:, None], ci_low[:, None])
+                W = tl.where(i[:, None] <= j[None, :], W, 0.0)
+            else:
+                W = tl.load(cb + i[:, None] * L + j[None, :]).to(tl.float32) * tl.load(dt + head * L + j)[None, :]
+                W *= _decay(ci[:, None], ci_low[:, None], cj[None, :], cj_low[None, :])
+                W = tl.where(i[:, None] >= j[None, :], W, 0.0)
+            v = _load(value, p[None, :], j[:, None], s_v, (j < num)[:, None], in_p)  # (BL, BP)
             acc = tl.dot(W.to(v.dtype), v, acc, input_precision="ieee")
-        skip = _load(value + h * P, p[None, :], token + i[:, None], s_v, row, in_p).to(tl.float32)  # (BM, BP)
-        if REVERSED:
-            xi = _load(x + h * P, p[None, :], token + i[:, None], s_x, row, in_p).to(tl.float32)
-            tl.store(ddt + head * L + i, tl.sum(acc * xi, 1))
-            tl.store(dD + head * (L // BM) + tile, tl.sum(skip * xi))
-            acc *= tl.load(dt + head * L + i)[:, None]
-        acc += tl.load(D + h) * skip
+        acc += tl.load(D + h) * _load(value, p[None, :], i[:, None], s_v, row, in_p).to(tl.float32)
         tl.store(out + (token + i)[:, None] * s_out + h * P + p[None, :], acc, mask=row & in_p)
 
 
 @_jit
-def _dcb_kernel(x, dy, cb, dt, c, s_lo, start, length, dcb, row, col, s_x, s_dy,
-                H: constexpr, G: constexpr, P: constexpr, L: constexpr, BM: constexpr, BJ: constexpr, BP: constexpr):
-    """d(cb)_ij = sum over the group's heads of 2^(c_i - c_j) dt_j (dy_i . x_j), a BM x BJ tile a program; and of every head's
-    q = d(cb) cb below the diagonal the sums of rows, row[k, h, tile's column, i], and columns, col[k, h, tile's row, j]."""
+def _dcb_tile(x, dy, cb, dt, c, low, before, after, token, num, dcb, row, col, diagonal, s_x, s_dy, g, k, i0, j0,
+              H: constexpr, G: constexpr, P: constexpr, L: constexpr, R: constexpr,
+              BM: constexpr, BJ: constexpr, BP: constexpr, DIAGONAL: constexpr):
+    """One tile of _dcb_kernel."""
     DOWN: constexpr = L // BM
     ACROSS: constexpr = L // BJ
-    tile, g, k = _program(DOWN * ACROSS, G)
-    num, token = tl.load(length + k), tl.load(start + k)
-    i0, j0 = tile // ACROSS * BM, tile % ACROSS * BJ
-    if (j0 < i0 + BM) & (i0 < num):
-        i, j, p = i0 + tl.arange(0, BM), j0 + tl.arange(0, BJ), tl.arange(0, BP)
-        place = (k * G + g) * L * L + i[:, None] * L + j[None, :]
-        below = tl.load(cb + place, mask=i[:, None] > j[None, :], other=0.0).to(tl.float32)
-        acc = tl.zeros((BM, BJ), tl.float32)
-        for h in range(g * (H // G), (g + 1) * (H // G)):
-            head = k * H + h
-            share = tl.zeros((BM, BJ), tl.float32)
-            for p0 in range(0, P, BP):
-                q = p0 + p
-                d = _load(dy + h * P, q[None, :], token + i[:, None], s_dy, (i < num)[:, None], (q < P)[None, :])  # (BM, BP)
-                v = _load(x + h * P, q[:, None], token + j[None, :], s_x, (j < num)[None, :], (q < P)[:, None])  # (BP, BJ)
-                share = tl.dot(d, v, share, input_precision="ieee")
-            decay = _decay(c + head * L, s_lo, i[:, None], j[None, :]) * tl.load(dt + head * L + j)[None, :]
+    i, j, p = i0 + tl.arange(0, BM), j0 + tl.arange(0, BJ), tl.arange(0, BP)
+    place = ((k * G + g) * L + i[:, None]) * L + j[None, :]
+    below = tl.load(cb + place).to(tl.float32)
+    if DIAGONAL:
+        below = tl.where(i[:, None] > j[None, :], below, 0.0)
+    acc = tl.zeros((BM, BJ), tl.float32)
+    for h in range(g * (H // G), (g + 1) * (H // G)):
+        head = k * H + h
+        share = tl.zeros((BM, BJ), tl.float32)
+        for p0 in range(0, P, BP):
+            q = p0 + p
+            d = _load(dy + h * P, q[None, :], token + i[:, None], s_dy, (i < num)[:, None], (q < P)[None, :])  # (BM, BP)
+            v = _load(x + h * P, q[:, None], token + j[None, :], s_x, (j < num)[None, :], (q < P)[:, None])  # (BP, BJ)
+            share = tl.dot(d, v, share, input_precision="ieee")
+        # `source` is what is still missing for source j: its step, and below the diagonal its decay up to the tile's first row.
+        if DIAGONAL:
+            tl.store(diagonal + head * L + j, tl.sum(tl.where(i[:, None] == j[None, :], share, 0.0), 0))
+            ci, ci_low = _pair(c + head * L, low, i)
+            cj, cj_low = _pair(c + head * L, low, j)
+            decay = _decay(ci[:, None], ci_low[:, None], cj[None, :], cj_low[None, :])
             share = tl.where(i[:, None] >= j[None, :], share * decay, 0.0)
-            acc += share
-            tl.store(row + (head * ACROSS + tile % ACROSS) * L + i, tl.sum(share * below, 1))
-            tl.store(col + (head * DOWN + tile // ACROSS) * L + j, tl.sum(share * below, 0))
-        tl.store(dcb + place, acc, mask=i[:, None] >= j[None, :])
+            source = tl.load(dt + head * L + j)[None, :]
+        else:
+            edge = (head * R + i0 // BM) * L
+            share *= tl.load(after + edge + i)[:, None]
+            source = tl.load(before + edge + j)[None, :]
+        tl.store(col + (head * DOWN + i0 // BM) * L + j, tl.sum(share * below, 0))
+        share *= source
+        tl.store(row + (head * ACROSS + j0 // BJ) * L + i, tl.sum(share * below, 1))
+        acc += share
+    tl.store(dcb + place, acc)
 
 
 @_jit
-def _dbc_kernel(value, own, other, dcb, states, dt, c, s_lo, start, length, out, through, s_v, s_own, s_other, s_out,
-                H: constexpr, G: constexpr, P: constexpr, N: constexpr, L: constexpr,
-                BM: constexpr, BN: constexpr, BP: constexpr, BL: constexpr, REVERSED: constexpr):
-    """dC_i = sum_h 2^(c_i) S^T dy_i + sum_{j <= i} d(cb)_ij B_j, BM x BN a program (value dy, own C, other B, states S), and
-    of every head through[k, h, tile of n, i] = C_i . (its first term), which is F_i.
+def _dcb_kernel(x, dy, cb, dt, c, low, before, after, start, length, dcb, row, col, diagonal, s_x, s_dy,
+                H: constexpr, G: constexpr, P: constexpr, L: constexpr, R: constexpr,
+                BM: constexpr, BJ: constexpr, BP: constexpr):
+    """d(cb)_ij = sum over the group's heads of 2^(c_i - c_j) dt_j (dy_i . x_j), a BM x BJ tile a program; of every head diagonal_j =
+    dy_j . x_j and, with q = d(cb) cb, the sums of q below the diagonal: row[k, h, tile's column, i], and col[k, h, tile's row, j],
+    which still lacks the factor `source`."""
+    ACROSS: constexpr = L // BJ
+    tile, g, k = _program((L // BM) * ACROSS, G)
+    num, token = tl.load(length + k), tl.load(start + k)
+    i0, j0 = tile // ACROSS * BM, tile % ACROSS * BJ
+    if i0 < num:
+        if j0 + BJ <= i0:
+            _dcb_tile(x, dy, cb, dt, c, low, before, after, token, num, dcb, row, col, diagonal, s_x, s_dy, g, k, i0, j0,
+                      H, G, P, L, R, BM, BJ, BP, False)
+        elif j0 < i0 + BM:
+            _dcb_tile(x, dy, cb, dt, c, low, before, after, token, num, dcb, row, col, diagonal, s_x, s_dy, g, k, i0, j0,
+                      H, G, P, L, R, BM, BJ, BP, True)
 
-    REVERSED: dB_j = sum_h 2^(c_l - c_j) dt_j R^T x_j + sum_{i >= j} d(cb)_ij C_i (value x, own B, other C, states R), and E_j."""
-    SPLIT: constexpr = tl.cdiv(N, BN)
+
+@_jit
+def _dbc_kernel(value, own, other, dcb, states, dt, c, low, after, start, length, out, through, s_v, s_own, s_other, s_out,
+                H: constexpr, G: constexpr, P: constexpr, N: constexpr, L: constexpr, R: constexpr,
+                BM: constexpr, BN: constexpr, BP: constexpr, BL: constexpr, REVERSED: constexpr):
+    """dC_i = sum_h 2^(c_i) S^T dy_i + sum_{j <= i} d(cb)_ij B_j, BM x BN a program, and of every head
+    through[k, h, tile of n, i] = C_i . (its first term), which is F_i.
+
+    REVERSED: dB_j = sum_h dt_j 2^(c_l - c_j) R^T x_j + sum_{i >= j} d(cb)_ij C_i, and through = E_j / dt_j."""
+    SPLIT: constexpr = (N + BN - 1) // BN
     tile, g, k = _program((L // BM) * SPLIT, G)
     num, token = tl.load(length + k), tl.load(start + k)
     i0, half = tile // SPLIT * BM, tile % SPLIT
@@ -491,25 +609,63 @@ def _dbc_kernel(value, own, other, dcb, states, dt, c, s_lo, start, length, out,
         acc = tl.zeros((BM, BN), tl.float32)
         for h in range(g * (H // G), (g + 1) * (H // G)):
             head = k * H + h
-            ck = c + head * L
-            if REVERSED:
-                weight = _decay(ck, s_lo, L - 1, i) * tl.load(dt + head * L + i)
-            else:
-                weight = tl.exp2(tl.load(ck + i) + tl.load(ck + s_lo + i))
             v = _load(value + h * P, p[None, :], token + i[:, None], s_v, row, (p < P)[None, :])  # (BM, BP)
             S = tl.load(states + head * P * N + p[:, None] * N + n[None, :], mask=(p < P)[:, None] & in_n, other=0.0)
-            term = tl.dot(v, S, input_precision="ieee") * weight[:, None]
-            tl.store(through + (head * SPLIT + half) * L + i, tl.sum(term * mine, 1))
-            acc += term
+            term = tl.dot(v, S, input_precision="ieee")
+            if REVERSED:
+                end, end_low = _pair(c + head * L, low, L - 1)
+                ci, ci_low = _pair(c + head * L, low, i)
+                weight = _decay(end, end_low, ci, ci_low)
+                step = tl.load(dt + head * L + i)
+            else:
+                weight, step = tl.load(after + head * R * L + i), 1.0
+            tl.store(through + (head * SPLIT + half) * L + i, tl.sum(term * mine, 1) * weight)
+            acc += term * (weight * step)[:, None]
         begin, end = (i0, num) if REVERSED else (0, tl.minimum(i0 + BM, num))
         for l0 in range(begin, end, BL):
             j = l0 + l
-            rows, columns = (j[None, :], i[:, None]) if REVERSED else (i[:, None], j[None, :])
-            keep = (rows >= columns) & (rows < num)
-            d = tl.load(dcb + (k * G + g) * L * L + rows * L + columns, mask=keep, other=0.0)
+            rows, columns = (j[None, :], i[:, None]) if REVERSED else (i[:, None], j[None, :])  # rows are the later tokens
+            d = tl.load(dcb + (k * G + g) * L * L + rows * L + columns)
             o = _load(other + g * N, n[None, :], token + j[:, None], s_other, (j < num)[:, None], in_n)  # (BL, BN)
             acc = tl.dot(d.to(o.dtype), o, acc, input_precision="ieee")
         tl.store(out + (token + i)[:, None] * s_out + g * N + n[None, :], acc, mask=row & in_n)
+
+
+@_jit
+def _ddt_kernel(row, col, diagonal, F, E, crossing, cb, dt, c, low, A, start, length, ddt, dA, dD,
+                H: constexpr, G: constexpr, L: constexpr, BM: constexpr, DOWN: constexpr, ACROSS: constexpr, SPLIT: constexpr,
+                PARTS: constexpr):
+    """The gradient of log a_t by the formula on top, of one chunk and head, its sums in float64; from it ddt (tokens, h), and the
+    chunk's share in dA and dD (k, h)."""
+    _, h, k = _program(1, H)
+    num, token, head, j = tl.load(length + k), tl.load(start + k), k * H + h, tl.arange(0, L)
+    inside, step = j < num, tl.load(dt + (k * H + h) * L + j)
+    cj, cj_low = _pair(c + head * L, low, j)
+    rows, cols = tl.zeros((L,), tl.float32), tl.zeros((L,), tl.float32)
+    Fs, Es = tl.zeros((L,), tl.float32), tl.zeros((L,), tl.float32)
+    for part in tl.static_range(ACROSS):
+        tile = L // ACROSS * part
+        rows += tl.load(row + (head * ACROSS + part) * L + j, mask=inside & (tile < (j // BM + 1) * BM), other=0.0)
+    for part in tl.static_range(DOWN):  # below the diagonal col lacks the decay up to the first row of its tile
+        lower = inside & (j // BM <= part) & (part * BM < num)
+        edge, edge_low = _pair(c + head * L, low, tl.maximum(part * BM - 1, 0))
+        missing = tl.where(j // BM == part, 1.0, _decay(edge, edge_low, cj, cj_low))
+        cols += tl.load(col + (head * DOWN + part) * L + j, mask=lower, other=0.0) * missing
+    for part in tl.static_range(SPLIT):
+        Fs += tl.load(F + (head * SPLIT + part) * L + j, mask=inside, other=0.0)
+        Es += tl.load(E + (head * SPLIT + part) * L + j, mask=inside, other=0.0)
+    across = 0.0
+    for part in tl.static_range(PARTS):
+        across += tl.load(crossing + head * PARTS + part)
+    dy_x = tl.load(diagonal + head * L + j, mask=inside, other=0.0)
+
+    from_here = tl.cumsum((rows - step * cols + Fs).to(tl.float64), 0, reverse=True)
+    sources = (step * Es).to(tl.float64)
+    da = tl.where(inside, from_here + (tl.cumsum(sources, 0) - sources) + across, 0.0)
+    own = tl.load(cb + ((k * G + h // (H // G)) * L + j) * L + j, mask=inside, other=0.0).to(tl.float32) * dy_x
+    tl.store(ddt + (token + j) * H + h, cols + own + Es + tl.load(A + h) * da.to(tl.float32), mask=inside)
+    tl.store(dA + head, tl.sum(step * da))
+    tl.store(dD + head, tl.sum(dy_x.to(tl.float64)))
 
 
 def _power(size):
@@ -520,14 +676,19 @@ def _tiling(l, p, n, dtype, shared_memory):
     """Tile sizes and launch options of every kernel, for chunks of l tokens. In 16 bits, Hopper with its 227 KB of shared
     memory for a block takes tiles of 128; float32, and Ampere, Ada and consumer Blackwell, from 99 KB, take 64."""
     big = shared_memory >= 200_000 and dtype.itemsize == 2 and p <= 128
-    bm, options = min(128 if big else 64, l), dict(num_warps=8, num_stages=3) if big else dict(num_warps=4, num_stages=2)
     full = dtype.itemsize == 4  # products of float32 run on no tensor core, and need their registers for themselves
-    bl, bp, bk, bn = min(64 if big else 32, l), _power(p), min(64 if big else 32, _power(n)), min(128 if big else 64, _power(n))
+    options = dict(num_warps=8, num_stages=3) if big else dict(num_warps=4, num_stages=2)
+    side = min(128 if big else 64, l)  # of a tile of the chunk's triangle, whose sides are the boundaries of before and after
+    step = min(64 if big else 32, l)  # tokens that a loop takes at a time
+    half, bp, bn = max(16, side // 2), _power(p), _power(n)
     return {
-        "states": dict(BP=min(32 if full else 64, bp), BN=min(64, _power(n)), BL=bl, num_warps=4, num_stages=options["num_stages"]),
-        "scan": dict(BM=bm, BP=bp, BK=bk, BL=bl, **options),
-        "dcb": dict(BM=bm, BJ=max(16, bm // 2), BP=min(32, bp) if full else bp, **options),
-        "dbc": dict(BM=bm, BN=bn, BP=bp, BL=bl, **options),
+        "decays": dict(BM=side, BH=4, num_warps=4),
+        "cb": dict(BM=side, BJ=half, BK=min(64, bn), **options),
+        "states": dict(BP=min(32 if full else 64, bp), BN=min(64, bn), BL=step, num_warps=4, num_stages=options["num_stages"]),
+        "scan": dict(BM=side, BP=bp, BK=min(step, bn), BL=step, **options),
+        "dcb": dict(BM=side, BJ=half, BP=min(32, bp) if full else bp, **options),
+        "dbc": dict(BM=side, BN=min(128 if big else 64, bn), BP=bp, BL=step, **options),
+        "ddt": dict(BM=side, num_warps=4),
     }
 
 
@@ -535,104 +696,138 @@ def _shared_memory(x):
     return torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin if x.is_cuda else 0
 
 
-def _chunk_decays(dt, A, table):
-    """dt (tokens, h) -> dt (k, h, l), 0 in the padding, and c (2, k, h, l), the pair of float32 for log2(e) cumsum(dt A)."""
-    dt = torch.where(table.valid[..., None], dt[table.index], 0).transpose(1, 2).contiguous()
-    c = (dt * (A.double() * 1.4426950408889634)[:, None]).cumsum(2)  # 1 / ln 2
-    return dt, torch.stack([c.float(), (c - c.float()).float()])
-
-
 def _launch(kernel, programs, *args, **sizes):
     with torch.cuda.device_of(args[0]):  # Triton launches on the current GPU, wherever the tensors lie
         kernel[(programs,)](*args, **sizes)
 
 
+_LONGEST_CHUNK = 1024  # a program of _decays_kernel holds one of four heads
+
+
+class _Plan(NamedTuple):
+    """What the kernels of one scan share."""
+    chunks: int
+    sequences: int
+    tiles: dict  # of every kernel, see _tiling
+    given: dict  # arguments by name: chunk table, decays, sizes
+
+    def launch(self, kernel, name, programs, **arguments):
+        given = {key: v for key, v in self.given.items() if key in kernel.arg_names and key not in arguments}
+        with torch.cuda.device_of(self.given["c"]):  # Triton launches on the current GPU, wherever the tensors lie
+            kernel[(programs,)](**given, **self.tiles[name], **arguments)
+
+    def count(self, name, size, over):
+        """Tiles of a kernel along one of its sizes."""
+        return triton.cdiv(self.given[size], self.tiles[name][over])
+
+
+def _plan(x, dt, B, A, cu, l):
+    """The plan of a scan over x (tokens, h, p), dt (tokens, h), B (tokens, g, n); computes its decays."""
+    (h, p), (g, n), table = x.shape[1:], B.shape[1:], chunk_table(tuple(cu), l, x.device)
+    k, tiles = len(table.start), _tiling(l, p, n, x.dtype, _shared_memory(x))
+    r = l // tiles["decays"]["BM"] + 1
+    shapes = dict(c=(2, k, h, l), dt=(k, h, l), before=(k, h, r, l), after=(k, h, r, l))
+    decays = {name: torch.empty(*shape, device=x.device) for name, shape in shapes.items()}
+    given = dict(start=table.start, length=table.length, first=table.first, **decays, low=k * h * l, A=A, H=h, G=g, P=p, N=n, L=l, R=r)
+    plan = _Plan(k, len(cu) - 1, tiles, given)
+    plan.launch(_decays_kernel, "decays", plan.count("decays", "H", "BH") * k, step=dt, s_dt=dt.stride(0))
+    return plan
+
+
 @torch.library.custom_op("falcon_h1r::ssd", mutates_args=())  # opaque to torch.compile, which therefore has no graph break
 def _ssd(x: torch.Tensor, dt: torch.Tensor, B: torch.Tensor, C: torch.Tensor, A: torch.Tensor, D: torch.Tensor,
-         S: torch.Tensor, cu: Sequence[int], l: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x (tokens, h, p), dt (tokens, h), B and C (tokens, g, n), A and D (h,), S (s, h, p, n) -> y, final states, and for the
-    backward pass the states (k, h, p, n) that enter each chunk, and cb (k, g, l, l)."""
-    (h, p), (g, n), table = x.shape[1:], B.shape[1:], chunk_table(tuple(cu), l, x.device)
-    k, tiles, (dt, c) = len(table.start), _tiling(l, p, n, x.dtype, _shared_memory(x)), _chunk_decays(dt, A, table)
-    y, states = torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty(k, h, p, n, dtype=x.dtype, device=x.device)
-    final, cb = torch.empty_like(S), C[table.index].transpose(1, 2) @ B[table.index].permute(0, 2, 3, 1)  # (k, g, l, l)
-    sizes, chunks = dict(H=h, G=g, P=p, N=n, L=l), (table.start, table.length)
-    bm, bp, bn = tiles["scan"]["BM"], tiles["states"]["BP"], tiles["states"]["BN"]
-    _launch(_states_kernel, triton.cdiv(p, bp) * triton.cdiv(n, bn) * h * len(S), x, B, dt, c, c.stride(0), *chunks, table.first,
-            S, states, final, None, None, x.stride(0), B.stride(0), **sizes, **tiles["states"], REVERSED=False)
-    _launch(_scan_kernel, l // bm * h * k, x, C, cb, states, dt, c, c.stride(0), D, *chunks, y, None, None, None,
-            x.stride(0), C.stride(0), y.stride(0), 0, **sizes, **tiles["scan"], REVERSED=False)
+         S: torch.Tensor | None, cu: Sequence[int], l: int,
+         want_final: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x (tokens, h, p), dt (tokens, h), B and C (tokens, g, n), A and D (h,), S (s, h, p, n) or None for zeros -> y, the final states
+    (nothing unless wanted), and for the backward pass the states (k, h, p, n) that enter each chunk, and cb (k, g, l, l)."""
+    (h, p), (g, n), plan = x.shape[1:], B.shape[1:], _plan(x, dt, B, A, cu, l)
+    y, states = torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty(plan.chunks, h, p, n, dtype=x.dtype, device=x.device)
+    cb = torch.empty(plan.chunks, g, l, l, dtype=x.dtype, device=x.device)
+    final = torch.empty(plan.sequences if want_final else 0, h, p, n, device=x.device)
+    s_x, s_b, s_c = x.stride(0), B.stride(0), C.stride(0)
+
+    plan.launch(_cb_kernel, "cb", plan.count("cb", "L", "BM") * plan.count("cb", "L", "BJ") * g * plan.chunks,
+                query=C, key=B, cb=cb, s_q=s_c, s_k=s_b)
+    plan.launch(_states_kernel, "states", plan.count("states", "P", "BP") * plan.count("states", "N", "BN") * h * plan.sequences,
+                value=x, key=B, initial=S, states=states, final=final if want_final else None, entering=None, crossing=None,
+                s_v=s_x, s_k=s_b, REVERSED=False)
+    plan.launch(_scan_kernel, "scan", plan.count("scan", "L", "BM") * h * plan.chunks, value=x, query=C, cb=cb, states=states, D=D,
+                out=y, s_v=s_x, s_q=s_c, s_out=y.stride(0), REVERSED=False)
     return y, final, states, cb
 
 
 @_ssd.register_fake
-def _(x, dt, B, C, A, D, S, cu, l):
+def _(x, dt, B, C, A, D, S, cu, l, want_final):
+    (h, p), (g, n), s = x.shape[1:], B.shape[1:], len(cu) - 1
     k = sum((end - start + l - 1) // l for start, end in zip(cu, cu[1:]))
-    return (x.new_empty(x.shape), torch.empty_like(S), x.new_empty(k, *x.shape[1:], B.shape[2]), x.new_empty(k, B.shape[1], l, l))
+    return (x.new_empty(x.shape), x.new_empty(s if want_final else 0, h, p, n, dtype=torch.float32), x.new_empty(k, h, p, n),
+            x.new_empty(k, g, l, l))
 
 
 @torch.library.custom_op("falcon_h1r::ssd_backward", mutates_args=())
-def _ssd_backward(dy: torch.Tensor, dfinal: torch.Tensor, x: torch.Tensor, dt: torch.Tensor, B: torch.Tensor, C: torch.Tensor,
-                  A: torch.Tensor, D: torch.Tensor, states: torch.Tensor, cb: torch.Tensor, cu: Sequence[int],
-                  l: int) -> list[torch.Tensor]:
-    """Gradients of x, dt, B, C, A, D and the initial states."""
-    (h, p), (g, n), table = x.shape[1:], B.shape[1:], chunk_table(tuple(cu), l, x.device)
-    k, tiles, (dt, c) = len(table.start), _tiling(l, p, n, x.dtype, _shared_memory(x)), _chunk_decays(dt, A, table)
-    sizes, chunks = dict(H=h, G=g, P=p, N=n, L=l), (table.start, table.length)
-    side, across = l // tiles["scan"]["BM"], l // tiles["dcb"]["BJ"]
-    parts, split = triton.cdiv(p, tiles["states"]["BP"]) * triton.cdiv(n, tiles["states"]["BN"]), triton.cdiv(n, tiles["dbc"]["BN"])
-    dx, dB, dC = (torch.empty(v.shape, dtype=v.dtype, device=v.device) for v in (x, B, C))
-    R, dS, dcb = torch.empty_like(states), torch.empty_like(dfinal), torch.empty_like(cb)
-    # Tiles beyond a chunk's tokens are not computed; what is summed up below therefore starts as 0.
-    crossing, ddt, dD, row, col, through, leaving = (x.new_zeros(k, h, *size, dtype=torch.float32) for size in (
-        (parts,), (l,), (side,), (across, l), (side, l), (split, l), (split, l)))
-    v, q = dy.stride(0), x.stride(0)
-    _launch(_states_kernel, parts * h * len(dfinal), dy, C, dt, c, c.stride(0), *chunks, table.first, dfinal, R, dS, states, crossing,
-            v, C.stride(0), **sizes, **tiles["states"], REVERSED=True)
-    _launch(_scan_kernel, side * h * k, dy, B, cb, R, dt, c, c.stride(0), D, *chunks, dx, x, ddt, dD, v, B.stride(0), dx.stride(0), q,
-            **sizes, **tiles["scan"], REVERSED=True)
-    _launch(_dcb_kernel, side * across * g * k, x, dy, cb, dt, c, c.stride(0), *chunks, dcb, row, col, q, v, H=h, G=g, P=p, L=l, **tiles["dcb"])
-    _launch(_dbc_kernel, side * split * g * k, dy, C, B, dcb, states, dt, c, c.stride(0), *chunks, dC, through, v, C.stride(0),
-            B.stride(0), dC.stride(0), **sizes, **tiles["dbc"], REVERSED=False)
-    _launch(_dbc_kernel, side * split * g * k, x, B, C, dcb, R, dt, c, c.stride(0), *chunks, dB, leaving, q, B.stride(0), C.stride(0),
-            dB.stride(0), **sizes, **tiles["dbc"], REVERSED=True)
-    # The gradient of log a_t, by the formula on top; sums of many small parts, so in float64.
-    from_here = (row.sum(2) - col.sum(2) + through.sum(2)).double().flip(-1).cumsum(-1).flip(-1)
-    da = from_here + F.pad(leaving.sum(2).double().cumsum(-1)[..., :-1], (1, 0)) + crossing.sum(2, keepdim=True)
-    da = torch.where(table.valid[:, None], da, 0).float()  # (k, h, l)
-    ddt = (ddt + A[:, None] * da).transpose(1, 2).flatten(0, 1)[table.inverse]  # (tokens, h)
-    return [dx, ddt, dB, dC, (dt * da).sum((0, 2)), dD.sum((0, 2)), dS]
+def _ssd_backward(dy: torch.Tensor, dfinal: torch.Tensor | None, x: torch.Tensor, dt: torch.Tensor, B: torch.Tensor, C: torch.Tensor,
+                  A: torch.Tensor, D: torch.Tensor, states: torch.Tensor, cb: torch.Tensor, cu: Sequence[int], l: int,
+                  want_dS: bool) -> list[torch.Tensor]:
+    """Gradients of x, dt, B, C, A, D and the initial states (nothing unless wanted). dfinal None: nobody used the final states."""
+    (h, p), (g, n), plan = x.shape[1:], B.shape[1:], _plan(x, dt, B, A, cu, l)
+    k, down, across, split = plan.chunks, plan.count("dcb", "L", "BM"), plan.count("dcb", "L", "BJ"), plan.count("dbc", "N", "BN")
+    parts = plan.count("states", "P", "BP") * plan.count("states", "N", "BN")
+    dx, dB, dC = (torch.empty(v.shape, dtype=v.dtype, device=x.device) for v in (x, B, C))
+    R, dcb, dS = torch.empty_like(states), torch.empty_like(cb), torch.empty(plan.sequences if want_dS else 0, h, p, n, device=x.device)
+    shapes = dict(crossing=(parts,), diagonal=(l,), row=(across, l), col=(down, l), F=(split, l), E=(split, l), dA=(), dD=())
+    part = {name: torch.empty(k, h, *shape, device=x.device, dtype=torch.float64 if name in ("dA", "dD") else torch.float32)
+            for name, shape in shapes.items()}
+    ddt = torch.empty(dt.shape, device=x.device)
+    s_x, s_dy, s_b, s_c = x.stride(0), dy.stride(0), B.stride(0), C.stride(0)
+
+    plan.launch(_states_kernel, "states", parts * h * plan.sequences, value=dy, key=C, initial=dfinal, states=R,
+                final=dS if want_dS else None, entering=states, crossing=part["crossing"], s_v=s_dy, s_k=s_c, REVERSED=True)
+    plan.launch(_scan_kernel, "scan", down * h * k, value=dy, query=B, cb=cb, states=R, D=D, out=dx, s_v=s_dy, s_q=s_b,
+                s_out=dx.stride(0), REVERSED=True)
+    plan.launch(_dcb_kernel, "dcb", down * across * g * k, x=x, dy=dy, cb=cb, dcb=dcb, row=part["row"], col=part["col"],
+                diagonal=part["diagonal"], s_x=s_x, s_dy=s_dy)
+    plan.launch(_dbc_kernel, "dbc", down * split * g * k, value=dy, own=C, other=B, dcb=dcb, states=states, out=dC, through=part["F"],
+                s_v=s_dy, s_own=s_c, s_other=s_b, s_out=dC.stride(0), REVERSED=False)
+    plan.launch(_dbc_kernel, "dbc", down * split * g * k, value=x, own=B, other=C, dcb=dcb, states=R, out=dB, through=part["E"],
+                s_v=s_x, s_own=s_b, s_other=s_c, s_out=dB.stride(0), REVERSED=True)
+    plan.launch(_ddt_kernel, "ddt", h * k, cb=cb, ddt=ddt, **part, DOWN=down, ACROSS=across, SPLIT=split, PARTS=parts)
+    return [dx, ddt, dB, dC, part["dA"].sum(0).float(), part["dD"].sum(0).float(), dS]
 
 
 @_ssd_backward.register_fake
-def _(dy, dfinal, x, dt, B, C, A, D, states, cb, cu, l):
-    return [v.new_empty(v.shape) for v in (x, dt, B, C, A, D, dfinal)]
+def _(dy, dfinal, x, dt, B, C, A, D, states, cb, cu, l, want_dS):
+    dS = x.new_empty(len(cu) - 1 if want_dS else 0, *states.shape[1:], dtype=torch.float32)
+    return [*(v.new_empty(v.shape) for v in (x, dt, B, C, A, D)), dS]
 
 
 def _ssd_setup(ctx, inputs, output):
-    *tensors, S, ctx.cu, ctx.l = inputs
+    *tensors, S, ctx.cu, ctx.l, ctx.want_final = inputs
+    ctx.want_dS = S is not None and S.requires_grad
     ctx.save_for_backward(*tensors, *output[2:])
     ctx.set_materialize_grads(False)  # the states have no gradient from outside; zeros for them would be as large as they are
 
 
 def _ssd_gradients(ctx, dy, dfinal, dstates, dcb):
-    x, dt, B, C, A, D, states, cb = ctx.saved_tensors
+    x, *tensors = ctx.saved_tensors
     dy = x.new_zeros(x.shape) if dy is None else dy.contiguous()
-    dfinal = x.new_zeros(len(ctx.cu) - 1, *states.shape[1:], dtype=torch.float32) if dfinal is None else dfinal.contiguous()
-    return *_ssd_backward(dy, dfinal, x, dt, B, C, A, D, states, cb, ctx.cu, ctx.l), None, None
+    dfinal = None if dfinal is None or not ctx.want_final else dfinal.contiguous()
+    *gradients, dS = _ssd_backward(dy, dfinal, x, *tensors, ctx.cu, ctx.l, ctx.want_dS)
+    return *gradients, dS if ctx.want_dS else None, None, None, None
 
 
 _ssd.register_autograd(_ssd_gradients, setup_context=_ssd_setup)
 
 
-def _scan_triton(x, dt, B, C, A, D, S, cu, chunk_size):
+def _scan_triton(x, dt, B, C, A, D, S, cu, chunk_size, want_final=True):
     """x (tokens, h, p) in its own dtype, dt (tokens, h) float32 -> y with D x in it, final states."""
-    l = max(16, 1 << (min(chunk_size, max(end - start for start, end in zip(cu, cu[1:]))) - 1).bit_length())
+    longest = min(chunk_size, _LONGEST_CHUNK, max(end - start for start, end in zip(cu, cu[1:])))
+    l = max(16, 1 << (longest - 1).bit_length())
     x, B, C = (v if v[0].is_contiguous() else v.contiguous() for v in (x, B, C))
     D = torch.zeros_like(A) if D is None else D
     # A step that does not forget (A >= 0) is an error; looking for it would stop the host at every layer, NaN does not.
     A = torch.where(A < 0, A, torch.nan)
-    return _ssd(x, dt.contiguous(), B, C, A, D, S.contiguous(), cu, l)[:2]
+    y, final, *_ = _ssd(x, dt.contiguous(), B, C, A, D, None if S is None else S.contiguous(), cu, l, want_final)
+    return y, final if want_final else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
