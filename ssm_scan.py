@@ -327,7 +327,7 @@ def _scan_chunked(x, dt, B, C, A, S, cu, chunk_size):
 #     _scan         value, query, states      x, C, S                          dy, B, R
 #                   out                       y                                dx
 #     _dbc          value, own, other         dy, C, B                         x, B, C
-#                   states, out, through      S, dC, F                         R, dB, E / dt
+#                   states, out, through      S, dC, F                         R, dB, E
 #
 # The gradient of log a_t sums over every path from a source to an output that crosses step t. With q_ij the share of source
 # j in the loss through output i, F_i that of the entering state, E_j that of source j through the leaving state:
@@ -336,7 +336,8 @@ def _scan_chunked(x, dt, B, C, A, S, cu, chunk_size):
 #
 # and the first sum is sum_{i >= t} (row_i - col_i), where row and col add up the same numbers q without their diagonal. The
 # diagonal is what is large there and crosses no step. (y . dy - x . dx, shorter and common, has it in both terms, and loses all
-# digits where decays are strong.) The same sums give d(dt_j) = (col_j + q_jj + E_j) / dt_j, so they are kept without dt_j.
+# digits where decays are strong.) The same sums give d(dt_j) = (col_j + q_jj + E_j) / dt_j; so that a step of 0 has its gradient,
+# too, the kernels take it as 1e-30.
 #
 # Nothing is added up by atomics: programs that share a sum store their parts, the last kernel adds them, and two runs give the
 # same bits. Chunk and token numbers are int64, because t h p passes 2^31 at 700,000 tokens of the 7B model. Tile sizes are chosen
@@ -381,27 +382,34 @@ def _decay(later, later_low, sooner, sooner_low):
 
 @_jit
 def _load(base, columns, token, stride, row_mask, column_mask):
-    """A tile of tokens' vectors: the elements `columns` of each `token`, 0 outside of the masks."""
-    return tl.load(base + token * stride + columns, mask=row_mask & column_mask, other=0.0)
+    """A tile of tokens' vectors: the elements `columns` of each `token`, counted from base; 0 outside of the masks."""
+    return tl.load(base + token.to(tl.int64) * stride + columns, mask=row_mask & column_mask, other=0.0)
+
+
+@_jit
+def _inside(i, size: constexpr, tile: constexpr):
+    """i < size, where tiles may stick out; known to hold, and free, where they divide the size."""
+    return (i < size) | (size % tile == 0)
 
 
 @_jit
 def _decays_kernel(step, A, start, length, dt, c, low, before, after, s_dt,
-                   H: constexpr, L: constexpr, R: constexpr, BM: constexpr, BH: constexpr):
+                   H: constexpr, L: constexpr, R: constexpr, EDGE: constexpr, BH: constexpr):
     """dt, c, before and after of BH heads of a chunk, from step (tokens, h); c is summed up in float64."""
     tile, _, k = _program((H + BH - 1) // BH, 1)
     h, j = tile * BH + tl.arange(0, BH)[:, None], tl.arange(0, L)[None, :]
-    num, token = tl.load(length + k), tl.load(start + k)
+    num, token = tl.load(length + k).to(tl.int32), tl.load(start + k)
     delta = tl.load(step + (token + j) * s_dt + h, mask=(h < H) & (j < num), other=0.0)  # (BH, L)
     # In the padding delta is 0 and c stays constant, so that its last entry is the chunk's end in any case.
     total = tl.cumsum(delta.to(tl.float64) * (tl.load(A + h, mask=h < H, other=-1.0).to(tl.float64) * 1.4426950408889634), 1)  # / ln 2
+    delta = tl.where(delta < 1e-30, 1e-30, delta)
     place = (k * H + h) * L + j
     high = total.to(tl.float32)
     tl.store(dt + place, delta, mask=h < H)
     tl.store(c + place, high, mask=h < H)
     tl.store(c + low + place, (total - high).to(tl.float32), mask=h < H)
     for r in tl.static_range(R):
-        boundary = tl.sum(tl.where(j == r * BM - 1, total, 0.0), 1)[:, None]  # 0 before the first token
+        boundary = tl.sum(tl.where(j == r * EDGE - 1, total, 0.0), 1)[:, None]  # 0 before the first token
         place = ((k * H + h) * R + r) * L + j
         rise = (total - boundary).to(tl.float32)
         tl.store(after + place, tl.exp2(tl.where(rise > 0, 0.0, rise)), mask=h < H)  # where, not minimum: a NaN stays one
@@ -410,19 +418,22 @@ def _decays_kernel(step, A, start, length, dt, c, low, before, after, s_dt,
 
 @_jit
 def _cb_kernel(query, key, start, length, cb, s_q, s_k, G: constexpr, N: constexpr, L: constexpr,
-               BM: constexpr, BJ: constexpr, BK: constexpr):
-    """cb = C B^T, a BM x BJ tile on or below the diagonal a program, whole, 0 in the padding."""
-    ACROSS: constexpr = L // BJ
-    tile, g, k = _program((L // BM) * ACROSS, G)
-    num, token = tl.load(length + k), tl.load(start + k)
-    i0, j0 = tile // ACROSS * BM, tile % ACROSS * BJ
-    if (j0 < i0 + BM) & (i0 < num):
-        i, j, n = i0 + tl.arange(0, BM), j0 + tl.arange(0, BJ), tl.arange(0, BK)
-        acc = tl.zeros((BM, BJ), tl.float32)
+               BM: constexpr, BK: constexpr):
+    """cb = C B^T, a tile on or below the diagonal a program, whole, 0 in the padding."""
+    SIDE: constexpr = L // BM
+    tile, g, k = _program(SIDE * SIDE, G)
+    num, token = tl.load(length + k).to(tl.int32), tl.load(start + k)
+    i0, j0 = tile // SIDE * BM, tile % SIDE * BM
+    if (j0 <= i0) & (i0 < num):
+        i, j, n = i0 + tl.arange(0, BM), j0 + tl.arange(0, BM), tl.arange(0, BK)
+        query += token * s_q + g * N
+        key += token * s_k + g * N
+        acc = tl.zeros((BM, BM), tl.float32)
         for n0 in range(0, N, BK):
             nn = n0 + n
-            q = _load(query + g * N, nn[None, :], token + i[:, None], s_q, (i < num)[:, None], (nn < N)[None, :])  # (BM, BK)
-            v = _load(key + g * N, nn[:, None], token + j[None, :], s_k, (j < num)[None, :], (nn < N)[:, None])  # (BK, BJ)
+            in_n = _inside(nn, N, BK)
+            q = _load(query, nn[None, :], i[:, None], s_q, (i < num)[:, None], in_n[None, :])  # (BM, BK)
+            v = _load(key, nn[:, None], j[None, :], s_k, (j < num)[None, :], in_n[:, None])  # (BK, BM)
             acc = tl.dot(q, v, acc, input_precision="ieee")
         tl.store(cb + ((k * G + g) * L + i[:, None]) * L + j[None, :], acc)
 
@@ -441,30 +452,38 @@ def _states_kernel(value, key, before, after, start, length, first, initial, sta
     PER_CHUNK: constexpr = L // BL
     tile, h, s = _program(TILES, H)
     p, n, j = tile // ACROSS * BP + tl.arange(0, BP), tile % ACROSS * BN + tl.arange(0, BN), tl.arange(0, BL)
-    inside, place = (p < P)[:, None] & (n < N)[None, :], p[:, None] * N + n[None, :]
+    in_p, in_n, place = _inside(p, P, BP)[:, None], _inside(n, N, BN)[None, :], p[:, None] * N + n[None, :]
+    inside = in_p & in_n
     if initial is None:
         S = tl.zeros((BP, BN), tl.float32)
     else:
         S = tl.load(initial + (s * H + h) * P * N + place, mask=inside, other=0.0)
     begin, end = tl.load(first + s), tl.load(first + s + 1)
-    token, tokens = tl.load(start + begin), tl.load(start + end - 1) + tl.load(length + end - 1) - tl.load(start + begin)
-    value += token * s_v + h * P
-    key += token * s_k + h // (H // G) * N
-    # All chunks but a sequence's last one are full: one loop over its tokens, whose loads run ahead across chunks.
-    parts = ((tokens + BL - 1) // BL).to(tl.int32)
+    token = tl.load(start + begin)
+    tokens = (tl.load(start + end - 1) + tl.load(length + end - 1) - token).to(tl.int32)
+    # All chunks but a sequence's last one are full: one loop over its tokens, whose loads run ahead across chunks. What a chunk
+    # needs once, its decay and the state before it, is loaded a chunk ahead by hand.
+    parts, ahead, entry = (tokens + BL - 1) // BL, H, H * P * N
+    head = begin * H + h
+    if REVERSED:
+        head, ahead, entry = (end - 1) * H + h, -H, -H * P * N
+        S_before = tl.load(entering + head * P * N + place, mask=inside, other=0.0)
+    keep = tl.load(after + head * R * L + L - 1)  # 2^(c_l)
     for count in range(0, parts):
         part = parts - 1 - count if REVERSED else count
         head = (begin + part // PER_CHUNK) * H + h
         if (count == 0) | (part % PER_CHUNK == (PER_CHUNK - 1 if REVERSED else 0)):  # a chunk begins
             tl.store(states + head * P * N + place, S, mask=inside)
-            S *= tl.load(after + head * R * L + L - 1)  # 2^(c_l)
+            S *= keep
+            more = parts - count > PER_CHUNK
+            keep = tl.load(after + (head + ahead) * R * L + L - 1, mask=more, other=0.0)
             if REVERSED:
-                S_before = tl.load(entering + head * P * N + place, mask=inside, other=0.0).to(tl.float32)
-                tl.store(crossing + head * TILES + tile, tl.sum(S * S_before))
-        within, jj = part % PER_CHUNK * BL + j, (part * BL + j).to(tl.int64)
+                tl.store(crossing + head * TILES + tile, tl.sum(S * S_before.to(tl.float32)))
+                S_before = tl.load(entering + head * P * N + entry + place, mask=inside & more, other=0.0)
+        within, at, real = part % PER_CHUNK * BL + j, token + part * BL, j < tokens - part * BL
         weight = tl.load(after + head * R * L + within) if REVERSED else tl.load(before + (head * R + R - 1) * L + within)
-        v = _load(value, p[:, None], jj[None, :], s_v, (jj < tokens)[None, :], (p < P)[:, None])  # (BP, BL)
-        q = _load(key, n[None, :], jj[:, None], s_k, (jj < tokens)[:, None], (n < N)[None, :])  # (BL, BN)
+        v = _load(value + at * s_v + h * P, p[:, None], j[None, :], s_v, real[None, :], in_p)  # (BP, BL)
+        q = _load(key + at * s_k + h // (H // G) * N, n[None, :], j[:, None], s_k, real[:, None], in_n)  # (BL, BN)
         S = tl.dot((v.to(tl.float32) * weight[None, :]).to(v.dtype), q, S, input_precision="ieee")
     if final is not None:
         tl.store(final + (s * H + h) * P * N + place, S, mask=inside)
@@ -472,28 +491,31 @@ def _states_kernel(value, key, before, after, start, length, first, initial, sta
 
 @_jit
 def _scan_kernel(value, query, cb, states, dt, c, low, before, after, D, start, length, out, s_v, s_q, s_out,
-                 H: constexpr, G: constexpr, P: constexpr, N: constexpr, L: constexpr, R: constexpr,
-                 BM: constexpr, BP: constexpr, BK: constexpr, BL: constexpr, REVERSED: constexpr):
+                 H: constexpr, G: constexpr, P: constexpr, N: constexpr, L: constexpr, R: constexpr, EDGE: constexpr,
+                 BM: constexpr, BP: constexpr, BK: constexpr, REVERSED: constexpr):
     """Steps 1 and 4, BM rows of one chunk and head a program (the picture above):
     y_i = 2^(c_i) S C_i + sum_{j <= i} W_ij x_j + D x_i.
 
     REVERSED: dx_j = dt_j 2^(c_l - c_j) R B_j + sum_{i >= j} W_ij dy_i + D dy_j."""
     tile, h, k = _program(L // BM, H)
-    num, token, head = tl.load(length + k), tl.load(start + k), k * H + h
+    num, token, head = tl.load(length + k).to(tl.int32), tl.load(start + k), k * H + h
     if tile * BM < num:
-        i, p, n, l = tile * BM + tl.arange(0, BM), tl.arange(0, BP), tl.arange(0, BK), tl.arange(0, BL)
-        group, row, in_p = h // (H // G), (i < num)[:, None], (p < P)[None, :]
-        value += token * s_v + h * P
+        l, p, n = tl.arange(0, BM), tl.arange(0, BP), tl.arange(0, BK)
+        i = tile * BM + l
+        group, row, in_p = h // (H // G), (i < num)[:, None], _inside(p, P, BP)[None, :]
+        value += h * P
+        query += group * N
         cb += (k * G + group) * L * L
 
         # Step 4, the chunk's entering (leaving) state, decayed only up to the boundary next to this tile.
         acc = tl.zeros((BM, BP), tl.float32)
         for n0 in range(0, N, BK):
             nn = n0 + n
-            q = _load(query + group * N, nn[None, :], token + i[:, None], s_q, row, (nn < N)[None, :])  # (BM, BK)
-            S = tl.load(states + head * P * N + p[None, :] * N + nn[:, None], mask=in_p & (nn < N)[:, None], other=0.0)
+            in_n = _inside(nn, N, BK)
+            q = _load(query + token * s_q, nn[None, :], i[:, None], s_q, row, in_n[None, :])  # (BM, BK)
+            S = tl.load(states + head * P * N + p[None, :] * N + nn[:, None], mask=in_p & in_n[:, None], other=0.0)
             acc = tl.dot(q, S, acc, input_precision="ieee")
-        edge = (head * R + tile + 1) * L if REVERSED else (head * R + tile) * L  # where this boundary's decays are
+        edge = (head * R + (tile + REVERSED) * (BM // EDGE)) * L  # where this boundary's decays are
         if REVERSED:
             acc *= tl.load(after + edge + L - 1)
         else:
@@ -501,156 +523,143 @@ def _scan_kernel(value, query, cb, states, dt, c, low, before, after, D, start, 
 
         # Step 1 below the diagonal: tiles of cb, weighted by column before the product and by row after the last one.
         begin, end = ((tile + 1) * BM, num) if REVERSED else (0, tile * BM)
-        for l0 in range(begin, end, BL):
+        for l0 in range(begin, end, BM):
             j = l0 + l
             if REVERSED:  # rows of cb are the later tokens
                 W, weight = tl.load(cb + j[None, :] * L + i[:, None]), tl.load(after + edge + j)
             else:
                 W, weight = tl.load(cb + i[:, None] * L + j[None, :]), tl.load(before + edge + j)
-            v = _load(value, p[None, :], j[:, None], s_v, (j < num)[:, None], in_p)  # (BL, BP)
+            v = _load(value + (token + l0) * s_v, p[None, :], l[:, None], s_v, (j < num)[:, None], in_p)  # (BM, BP)
             acc = tl.dot((W.to(tl.float32) * weight[None, :]).to(v.dtype), v, acc, input_precision="ieee")
         acc *= tl.load((before if REVERSED else after) + edge + i)[:, None]
 
         # Step 1 on the diagonal, where every entry has its own decay.
         ci, ci_low = _pair(c + head * L, low, i)
-        for l0 in range(tile * BM, tl.minimum((tile + 1) * BM, num), BL):
-            j = l0 + l
-            cj, cj_low = _pair(c + head * L, low, j)
-            if REVERSED:
-                W = tl.load(cb + j[None, :] * L + i[:, None]).to(tl.float32) * tl.load(dt + head * L + i)[:, None]
-                W *= _decay(cj[None, :], cj_low[None, :], ci[:, None], ci_low[:, None])
-                W = tl.where(i[:, None] <= j[None, :], W, 0.0)
-            else:
-                W = tl.load(cb + i[:, None] * L + j[None, :]).to(tl.float32) * tl.load(dt + head * L + j)[None, :]
-                W *= _decay(ci[:, None], ci_low[:, None], cj[None, :], cj_low[None, :])
-                W = tl.where(i[:, None] >= j[None, :], W, 0.0)
-            v = _load(value, p[None, :], j[:, None], s_v, (j < num)[:, None], in_p)  # (BL, BP)
-            acc = tl.dot(W.to(v.dtype), v, acc, input_precision="ieee")
-        acc += tl.load(D + h) * _load(value, p[None, :], i[:, None], s_v, row, in_p).to(tl.float32)
+        step = tl.load(dt + head * L + i)
+        if REVERSED:
+            W = tl.load(cb + i[None, :] * L + i[:, None]).to(tl.float32) * step[:, None]
+            W *= _decay(ci[None, :], ci_low[None, :], ci[:, None], ci_low[:, None])
+            W = tl.where(l[:, None] <= l[None, :], W, 0.0)
+        else:
+            W = tl.load(cb + i[:, None] * L + i[None, :]).to(tl.float32) * step[None, :]
+            W *= _decay(ci[:, None], ci_low[:, None], ci[None, :], ci_low[None, :])
+            W = tl.where(l[:, None] >= l[None, :], W, 0.0)
+        v = _load(value + token * s_v, p[None, :], i[:, None], s_v, row, in_p)  # (BM, BP)
+        acc = tl.dot(W.to(v.dtype), v, acc, input_precision="ieee") + tl.load(D + h) * v.to(tl.float32)
         tl.store(out + (token + i)[:, None] * s_out + h * P + p[None, :], acc, mask=row & in_p)
 
 
 @_jit
-def _dcb_tile(x, dy, cb, dt, c, low, before, after, token, num, dcb, row, col, diagonal, s_x, s_dy, g, k, i0, j0,
-              H: constexpr, G: constexpr, P: constexpr, L: constexpr, R: constexpr,
-              BM: constexpr, BJ: constexpr, BP: constexpr, DIAGONAL: constexpr):
-    """One tile of _dcb_kernel."""
-    DOWN: constexpr = L // BM
-    ACROSS: constexpr = L // BJ
-    i, j, p = i0 + tl.arange(0, BM), j0 + tl.arange(0, BJ), tl.arange(0, BP)
+def _dcb_tile(x, dy, cb, dt, c, low, before, after, num, dcb, row, col, diagonal, s_x, s_dy, g, k, i0, j0,
+              H: constexpr, G: constexpr, P: constexpr, L: constexpr, R: constexpr, EDGE: constexpr,
+              BM: constexpr, BP: constexpr, DIAGONAL: constexpr):
+    """One tile of _dcb_kernel, on the diagonal or below it."""
+    SIDE: constexpr = L // BM
+    i, j, p = i0 + tl.arange(0, BM), j0 + tl.arange(0, BM), tl.arange(0, BP)
     place = ((k * G + g) * L + i[:, None]) * L + j[None, :]
     below = tl.load(cb + place).to(tl.float32)
     if DIAGONAL:
         below = tl.where(i[:, None] > j[None, :], below, 0.0)
-    acc = tl.zeros((BM, BJ), tl.float32)
+    acc = tl.zeros((BM, BM), tl.float32)
     for h in range(g * (H // G), (g + 1) * (H // G)):
         head = k * H + h
-        share = tl.zeros((BM, BJ), tl.float32)
+        share = tl.zeros((BM, BM), tl.float32)
         for p0 in range(0, P, BP):
             q = p0 + p
-            d = _load(dy + h * P, q[None, :], token + i[:, None], s_dy, (i < num)[:, None], (q < P)[None, :])  # (BM, BP)
-            v = _load(x + h * P, q[:, None], token + j[None, :], s_x, (j < num)[None, :], (q < P)[:, None])  # (BP, BJ)
+            in_p = _inside(q, P, BP)
+            d = _load(dy + h * P, q[None, :], i[:, None], s_dy, (i < num)[:, None], in_p[None, :])  # (BM, BP)
+            v = _load(x + h * P, q[:, None], j[None, :], s_x, (j < num)[None, :], in_p[:, None])  # (BP, BM)
             share = tl.dot(d, v, share, input_precision="ieee")
-        # `source` is what is still missing for source j: its step, and below the diagonal its decay up to the tile's first row.
         if DIAGONAL:
-            tl.store(diagonal + head * L + j, tl.sum(tl.where(i[:, None] == j[None, :], share, 0.0), 0))
+            tl.store(diagonal + head * L + i, tl.sum(tl.where(i[:, None] == j[None, :], share, 0.0), 1))
             ci, ci_low = _pair(c + head * L, low, i)
             cj, cj_low = _pair(c + head * L, low, j)
-            decay = _decay(ci[:, None], ci_low[:, None], cj[None, :], cj_low[None, :])
-            share = tl.where(i[:, None] >= j[None, :], share * decay, 0.0)
-            source = tl.load(dt + head * L + j)[None, :]
+            share *= _decay(ci[:, None], ci_low[:, None], cj[None, :], cj_low[None, :]) * tl.load(dt + head * L + j)[None, :]
+            share = tl.where(i[:, None] >= j[None, :], share, 0.0)
         else:
-            edge = (head * R + i0 // BM) * L
-            share *= tl.load(after + edge + i)[:, None]
-            source = tl.load(before + edge + j)[None, :]
-        tl.store(col + (head * DOWN + i0 // BM) * L + j, tl.sum(share * below, 0))
-        share *= source
-        tl.store(row + (head * ACROSS + j0 // BJ) * L + i, tl.sum(share * below, 1))
+            edge = (head * R + i0 // EDGE) * L
+            share *= tl.load(after + edge + i)[:, None] * tl.load(before + edge + j)[None, :]
         acc += share
+        share *= below
+        tl.store(row + (head * SIDE + j0 // BM) * L + i, tl.sum(share, 1))
+        tl.store(col + (head * SIDE + i0 // BM) * L + j, tl.sum(share, 0))
     tl.store(dcb + place, acc)
 
 
 @_jit
 def _dcb_kernel(x, dy, cb, dt, c, low, before, after, start, length, dcb, row, col, diagonal, s_x, s_dy,
-                H: constexpr, G: constexpr, P: constexpr, L: constexpr, R: constexpr,
-                BM: constexpr, BJ: constexpr, BP: constexpr):
-    """d(cb)_ij = sum over the group's heads of 2^(c_i - c_j) dt_j (dy_i . x_j), a BM x BJ tile a program; of every head diagonal_j =
-    dy_j . x_j and, with q = d(cb) cb, the sums of q below the diagonal: row[k, h, tile's column, i], and col[k, h, tile's row, j],
-    which still lacks the factor `source`."""
-    ACROSS: constexpr = L // BJ
-    tile, g, k = _program((L // BM) * ACROSS, G)
-    num, token = tl.load(length + k), tl.load(start + k)
-    i0, j0 = tile // ACROSS * BM, tile % ACROSS * BJ
+                H: constexpr, G: constexpr, P: constexpr, L: constexpr, R: constexpr, EDGE: constexpr,
+                BM: constexpr, BP: constexpr, SIDE_DBC: constexpr):
+    """d(cb)_ij = sum over the group's heads of 2^(c_i - c_j) dt_j (dy_i . x_j), a tile a program; and of every head diagonal_j =
+    dy_j . x_j and, with q = d(cb) cb, the sums of q below the diagonal: row[k, h, tile's column, i], col[k, h, tile's row, j]."""
+    SIDE: constexpr = L // BM
+    tile, g, k = _program(SIDE * SIDE, G)
+    num, token = tl.load(length + k).to(tl.int32), tl.load(start + k)
+    i0, j0 = tile // SIDE * BM, tile % SIDE * BM
+    x += token * s_x
+    dy += token * s_dy
     if i0 < num:
-        if j0 + BJ <= i0:
-            _dcb_tile(x, dy, cb, dt, c, low, before, after, token, num, dcb, row, col, diagonal, s_x, s_dy, g, k, i0, j0,
-                      H, G, P, L, R, BM, BJ, BP, False)
-        elif j0 < i0 + BM:
-            _dcb_tile(x, dy, cb, dt, c, low, before, after, token, num, dcb, row, col, diagonal, s_x, s_dy, g, k, i0, j0,
-                      H, G, P, L, R, BM, BJ, BP, True)
+        if j0 < i0:
+            _dcb_tile(x, dy, cb, dt, c, low, before, after, num, dcb, row, col, diagonal, s_x, s_dy, g, k, i0, j0,
+                      H, G, P, L, R, EDGE, BM, BP, False)
+        elif j0 == i0:
+            _dcb_tile(x, dy, cb, dt, c, low, before, after, num, dcb, row, col, diagonal, s_x, s_dy, g, k, i0, j0,
+                      H, G, P, L, R, EDGE, BM, BP, True)
+        elif j0 // SIDE_DBC == i0 // SIDE_DBC:  # above the diagonal, but inside a tile of _dbc_kernel
+            i, j = i0 + tl.arange(0, BM), j0 + tl.arange(0, BM)
+            tl.store(dcb + ((k * G + g) * L + i[:, None]) * L + j[None, :], tl.zeros((BM, BM), tl.float32))
 
 
 @_jit
-def _dbc_kernel(value, own, other, dcb, states, dt, c, low, after, start, length, out, through, s_v, s_own, s_other, s_out,
+def _dbc_kernel(value, own, other, dcb, states, before, after, start, length, out, through, s_v, s_own, s_other, s_out,
                 H: constexpr, G: constexpr, P: constexpr, N: constexpr, L: constexpr, R: constexpr,
                 BM: constexpr, BN: constexpr, BP: constexpr, BL: constexpr, REVERSED: constexpr):
     """dC_i = sum_h 2^(c_i) S^T dy_i + sum_{j <= i} d(cb)_ij B_j, BM x BN a program, and of every head
     through[k, h, tile of n, i] = C_i . (its first term), which is F_i.
 
-    REVERSED: dB_j = sum_h dt_j 2^(c_l - c_j) R^T x_j + sum_{i >= j} d(cb)_ij C_i, and through = E_j / dt_j."""
+    REVERSED: dB_j = sum_h dt_j 2^(c_l - c_j) R^T x_j + sum_{i >= j} d(cb)_ij C_i, and through = E_j."""
     SPLIT: constexpr = (N + BN - 1) // BN
     tile, g, k = _program((L // BM) * SPLIT, G)
-    num, token = tl.load(length + k), tl.load(start + k)
+    num, token = tl.load(length + k).to(tl.int32), tl.load(start + k)
     i0, half = tile // SPLIT * BM, tile % SPLIT
     if i0 < num:
-        i, n, p, l = i0 + tl.arange(0, BM), half * BN + tl.arange(0, BN), tl.arange(0, BP), tl.arange(0, BL)
-        row, in_n = (i < num)[:, None], (n < N)[None, :]
-        mine = _load(own + g * N, n[None, :], token + i[:, None], s_own, row, in_n).to(tl.float32)  # (BM, BN)
+        i, l, n, p = i0 + tl.arange(0, BM), tl.arange(0, BL), half * BN + tl.arange(0, BN), tl.arange(0, BP)
+        row, in_n, in_p = (i < num)[:, None], _inside(n, N, BN)[None, :], _inside(p, P, BP)
+        value += token * s_v
+        other += g * N
+        mine = _load(own + token * s_own + g * N, n[None, :], i[:, None], s_own, row, in_n).to(tl.float32)  # (BM, BN)
         acc = tl.zeros((BM, BN), tl.float32)
         for h in range(g * (H // G), (g + 1) * (H // G)):
             head = k * H + h
-            v = _load(value + h * P, p[None, :], token + i[:, None], s_v, row, (p < P)[None, :])  # (BM, BP)
-            S = tl.load(states + head * P * N + p[:, None] * N + n[None, :], mask=(p < P)[:, None] & in_n, other=0.0)
+            v = _load(value + h * P, p[None, :], i[:, None], s_v, row, in_p[None, :])  # (BM, BP)
+            S = tl.load(states + head * P * N + p[:, None] * N + n[None, :], mask=in_p[:, None] & in_n, other=0.0)
             term = tl.dot(v, S, input_precision="ieee")
-            if REVERSED:
-                end, end_low = _pair(c + head * L, low, L - 1)
-                ci, ci_low = _pair(c + head * L, low, i)
-                weight = _decay(end, end_low, ci, ci_low)
-                step = tl.load(dt + head * L + i)
-            else:
-                weight, step = tl.load(after + head * R * L + i), 1.0
-            tl.store(through + (head * SPLIT + half) * L + i, tl.sum(term * mine, 1) * weight)
-            acc += term * (weight * step)[:, None]
+            term *= (tl.load(before + (head * R + R - 1) * L + i) if REVERSED else tl.load(after + head * R * L + i))[:, None]
+            tl.store(through + (head * SPLIT + half) * L + i, tl.sum(term * mine, 1))
+            acc += term
         begin, end = (i0, num) if REVERSED else (0, tl.minimum(i0 + BM, num))
         for l0 in range(begin, end, BL):
             j = l0 + l
             rows, columns = (j[None, :], i[:, None]) if REVERSED else (i[:, None], j[None, :])  # rows are the later tokens
             d = tl.load(dcb + (k * G + g) * L * L + rows * L + columns)
-            o = _load(other + g * N, n[None, :], token + j[:, None], s_other, (j < num)[:, None], in_n)  # (BL, BN)
+            o = _load(other + (token + l0) * s_other, n[None, :], l[:, None], s_other, (j < num)[:, None], in_n)  # (BL, BN)
             acc = tl.dot(d.to(o.dtype), o, acc, input_precision="ieee")
         tl.store(out + (token + i)[:, None] * s_out + g * N + n[None, :], acc, mask=row & in_n)
 
 
 @_jit
-def _ddt_kernel(row, col, diagonal, F, E, crossing, cb, dt, c, low, A, start, length, ddt, dA, dD,
-                H: constexpr, G: constexpr, L: constexpr, BM: constexpr, DOWN: constexpr, ACROSS: constexpr, SPLIT: constexpr,
-                PARTS: constexpr):
+def _ddt_kernel(row, col, diagonal, F, E, crossing, cb, dt, A, start, length, ddt, dA, dD,
+                H: constexpr, G: constexpr, L: constexpr, SIDE: constexpr, SPLIT: constexpr, PARTS: constexpr):
     """The gradient of log a_t by the formula on top, of one chunk and head, its sums in float64; from it ddt (tokens, h), and the
     chunk's share in dA and dD (k, h)."""
     _, h, k = _program(1, H)
-    num, token, head, j = tl.load(length + k), tl.load(start + k), k * H + h, tl.arange(0, L)
-    inside, step = j < num, tl.load(dt + (k * H + h) * L + j)
-    cj, cj_low = _pair(c + head * L, low, j)
-    rows, cols = tl.zeros((L,), tl.float32), tl.zeros((L,), tl.float32)
-    Fs, Es = tl.zeros((L,), tl.float32), tl.zeros((L,), tl.float32)
-    for part in tl.static_range(ACROSS):
-        tile = L // ACROSS * part
-        rows += tl.load(row + (head * ACROSS + part) * L + j, mask=inside & (tile < (j // BM + 1) * BM), other=0.0)
-    for part in tl.static_range(DOWN):  # below the diagonal col lacks the decay up to the first row of its tile
-        lower = inside & (j // BM <= part) & (part * BM < num)
-        edge, edge_low = _pair(c + head * L, low, tl.maximum(part * BM - 1, 0))
-        missing = tl.where(j // BM == part, 1.0, _decay(edge, edge_low, cj, cj_low))
-        cols += tl.load(col + (head * DOWN + part) * L + j, mask=lower, other=0.0) * missing
+    num, token, head, j = tl.load(length + k).to(tl.int32), tl.load(start + k), k * H + h, tl.arange(0, L)
+    inside, own_tile = j < num, j // (L // SIDE)
+    rows, cols, Fs, Es = (j * 0.0, j * 0.0, j * 0.0, j * 0.0)
+    for part in tl.static_range(SIDE):  # of the tiles that were computed
+        rows += tl.load(row + (head * SIDE + part) * L + j, mask=inside & (part <= own_tile), other=0.0)
+        computed = inside & (part >= own_tile) & (part * (L // SIDE) < num)
+        cols += tl.load(col + (head * SIDE + part) * L + j, mask=computed, other=0.0)
     for part in tl.static_range(SPLIT):
         Fs += tl.load(F + (head * SPLIT + part) * L + j, mask=inside, other=0.0)
         Es += tl.load(E + (head * SPLIT + part) * L + j, mask=inside, other=0.0)
@@ -658,12 +667,13 @@ def _ddt_kernel(row, col, diagonal, F, E, crossing, cb, dt, c, low, A, start, le
     for part in tl.static_range(PARTS):
         across += tl.load(crossing + head * PARTS + part)
     dy_x = tl.load(diagonal + head * L + j, mask=inside, other=0.0)
+    own = tl.load(cb + ((k * G + h // (H // G)) * L + j) * L + j, mask=inside, other=0.0).to(tl.float32) * dy_x  # q_jj / dt_j
 
-    from_here = tl.cumsum((rows - step * cols + Fs).to(tl.float64), 0, reverse=True)
-    sources = (step * Es).to(tl.float64)
-    da = tl.where(inside, from_here + (tl.cumsum(sources, 0) - sources) + across, 0.0)
-    own = tl.load(cb + ((k * G + h // (H // G)) * L + j) * L + j, mask=inside, other=0.0).to(tl.float32) * dy_x
-    tl.store(ddt + (token + j) * H + h, cols + own + Es + tl.load(A + h) * da.to(tl.float32), mask=inside)
+    sources = Es.to(tl.float64)
+    da = tl.cumsum((rows - cols + Fs).to(tl.float64), 0, reverse=True) + (tl.cumsum(sources, 0) - sources) + across
+    da = tl.where(inside, da, 0.0)
+    step = tl.load(dt + head * L + j)
+    tl.store(ddt + (token + j) * H + h, (cols + Es) / step + own + (tl.load(A + h) * da).to(tl.float32), mask=inside)
     tl.store(dA + head, tl.sum(step * da))
     tl.store(dD + head, tl.sum(dy_x.to(tl.float64)))
 
@@ -678,17 +688,17 @@ def _tiling(l, p, n, dtype, shared_memory):
     big = shared_memory >= 200_000 and dtype.itemsize == 2 and p <= 128
     full = dtype.itemsize == 4  # products of float32 run on no tensor core, and need their registers for themselves
     options = dict(num_warps=8, num_stages=3) if big else dict(num_warps=4, num_stages=2)
-    side = min(128 if big else 64, l)  # of a tile of the chunk's triangle, whose sides are the boundaries of before and after
+    side = min(128 if big else 64, l)  # of a tile of the chunk's triangle
     step = min(64 if big else 32, l)  # tokens that a loop takes at a time
-    half, bp, bn = max(16, side // 2), _power(p), _power(n)
+    edge, bp, bn = min(64, l), _power(p), _power(n)  # places from one boundary of before and after to the next
     return {
-        "decays": dict(BM=side, BH=4, num_warps=4),
-        "cb": dict(BM=side, BJ=half, BK=min(64, bn), **options),
-        "states": dict(BP=min(32 if full else 64, bp), BN=min(64, bn), BL=step, num_warps=4, num_stages=options["num_stages"]),
-        "scan": dict(BM=side, BP=bp, BK=min(step, bn), BL=step, **options),
-        "dcb": dict(BM=side, BJ=half, BP=min(32, bp) if full else bp, **options),
+        "decays": dict(EDGE=edge, BH=4, num_warps=4),
+        "cb": dict(BM=side, BK=min(64, bn), **options),
+        "states": dict(BP=min(32 if full else 64, bp), BN=min(64, bn), BL=min(256 if big else 32, l), num_warps=4, num_stages=2),
+        "scan": dict(BM=side, BP=bp, BK=min(step, bn), **(options | dict(num_stages=2))),
+        "dcb": dict(BM=edge, BP=min(32, bp) if full else bp, SIDE_DBC=side, num_warps=4, num_stages=2),
         "dbc": dict(BM=side, BN=min(128 if big else 64, bn), BP=bp, BL=step, **options),
-        "ddt": dict(BM=side, num_warps=4),
+        "ddt": dict(num_warps=4),
     }
 
 
@@ -712,7 +722,7 @@ class _Plan(NamedTuple):
     given: dict  # arguments by name: chunk table, decays, sizes
 
     def launch(self, kernel, name, programs, **arguments):
-        given = {key: v for key, v in self.given.items() if key in kernel.arg_names and key not in arguments}
+        given = {key: v for key, v in self.given.items() if key in kernel.arg_names and key not in self.tiles[name]}
         with torch.cuda.device_of(self.given["c"]):  # Triton launches on the current GPU, wherever the tensors lie
             kernel[(programs,)](**given, **self.tiles[name], **arguments)
 
@@ -725,10 +735,11 @@ def _plan(x, dt, B, A, cu, l):
     """The plan of a scan over x (tokens, h, p), dt (tokens, h), B (tokens, g, n); computes its decays."""
     (h, p), (g, n), table = x.shape[1:], B.shape[1:], chunk_table(tuple(cu), l, x.device)
     k, tiles = len(table.start), _tiling(l, p, n, x.dtype, _shared_memory(x))
-    r = l // tiles["decays"]["BM"] + 1
+    edge = tiles["decays"]["EDGE"]
+    r = l // edge + 1
     shapes = dict(c=(2, k, h, l), dt=(k, h, l), before=(k, h, r, l), after=(k, h, r, l))
     decays = {name: torch.empty(*shape, device=x.device) for name, shape in shapes.items()}
-    given = dict(start=table.start, length=table.length, first=table.first, **decays, low=k * h * l, A=A, H=h, G=g, P=p, N=n, L=l, R=r)
+    given = dict(start=table.start, length=table.length, first=table.first, **decays, low=k * h * l, A=A, H=h, G=g, P=p, N=n, L=l, R=r, EDGE=edge)
     plan = _Plan(k, len(cu) - 1, tiles, given)
     plan.launch(_decays_kernel, "decays", plan.count("decays", "H", "BH") * k, step=dt, s_dt=dt.stride(0))
     return plan
@@ -746,7 +757,7 @@ def _ssd(x: torch.Tensor, dt: torch.Tensor, B: torch.Tensor, C: torch.Tensor, A:
     final = torch.empty(plan.sequences if want_final else 0, h, p, n, device=x.device)
     s_x, s_b, s_c = x.stride(0), B.stride(0), C.stride(0)
 
-    plan.launch(_cb_kernel, "cb", plan.count("cb", "L", "BM") * plan.count("cb", "L", "BJ") * g * plan.chunks,
+    plan.launch(_cb_kernel, "cb", plan.count("cb", "L", "BM") ** 2 * g * plan.chunks,
                 query=C, key=B, cb=cb, s_q=s_c, s_k=s_b)
     plan.launch(_states_kernel, "states", plan.count("states", "P", "BP") * plan.count("states", "N", "BN") * h * plan.sequences,
                 value=x, key=B, initial=S, states=states, final=final if want_final else None, entering=None, crossing=None,
@@ -770,11 +781,11 @@ def _ssd_backward(dy: torch.Tensor, dfinal: torch.Tensor | None, x: torch.Tensor
                   want_dS: bool) -> list[torch.Tensor]:
     """Gradients of x, dt, B, C, A, D and the initial states (nothing unless wanted). dfinal None: nobody used the final states."""
     (h, p), (g, n), plan = x.shape[1:], B.shape[1:], _plan(x, dt, B, A, cu, l)
-    k, down, across, split = plan.chunks, plan.count("dcb", "L", "BM"), plan.count("dcb", "L", "BJ"), plan.count("dbc", "N", "BN")
+    k, side, split = plan.chunks, plan.count("dcb", "L", "BM"), plan.count("dbc", "N", "BN")
     parts = plan.count("states", "P", "BP") * plan.count("states", "N", "BN")
     dx, dB, dC = (torch.empty(v.shape, dtype=v.dtype, device=x.device) for v in (x, B, C))
     R, dcb, dS = torch.empty_like(states), torch.empty_like(cb), torch.empty(plan.sequences if want_dS else 0, h, p, n, device=x.device)
-    shapes = dict(crossing=(parts,), diagonal=(l,), row=(across, l), col=(down, l), F=(split, l), E=(split, l), dA=(), dD=())
+    shapes = dict(crossing=(parts,), diagonal=(l,), row=(side, l), col=(side, l), F=(split, l), E=(split, l), dA=(), dD=())
     part = {name: torch.empty(k, h, *shape, device=x.device, dtype=torch.float64 if name in ("dA", "dD") else torch.float32)
             for name, shape in shapes.items()}
     ddt = torch.empty(dt.shape, device=x.device)
@@ -782,15 +793,15 @@ def _ssd_backward(dy: torch.Tensor, dfinal: torch.Tensor | None, x: torch.Tensor
 
     plan.launch(_states_kernel, "states", parts * h * plan.sequences, value=dy, key=C, initial=dfinal, states=R,
                 final=dS if want_dS else None, entering=states, crossing=part["crossing"], s_v=s_dy, s_k=s_c, REVERSED=True)
-    plan.launch(_scan_kernel, "scan", down * h * k, value=dy, query=B, cb=cb, states=R, D=D, out=dx, s_v=s_dy, s_q=s_b,
+    plan.launch(_scan_kernel, "scan", plan.count("scan", "L", "BM") * h * k, value=dy, query=B, cb=cb, states=R, D=D, out=dx, s_v=s_dy, s_q=s_b,
                 s_out=dx.stride(0), REVERSED=True)
-    plan.launch(_dcb_kernel, "dcb", down * across * g * k, x=x, dy=dy, cb=cb, dcb=dcb, row=part["row"], col=part["col"],
+    plan.launch(_dcb_kernel, "dcb", side * side * g * k, x=x, dy=dy, cb=cb, dcb=dcb, row=part["row"], col=part["col"],
                 diagonal=part["diagonal"], s_x=s_x, s_dy=s_dy)
-    plan.launch(_dbc_kernel, "dbc", down * split * g * k, value=dy, own=C, other=B, dcb=dcb, states=states, out=dC, through=part["F"],
+    plan.launch(_dbc_kernel, "dbc", plan.count("dbc", "L", "BM") * split * g * k, value=dy, own=C, other=B, dcb=dcb, states=states, out=dC, through=part["F"],
                 s_v=s_dy, s_own=s_c, s_other=s_b, s_out=dC.stride(0), REVERSED=False)
-    plan.launch(_dbc_kernel, "dbc", down * split * g * k, value=x, own=B, other=C, dcb=dcb, states=R, out=dB, through=part["E"],
+    plan.launch(_dbc_kernel, "dbc", plan.count("dbc", "L", "BM") * split * g * k, value=x, own=B, other=C, dcb=dcb, states=R, out=dB, through=part["E"],
                 s_v=s_x, s_own=s_b, s_other=s_c, s_out=dB.stride(0), REVERSED=True)
-    plan.launch(_ddt_kernel, "ddt", h * k, cb=cb, ddt=ddt, **part, DOWN=down, ACROSS=across, SPLIT=split, PARTS=parts)
+    plan.launch(_ddt_kernel, "ddt", h * k, cb=cb, ddt=ddt, **part, SIDE=side, SPLIT=split, PARTS=parts)
     return [dx, ddt, dB, dC, part["dA"].sum(0).float(), part["dD"].sum(0).float(), dS]
 
 
