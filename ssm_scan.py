@@ -756,24 +756,23 @@ def _conv_torch(x, weight, bias, history, cu, activation):
     return F.silu(y) if activation else y
 
 
-# In Triton, one program is one warp, which walks through a block of up to BT tokens of one sequence. A thread owns a few
-# neighbouring channels and keeps their last k inputs in registers, the window: each input is loaded and converted once, by
-# one wide load, ROWS tokens at a time to hide the latency of memory. The window starts with the k - 1 inputs before the
-# block; for the first block of a sequence they are its history. Backward computes z, before the activation, again:
+# In Triton, a program is one warp that walks over a block, up to BT tokens of one sequence. Each thread owns a few
+# neighbouring channels and keeps their last k inputs in registers: it loads and converts each input once, ROWS
+# tokens at a time to hide the latency of memory. This window starts with the k - 1 inputs before the block; in the
+# first block of a sequence they are its history. The backward pass recomputes z, the value before the activation:
 #
-#     z_i = bias + sum_j w_j x_{i - k + 1 + j}      dw_j = sum_i dz_i x_{i - k + 1 + j}      dbias = sum_i dz_i
-#     dz_i = act'(z_i) dy_i                         dx_i = sum_j w_j dz_{i + k - 1 - j}
+#     z_i = bias + sum_j w_j x_{i-k+1+j}      dz_i = act'(z_i) dy_i      dx_i = sum_j w_j dz_{i+k-1-j}
+#     dw_j = sum_i dz_i x_{i-k+1+j}           dbias = sum_i dz_i
 #
-# dx_i is complete with the dz of token i + k - 1, from a second window, the last k dz. So a block walks k - 1 tokens beyond
-# its own, with dz = 0 behind the sequence's end, and leaves the dw and dbias of those tokens to the next block. Its first
-# k - 1 steps complete inputs before the block: the history, or tokens that are the previous block's.
+# A second window, of the last k values of dz, completes dx_i at token i + k - 1. So a block walks k - 1 tokens past
+# its own. Their share of dw and dbias is the next block's; past the end of the sequence dz = 0. The first k - 1
+# steps complete inputs before the block: the history in the first block, else tokens that the previous one stores.
 #
-# 128 tokens a block: 3 of them read twice are 2%, the parts of dw and dbias 3% of all bytes. Forward, a thread loads 16 bytes
-# of bfloat16. Backward that would take 242 registers, so that an SM holds 8 warps, too few to hide the latency of memory: 8
-# bytes take 100. More than 8 taps do not fit into the 255 registers that a thread may have.
+# BT: 3 tokens of 128 read twice are 2% of the bytes, the parts of dw and dbias 3%. BD: 32 threads with 8 channels
+# each, 16 bytes of bfloat16; backward with 4, since 8 take 242 registers, which is 8 warps per SM instead of 20.
 _CONV_FORWARD = dict(BT=128, BD=256, ROWS=8, num_warps=1)
 _CONV_BACKWARD = dict(BT=128, BD=128, ROWS=4, num_warps=1)
-_CONV_TAPS = 8
+_CONV_TAPS = 8  # the windows of more do not fit into the 255 registers of a thread
 
 
 @_jit
@@ -782,87 +781,88 @@ def _row(pointers, mask):
 
 
 @_jit
-def _conv_kernel(x, weight, bias, history, dy, out, dhistory, dweight, dbias, start, seq, cu, s_x,
-                 CHANNELS: constexpr, K: constexpr, SILU: constexpr, BT: constexpr, BD: constexpr, ROWS: constexpr):
-    """out = y; or given dy, out = dx, dweight[block] (k, d) and dbias[block] (d,) a block's part of the sum over tokens.
-    history and dhistory (s, k - 1, d), or None; block number `block` starts at token start[block] of sequence seq[block]."""
+def _conv_kernel(x, weight, history, dy, out, dhistory, dweight, start, seq, cu, s_x, CHANNELS: constexpr,
+                 K: constexpr, SILU: constexpr, BT: constexpr, BD: constexpr, ROWS: constexpr):
+    """out = y; given dy, out = dx and dweight[block] is the block's part of the sum. The last row of weight and
+    dweight[block] (k + 1, d) is the bias; history, dhistory (s, k - 1, d) or None. A block begins at token
+    start[block] of sequence seq[block]."""
     EXTRA: constexpr = 0 if dy is None else K - 1
     tile, _, block = _program(tl.cdiv(CHANNELS, BD), 1)
     d = tile * BD + tl.arange(0, BD)
-    in_d = (d < CHANNELS) | (CHANNELS % BD == 0)  # where it always holds, the compiler drops it
+    in_d = (d < CHANNELS) | (CHANNELS % BD == 0)  # the compiler drops a mask that always holds
     token, s = tl.load(start + block), tl.load(seq + block)
     first, left = token == tl.load(cu + s), tl.load(cu + s + 1) - token
-    num = tl.minimum(left, BT)
-    w, window = (), ()
-    for j in tl.static_range(K):
+    num, zero = tl.minimum(left, BT), tl.zeros((BD,), tl.float32)
+    w, window, dw, dzs = (), (), (zero,) * (K + 1), (zero,) * (K - 1)
+    for j in tl.static_range(K + 1):
         w += (_row(weight + j * CHANNELS + d, in_d),)
     for j in tl.static_range(K - 1):
         before = x + (token - (K - 1) + j) * s_x + d
         if history is not None:
             before = tl.where(first, history + (s * (K - 1) + j) * CHANNELS + d, before)
         window += (_row(before, in_d & ((history is not None) | (first == 0))),)
-    zero, b = tl.zeros((BD,), tl.float32), _row(bias + d, in_d)
-    db, dw, dzs = zero, (zero,) * K, (zero,) * (K - 1)
     for i in range(0, num + EXTRA, ROWS):
-        rows, dys = (), ()
+        xs, dys = (), ()
         for r in tl.static_range(ROWS):
-            rows += (_row(x + (token + i + r) * s_x + d, in_d & (i + r < left)),)
+            xs += (_row(x + (token + i + r) * s_x + d, in_d & (i + r < left)),)
             if dy is not None:
                 dys += (_row(dy + (token + i + r) * CHANNELS + d, in_d & (i + r < left)),)
         for r in tl.static_range(ROWS):
-            z, window = b, window + (rows[r],)
+            window += (xs[r],)
+            z = w[K]
             for j in tl.static_range(K):
                 z += w[j] * window[j]
             gate = tl.sigmoid(z) if SILU else 1.0
-            done, value = i + r - EXTRA, z * gate
+            value, done = z * gate, i + r - EXTRA  # of the token number `done` in the block
             if dy is not None:
                 dz = dys[r] * gate * (1 + z * (1 - gate)) if SILU else dys[r]
-                own, dzs, value = tl.where(i + r < num, dz, 0.0), dzs + (dz,), zero
+                dzs += (dz,)
+                value, own = zero, tl.where(i + r < num, dz, 0.0)
                 for j in tl.static_range(K):
-                    dw += (dw[j] + own * window[j],)
                     value += w[j] * dzs[K - 1 - j]
-                db, dw, dzs = db + own, dw[K:], dzs[1:]
+                    dw += (dw[j] + own * window[j],)
+                dw, dzs = dw[K + 1:] + (dw[K] + own,), dzs[1:]
                 if dhistory is not None:
-                    tl.store(dhistory + (s * (K - 1) + i + r) * CHANNELS + d, value, mask=in_d & first & (done < 0))
+                    place = (s * (K - 1) + i + r) * CHANNELS + d
+                    tl.store(dhistory + place, value, mask=in_d & first & (done < 0))
             tl.store(out + (token + done) * CHANNELS + d, value, mask=in_d & (done >= 0) & (done < num))
             window = window[1:]
     if dy is not None:
-        tl.store(dbias + block * CHANNELS + d, db, mask=in_d)
-        for j in tl.static_range(K):
-            tl.store(dweight + (block * K + j) * CHANNELS + d, dw[j], mask=in_d)
+        for j in tl.static_range(K + 1):
+            tl.store(dweight + (block * (K + 1) + j) * CHANNELS + d, dw[j], mask=in_d)
 
 
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)
 def _conv_blocks(cu, size, device):
     """Each block's first token and its sequence, and cu (s + 1,)."""
-    start, seq = zip(*((i, s) for s, (begin, end) in enumerate(zip(cu, cu[1:])) for i in range(begin, end, size)))
-    return [torch.tensor(v, device=device) for v in (start, seq, cu)]
+    blocks = [(i, s) for s, (begin, end) in enumerate(zip(cu, cu[1:])) for i in range(begin, end, size)]
+    return [torch.tensor(v, device=device) for v in (*zip(*blocks), cu)]
 
 
 @torch.library.custom_op("falcon_h1r::conv", mutates_args=())
 def _conv_triton(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, history: torch.Tensor | None,
                  dy: torch.Tensor | None, cu: Sequence[int], silu: bool) -> list[torch.Tensor]:
-    """Arguments as _conv_torch, without a history for zeros -> [y], or given dy (tokens, d) the gradients of the first four."""
+    """Arguments as _conv_torch; history None is zeros. -> [y], or given dy (tokens, d) their gradients."""
     (d, k), sizes = weight.shape, _CONV_FORWARD if dy is None else _CONV_BACKWARD
     start, seq, cu = _conv_blocks(tuple(cu), sizes["BT"], x.device)
-    parts = 0 if dy is None else len(start)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dweight = None if dy is None else torch.empty(len(start), k + 1, d, dtype=torch.float32, device=x.device)
     history = None if history is None else history.mT.contiguous()
     dhistory = None if history is None or dy is None else torch.empty_like(history)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    dweight, dbias = (torch.empty(parts, *n, d, dtype=torch.float32, device=x.device) for n in ((k,), ()))
-    _launch(_conv_kernel, len(start) * triton.cdiv(d, sizes["BD"]), x, weight=weight.T.contiguous(), bias=bias, history=history,
-            dy=dy, out=out, dhistory=dhistory, dweight=dweight, dbias=dbias, start=start, seq=seq, cu=cu, s_x=x.stride(0),
-            CHANNELS=d, K=k, SILU=silu, **sizes)
+    taps, programs = torch.cat([weight.T, bias[None]]), len(start) * triton.cdiv(d, sizes["BD"])
+    _launch(_conv_kernel, programs, x, weight=taps, history=history, dy=dy, out=out, dhistory=dhistory,
+            dweight=dweight, start=start, seq=seq, cu=cu, s_x=x.stride(0), CHANNELS=d, K=k, SILU=silu, **sizes)
     if dy is None:
         return [out]
-    grads = [out, dweight.sum(0).T.to(weight.dtype), dbias.sum(0).to(bias.dtype)]
+    grads = [out, dweight[:, :k].sum(0).T.to(weight.dtype), dweight[:, k].sum(0).to(bias.dtype)]
     return grads if history is None else [*grads, dhistory.mT]
 
 
 @_conv_triton.register_fake
 def _(x, weight, bias, history, dy, cu, silu):
-    return [v.new_empty(v.shape) for v in ((x,) if dy is None else (x, weight, bias, history)) if v is not None]
+    outputs = (x,) if dy is None else (x, weight, bias, history)
+    return [v.new_empty(v.shape) for v in outputs if v is not None]
 
 
 def _conv_setup(ctx, inputs, output):
@@ -901,7 +901,7 @@ def causal_conv1d(x, weight, bias=None, *, initial_states=None, cu_seqlens=None,
     history = None if initial_states is None else initial_states.to(x.dtype)
     bias, flat = weight.new_zeros(d) if bias is None else bias, x.flatten(0, 1)
     if backend == "triton":
-        _expect(k <= _CONV_TAPS, "weight", f"{k} taps", f'at most {_CONV_TAPS}, or backend="torch", which takes any number')
+        _expect(k <= _CONV_TAPS, "weight", f"{k} taps", f'at most {_CONV_TAPS}, or backend="torch"')
         flat = flat if flat.stride(1) == 1 else flat.contiguous()
         (y,) = _conv_triton(flat, weight, bias, history, None, cu, activation is not None)
     else:
