@@ -756,20 +756,22 @@ def _conv_torch(x, weight, bias, history, cu, activation):
     return F.silu(y) if activation else y
 
 
-# In Triton, a program is one warp that walks over a block, up to BT tokens of one sequence. Each thread owns a few
-# neighbouring channels and keeps their last k inputs in registers: it loads and converts each input once, ROWS
-# tokens at a time to hide the latency of memory. This window starts with the k - 1 inputs before the block; in the
-# first block of a sequence they are its history. The backward pass recomputes z, the value before the activation:
+# In Triton, a program is one warp that walks over a block, up to BT tokens of one sequence. Each thread keeps
+# the last k inputs of a few neighbouring channels in registers, so it loads each input once, ROWS tokens at a
+# time to hide the latency of memory. This window starts with the k - 1 inputs before the block, or the
+# history of the sequence. The backward pass recomputes z, the value before the activation:
 #
 #     z_i = bias + sum_j w_j x_{i-k+1+j}      dz_i = act'(z_i) dy_i      dx_i = sum_j w_j dz_{i+k-1-j}
 #     dw_j = sum_i dz_i x_{i-k+1+j}           dbias = sum_i dz_i
 #
-# A second window, of the last k values of dz, completes dx_i at token i + k - 1. So a block walks k - 1 tokens past
-# its own. Their share of dw and dbias is the next block's; past the end of the sequence dz = 0. The first k - 1
-# steps complete inputs before the block: the history in the first block, else tokens that the previous one stores.
+# A second window, of the last k values of dz, completes dx_i at token i + k - 1. So a block walks k - 1
+# tokens past its own, with dz = 0 past the sequence, and leaves their share of dw and dbias to the next
+# block. Its first k - 1 steps complete inputs before the block: the history, or tokens that the previous
+# block stores.
 #
-# BT: 3 tokens of 128 read twice are 2% of the bytes, the parts of dw and dbias 3%. BD: 32 threads with 8 channels
-# each, 16 bytes of bfloat16; backward with 4, since 8 take 242 registers, which is 8 warps per SM instead of 20.
+# BT: 3 tokens of 128 read twice are 2% of the bytes, the parts of dw and dbias 3%. BD: 32 threads with 8
+# channels, 16 bytes of bfloat16; backward with 4, since 8 take 242 registers: 8 warps per SM, where 4 leave
+# room for 19.
 _CONV_FORWARD = dict(BT=128, BD=256, ROWS=8, num_warps=1)
 _CONV_BACKWARD = dict(BT=128, BD=128, ROWS=4, num_warps=1)
 _CONV_TAPS = 8  # the windows of more do not fit into the 255 registers of a thread
@@ -783,9 +785,8 @@ def _row(pointers, mask):
 @_jit
 def _conv_kernel(x, weight, history, dy, out, dhistory, dweight, start, seq, cu, s_x, CHANNELS: constexpr,
                  K: constexpr, SILU: constexpr, BT: constexpr, BD: constexpr, ROWS: constexpr):
-    """out = y; given dy, out = dx and dweight[block] is the block's part of the sum. The last row of weight and
-    dweight[block] (k + 1, d) is the bias; history, dhistory (s, k - 1, d) or None. A block begins at token
-    start[block] of sequence seq[block]."""
+    """out = y; given dy, out = dx and dweight[block] is the block's part of the sum. history, dhistory (s, k - 1, d)
+    or None; weight, dweight[block] (k + 1, d), the bias last. A block starts at token start[block] of seq[block]."""
     EXTRA: constexpr = 0 if dy is None else K - 1
     tile, _, block = _program(tl.cdiv(CHANNELS, BD), 1)
     d = tile * BD + tl.arange(0, BD)
@@ -844,15 +845,17 @@ def _conv_blocks(cu, size, device):
 def _conv_triton(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, history: torch.Tensor | None,
                  dy: torch.Tensor | None, cu: Sequence[int], silu: bool) -> list[torch.Tensor]:
     """Arguments as _conv_torch; history None is zeros. -> [y], or given dy (tokens, d) their gradients."""
-    (d, k), sizes = weight.shape, _CONV_FORWARD if dy is None else _CONV_BACKWARD
+    d, k = weight.shape
+    sizes = _CONV_FORWARD if dy is None else _CONV_BACKWARD
     start, seq, cu = _conv_blocks(tuple(cu), sizes["BT"], x.device)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dweight = None if dy is None else torch.empty(len(start), k + 1, d, dtype=torch.float32, device=x.device)
     history = None if history is None else history.mT.contiguous()
     dhistory = None if history is None or dy is None else torch.empty_like(history)
-    taps, programs = torch.cat([weight.T, bias[None]]), len(start) * triton.cdiv(d, sizes["BD"])
-    _launch(_conv_kernel, programs, x, weight=taps, history=history, dy=dy, out=out, dhistory=dhistory,
-            dweight=dweight, start=start, seq=seq, cu=cu, s_x=x.stride(0), CHANNELS=d, K=k, SILU=silu, **sizes)
+    programs = len(start) * triton.cdiv(d, sizes["BD"])
+    _launch(_conv_kernel, programs, x, weight=torch.cat([weight.T, bias[None]]), history=history, dy=dy, out=out,
+            dhistory=dhistory, dweight=dweight, start=start, seq=seq, cu=cu, s_x=x.stride(0),
+            CHANNELS=d, K=k, SILU=silu, **sizes)
     if dy is None:
         return [out]
     grads = [out, dweight[:, :k].sum(0).T.to(weight.dtype), dweight[:, k].sum(0).to(bias.dtype)]
