@@ -785,8 +785,8 @@ def _row(pointers, mask):
 @_jit
 def _conv_kernel(x, weight, history, dy, out, dhistory, dweight, start, seq, cu, s_x, CHANNELS: constexpr,
                  K: constexpr, SILU: constexpr, BT: constexpr, BD: constexpr, ROWS: constexpr):
-    """out = y; given dy, out = dx and dweight[block] is the block's part of the sum. history, dhistory (s, k - 1, d)
-    or None; weight, dweight[block] (k + 1, d), the bias last. A block starts at token start[block] of seq[block]."""
+    """out = y; given dy, out = dx and dweight[block] is the block's part of the sum. history, dhistory:
+    (s, k - 1, d) or None. weight, dweight[block]: (k + 1, d), the bias last. start, seq: of each block."""
     EXTRA: constexpr = 0 if dy is None else K - 1
     tile, _, block = _program(tl.cdiv(CHANNELS, BD), 1)
     d = tile * BD + tl.arange(0, BD)
@@ -853,8 +853,8 @@ def _conv_triton(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, hist
     history = None if history is None else history.mT.contiguous()
     dhistory = None if history is None or dy is None else torch.empty_like(history)
     programs = len(start) * triton.cdiv(d, sizes["BD"])
-    _launch(_conv_kernel, programs, x, weight=torch.cat([weight.T, bias[None]]), history=history, dy=dy, out=out,
-            dhistory=dhistory, dweight=dweight, start=start, seq=seq, cu=cu, s_x=x.stride(0),
+    _launch(_conv_kernel, programs, x, weight=torch.cat([weight.T, bias[None]]), history=history, dy=dy,
+            out=out, dhistory=dhistory, dweight=dweight, start=start, seq=seq, cu=cu, s_x=x.stride(0),
             CHANNELS=d, K=k, SILU=silu, **sizes)
     if dy is None:
         return [out]

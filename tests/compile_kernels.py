@@ -70,8 +70,8 @@ def main(capability):
     for name, kernel in (("states", s._states_kernel), ("scan", s._scan_kernel), ("dbc", s._dbc_kernel)):
         jobs.append((name, kernel, "HGPNL", tiles[name] | forward[name] | {"REVERSED": False}))
         jobs.append((name + " reversed", kernel, "HGPNL", tiles[name] | {"REVERSED": True}))
-    conv = dict(CHANNELS=3584, K=4, SILU=True)
-    jobs.append(("conv", s._conv_kernel, "", conv | s._CONV_FORWARD | dict.fromkeys(("dy", "dhistory", "dweight"))))
+    conv, forward = dict(CHANNELS=3584, K=4, SILU=True), dict.fromkeys(("dy", "dhistory", "dweight"))
+    jobs.append(("conv", s._conv_kernel, "", conv | s._CONV_FORWARD | forward))
     jobs.append(("conv backward", s._conv_kernel, "", conv | s._CONV_BACKWARD))
     jobs.append(("step", s._step_kernel, "HGPN", dict(BP=16, BN=256, num_warps=4)))
     for name, kernel, sizes, constants in jobs:
