@@ -774,7 +774,6 @@ def _conv_torch(x, weight, bias, history, cu, activation):
 # room for 19.
 _CONV_FORWARD = dict(BT=128, BD=256, ROWS=8, num_warps=1)
 _CONV_BACKWARD = dict(BT=128, BD=128, ROWS=4, num_warps=1)
-_CONV_TAPS = 8  # the windows of more do not fit into the 255 registers of a thread
 
 
 @_jit
@@ -792,9 +791,10 @@ def _conv_kernel(x, weight, history, dy, out, dhistory, dweight, start, seq, cu,
     d = tile * BD + tl.arange(0, BD)
     in_d = (d < CHANNELS) | (CHANNELS % BD == 0)  # the compiler drops a mask that always holds
     token, s = tl.load(start + block), tl.load(seq + block)
-    first, left = token == tl.load(cu + s), tl.load(cu + s + 1) - token
-    num, zero = tl.minimum(left, BT), tl.zeros((BD,), tl.float32)
-    w, window, dw, dzs = (), (), (zero,) * (K + 1), (zero,) * (K - 1)
+    first = token == tl.load(cu + s)
+    left = tl.load(cu + s + 1) - token  # tokens from here to the end of the sequence
+    num = tl.minimum(left, BT)
+    w, window = (), ()
     for j in tl.static_range(K + 1):
         w += (_row(weight + j * CHANNELS + d, in_d),)
     for j in tl.static_range(K - 1):
@@ -802,7 +802,10 @@ def _conv_kernel(x, weight, history, dy, out, dhistory, dweight, start, seq, cu,
         if history is not None:
             before = tl.where(first, history + (s * (K - 1) + j) * CHANNELS + d, before)
         window += (_row(before, in_d & ((history is not None) | (first == 0))),)
+    zero = tl.zeros((BD,), tl.float32)
+    dw, dzs = (zero,) * (K + 1), (zero,) * (K - 1)
     for i in range(0, num + EXTRA, ROWS):
+        # All loads stand before the first store, which the compiler cannot move them over.
         xs, dys = (), ()
         for r in tl.static_range(ROWS):
             xs += (_row(x + (token + i + r) * s_x + d, in_d & (i + r < left)),)
@@ -814,11 +817,12 @@ def _conv_kernel(x, weight, history, dy, out, dhistory, dweight, start, seq, cu,
             for j in tl.static_range(K):
                 z += w[j] * window[j]
             gate = tl.sigmoid(z) if SILU else 1.0
-            value, done = z * gate, i + r - EXTRA  # of the token number `done` in the block
+            done, value = i + r - EXTRA, z * gate  # number of a token in the block, its y or dx
             if dy is not None:
                 dz = dys[r] * gate * (1 + z * (1 - gate)) if SILU else dys[r]
+                own = tl.where(i + r < num, dz, 0.0)
                 dzs += (dz,)
-                value, own = zero, tl.where(i + r < num, dz, 0.0)
+                value = zero
                 for j in tl.static_range(K):
                     value += w[j] * dzs[K - 1 - j]
                     dw += (dw[j] + own * window[j],)
@@ -904,7 +908,8 @@ def causal_conv1d(x, weight, bias=None, *, initial_states=None, cu_seqlens=None,
     history = None if initial_states is None else initial_states.to(x.dtype)
     bias, flat = weight.new_zeros(d) if bias is None else bias, x.flatten(0, 1)
     if backend == "triton":
-        _expect(k <= _CONV_TAPS, "weight", f"{k} taps", f'at most {_CONV_TAPS}, or backend="torch"')
+        # The windows of more taps do not fit into the 255 registers of a thread.
+        _expect(k <= 8, "weight", f"{k} taps", 'at most 8, or backend="torch"')
         flat = flat if flat.stride(1) == 1 else flat.contiguous()
         (y,) = _conv_triton(flat, weight, bias, history, None, cu, activation is not None)
     else:
