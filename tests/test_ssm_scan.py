@@ -293,7 +293,7 @@ def conv_inputs(lengths, d, k):
 
 
 def conv_results(inputs, backend, dtype, **settings):
-    """y, the final states and the gradient of every input through both, for gradients that bfloat16 holds exactly."""
+    """y, the final states and every input's gradient through both, for gradients that bfloat16 holds exactly."""
     leaves = {k: v.detach().to(dtype).clone().requires_grad_() for k, v in inputs.items()}
     y, final = s.causal_conv1d(**leaves, backend=backend, **settings)
     torch.manual_seed(1)
@@ -336,7 +336,7 @@ def test_triton_convolution_in_bfloat16(interpreter):
     ours = conv_results(inputs, "triton", torch.bfloat16, **options)
     for name, oracle in conv_results(inputs, "torch", torch.float64, **options).items():
         assert ours[name].dtype == torch.bfloat16
-        assert (ours[name] - oracle).norm() < 2**-8 * oracle.norm(), name  # results are rounded, nothing else is
+        assert (ours[name] - oracle).norm() < 2**-8 * oracle.norm(), name  # only results are rounded
 
 
 @pytest.mark.parametrize("offset", [5, 8])  # elements: 10 bytes allow no wide load, 16 do
@@ -360,10 +360,11 @@ def test_triton_convolution_of_a_slice(interpreter, offset):
 def test_triton_convolution_in_four_calls_gives_the_bits_of_one(interpreter, dtype):
     inputs, _ = conv_inputs([280], 20, 4)
     x, weight, bias, state = (v.to(dtype) for v in inputs.values())
-    y, final = s.causal_conv1d(x, weight, bias, initial_states=state, activation="silu", backend="triton")
-    for x, y in zip(x.split([1, 130, 2, 147], 1), y.split([1, 130, 2, 147], 1)):
-        part, state = s.causal_conv1d(x, weight, bias, initial_states=state, activation="silu", backend="triton")
-        assert torch.equal(part, y)
+    options, lengths = dict(activation="silu", backend="triton"), [1, 130, 2, 147]
+    y, final = s.causal_conv1d(x, weight, bias, initial_states=state, **options)
+    for part, expected in zip(x.split(lengths, 1), y.split(lengths, 1)):
+        ours, state = s.causal_conv1d(part, weight, bias, initial_states=state, **options)
+        assert torch.equal(ours, expected)
     assert torch.equal(state, final)
 
 
