@@ -293,7 +293,7 @@ def conv_inputs(lengths, d, k):
 
 
 def conv_results(inputs, backend, dtype, **settings):
-    """y, the final states and every input's gradient through both, for gradients that bfloat16 holds exactly."""
+    """y, the final states, and every input's gradient through both, of gradients exact in bfloat16."""
     leaves = {k: v.detach().to(dtype).clone().requires_grad_() for k, v in inputs.items()}
     y, final = s.causal_conv1d(**leaves, backend=backend, **settings)
     torch.manual_seed(1)
@@ -305,12 +305,13 @@ def conv_results(inputs, backend, dtype, **settings):
 def assert_is_convolution(inputs, **settings):
     ours = conv_results(inputs, "triton", torch.float32, **settings)
     for name, oracle in conv_results(inputs, "torch", torch.float64, **settings).items():
-        torch.testing.assert_close(ours[name].double(), oracle, rtol=1e-5, atol=1e-5, msg=f"{name} {{}}".format)
+        message = f"{name}: {{}}".format
+        torch.testing.assert_close(ours[name].double(), oracle, rtol=1e-5, atol=1e-5, msg=message)
 
 
 @settings(max_examples=6, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=4), st.integers(1, 5), st.integers(1, 70), st.booleans(),
-       st.sampled_from([None, "silu"]), st.sets(st.sampled_from(["bias", "initial_states"])))
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=4), st.integers(1, 5), st.integers(1, 70),
+       st.booleans(), st.sampled_from([None, "silu"]), st.sets(st.sampled_from(["bias", "initial_states"])))
 def test_triton_convolution(interpreter, lengths, k, d, packed, activation, without):
     inputs, cu = conv_inputs(lengths if packed else [lengths[0]] * 2, d, k)
     if not packed:
