@@ -962,85 +962,120 @@ def _conv_torch(x, weight, bias, history, cu, activation):
     return F.silu(y) if activation else y
 
 
-# In Triton, a sequence with its history is one row of k - 1 + len places: place e holds history for e < k - 1, else token
-# e - (k - 1). So token i sees the places i ... i + k - 1, and place e is seen by the tokens e - (k - 1) ... e. One program
-# computes BT places of BD channels. Backward, with z before and y after the activation:
+# In Triton, a program is one warp that walks over a block, up to BT tokens of one sequence. Each thread keeps
+# the last k inputs of a few neighbouring channels in registers, so it loads each input once, ROWS tokens at a
+# time to hide the latency of memory. This window starts with the k - 1 inputs before the block, or the
+# history of the sequence. The backward pass recomputes z, the value before the activation:
 #
-#     dz_i = act'(z_i) dy_i      d(place e) = sum_j w_j dz_{e - j}      dw_j = sum_i dz_i place_{i + j}      d(bias) = sum_i dz_i
+#     z_i = bias + sum_j w_j x_{i-k+1+j}      dz_i = act'(z_i) dy_i      dx_i = sum_j w_j dz_{i+k-1-j}
+#     dw_j = sum_i dz_i x_{i-k+1+j}           dbias = sum_i dz_i
 #
-# z is computed again from the k places it saw: they are in the cache, and storing dz would cost more than the k^2 products.
+# A second window, of the last k values of dz, completes dx_i at token i + k - 1. So a block walks k - 1
+# tokens past its own, with dz = 0 past the sequence, and leaves their share of dw and dbias to the next
+# block. Its first k - 1 steps complete inputs before the block: the history, or tokens that the previous
+# block stores.
+#
+# BT: 3 tokens of 128 read twice are 2% of the bytes, the parts of dw and dbias 3%. BD: 32 threads with 8
+# channels, 16 bytes of bfloat16; backward with 4, since 8 take 242 registers: 8 warps per SM, where 4 leave
+# room for 19.
+_CONV_FORWARD = dict(BT=128, BD=256, ROWS=8, num_warps=1)
+_CONV_BACKWARD = dict(BT=128, BD=128, ROWS=4, num_warps=1)
 
 
 @_jit
-def _places(x, history, e, d, s, begin, num, s_x, CHANNELS: constexpr, K: constexpr):
-    """Places e (BT, 1) of channels d (1, BD), in float32; 0 outside of the sequence."""
-    old = tl.load(history + (s * CHANNELS + d) * (K - 1) + e, mask=(e >= 0) & (e < K - 1) & (d < CHANNELS), other=0.0)
-    token = begin + e - (K - 1)
-    new = tl.load(x + token * s_x + d, mask=(e >= K - 1) & (e < num + K - 1) & (d < CHANNELS), other=0.0)
-    return old.to(tl.float32) + new.to(tl.float32)
+def _row(pointers, mask):
+    return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
 
 
 @_jit
-def _conv_kernel(x, weight, bias, history, y, dy, dx, dhistory, dweight, dbias, start, length, seq, cu, s_x, s_dy,
-                 CHANNELS: constexpr, K: constexpr, SILU: constexpr, BT: constexpr, BD: constexpr, BACKWARD: constexpr):
-    """y, or BACKWARD the gradients: dweight[block, j, d] and dbias[block, d] are a block's share in the sums over tokens."""
+def _conv_kernel(x, weight, history, dy, out, dhistory, dweight, start, seq, cu, s_x, CHANNELS: constexpr,
+                 K: constexpr, SILU: constexpr, BT: constexpr, BD: constexpr, ROWS: constexpr):
+    """out = y; given dy, out = dx and dweight[block] is the block's part of the sum. history, dhistory:
+    (s, k - 1, d) or None. weight, dweight[block]: (k + 1, d), the bias last. start, seq: of each block."""
+    EXTRA: constexpr = 0 if dy is None else K - 1
     tile, _, block = _program(tl.cdiv(CHANNELS, BD), 1)
-    s = tl.load(seq + block)
-    begin, d, row = tl.load(cu + s), tile * BD + tl.arange(0, BD)[None, :], tl.arange(0, BT)[:, None]
-    num, in_d = tl.load(cu + s + 1) - begin, d < CHANNELS
-    e = tl.load(start + block) - begin - s * (K - 1) + row  # (BT, 1) places of this block
-    in_block, b = row < tl.load(length + block), tl.load(bias + d, mask=in_d, other=0.0).to(tl.float32)
-    dplace = tl.zeros((BT, BD), tl.float32)
-    for back in tl.static_range(K if BACKWARD else 1):
-        i = e - back if BACKWARD else e - (K - 1)  # (BT, 1) tokens
-        z = b + tl.zeros((BT, BD), tl.float32)
-        for j in tl.static_range(K):
-            w = tl.load(weight + d * K + j, mask=in_d, other=0.0).to(tl.float32)
-            z += w * _places(x, history, i + j, d, s, begin, num, s_x, CHANNELS, K)
-        gate = tl.sigmoid(z) if SILU else 1.0
-        inside = in_block & (i >= 0) & (i < num) & in_d
-        if BACKWARD:
-            dz = tl.load(dy + (begin + i) * s_dy + d, mask=inside, other=0.0).to(tl.float32)
-            dz *= gate * (1 + z * (1 - gate)) if SILU else 1.0
-            dplace += tl.load(weight + d * K + back, mask=in_d, other=0.0).to(tl.float32) * dz
-            if back == 0:  # here i = e, so that every token is met exactly once
-                tl.store(dbias + block * CHANNELS + d, tl.sum(dz, 0, keep_dims=True), mask=in_d)
+    d = tile * BD + tl.arange(0, BD)
+    in_d = (d < CHANNELS) | (CHANNELS % BD == 0)  # the compiler drops a mask that always holds
+    token, s = tl.load(start + block), tl.load(seq + block)
+    first = token == tl.load(cu + s)
+    left = tl.load(cu + s + 1) - token  # tokens from here to the end of the sequence
+    num = tl.minimum(left, BT)
+    w, window = (), ()
+    for j in tl.static_range(K + 1):
+        w += (_row(weight + j * CHANNELS + d, in_d),)
+    for j in tl.static_range(K - 1):
+        before = x + (token - (K - 1) + j) * s_x + d
+        if history is not None:
+            before = tl.where(first, history + (s * (K - 1) + j) * CHANNELS + d, before)
+        window += (_row(before, in_d & ((history is not None) | (first == 0))),)
+    zero = tl.zeros((BD,), tl.float32)
+    dw, dzs = (zero,) * (K + 1), (zero,) * (K - 1)
+    for i in range(0, num + EXTRA, ROWS):
+        # All loads stand before the first store, which the compiler cannot move them over.
+        xs, dys = (), ()
+        for r in tl.static_range(ROWS):
+            xs += (_row(x + (token + i + r) * s_x + d, in_d & (i + r < left)),)
+            if dy is not None:
+                dys += (_row(dy + (token + i + r) * CHANNELS + d, in_d & (i + r < left)),)
+        for r in tl.static_range(ROWS):
+            window += (xs[r],)
+            z = w[K]
+            for j in tl.static_range(K):
+                z += w[j] * window[j]
+            gate = tl.sigmoid(z) if SILU else 1.0
+            done, value = i + r - EXTRA, z * gate  # number of a token in the block, its y or dx
+            if dy is not None:
+                dz = dys[r] * gate * (1 + z * (1 - gate)) if SILU else dys[r]
+                own = tl.where(i + r < num, dz, 0.0)
+                dzs += (dz,)
+                value = zero
                 for j in tl.static_range(K):
-                    share = tl.sum(dz * _places(x, history, i + j, d, s, begin, num, s_x, CHANNELS, K), 0, keep_dims=True)
-                    tl.store(dweight + (block * K + j) * CHANNELS + d, share, mask=in_d)
-        else:
-            tl.store(y + (begin + i) * CHANNELS + d, z * gate, mask=inside)
-    if BACKWARD:
-        tl.store(dhistory + (s * CHANNELS + d) * (K - 1) + e, dplace, mask=in_block & (e < K - 1) & in_d)
-        tl.store(dx + (begin + e - (K - 1)) * CHANNELS + d, dplace, mask=in_block & (e >= K - 1) & in_d)
+                    value += w[j] * dzs[K - 1 - j]
+                    dw += (dw[j] + own * window[j],)
+                dw, dzs = dw[K + 1:] + (dw[K] + own,), dzs[1:]
+                if dhistory is not None:
+                    place = (s * (K - 1) + i + r) * CHANNELS + d
+                    tl.store(dhistory + place, value, mask=in_d & first & (done < 0))
+            tl.store(out + (token + done) * CHANNELS + d, value, mask=in_d & (done >= 0) & (done < num))
+            window = window[1:]
+    if dy is not None:
+        for j in tl.static_range(K + 1):
+            tl.store(dweight + (block * (K + 1) + j) * CHANNELS + d, dw[j], mask=in_d)
 
 
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)
-def _conv_blocks(cu, k, size, device):
-    """The chunk table of sequences with their histories, and cu (s + 1,)."""
-    return chunk_table(tuple(end + s * (k - 1) for s, end in enumerate(cu)), size, device), torch.tensor(cu, device=device)
+def _conv_blocks(cu, size, device):
+    """Each block's first token and its sequence, and cu (s + 1,)."""
+    blocks = [(i, s) for s, (begin, end) in enumerate(zip(cu, cu[1:])) for i in range(begin, end, size)]
+    return [torch.tensor(v, device=device) for v in (*zip(*blocks), cu)]
 
 
 @torch.library.custom_op("falcon_h1r::conv", mutates_args=())
-def _conv_triton(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, history: torch.Tensor, dy: torch.Tensor | None,
-                 cu: Sequence[int], silu: bool) -> list[torch.Tensor]:
-    """Arguments as _conv_torch -> [y], or for dy (tokens, d) the gradients of x, weight, bias and history."""
-    (d, k), size = weight.shape, 32
-    table, cu = _conv_blocks(tuple(cu), k, size, x.device)
-    blocks, y, grads = len(table.start), torch.empty(x.shape, dtype=x.dtype, device=x.device), [None] * 4
-    if dy is not None:
-        grads = [y, torch.empty_like(history), *(torch.empty(blocks, *v, d, device=x.device) for v in ((k,), ()))]
-    _launch(_conv_kernel, blocks * triton.cdiv(d, 64), x, weight, bias, history, y, dy, *grads, table.start, table.length, table.seq, cu,
-            x.stride(0), 0 if dy is None else dy.stride(0), CHANNELS=d, K=k, SILU=silu, BT=size, BD=64, BACKWARD=dy is not None,
-            num_warps=8)
-    dx, dhistory, dweight, dbias = grads
-    return [y] if dy is None else [dx, dweight.sum(0).T.to(weight.dtype), dbias.sum(0).to(bias.dtype), dhistory]
+def _conv_triton(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, history: torch.Tensor | None,
+                 dy: torch.Tensor | None, cu: Sequence[int], silu: bool) -> list[torch.Tensor]:
+    """Arguments as _conv_torch; history None is zeros. -> [y], or given dy (tokens, d) their gradients."""
+    d, k = weight.shape
+    sizes = _CONV_FORWARD if dy is None else _CONV_BACKWARD
+    start, seq, cu = _conv_blocks(tuple(cu), sizes["BT"], x.device)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dweight = None if dy is None else torch.empty(len(start), k + 1, d, dtype=torch.float32, device=x.device)
+    history = None if history is None else history.mT.contiguous()
+    dhistory = None if history is None or dy is None else torch.empty_like(history)
+    programs = len(start) * triton.cdiv(d, sizes["BD"])
+    _launch(_conv_kernel, programs, x, weight=torch.cat([weight.T, bias[None]]), history=history, dy=dy,
+            out=out, dhistory=dhistory, dweight=dweight, start=start, seq=seq, cu=cu, s_x=x.stride(0),
+            CHANNELS=d, K=k, SILU=silu, **sizes)
+    if dy is None:
+        return [out]
+    grads = [out, dweight[:, :k].sum(0).T.to(weight.dtype), dweight[:, k].sum(0).to(bias.dtype)]
+    return grads if history is None else [*grads, dhistory.mT]
 
 
 @_conv_triton.register_fake
 def _(x, weight, bias, history, dy, cu, silu):
-    return [v.new_empty(v.shape) for v in ((x,) if dy is None else (x, weight, bias, history))]
+    outputs = (x,) if dy is None else (x, weight, bias, history)
+    return [v.new_empty(v.shape) for v in outputs if v is not None]
 
 
 def _conv_setup(ctx, inputs, output):
@@ -1049,7 +1084,8 @@ def _conv_setup(ctx, inputs, output):
 
 
 def _conv_gradients(ctx, dy):
-    return *_conv_triton(*ctx.saved_tensors, dy[0].contiguous(), ctx.cu, ctx.silu), None, None, None
+    grads = _conv_triton(*ctx.saved_tensors, dy[0].contiguous(), ctx.cu, ctx.silu)
+    return *grads, *[None] * (7 - len(grads))
 
 
 _conv_triton.register_autograd(_conv_gradients, setup_context=_conv_setup)
@@ -1075,16 +1111,21 @@ def causal_conv1d(x, weight, bias=None, *, initial_states=None, cu_seqlens=None,
     (b, t, d), k, backend = x.shape, weight.shape[-1], _backend(backend, x)
     cu = tuple(range(0, b * t + 1, t)) if cu_seqlens is None else check_cu_seqlens(cu_seqlens, b, t)
     _check_conv(x, weight, bias, activation, initial_states, len(cu) - 1)
-    history = x.new_zeros(len(cu) - 1, d, k - 1) if initial_states is None else initial_states.to(x.dtype)
+    history = None if initial_states is None else initial_states.to(x.dtype)
     bias, flat = weight.new_zeros(d) if bias is None else bias, x.flatten(0, 1)
     if backend == "triton":
+        # The windows of more taps do not fit into the 255 registers of a thread.
+        _expect(k <= 8, "weight", f"{k} taps", 'at most 8, or backend="torch"')
         flat = flat if flat.stride(1) == 1 else flat.contiguous()
-        (y,) = _conv_triton(flat, weight.contiguous(), bias, history.contiguous(), None, cu, activation is not None)
+        (y,) = _conv_triton(flat, weight, bias, history, None, cu, activation is not None)
     else:
+        history = x.new_zeros(len(cu) - 1, d, k - 1) if history is None else history
         y = _conv_torch(flat, weight, bias, history, cu, activation)
     place, token = _last_places(cu, k - 1, x.device)
-    recent, old = flat[token.clamp(min=0)].mT, history.gather(2, place.clamp(max=max(k - 2, 0))[:, None].expand(-1, d, -1))
-    return y.view(x.shape), torch.where((place >= k - 1)[:, None], recent, old)  # (s, d, k - 1)
+    recent, old = flat[token.clamp(min=0)].mT, 0.0  # (s, d, k - 1)
+    if history is not None:
+        old = history.gather(2, place.clamp(max=max(k - 2, 0))[:, None].expand(-1, d, -1))
+    return y.view(x.shape), torch.where((place >= k - 1)[:, None], recent, old)
 
 
 def causal_conv1d_step(state, x, weight, bias=None, *, activation=None):

@@ -263,8 +263,10 @@ def test_triton_reaches_beyond_32_bits(interpreter):
     torch.testing.assert_close(y, expected)
     for k in ("x", "B", "C", "A"):
         torch.testing.assert_close(leaves[k].grad, twins[k].grad)
-    x, weight = far_apart(inputs["x"].flatten(2)), torch.randn(32, 4, device=DEVICE)
-    torch.testing.assert_close(s.causal_conv1d(x, weight, backend="triton")[0], s.causal_conv1d(x, weight, backend="torch")[0])
+    x, weight = far_apart(inputs["x"].flatten(2)).requires_grad_(), torch.randn(32, 4, device=DEVICE)
+    results = [s.causal_conv1d(x, weight, backend=backend)[0] for backend in ("triton", "torch")]
+    torch.testing.assert_close(*results)
+    torch.testing.assert_close(*(torch.autograd.grad(y.sin().sum(), x)[0] for y in results))
 
 
 def test_triton_documents_do_not_leak(interpreter):
@@ -283,24 +285,116 @@ def test_triton_answers_nan_where_nothing_is_forgotten(interpreter):
     assert y[:, 0].isfinite().all() and y[:, 1].isnan().all()
 
 
-@settings(max_examples=6, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=4), st.integers(1, 5), st.integers(1, 70), st.booleans(), st.booleans(), st.booleans())
-def test_triton_convolution(interpreter, lengths, k, d, packed, silu, with_states):
-    cu = [sum(lengths[:i]) for i in range(len(lengths) + 1)] if packed else None
-    b, t = (1, cu[-1]) if packed else (2, lengths[0])
+def conv_inputs(lengths, d, k):
     torch.manual_seed(0)
-    tensors = [torch.randn(b, t, d), torch.randn(d, k), torch.randn(d), torch.randn(len(lengths) if packed else b, d, k - 1)]
-    tensors = [v.to(DEVICE) for v in (tensors if with_states else tensors[:3])]
+    cu = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+    shapes = {"x": (1, cu[-1], d), "weight": (d, k), "bias": (d,), "initial_states": (len(lengths), d, k - 1)}
+    return {name: torch.randn(shape).to(DEVICE) for name, shape in shapes.items()}, cu
 
-    def run(backend, dtype):
-        leaves = [v.detach().clone().to(dtype).requires_grad_() for v in tensors]
-        y, final = s.causal_conv1d(*leaves[:3], initial_states=leaves[3] if with_states else None, cu_seqlens=cu, backend=backend,
-                                   activation="silu" if silu else None)
-        (y.sin().sum() + final.sin().sum()).backward()
-        return y, final, *(v.grad for v in leaves)
 
-    for ours, oracle in zip(run("triton", torch.float32), run("torch", torch.float64)):
-        torch.testing.assert_close(ours.double(), oracle, rtol=1e-5, atol=1e-5)
+def conv_results(inputs, backend, dtype, **settings):
+    """y, the final states, and every input's gradient through both, of gradients exact in bfloat16."""
+    leaves = {k: v.detach().to(dtype).clone().requires_grad_() for k, v in inputs.items()}
+    y, final = s.causal_conv1d(**leaves, backend=backend, **settings)
+    torch.manual_seed(1)
+    grads = [torch.randn(v.shape).bfloat16().to(v) for v in (y, final)]
+    torch.autograd.backward([y, final], grads)
+    return {"y": y, "final": final} | {k: v.grad for k, v in leaves.items()}
+
+
+def assert_is_convolution(inputs, **settings):
+    ours = conv_results(inputs, "triton", torch.float32, **settings)
+    for name, oracle in conv_results(inputs, "torch", torch.float64, **settings).items():
+        message = f"{name}: {{}}".format
+        torch.testing.assert_close(ours[name].double(), oracle, rtol=1e-5, atol=1e-5, msg=message)
+
+
+@settings(max_examples=6, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=4), st.integers(1, 5), st.integers(1, 70),
+       st.booleans(), st.sampled_from([None, "silu"]), st.sets(st.sampled_from(["bias", "initial_states"])))
+def test_triton_convolution(interpreter, lengths, k, d, packed, activation, without):
+    inputs, cu = conv_inputs(lengths if packed else [lengths[0]] * 2, d, k)
+    if not packed:
+        inputs["x"], cu = inputs["x"].view(2, -1, d), None
+    inputs = {name: v for name, v in inputs.items() if name not in without}
+    assert_is_convolution(inputs, cu_seqlens=cu, activation=activation)
+
+
+@pytest.mark.parametrize(("lengths", "k", "d"), [
+    ([127, 128, 129, 1], 4, 70),  # one token less than a block, a block, one token more
+    ([130, 2], 5, 3),  # the last block has fewer tokens than the previous one must look ahead
+    ([131], 4, 300),  # more than one tile of channels in both directions, the last one not full
+    ([3, 135], 8, 16),  # the most taps, and more of them than tokens
+])
+def test_triton_convolution_of_several_blocks(interpreter, lengths, k, d):
+    inputs, cu = conv_inputs(lengths, d, k)
+    assert_is_convolution(inputs, cu_seqlens=cu, activation="silu")
+
+
+def test_triton_convolution_in_bfloat16(interpreter):
+    inputs, cu = conv_inputs([140, 1, 2], 24, 4)
+    inputs, options = {k: v.bfloat16() for k, v in inputs.items()}, dict(cu_seqlens=cu, activation="silu")
+    ours = conv_results(inputs, "triton", torch.bfloat16, **options)
+    for name, oracle in conv_results(inputs, "torch", torch.float64, **options).items():
+        assert ours[name].dtype == torch.bfloat16
+        assert (ours[name] - oracle).norm() < 2**-8 * oracle.norm(), name  # only results are rounded
+
+
+@pytest.mark.parametrize("offset", [5, 8])  # elements: 10 bytes allow no wide load, 16 do
+def test_triton_convolution_of_a_slice(interpreter, offset):
+    inputs, cu = conv_inputs([9, 3], 16, 4)
+    inputs = {k: v.bfloat16() for k, v in inputs.items()}
+    row = torch.full((1, 12, 32), torch.nan, dtype=torch.bfloat16, device=DEVICE)
+    row[..., offset : offset + 16] = inputs["x"]
+    row.requires_grad_()
+    x, weight = row[..., offset : offset + 16], inputs["weight"]
+    y, final = s.causal_conv1d(x, weight, cu_seqlens=cu, backend="triton")
+    y.backward(inputs["x"])
+    twin = inputs["x"].requires_grad_()
+    y2, final2 = s.causal_conv1d(twin, weight, cu_seqlens=cu, backend="triton")
+    y2.backward(inputs["x"].detach())
+    assert torch.equal(y, y2) and torch.equal(final, final2)
+    assert torch.equal(row.grad[..., offset : offset + 16], twin.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_triton_convolution_in_four_calls_gives_the_bits_of_one(interpreter, dtype):
+    inputs, _ = conv_inputs([280], 20, 4)
+    x, weight, bias, state = (v.to(dtype) for v in inputs.values())
+    options, lengths = dict(activation="silu", backend="triton"), [1, 130, 2, 147]
+    y, final = s.causal_conv1d(x, weight, bias, initial_states=state, **options)
+    for part, expected in zip(x.split(lengths, 1), y.split(lengths, 1)):
+        ours, state = s.causal_conv1d(part, weight, bias, initial_states=state, **options)
+        assert torch.equal(ours, expected)
+    assert torch.equal(state, final)
+
+
+def test_triton_convolution_does_not_leak(interpreter):
+    inputs, cu = conv_inputs([5, 1, 20], 3, 4)
+    before = conv_results(inputs, "triton", torch.float32, cu_seqlens=cu, activation="silu")
+    inputs["x"][:, 5], inputs["initial_states"][1] = torch.nan, torch.nan
+    after = conv_results(inputs, "triton", torch.float32, cu_seqlens=cu, activation="silu")
+    others = [i for i in range(26) if i != 5]
+    assert all(torch.equal(before[k][:, others], after[k][:, others]) for k in ("y", "x"))
+    assert all(torch.equal(before[k][[0, 2]], after[k][[0, 2]]) for k in ("final", "initial_states"))
+
+
+def test_triton_convolution_has_a_history_only_where_given(interpreter, monkeypatch):
+    inputs, cu = conv_inputs([5, 1], 3, 4)
+    seen, launch = [], s._launch
+    monkeypatch.setattr(s, "_launch", lambda *args, **sizes: (seen.append(sizes), launch(*args, **sizes)))
+    conv_results(inputs, "triton", torch.float32, cu_seqlens=cu)
+    del inputs["initial_states"]
+    conv_results(inputs, "triton", torch.float32, cu_seqlens=cu)
+    assert [call["history"] is None for call in seen] == [False, False, True, True]
+    assert [call["dhistory"] is None for call in seen] == [True, False, True, True]
+
+
+def test_triton_convolution_names_its_limit():
+    x, weight = torch.zeros(1, 4, 3, device=DEVICE), torch.zeros(3, 9, device=DEVICE)
+    with pytest.raises(ValueError, match='^weight: got 9 taps, expected at most 8, or backend="torch"'):
+        s.causal_conv1d(x, weight, backend="triton")
+    assert s.causal_conv1d(x, weight, backend="torch")[0].shape == x.shape
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
