@@ -146,6 +146,17 @@ def chunk_table(cu, chunk_size, device, in_step=False):
     return ChunkTable(*(v.to(device) for v in tensors), steps)
 
 
+def to_device(tensors, device):
+    """CPU tensors of one dtype -> the same on `device`, moved together: one copy out of pinned memory, for which the host does not
+    wait. A `.to` for each would wait as often, and for all that the GPU has still to do."""
+    if device.type == "cpu":
+        return tensors
+    together = torch.cat([v.flatten() for v in tensors])
+    together = together.pin_memory() if device.type == "cuda" else together
+    parts = together.to(device, non_blocking=True).split([v.numel() for v in tensors])
+    return [part.view(v.shape) for part, v in zip(parts, tensors)]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 3. The scan
 
