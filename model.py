@@ -249,9 +249,8 @@ def rope_table(positions, head_dim, theta, dtype):
 @torch.inference_mode(False)  # what is cached may meet autograd later
 def ssm_multipliers(c, dtype, device):
     """The multiplier of every output channel of in_proj; None where all are 1."""
-    if set(c.ssm_multipliers) == {1}:
-        return None
-    return torch.tensor(c.ssm_multipliers, dtype=dtype).repeat_interleave(torch.tensor(c.mamba_widths)).to(device)
+    values, widths = torch.tensor(c.ssm_multipliers, dtype=dtype), torch.tensor(c.mamba_widths)
+    return None if set(c.ssm_multipliers) == {1} else values.repeat_interleave(widths).to(device)
 
 
 def rotate(x, cos, sin):
@@ -262,19 +261,19 @@ def rotate(x, cos, sin):
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)  # what is cached may meet autograd later
 def document_table(cu, device):
-    """Each token's position in its document, and how attention pads: documents of similar length together. Returns positions (tokens,);
-    the token at every padded place, group after group; the place of every token; the groups' shapes (documents, longest). A
-    group's longest document is at most 1.25 times its shortest: that bounds the padding, and keeps the groups few."""
-    positions, place, tokens, shapes, used = torch.empty(cu[-1], dtype=torch.long), torch.empty(cu[-1], dtype=torch.long), [], [], 0
+    """Positions of packed tokens, and how attention pads documents: in groups, whose longest is at most 1.25 times the shortest.
+    That bounds the padding, and keeps the groups few. Returns each token's position in its document (tokens,); the tokens of all
+    padded documents, group after group; where each token stands among those; the groups' shapes [documents, longest]."""
+    positions, place = torch.empty(2, cu[-1], dtype=torch.long)
+    tokens, shapes, used = [], [], 0
     for start, end in sorted(zip(cu, cu[1:]), key=lambda document: document[0] - document[1]):  # the longest first
         if not shapes or shapes[-1][1] > 1.25 * (end - start):
-            shapes.append((0, end - start))
-        documents, longest = shapes[-1]
-        shapes[-1] = documents + 1, longest
-        tokens.append(torch.arange(start, start + longest).clamp(max=end - 1))  # padding repeats the last
+            shapes.append([0, end - start])
+        shapes[-1][0] += 1
+        tokens.append(torch.arange(start, start + shapes[-1][1]).clamp(max=end - 1))  # padding repeats the last
         positions[start:end] = torch.arange(end - start)
         place[start:end] = positions[start:end] + used
-        used += longest
+        used += shapes[-1][1]
     return *to_device([positions, torch.cat(tokens), place], device), shapes
 
 

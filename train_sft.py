@@ -617,13 +617,13 @@ def add_product(total, a, b):
 
 
 def tokens_of_chunk(vocab, device):
-    """How many tokens' logits are in work at a time.
+    """How many tokens' logits are in work at a time: 2^25 numbers on a CPU, at most 2^28 on a GPU.
 
-    On a CPU 2^25 numbers, 128 MB. On a GPU 2^28: a number takes 10 bytes in the forward pass (the product in bf16, logits and softmax
-    in float32) and 8 in the backward pass (product, logits, their gradient in bf16), so 2.7 GB. That is 2,048 tokens at 130,048
-    words. The chunk is the inner dimension of the product for the weight's gradient, V x d: adding to it moves 8 V d bytes, for 2
-    chunk V d operations in each of the head's four products. At 3 TB/s and 800 TFLOP/s that is 267 / chunk of the head's time, 13% at
-    2,048 tokens, 7% at 4,096, which is enough. Multiples of 128 fill the tiles of the products."""
+    Memory. A number takes 10 bytes in the forward pass (the product in bf16, logits and softmax in float32) and 8 in the backward
+    pass (product, logits, their gradient in bf16). So a GPU's chunk takes 2.7 GB: 2,048 tokens at 130,048 words.
+    Time. The backward pass adds a product of chunk x V x d to the gradient of the weight, which moves 8 V d bytes. The head's four
+    products have 8 chunk V d operations. At 3 TB/s and 800 TFLOP/s the one takes 267 / chunk of the other: 13% at 2,048 tokens, and
+    7% at 4,096, where it no longer matters. Multiples of 128 fill the tiles of the products."""
     if device.type == "cpu":
         return max(1, 2**25 // vocab)
     return min(4096, max(128, 2**28 // vocab // 128 * 128))
