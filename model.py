@@ -264,17 +264,17 @@ def document_table(cu, device):
     """Positions of packed tokens, and how attention pads documents: in groups, whose longest is at most 1.25 times the shortest.
     That bounds the padding, and keeps the groups few. Returns each token's position in its document (tokens,); the tokens of all
     padded documents, group after group; where each token stands among those; the groups' shapes [documents, longest]."""
-    positions, place = torch.empty(2, cu[-1], dtype=torch.long)
+    positions, place = np.empty((2, cu[-1]), np.int64)
     tokens, shapes, used = [], [], 0
     for start, end in sorted(zip(cu, cu[1:]), key=lambda document: document[0] - document[1]):  # the longest first
         if not shapes or shapes[-1][1] > 1.25 * (end - start):
             shapes.append([0, end - start])
         shapes[-1][0] += 1
-        tokens.append(torch.arange(start, start + shapes[-1][1]).clamp(max=end - 1))  # padding repeats the last
-        positions[start:end] = torch.arange(end - start)
+        tokens.append(np.arange(start, start + shapes[-1][1]).clip(max=end - 1))  # padding repeats the last
+        positions[start:end] = np.arange(end - start)
         place[start:end] = positions[start:end] + used
         used += shapes[-1][1]
-    return *to_device([positions, torch.cat(tokens), place], device), shapes
+    return *to_device([torch.from_numpy(v) for v in (positions, np.concatenate(tokens), place)], device), shapes
 
 
 # Not cuDNN, which newer GPUs would choose first: it plans for a second or less at every new shape, and packed rows bring many.

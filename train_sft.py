@@ -782,7 +782,7 @@ def main():
         if step == args.steps or step % args.eval_every == 0:
             if held_out:
                 record["held_out"] = held_out_loss(model, held_out, args, ranks)
-            whole = whole_copy(model, keep=ranks.rank == 0)  # 2 bytes a parameter, until this function returns
+            whole = whole_copy(model, keep=ranks.rank == 0)  # gone when this function returns
             if ranks.rank == 0:
                 text = sample_text(whole, tokenizer, held_out[step % len(held_out)] if held_out else samples[0])
                 tqdm.write("sample: " + " ".join(text.split()), file=sys.stdout)
