@@ -249,8 +249,8 @@ def rope_table(positions, head_dim, theta, dtype):
 @torch.inference_mode(False)  # what is cached may meet autograd later
 def ssm_multipliers(c, dtype, device):
     """The multiplier of every output channel of in_proj; None where all are 1."""
-    values, widths = torch.tensor(c.ssm_multipliers, dtype=dtype), torch.tensor(c.mamba_widths)
-    return None if set(c.ssm_multipliers) == {1} else values.repeat_interleave(widths).to(device)
+    values = torch.tensor(c.ssm_multipliers, dtype=dtype).repeat_interleave(torch.tensor(c.mamba_widths))
+    return None if set(c.ssm_multipliers) == {1} else values.to(device)
 
 
 def rotate(x, cos, sin):
@@ -261,12 +261,12 @@ def rotate(x, cos, sin):
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)  # what is cached may meet autograd later
 def document_table(cu, device):
-    """Positions of packed tokens, and how attention pads documents: in groups, whose longest is at most 1.25 times the shortest.
-    That bounds the padding, and keeps the groups few. Returns each token's position in its document (tokens,); the tokens of all
-    padded documents, group after group; where each token stands among those; the groups' shapes [documents, longest]."""
+    """Attention pads documents in groups, the longest at most 1.25 times the shortest: little padding, few calls.
+    Returns each token's position in its document (tokens,), the tokens of the padded documents, group by group,
+    where each token stands among those (tokens,), and the groups' shapes [documents, longest]."""
     positions, place = np.empty((2, cu[-1]), np.int64)
     tokens, shapes, used = [], [], 0
-    for start, end in sorted(zip(cu, cu[1:]), key=lambda document: document[0] - document[1]):  # the longest first
+    for start, end in sorted(zip(cu, cu[1:]), key=lambda d: d[0] - d[1]):  # the longest first
         if not shapes or shapes[-1][1] > 1.25 * (end - start):
             shapes.append([0, end - start])
         shapes[-1][0] += 1
@@ -274,10 +274,10 @@ def document_table(cu, device):
         positions[start:end] = np.arange(end - start)
         place[start:end] = positions[start:end] + used
         used += shapes[-1][1]
-    return *to_device([torch.from_numpy(v) for v in (positions, np.concatenate(tokens), place)], device), shapes
+    return *to_device([*map(torch.from_numpy, (positions, np.concatenate(tokens), place))], device), shapes
 
 
-# Not cuDNN, which newer GPUs would choose first: it plans for a second or less at every new shape, and packed rows bring many.
+# cuDNN, torch's choice on an H100, plans for up to a second at every new shape. The others are for float32.
 @sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 def attend(q, k, v, cu):
     """Causal attention. q (b, t, hq, hd), k and v (b, t, hkv, hd); query head j reads key head j // (hq / hkv).
@@ -290,8 +290,8 @@ def attend(q, k, v, cu):
     if cu is None:
         return causal(q, k, v)
     _, tokens, place, shapes = document_table(cu, q.device)
-    padded = [gather_rows(x[0], tokens, place).split([n * longest for n, longest in shapes]) for x in (q, k, v)]
-    y = [causal(*(x.unflatten(0, shape) for x in group)).flatten(0, 1) for shape, group in zip(shapes, zip(*padded))]
+    rows = [gather_rows(x[0], tokens, place).split([n * most for n, most in shapes]) for x in (q, k, v)]
+    y = [causal(*(x.unflatten(0, shape) for x in group)).flatten(0, 1) for shape, group in zip(shapes, zip(*rows))]
     return gather_rows(torch.cat(y), place)[None]
 
 

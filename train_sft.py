@@ -317,8 +317,8 @@ class ContextParallel:
 @torch.no_grad()
 def whole_copy(model, copy=None, keep=True):
     """A model to sample from: the model itself, or under FSDP an unsharded copy (refreshed in `copy` when that is given),
-    gathered one parameter at a time. Every rank must call, for each holds a slice; one that does not sample gives keep=False, holds
-    no more than one parameter, and gets None."""
+    gathered one parameter at a time. Every rank must call, for each holds a slice. A rank that does not
+    sample calls with keep=False: it holds one whole parameter at a time, and gets None."""
     if not dist.is_initialized():
         return model
     if keep and copy is None:
@@ -583,7 +583,7 @@ class _TokenLogprobs(torch.autograd.Function):
             lse[part] = largest[:, 0] + z.log()
             logprobs[part] = logits.gather(1, targets[part, None])[:, 0] - lse[part]
             entropy[part] = lse[part] - p.mul_(logits).sum(-1) / z
-            del logits  # before the next ones are made: otherwise there is memory for two of them
+            del logits  # before the next chunk's: two would be in memory at once
         ctx.save_for_backward(h, weight, targets, lse)
         ctx.scale, ctx.chunk = scale, chunk
         ctx.mark_non_differentiable(entropy)
@@ -608,8 +608,8 @@ class _TokenLogprobs(torch.autograd.Function):
 
 
 def add_product(total, a, b):
-    """total += a b: total float32, a and b of one dtype. On a GPU cuBLAS adds the product of bf16 matrices to float32 as it goes, and
-    total is read and written once; by itself the product would be rounded, written and read as well."""
+    """total += a b, total in float32. On a GPU, cuBLAS adds a product of bf16 matrices to float32 directly:
+    8 bytes of traffic per number. A product in bf16, added afterwards, would be rounded and take 12."""
     if total.is_cuda and a.dtype != total.dtype:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
@@ -617,13 +617,14 @@ def add_product(total, a, b):
 
 
 def tokens_of_chunk(vocab, device):
-    """How many tokens' logits are in work at a time: 2^25 numbers on a CPU, at most 2^28 on a GPU.
+    """How many tokens' logits are in work at a time: 2^25 numbers (128 MB) on a CPU, at most 2^28 on a GPU.
 
-    Memory. A number takes 10 bytes in the forward pass (the product in bf16, logits and softmax in float32) and 8 in the backward
-    pass (product, logits, their gradient in bf16). So a GPU's chunk takes 2.7 GB: 2,048 tokens at 130,048 words.
-    Time. The backward pass adds a product of chunk x V x d to the gradient of the weight, which moves 8 V d bytes. The head's four
-    products have 8 chunk V d operations. At 3 TB/s and 800 TFLOP/s the one takes 267 / chunk of the other: 13% at 2,048 tokens, and
-    7% at 4,096, where it no longer matters. Multiples of 128 fill the tiles of the products."""
+    Memory, GPU: a number takes 10 bytes in the forward pass (product in bf16, logits and softmax in float32),
+    8 in the backward pass (product, logits, their gradient in bf16). 2^28 take 2.7 GB: 2,048 tokens at 130,048
+    words. Time, GPU: each chunk reads and writes the weight's gradient once, 8 V d bytes for a vocabulary of V
+    words. The four products with the weight have 8 chunk V d operations. At 3 TB/s and 800 TFLOP/s the ratio of
+    times is 267 / chunk: 13% at 2,048 tokens, 7% at 4,096. Larger chunks gain little. Multiples of 128 fill the
+    products' tiles."""
     if device.type == "cpu":
         return max(1, 2**25 // vocab)
     return min(4096, max(128, 2**28 // vocab // 128 * 128))
@@ -632,19 +633,23 @@ def tokens_of_chunk(vocab, device):
 def token_logprobs(h, weight, targets, scale=1.0, chunk=None):
     """h (t, d), weight (vocab, d), targets (t,) -> log-probabilities (t,) and entropies (t,, no gradient), float32.
 
-    scale multiplies the logits: lm_head_multiplier / temperature. chunk tokens are in work at a time, by default tokens_of_chunk."""
+    scale multiplies the logits: lm_head_multiplier / temperature. chunk: tokens at a time (tokens_of_chunk)."""
     chunk = chunk or tokens_of_chunk(len(weight), weight.device)
     return _TokenLogprobs.apply(h, weight, targets, scale, max(1, min(len(h), chunk)))
 
 
 def target_logprobs(model, input_ids, targets, *, cu_seqlens=None, temperature=1.0):
     """input_ids, targets (b, t) -> log-probabilities of the targets at `temperature`, and entropies of the distributions they come from,
-    both (b, t) float32, without ever holding all logits. Negative targets give 0 and no gradient. Ids and targets best lie on the CPU,
-    wherever the model is: finding the targets there does not stop the host until a GPU has come so far."""
-    (b, t), scale, device = targets.shape, model.config.lm_head_multiplier / temperature, next(model.parameters()).device
+    both (b, t) float32, without ever holding all logits. Negative targets give 0 and no gradient.
+
+    Ids and targets may lie on the CPU when the model does not, and best do: to find the targets on a GPU, the
+    host must wait for it."""
+    (b, t), scale = targets.shape, model.config.lm_head_multiplier / temperature
     kept = (targets.flatten() >= 0).nonzero()[:, 0]  # prompts have no targets and need no logits
     tensors = input_ids, kept, targets.flatten()[kept]
-    input_ids, kept, wanted = to_device(tensors, device) if targets.device.type == "cpu" else tensors
+    if targets.device.type == "cpu":
+        tensors = to_device(tensors, next(model.parameters()).device)
+    input_ids, kept, wanted = tensors
 
     def head(h, weight):  # within the model's forward pass, for which FSDP has gathered the weight
         values = token_logprobs(gather_rows(h.flatten(0, 1), kept), weight, wanted, scale)
@@ -654,8 +659,8 @@ def target_logprobs(model, input_ids, targets, *, cu_seqlens=None, temperature=1
 
 def pack_logprobs(model, row, temperature=1.0):
     """Log-probabilities and entropies (t,) of a Pack's targets; positions without a target give 0."""
-    cp, cu = model.cp, row.cu_seqlens.tolist()
-    ids, targets = torch.from_numpy(row.input_ids), torch.from_numpy(np.where(row.weights != 0, row.targets, -1))
+    cp, cu, ids = model.cp, row.cu_seqlens.tolist(), torch.from_numpy(row.input_ids)
+    targets = torch.from_numpy(np.where(row.weights != 0, row.targets, -1))
     if cp is not None:
         ids, targets, cu = cp.own_tokens(ids, 0), cp.own_tokens(targets, -1), [*cu[:-1], cu[-1] + -cu[-1] % cp.size]
     values = target_logprobs(model, ids[None], targets[None], cu_seqlens=cu, temperature=temperature)
