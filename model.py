@@ -261,9 +261,9 @@ def rotate(x, cos, sin):
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)  # what is cached may meet autograd later
 def document_table(cu, device):
-    """Attention pads documents in groups, the longest at most 1.25 times the shortest: little padding, few calls.
-    Returns each token's position in its document (tokens,), the tokens of the padded documents, group by group,
-    where each token stands among those (tokens,), and the groups' shapes [documents, longest]."""
+    """Attention pads documents in groups, the longest at most 1.25 times the shortest: little padding, few
+    calls. Returns each token's position in its document (tokens,), the tokens of the padded documents, group
+    by group, where each token stands among those (tokens,), and the groups' shapes [documents, longest]."""
     positions, place = np.empty((2, cu[-1]), np.int64)
     tokens, shapes, used = [], [], 0
     for start, end in sorted(zip(cu, cu[1:]), key=lambda d: d[0] - d[1]):  # the longest first

@@ -147,8 +147,8 @@ def chunk_table(cu, chunk_size, device, in_step=False):
 
 
 def to_device(tensors, device):
-    """CPU tensors of one dtype -> the same on `device`. They move together, in one copy from pinned memory, while
-    the host goes on. With a `.to` for each, it would wait every time until the GPU has caught up."""
+    """CPU tensors of one dtype -> the same on `device`. They move together, in one copy from pinned memory,
+    while the host goes on. With a `.to` for each, it would wait every time until the GPU has caught up."""
     if device.type == "cpu":
         return tensors
     together = torch.cat([v.flatten() for v in tensors])

@@ -620,11 +620,12 @@ def tokens_of_chunk(vocab, device):
     """How many tokens' logits are in work at a time: 2^25 numbers (128 MB) on a CPU, at most 2^28 on a GPU.
 
     Memory, GPU: a number takes 10 bytes in the forward pass (product in bf16, logits and softmax in float32),
-    8 in the backward pass (product, logits, their gradient in bf16). 2^28 take 2.7 GB: 2,048 tokens at 130,048
-    words. Time, GPU: each chunk reads and writes the weight's gradient once, 8 V d bytes for a vocabulary of V
-    words. The four products with the weight have 8 chunk V d operations. At 3 TB/s and 800 TFLOP/s the ratio of
-    times is 267 / chunk: 13% at 2,048 tokens, 7% at 4,096. Larger chunks gain little. Multiples of 128 fill the
-    products' tiles."""
+    8 in the backward pass (product, logits, their gradient in bf16). 2^28 take 2.7 GB: 2,048 tokens at
+    130,048 words.
+    Time, GPU: each chunk reads and writes the weight's gradient once, 8 V d bytes for a vocabulary of V
+    words. The four products with the weight have 8 chunk V d operations. At 3 TB/s and 800 TFLOP/s the ratio
+    of times is 267 / chunk: 13% at 2,048 tokens, 7% at 4,096. Larger chunks gain little. Multiples of 128
+    fill the products' tiles."""
     if device.type == "cpu":
         return max(1, 2**25 // vocab)
     return min(4096, max(128, 2**28 // vocab // 128 * 128))
@@ -633,7 +634,7 @@ def tokens_of_chunk(vocab, device):
 def token_logprobs(h, weight, targets, scale=1.0, chunk=None):
     """h (t, d), weight (vocab, d), targets (t,) -> log-probabilities (t,) and entropies (t,, no gradient), float32.
 
-    scale multiplies the logits: lm_head_multiplier / temperature. chunk: tokens at a time (tokens_of_chunk)."""
+    scale multiplies the logits: lm_head_multiplier / temperature. chunk: tokens at once (tokens_of_chunk)."""
     chunk = chunk or tokens_of_chunk(len(weight), weight.device)
     return _TokenLogprobs.apply(h, weight, targets, scale, max(1, min(len(h), chunk)))
 
