@@ -39,10 +39,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from ssm_scan import causal_conv1d, causal_conv1d_step, check_cu_seqlens, gather_rows, ssd_scan, ssd_step
+from ssm_scan import causal_conv1d, causal_conv1d_step, check_cu_seqlens, gather_rows, ssd_scan, ssd_step, to_device
 
 
 def check(ok, message):
@@ -244,6 +245,14 @@ def rope_table(positions, head_dim, theta, dtype):
     return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)  # what is cached may meet autograd later
+def ssm_multipliers(c, dtype, device):
+    """The multiplier of every output channel of in_proj; None where all are 1."""
+    values = torch.tensor(c.ssm_multipliers, dtype=dtype).repeat_interleave(torch.tensor(c.mamba_widths))
+    return None if set(c.ssm_multipliers) == {1} else values.to(device)
+
+
 def rotate(x, cos, sin):
     """RoPE on x (b, t, heads, head_dim): channel i turns together with channel i + head_dim / 2 ("rotate half")."""
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
@@ -251,27 +260,25 @@ def rotate(x, cos, sin):
 
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)  # what is cached may meet autograd later
-def _document_groups(cu, device):
-    """Documents of similar length, to be padded and attended to together. Returns the token of every padded row, group after
-    group; the groups' shapes (documents, longest); where each token stands among the padded rows. A group's longest document is at
-    most 1.25 times its shortest: that bounds the padding, and keeps the groups few."""
-    groups = []
-    for start, end in sorted(zip(cu, cu[1:]), key=lambda d: d[1] - d[0]):
-        if not groups or end - start > 1.25 * (groups[-1][0][1] - groups[-1][0][0]):
-            groups.append([])
-        groups[-1].append((start, end))
-    rows, shapes, valid = [], [], []
-    for group in groups:
-        start, end = torch.tensor(group).T[..., None]  # (documents, 1) each
-        index = start + torch.arange(int((end - start).max()))  # (documents, longest)
-        rows.append(torch.minimum(index, end - 1).flatten())
-        valid.append((index < end).flatten())
-        shapes.append(tuple(index.shape))
-    rows, real = torch.cat(rows), torch.cat(valid).nonzero()[:, 0]
-    place = torch.empty_like(real).scatter_(0, rows[real], real)
-    return rows.to(device), shapes, place.to(device)
+def document_table(cu, device):
+    """Attention pads documents in groups, the longest at most 1.25 times the shortest: little padding, few
+    calls. Returns each token's position in its document (tokens,), the tokens of the padded documents, group
+    by group, where each token stands among those (tokens,), and the groups' shapes [documents, longest]."""
+    positions, place = np.empty((2, cu[-1]), np.int64)
+    tokens, shapes, used = [], [], 0
+    for start, end in sorted(zip(cu, cu[1:]), key=lambda d: d[0] - d[1]):  # the longest first
+        if not shapes or shapes[-1][1] > 1.25 * (end - start):
+            shapes.append([0, end - start])
+        shapes[-1][0] += 1
+        tokens.append(np.arange(start, start + shapes[-1][1]).clip(max=end - 1))  # padding repeats the last
+        positions[start:end] = np.arange(end - start)
+        place[start:end] = positions[start:end] + used
+        used += shapes[-1][1]
+    return *to_device([*map(torch.from_numpy, (positions, np.concatenate(tokens), place))], device), shapes
 
 
+# cuDNN, torch's choice on an H100, plans for up to a second at every new shape. The others are for float32.
+@sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 def attend(q, k, v, cu):
     """Causal attention. q (b, t, hq, hd), k and v (b, t, hkv, hd); query head j reads key head j // (hq / hkv).
 
@@ -282,8 +289,8 @@ def attend(q, k, v, cu):
 
     if cu is None:
         return causal(q, k, v)
-    index, shapes, place = _document_groups(cu, q.device)
-    rows = [gather_rows(x[0], index, place).split([n * longest for n, longest in shapes]) for x in (q, k, v)]
+    _, tokens, place, shapes = document_table(cu, q.device)
+    rows = [gather_rows(x[0], tokens, place).split([n * most for n, most in shapes]) for x in (q, k, v)]
     y = [causal(*(x.unflatten(0, shape) for x in group)).flatten(0, 1) for shape, group in zip(shapes, zip(*rows))]
     return gather_rows(torch.cat(y), place)[None]
 
@@ -433,15 +440,13 @@ class Backbone(nn.Module):
         first = 0 if cp is None else cp.rank * t
         positions = torch.arange(first, first + t, device=input_ids.device)[None]
         if cu is not None:  # positions start anew in every document
-            starts, lengths = torch.tensor(cu[:-1]), torch.tensor(cu).diff()
-            positions = positions - starts.repeat_interleave(lengths)[first : first + t].to(positions.device)
+            positions = document_table(cu, input_ids.device)[0][None, first : first + t]
         elif cache is not None:
             positions = cache.lengths[:, None] + positions
             cache.extend(positions)
         h = scaled(self.embed_tokens(input_ids), c.embedding_multiplier)
         rope = rope_table(positions, c.head_dim, c.rope_theta, h.dtype)
-        mup = torch.cat([h.new_full((width,), m) for width, m in zip(c.mamba_widths, c.ssm_multipliers)])
-        context = Context(rope, mup if set(c.ssm_multipliers) != {1} else None, cu, cache, cp)
+        context = Context(rope, ssm_multipliers(c, h.dtype, h.device), cu, cache, cp)
         for layer, block in enumerate(self.layers):
             run = partial(checkpoint, block, use_reentrant=False) if self.recompute and torch.is_grad_enabled() else block
             h = run(h, context, layer)

@@ -51,7 +51,7 @@ from tqdm import tqdm
 import data
 from data import flag
 from model import PRESETS, FalconH1, FalconH1Config, check, generate
-from ssm_scan import gather_rows
+from ssm_scan import gather_rows, to_device
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Arguments
@@ -315,19 +315,23 @@ class ContextParallel:
 
 
 @torch.no_grad()
-def whole_copy(model, copy=None):
+def whole_copy(model, copy=None, keep=True):
     """A model to sample from: the model itself, or under FSDP an unsharded copy (refreshed in `copy` when that is given),
-    gathered one parameter at a time. Every rank must call."""
+    gathered one parameter at a time. Every rank must call, for each holds a slice. A rank that does not
+    sample calls with keep=False: it holds one whole parameter at a time, and gets None."""
     if not dist.is_initialized():
         return model
-    if copy is None:
+    if keep and copy is None:
         device = next(model.parameters()).device
         with torch.device("meta"):
             copy = FalconH1(model.config)
         copy = copy.to(torch.bfloat16 if device.type == "cuda" else torch.float32).to_empty(device=device)
-    target = copy.state_dict()
+    target = copy.state_dict() if keep else {}
     for name, p in model.state_dict().items():  # state_dict reshards what the last forward pass has gathered
-        target[name].copy_(p.full_tensor())
+        whole = p.full_tensor()
+        if keep:
+            target[name].copy_(whole)
+        del whole  # before the next one is gathered
     return copy
 
 
@@ -579,6 +583,7 @@ class _TokenLogprobs(torch.autograd.Function):
             lse[part] = largest[:, 0] + z.log()
             logprobs[part] = logits.gather(1, targets[part, None])[:, 0] - lse[part]
             entropy[part] = lse[part] - p.mul_(logits).sum(-1) / z
+            del logits  # before the next chunk's: two would be in memory at once
         ctx.save_for_backward(h, weight, targets, lse)
         ctx.scale, ctx.chunk = scale, chunk
         ctx.mark_non_differentiable(entropy)
@@ -589,7 +594,7 @@ class _TokenLogprobs(torch.autograd.Function):
         h, weight, targets, lse = ctx.saved_tensors
         dh, dweight = torch.empty_like(h), torch.zeros_like(weight, dtype=torch.float32)
         dlogprobs = dlogprobs.float() * ctx.scale
-        products, more = h.new_empty(ctx.chunk, len(weight)), torch.empty_like(weight)
+        products = h.new_empty(ctx.chunk, len(weight))
         for i in range(0, len(h), ctx.chunk):
             part = slice(i, i + ctx.chunk)
             logits = torch.mm(h[part], weight.T, out=products[: len(h) - i]).float().mul_(ctx.scale)
@@ -597,33 +602,66 @@ class _TokenLogprobs(torch.autograd.Function):
             d.scatter_add_(1, targets[part, None], dlogprobs[part, None])
             d = d.to(h.dtype)
             torch.mm(d, weight, out=dh[part])
-            dweight += torch.mm(d.T, h[part], out=more)
+            add_product(dweight, d.T, h[part])
+            del logits, d
         return dh, dweight.to(weight.dtype), None, None, None
+
+
+def add_product(total, a, b):
+    """total += a b, total in float32. On a GPU, cuBLAS adds a product of bf16 matrices to float32 directly:
+    8 bytes of traffic per number. A product in bf16, added afterwards, would be rounded and take 12."""
+    if total.is_cuda and a.dtype != total.dtype:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+
+
+def tokens_of_chunk(vocab, device):
+    """How many tokens' logits are in work at a time: 2^25 numbers (128 MB) on a CPU, at most 2^28 on a GPU.
+
+    Memory, GPU: a number takes 10 bytes in the forward pass (product in bf16, logits and softmax in float32),
+    8 in the backward pass (product, logits, their gradient in bf16). 2^28 take 2.7 GB: 2,048 tokens at
+    130,048 words.
+    Time, GPU: each chunk reads and writes the weight's gradient once, 8 V d bytes for a vocabulary of V
+    words. The four products with the weight have 8 chunk V d operations. At 3 TB/s and 800 TFLOP/s the ratio
+    of times is 267 / chunk: 13% at 2,048 tokens, 7% at 4,096. Larger chunks gain little. Multiples of 128
+    fill the products' tiles."""
+    if device.type == "cpu":
+        return max(1, 2**25 // vocab)
+    return min(4096, max(128, 2**28 // vocab // 128 * 128))
 
 
 def token_logprobs(h, weight, targets, scale=1.0, chunk=None):
     """h (t, d), weight (vocab, d), targets (t,) -> log-probabilities (t,) and entropies (t,, no gradient), float32.
 
-    scale multiplies the logits: lm_head_multiplier / temperature. chunk tokens are in work at a time; by default as many as
-    keep the logits at 2^25 numbers (128 MB), whatever the vocabulary."""
-    return _TokenLogprobs.apply(h, weight, targets, scale, max(1, min(len(h), chunk or 2**25 // len(weight))))
+    scale multiplies the logits: lm_head_multiplier / temperature. chunk: tokens at once (tokens_of_chunk)."""
+    chunk = chunk or tokens_of_chunk(len(weight), weight.device)
+    return _TokenLogprobs.apply(h, weight, targets, scale, max(1, min(len(h), chunk)))
 
 
 def target_logprobs(model, input_ids, targets, *, cu_seqlens=None, temperature=1.0):
     """input_ids, targets (b, t) -> log-probabilities of the targets at `temperature`, and entropies of the distributions they come from,
-    both (b, t) float32, without ever holding all logits. Negative targets give 0 and no gradient."""
-    (b, t), scale, kept = targets.shape, model.config.lm_head_multiplier / temperature, (targets >= 0).nonzero(as_tuple=True)
+    both (b, t) float32, without ever holding all logits. Negative targets give 0 and no gradient.
+
+    Ids and targets may lie on the CPU when the model does not, and best do: to find the targets on a GPU, the
+    host must wait for it."""
+    (b, t), scale = targets.shape, model.config.lm_head_multiplier / temperature
+    kept = (targets.flatten() >= 0).nonzero()[:, 0]  # prompts have no targets and need no logits
+    tensors = input_ids, kept, targets.flatten()[kept]
+    if targets.device.type == "cpu":
+        tensors = to_device(tensors, next(model.parameters()).device)
+    input_ids, kept, wanted = tensors
 
     def head(h, weight):  # within the model's forward pass, for which FSDP has gathered the weight
-        rows = gather_rows(h.flatten(0, 1), kept[0] * t + kept[1])  # prompts have no targets and need no logits
-        return tuple(v.new_zeros(b, t).index_put(kept, v) for v in token_logprobs(rows, weight, targets[kept], scale))
+        values = token_logprobs(gather_rows(h.flatten(0, 1), kept), weight, wanted, scale)
+        return tuple(v.new_zeros(b * t).index_copy(0, kept, v).view(b, t) for v in values)
     return model(input_ids, cu_seqlens=cu_seqlens, head=head)
 
 
 def pack_logprobs(model, row, temperature=1.0):
     """Log-probabilities and entropies (t,) of a Pack's targets; positions without a target give 0."""
-    device, cp, cu = next(model.parameters()).device, model.cp, row.cu_seqlens.tolist()
-    ids, targets = torch.from_numpy(row.input_ids).to(device), torch.from_numpy(np.where(row.weights != 0, row.targets, -1)).to(device)
+    cp, cu, ids = model.cp, row.cu_seqlens.tolist(), torch.from_numpy(row.input_ids)
+    targets = torch.from_numpy(np.where(row.weights != 0, row.targets, -1))
     if cp is not None:
         ids, targets, cu = cp.own_tokens(ids, 0), cp.own_tokens(targets, -1), [*cu[:-1], cu[-1] + -cu[-1] % cp.size]
     values = target_logprobs(model, ids[None], targets[None], cu_seqlens=cu, temperature=temperature)
@@ -634,8 +672,9 @@ def sft_loss(model, row, total_weight):
     """- sum_i w_i log p(target_i) / sum over the *global* batch of w; w is the loss mask times the sample's weight.
 
     The paper's L_r = R sum_i l_i m_i / (eps + sum over all ranks of sum_i m_i), its factor R being in `backward_all`."""
+    weights, = to_device([torch.from_numpy(row.weights)], next(model.parameters()).device)
     logprobs, _ = pack_logprobs(model, row)
-    return -(torch.from_numpy(row.weights).to(logprobs.device) * logprobs).sum() / total_weight
+    return -(weights * logprobs).sum() / total_weight
 
 
 def weight_of(packs):
@@ -749,7 +788,7 @@ def main():
         if step == args.steps or step % args.eval_every == 0:
             if held_out:
                 record["held_out"] = held_out_loss(model, held_out, args, ranks)
-            whole = whole_copy(model)
+            whole = whole_copy(model, keep=ranks.rank == 0)  # gone when this function returns
             if ranks.rank == 0:
                 text = sample_text(whole, tokenizer, held_out[step % len(held_out)] if held_out else samples[0])
                 tqdm.write("sample: " + " ".join(text.split()), file=sys.stdout)

@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model import (PRESETS, Cache, FalconH1, FalconH1Config, decoder, draw, generate, prefill, read_safetensors, slots_that_fit,
-                   write_safetensors)
+from model import (PRESETS, Cache, FalconH1, FalconH1Config, attend, decoder, document_table, draw, generate,
+                   prefill, read_safetensors, slots_that_fit, ssm_multipliers, write_safetensors)
 from train_sft import target_logprobs
 
 SMALL = FalconH1Config(
@@ -142,6 +143,55 @@ def test_packed_gradients_are_the_sum_of_separate_ones():
             model(part, cu_seqlens=bounds).square().sum().backward()
         grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert (grads[0] - grads[1]).norm() / grads[1].norm() < 1e-5
+
+
+def test_document_table_by_hand():
+    """Documents of 5, 4, 2 and 1 tokens: 5 and 4 are a group, for 5 / 4 = 1.25; 2 and 1 stand alone."""
+    positions, tokens, place, shapes = document_table((0, 2, 7, 11, 12), torch.device("cpu"))
+    assert positions.tolist() == [0, 1, 0, 1, 2, 3, 4, 0, 1, 2, 3, 0]
+    assert tokens.tolist() == [2, 3, 4, 5, 6, 7, 8, 9, 10, 10, 0, 1, 11]
+    assert place.tolist() == [10, 11, 0, 1, 2, 3, 4, 5, 6, 7, 8, 12]
+    assert shapes == [[2, 5], [1, 2], [1, 1]]
+
+
+def test_ssm_multipliers_by_hand():
+    c = build().config  # widths 20, 20, 14, 14, 4
+    m = (0.5, 0.25, 2.0, 1.0, 3.0)
+    want = [0.5] * 20 + [0.25] * 20 + [2.0] * 14 + [1.0] * 14 + [3.0] * 4
+    for_cpu = torch.bfloat16, torch.device("cpu")
+    assert ssm_multipliers(replace(c, ssm_multipliers=m), *for_cpu).tolist() == want
+    assert ssm_multipliers(replace(c, ssm_multipliers=(1.0,) * 5), *for_cpu) is None
+
+
+@pytest.mark.parametrize("cu", [None, (0, 3, 10)])
+def test_attention_never_asks_cudnn(monkeypatch, cu):
+    seen, attention, allowed = [], F.scaled_dot_product_attention, torch.backends.cuda.cudnn_sdp_enabled()
+
+    def watched(*args, **kwargs):
+        seen.append((torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cuda.flash_sdp_enabled()))
+        return attention(*args, **kwargs)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    attend(*(torch.randn(1, 10, heads, 8) for heads in (4, 2, 2)), cu)
+    assert set(seen) == {(False, True)} and torch.backends.cuda.cudnn_sdp_enabled() == allowed
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cu", [None, (0, 3, 10, 130, 131, 300)])
+def test_attention_is_flash(cu):
+    """In bf16, with heads that share keys, forward and backward; near a CPU's results in float32."""
+    results, shapes = [], [(1, 300, heads, 64) for heads in (4, 2, 2)]
+    leaves = [torch.randn(shape, dtype=torch.bfloat16) for shape in shapes]
+    for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
+        here = [v.to(device, dtype).requires_grad_() for v in leaves]
+        with torch.profiler.profile() as profile:
+            y = attend(*here, cu)
+            grads = torch.autograd.grad(y.square().sum(), here)
+        results.append([v.cpu().float() for v in (y, *grads)])
+    names = {event.key for event in profile.key_averages()}
+    flash = "aten::_scaled_dot_product_flash_attention"
+    assert {flash, f"{flash}_backward"} <= names
+    for ours, right in zip(results[1], results[0]):
+        assert (ours - right).norm() < 0.02 * right.norm()
 
 
 @torch.no_grad()

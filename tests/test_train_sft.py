@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import train_sft as t
-from model import PRESETS, FalconH1, read_safetensors
+from model import PRESETS, FalconH1, document_table, read_safetensors
 from tests.measure import peak_bytes
 
 ROOT = Path(__file__).parent.parent
@@ -77,6 +78,100 @@ def test_token_logprobs(chunk):
     torch.testing.assert_close(logprobs, plain)
     torch.testing.assert_close(entropy, -(logp.exp() * logp).sum(-1))
     torch.testing.assert_close(mine, (h.grad, w.grad), rtol=1e-5, atol=1e-6)
+
+
+def test_tokens_of_chunk_by_hand():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert t.tokens_of_chunk(130048, cpu) == 258  # 2^25 / 130,048 = 258.02
+    assert t.tokens_of_chunk(2**26, cpu) == 1
+    assert t.tokens_of_chunk(130048, gpu) == 2048  # 2^28 / 130,048 = 2,064.1, 16 tiles
+    assert t.tokens_of_chunk(261120, gpu) == 1024  # 1,028.01, 8 tiles
+    assert t.tokens_of_chunk(65536, gpu) == 4096  # 4,096 exactly
+    assert t.tokens_of_chunk(272, gpu) == 4096
+    assert t.tokens_of_chunk(2**28, gpu) == 128
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_chunks_change_nothing(device, dtype):
+    torch.manual_seed(0)
+    h, w, g = torch.randn(700, 32), 0.2 * torch.randn(512, 32), torch.randn(700, device=device)
+    h, w = (v.to(device, dtype).requires_grad_() for v in (h, w))
+    targets, results = torch.randint(512, (700,), device=device), []
+    for chunk in (700, 256, 128, 1):
+        logprobs, entropy = t.token_logprobs(h, w, targets, 0.7, chunk)
+        results.append([logprobs, entropy, *torch.autograd.grad(logprobs, (h, w), g)])
+    for other in results[1:]:
+        for ours, whole in zip(other, results[0]):
+            error = (ours.double() - whole.double()).norm() / whole.double().norm()
+            assert error < (1e-6 if dtype == torch.float32 else 1e-3)  # sums may round to either of two bf16
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_add_product_adds_in_float32(device, dtype):
+    """512 + 2^-10 * 2^-4 is 512 in bf16, which has 8 bits: a product rounded before it is added loses it."""
+    a, b = torch.tensor([[16.0, 2**-10], [1.0, 0.0]]), torch.tensor([[32.0, 1.0], [2**-4, 0.0]])
+    a, b, total = a.to(device, dtype), b.to(device, dtype), torch.ones(2, 2, device=device)
+    t.add_product(total, a, b)
+    assert total.tolist() == [[513 + 2**-14, 17], [33, 2]]
+
+
+class Copies(TorchDispatchMode):
+    """Counts copies from the CPU to another device. "meta" stands in for a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if function in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
+            source = args[function is torch.ops.aten.copy_.default]
+            self.count += source.device.type == "cpu" and out.device.type != "cpu"
+        return out
+
+
+def test_a_row_goes_to_the_device_in_few_copies():
+    with torch.device("meta"):
+        model = FalconH1(PRESETS["tiny"])
+    ids, cu = np.arange(40), np.array([0, 7, 19, 40], np.int32)
+    row = data.Pack(ids, ids, np.ones(40, np.float32), cu, [])
+
+    def copies():
+        with Copies() as counter:
+            t.sft_loss(model, row, 1.0).backward()
+        return counter.count
+
+    copies()  # ssm_scan.py makes its tables
+    assert copies() == 2  # ids and targets, weights
+    document_table.cache_clear()
+    assert copies() == 3  # and what attention and RoPE know of these documents
+
+
+class Sliced:
+    """A parameter of which every rank holds a slice; counts how often it is gathered."""
+
+    def __init__(self, whole):
+        self.whole, self.gathered = whole, 0
+
+    def full_tensor(self):
+        self.gathered += 1
+        return self.whole
+
+
+def test_a_rank_that_does_not_sample_keeps_no_copy(monkeypatch):
+    model = FalconH1(PRESETS["tiny"])
+    state = {name: Sliced(v) for name, v in model.state_dict().items()}
+    monkeypatch.setattr(t.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(model, "state_dict", lambda: state)
+    copy = t.whole_copy(model)
+    for name, v in copy.state_dict().items():
+        assert torch.equal(v, state[name].whole)
+    with torch.no_grad():
+        copy.lm_head.weight.zero_()
+    assert t.whole_copy(model, copy) is copy and torch.equal(copy.lm_head.weight, model.lm_head.weight)
+    monkeypatch.setattr(t, "FalconH1", None)  # none is made
+    assert t.whole_copy(model, keep=False) is None
+    assert {v.gathered for v in state.values()} == {3}  # it takes part, or the others would wait for ever
 
 
 @pytest.mark.parametrize("targets", [[3, -1, 5, -7], [-1, -1, -1, -1]])
