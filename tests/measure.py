@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from model import PRESETS, Cache, FalconH1, FalconH1Config, decoder, draw, generate, prefill
 from ssm_scan import causal_conv1d, chunk_of, ssd_scan, ssd_step
-from tests.gpu.peers import peers
+from tests.peers import peers
 from train_sft import make_optimizer, shares, target_logprobs
 
 CHUNK = 256  # tokens of a chunk of the scan on a GPU
@@ -47,10 +47,10 @@ def scan_results(inputs, backend=None, *, cu_seqlens=None, chunk_size=CHUNK):
     return {"y": y.detach(), "S": S.detach(), **{"d" + name: v.grad for name, v in leaves.items()}}
 
 
-def relative_errors(inputs, *, cu_seqlens=None, chunk_size=CHUNK, backend="torch", oracle="recurrent"):
-    """|ours - oracle| / |oracle| of y, the final states and every gradient; the oracle, the recurrence, runs in float64."""
-    ours, exact = (scan_results(values, name, cu_seqlens=cu_seqlens, chunk_size=chunk_size) for values, name in (
-        (inputs, backend), ({name: v.double() for name, v in inputs.items()}, oracle)))
+def relative_errors(inputs, *, backend="torch", oracle="recurrent", **options):
+    """|ours - oracle| / |oracle| of y, the final states and every gradient; the oracle, another backend, runs in float64."""
+    ours = scan_results(inputs, backend, **options)
+    exact = scan_results({name: v.double() for name, v in inputs.items()}, oracle, **options)
     return {name: float((ours[name] - v).norm() / v.norm().clamp(min=1e-30)) for name, v in exact.items()}
 
 
@@ -179,8 +179,6 @@ def scan_speed():
                 floor = max(size / bandwidth, operations / rate) * 1e3
                 print(f"  {shape:5s} {t:7,d} tokens {'packed' if packed else '':6s} {name:10s} {part:8s} {ms:9.3f} ms "
                       f"{size / ms / 1e6:7.1f} GB/s {operations / ms / 1e9:7.2f} TFLOP/s {100 * floor / ms:4.0f} %")
-    if device == "cpu":
-        print("the rows of the triton backend, of the shapes 0.5B and 7B at 4k, 32k and 128k tokens, and of the peers need a GPU")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
-"""Are the kernels right on the hardware? Errors against float64, equal bits, graphs against plain steps.
-
-    python tests/gpu/check.py"""
+"""Are the kernels right on the hardware? Errors against float64, equal bits, graphs against plain steps:
+python tests/gpu/check.py"""
 
 import threading
 

@@ -1,6 +1,5 @@
-"""Time of the scan next to mamba_ssm's and fla's, of each of its kernels, of convolution, draw and AdamW, against what must be moved.
-
-    python tests/gpu/scan.py"""
+"""Time of the scan next to mamba_ssm's and fla's, of each of its kernels, of convolution, draw and AdamW, against what must be moved:
+python tests/gpu/scan.py"""
 
 import itertools
 

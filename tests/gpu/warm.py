@@ -12,7 +12,7 @@ from stages import DEV, DRY, put
 import torch
 
 from ssm_scan import causal_conv1d, ssd_step
-from tests.gpu.peers import peers
+from tests.peers import peers
 from tests.measure import ours, passes, scan_inputs
 
 SHARES = 6  # processes per peer: two peers and three shapes of ours occupy 15 cores
@@ -55,17 +55,14 @@ def compile_peer(name, t, h, p, n, share):
 
 def run_all(limit):
     begin = time.time()
-    jobs = {job: subprocess.Popen([sys.executable, __file__, *job.split()], stderr=subprocess.PIPE, text=True)
-            for job in (JOBS[2:3] if DRY else JOBS)}
+    jobs = {job: subprocess.Popen([sys.executable, __file__, *job.split()]) for job in (JOBS[2:3] if DRY else JOBS)}
     for job, process in jobs.items():
         try:
-            _, errors = process.communicate(timeout=max(1, begin + limit - time.time()))
+            process.wait(max(1, begin + limit - time.time()))
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-            errors = "stopped"
-        last = (errors.strip().splitlines() or [""])[-1][:200]
-        put("warm", job=job, rc=process.poll(), by=time.time() - begin, error="" if process.poll() == 0 else last)
+        put("warm", job=job, rc=process.returncode, by=time.time() - begin)
 
 
 if __name__ == "__main__":
