@@ -31,24 +31,30 @@ def random_inputs(b, t, h, p, g, n, *, states=None, dtype=torch.float32, seed=0,
     r = torch.Generator(device).manual_seed(seed)
     def normal(*shape):
         return torch.randn(*shape, generator=r, device=device)
-    inputs = dict(x=normal(b, t, h, p), dt=normal(b, t, h) - 2, A=-1 - 15 * torch.rand(h, generator=r, device=device),
-                  B=normal(b, t, g, n) * n**-0.5, C=normal(b, t, g, n), D=normal(h), dt_bias=normal(h) * 0.3)
+    inputs = dict(x=normal(b, t, h, p), dt=normal(b, t, h) - 2,
+                  A=-1 - 15 * torch.rand(h, generator=r, device=device), B=normal(b, t, g, n) * n**-0.5,
+                  C=normal(b, t, g, n), D=normal(h), dt_bias=normal(h) * 0.3)
     if states is not None:
         inputs["initial_states"] = normal(states, h, p, n)
     return {name: v.to(dtype).requires_grad_() for name, v in inputs.items()}
 
 
+def cotangents(*outputs):
+    """Random gradients of the outputs, the same ones for every backend."""
+    r = torch.Generator(outputs[0].device).manual_seed(1)
+    return [torch.randn(v.shape, generator=r, device=v.device).to(v) for v in outputs]
+
+
 def scan_results(inputs, backend=None, *, cu_seqlens=None, chunk_size=CHUNK):
-    """{"y": ..., "S": final states, "dx": ..., ...}: the scan's outputs and its gradients for random cotangents."""
+    """{"y": ..., "S": final states, "dx": ..., ...}: the scan's outputs and gradients."""
     leaves = {name: v.detach().requires_grad_() for name, v in inputs.items()}
     y, S = ssd_scan(**leaves, dt_softplus=True, cu_seqlens=cu_seqlens, chunk_size=chunk_size, backend=backend)
-    r = torch.Generator(y.device).manual_seed(1)  # the same cotangents for every backend
-    torch.autograd.backward([y, S], [torch.randn(v.shape, generator=r, device=v.device).to(v) for v in (y, S)])
+    torch.autograd.backward([y, S], cotangents(y, S))
     return {"y": y.detach(), "S": S.detach(), **{"d" + name: v.grad for name, v in leaves.items()}}
 
 
 def relative_errors(inputs, *, backend="torch", oracle="recurrent", **options):
-    """|ours - oracle| / |oracle| of y, the final states and every gradient; the oracle, another backend, runs in float64."""
+    """|ours - oracle| / |oracle| of y, the final states and every gradient; the oracle runs in float64."""
     ours = scan_results(inputs, backend, **options)
     exact = scan_results({name: v.double() for name, v in inputs.items()}, oracle, **options)
     return {name: float((ours[name] - v).norm() / v.norm().clamp(min=1e-30)) for name, v in exact.items()}
@@ -73,9 +79,10 @@ def scan_parity():
 
 
 def medians(runs, device, rounds=5):
-    """Milliseconds of each function of `runs`, which have run before: medians over rounds in which they take turns, so that
-    whatever else the machine does hits all of them alike. On a GPU each call stands between two events on the device, and the
-    host queues all calls without waiting for one: what launches cost shows only where the device has run out of work."""
+    """Milliseconds of each function of `runs`, which have run before: medians over rounds in which they take
+    turns, so that whatever else the machine does hits all alike. On a GPU each call stands between two events
+    on the device, and the host waits for none: what launches cost shows only where the device has run out of
+    work."""
     times = [[] for _ in runs]
     for _, (run, taken) in itertools.product(range(rounds), list(zip(runs, times))):
         if device == "cuda":
@@ -100,7 +107,7 @@ def milliseconds(run, device):
 
 
 def kernel_times(run):
-    """{kernel: (milliseconds, calls)} of one call of run on a GPU, after one that compiles, the longest first; {} on a CPU."""
+    """{kernel: (milliseconds, calls)} of a second call of run, the longest first; {} without a GPU."""
     run()
     if not torch.cuda.is_available():
         return {}
@@ -108,7 +115,8 @@ def kernel_times(run):
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         run()
         torch.cuda.synchronize()
-    times = {e.key: (e.self_device_time_total / 1e3, e.count) for e in profiler.key_averages()}  # of microseconds
+    events = profiler.key_averages()
+    times = {e.key: (e.self_device_time_total / 1e3, e.count) for e in events}  # of microseconds
     return dict(sorted(((k, v) for k, v in times.items() if v[0] > 0), key=lambda row: -row[1][0]))
 
 
@@ -149,7 +157,9 @@ def floors(device):
 
 
 def ours(backend=None, chunk=CHUNK):
-    return lambda x, dt, A, B, C, cu: ssd_scan(x, dt, A, B, C, cu_seqlens=cu, backend=backend, chunk_size=chunk)[0]
+    def scan(x, dt, A, B, C, cu):
+        return ssd_scan(x, dt, A, B, C, cu_seqlens=cu, backend=backend, chunk_size=chunk)[0]
+    return scan
 
 
 def scan_inputs(t, h, p, n, dtype, device):
@@ -175,10 +185,10 @@ def scan_speed():
         inputs, work = scan_inputs(t, h, p, n, dtype, device), scan_work(t, h, p, n, width)
         for name, function in functions.items():
             for part, run in passes(lambda *leaves: function(*leaves, cu), inputs).items():
-                ms, (size, operations) = milliseconds(run, device), work[part]
-                floor = max(size / bandwidth, operations / rate) * 1e3
+                ms, (size, flops) = milliseconds(run, device), work[part]
+                share = 1e5 * max(size / bandwidth, flops / rate) / ms  # in percent; ms are milliseconds
                 print(f"  {shape:5s} {t:7,d} tokens {'packed' if packed else '':6s} {name:10s} {part:8s} {ms:9.3f} ms "
-                      f"{size / ms / 1e6:7.1f} GB/s {operations / ms / 1e9:7.2f} TFLOP/s {100 * floor / ms:4.0f} %")
+                      f"{size / ms / 1e6:7.1f} GB/s {flops / ms / 1e9:7.2f} TFLOP/s {share:4.0f} %")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -205,23 +215,27 @@ def scan_flops(h, p, g, n, chunk=CHUNK):
 
 
 def scan_work(t, h, p, n, width):
-    """{pass: (bytes, operations)} of t tokens, one group: the forward pass moves x, B, C, dt, y; the backward pass dy and again
-    x, B, C, dt, each of these with its gradient, and has two products for each of the forward's."""
+    """{pass: (bytes, operations)} of t tokens, one group. Forward: x, B, C, dt, y are moved. Backward: dy, x,
+    B, C, dt and the gradients of the last four; two products for each of the forward's."""
     flops = t * scan_flops(h, p, 1, n)
     return {"forward": (t * (2 * h * p + 2 * n) * width + 4 * t * h, flops),
             "backward": (t * (3 * h * p + 4 * n) * width + 8 * t * h, 2 * flops)}
 
 
 def kernel_bytes(t, h, p, n, l, g=1):
-    """{pass: {kernel: bytes}} of ssm_scan.py's section 4 for a row of t tokens in chunks of l, every operand moved once, in 16 bits.
+    """{pass: {kernel: bytes}} in 16 bits, each operand moved once: t tokens in chunks of l, one row.
 
-        x  2 t h p     x, y, or a gradient of them     s   2 (t / l) h p n   the states that enter the chunks
-        bc 2 t n g     B, C, or a gradient of them     cb  2 t l g           C B^T; of its tiles of 128 x 128, the lower triangle"""
+        x  2 t h p    x, y, or a gradient of them    s   2 (t / l) h p n   the states that enter the chunks
+        bc 2 t n g    B, C, or a gradient of them    cb  2 t l g           C B^T: of its 128 x 128 tiles,
+                                                                           those on and below the diagonal"""
     tiles = max(1, l // 128)
-    x, s, bc, cb = 2 * t * h * p, 2 * (t // l) * h * p * n, 2 * t * n * g, 2 * t * l * g * (tiles + 1) // (2 * tiles)
-    return {"forward": {"_cb_kernel": 2 * bc + cb, "_states_kernel": x + bc + s, "_scan_kernel": 2 * x + s + bc + cb},
-            "backward": {"_states_kernel": x + bc + 2 * s, "_scan_kernel": 2 * x + s + bc + cb, "_dcb_kernel": 2 * x + 2 * cb,
-                         "_dbc_kernel": 2 * (x + s + cb + 3 * bc)}}  # the last one runs for C and for B
+    x, s, bc = 2 * t * h * p, 2 * (t // l) * h * p * n, 2 * t * n * g
+    cb = 2 * t * l * g * (tiles + 1) // (2 * tiles)
+    scan = 2 * x + s + bc + cb
+    forward = {"_cb_kernel": 2 * bc + cb, "_states_kernel": x + bc + s, "_scan_kernel": scan}
+    backward = {"_states_kernel": x + bc + 2 * s, "_scan_kernel": scan, "_dcb_kernel": 2 * (x + cb),
+                "_dbc_kernel": 2 * (x + s + cb + 3 * bc)}  # runs for C and for B
+    return {"forward": forward, "backward": backward}
 
 
 def flops_per_token(c, context):
@@ -517,7 +531,7 @@ def small_model(c=SMALL, batch=8, length=512, decoding=((1, 128), (16, 64), (256
 
 
 def decoding_step(model, batch, context):
-    """run() -> logits of a step of `batch` sequences with `context` tokens each, always the same one. The cache holds noise."""
+    """run() -> logits of a step of `batch` sequences with `context` tokens each, whose cache holds noise."""
     p = next(model.parameters())
     cache = Cache(model.config, batch, context + 1, dtype=p.dtype, device=p.device)
     for part in (cache.k, cache.v, cache.conv, cache.ssm):
@@ -565,16 +579,18 @@ def large_model(c, device, dtype=torch.bfloat16, length=32768, batches=(1, 4, 16
 
     for context, batch in itertools.product(contexts, batches):
         floor = decoding_floor(c, batch, context, dtype, bandwidth, rate)
-        attempt(f"decoding, batch {batch}, context {context:,d}", batch, floor, lambda: decoding_step(model, batch, context))
+        name = f"decoding, batch {batch}, context {context:,d}"
+        attempt(name, batch, floor, lambda: decoding_step(model, batch, context))
     attempt(f"prefill 1 x {length:,d}", length, length * flops["blocks"] / rate, lambda: lambda: prefill(model, ids.tolist()))
     attempt(f"training 1 x {length:,d}", length, 3 * length * (flops["blocks"] + flops["head"]) / rate, train,
             note=f"with attention and scan the share is {sum(flops.values()) / (flops['blocks'] + flops['head']):.2f} times that")
 
 
 def parts(c, dtype, device, tokens, batches=(1, 16, 256)):
-    """(name, run, bytes that it must move) of what a model does beside matrix products, attention and the scan."""
+    """(name, run, bytes it must move) of what a model does beside matrix products, attention and the scan."""
     d = sum(c.mamba_widths[1:4])
-    leaves = [torch.randn(*shape, dtype=dtype, device=device, requires_grad=True) for shape in ((1, tokens, d), (d, 4), (d,))]
+    shapes = ((1, tokens, d), (d, c.mamba_d_conv), (d,))
+    leaves = [torch.randn(*shape, dtype=dtype, device=device, requires_grad=True) for shape in shapes]
     runs = passes(lambda *leaves: causal_conv1d(*leaves, activation="silu")[0], leaves)
     yield "convolution, forward", runs["forward"], 2 * leaves[0].nbytes  # x, y
     yield "convolution, backward", runs["backward"], 3 * leaves[0].nbytes  # x, dy, dx
@@ -589,8 +605,8 @@ def parts(c, dtype, device, tokens, batches=(1, 16, 256)):
         state, dt, A = (inputs[k].detach() for k in ("initial_states", "dt", "A"))
         x, B, C = (inputs[k][:, 0].detach().to(dtype) for k in "xBC")
         step = partial(ssd_step, state, x, F.softplus(dt[:, 0]), A, B, C)
-        yield f"decoding step of the scan, batch {batch}", torch.no_grad()(step), 2 * state.nbytes  # read and written
-    # AdamW in float32, over as many blocks as fit: 16 bytes a parameter with its gradient and two moments, in 0.8 of the memory.
+        yield f"step of the scan, batch {batch}", torch.no_grad()(step), 2 * state.nbytes  # read and written
+    # AdamW over as many blocks as fit, 16 bytes a parameter with gradient and moments; a fifth stays free.
     one, two = (sum(parameters(replace(c, num_hidden_layers=layers)).values()) for layers in (1, 2))
     room = 0.8 * torch.cuda.mem_get_info()[0] / 16 if device == "cuda" else one
     layers = min(c.num_hidden_layers, max(1, 1 + int((room - one) // (two - one))))
@@ -599,7 +615,8 @@ def parts(c, dtype, device, tokens, batches=(1, 16, 256)):
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     count = one + (layers - 1) * (two - one)
-    yield f"AdamW, {count:,} parameters", make_optimizer(model, 1e-5, 0.01).step, 28 * count  # all 16 read, 12 written
+    step = make_optimizer(model, 1e-5, 0.01).step
+    yield f"AdamW, {count:,} parameters", step, 28 * count  # 16 bytes read; all but the gradient written
 
 
 def parts_speed(c, device, dtype=torch.bfloat16, tokens=32768, batches=(1, 16, 256)):
@@ -609,19 +626,20 @@ def parts_speed(c, device, dtype=torch.bfloat16, tokens=32768, batches=(1, 16, 2
         print(f"  {name:60s} {ms:9.3f} ms {share}".rstrip(), flush=True)
 
     bandwidth, (h, p, n) = floors(device)[0], (c.mamba_n_heads, c.mamba_d_head, c.mamba_d_state)
-    print(f"  what a part takes, of {tokens:,d} tokens where it reads any, and its share of a copy's {bandwidth / 1e9:.0f} GB/s")
+    print(f"parts, on a row of {tokens:,d} tokens, and their share of a copy's {bandwidth / 1e9:.0f} GB/s")
     inputs = scan_inputs(tokens, h, p, n, dtype, device)
     for part, run in passes(lambda *leaves: ours()(*leaves, (0, tokens)), inputs).items():
         for kernel, (ms, calls) in kernel_times(run).items():
-            row(f"scan, {part}, {kernel[:32]} x {calls}", ms, kernel_bytes(tokens, h, p, n, CHUNK)[part].get(kernel))
+            size = kernel_bytes(tokens, h, p, n, CHUNK)[part].get(kernel)
+            row(f"scan, {part}, {kernel[:32]} x {calls}", ms, size)
     for name, run, size in parts(c, dtype, device, tokens, batches):
         row(name, milliseconds(run, device), size)
 
 
 def model_speed():
-    """`python model.py --bench`: the 7B shape where there is a GPU, else a small model. Floors: 6 (training) and 2 (prefill, decoding)
-    operations for each weight and token at the measured rate of matrix products; for decoding also the bytes of decoding_floor. A model
-    that fits the CPU's caches can read faster than memory."""
+    """`python model.py --bench`: the 7B shape where there is a GPU, else a small model. Floors: 6 (training)
+    or 2 operations per weight and token at the measured rate of matrix products; for decoding also the bytes
+    of decoding_floor. A model that fits the CPU's caches can read faster than memory."""
     if torch.cuda.is_available():
         large_model(PRESETS["7b"], "cuda")
         torch.cuda.empty_cache()

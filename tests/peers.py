@@ -1,4 +1,4 @@
-"""Other people's scans under our arguments, function(x, dt, A, B, C, cu) -> y with x, dt, B, C (1, t, ...), to be timed next to ours."""
+"""Other people's scans, to be timed next to ours: (x, dt, A, B, C, cu) -> y; x, dt, B, C are (1, t, ...)."""
 
 import sys
 import types
@@ -16,10 +16,9 @@ def documents(cu, device):
 
 
 def mamba_ssm_scan():
-    """mamba_ssm's scan under our arguments. x, dt, B, C are (1, t, ...)."""
     try:
         import selective_scan_cuda  # noqa: F401
-    except ImportError:  # its CUDA extension, without which mamba_ssm cannot be imported, and which its scan never calls
+    except ImportError:  # mamba_ssm's CUDA extension: its import insists on it, but its scan never calls it
         sys.modules["selective_scan_cuda"] = types.ModuleType("selective_scan_cuda")
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
@@ -30,13 +29,14 @@ def mamba_ssm_scan():
 
 
 def fla_scan():
-    """fla's scan under our arguments: C, B and dt x are its q, k and v, with the first two repeated for every head."""
+    """C, B and dt x are fla's q, k and v. It knows no groups: every head gets a copy of the first two."""
     from fla.ops.simple_gla import chunk_simple_gla
 
     def scan(x, dt, A, B, C, cu):
         q, k = (v.repeat_interleave(x.shape[2] // v.shape[2], 2) for v in (C, B))
         ends = documents(cu, x.device)[0] if len(cu) > 2 else None
-        return chunk_simple_gla(q, k, (x * dt[..., None]).to(x.dtype), g=dt * A, scale=1.0, cu_seqlens=ends)[0]
+        v = (x * dt[..., None]).to(x.dtype)
+        return chunk_simple_gla(q, k, v, g=dt * A, scale=1.0, cu_seqlens=ends)[0]
     return scan
 
 
@@ -47,5 +47,6 @@ def peers():
         try:
             found[name] = load()
         except Exception as e:  # half an installation raises more than ImportError
-            print(f"{name} cannot be imported: {type(e).__name__}: {(str(e).splitlines() or ['no message'])[0]}")
+            reason = (str(e).splitlines() or ["no message"])[0]
+            print(f"{name} cannot be imported: {type(e).__name__}: {reason}")
     return found

@@ -9,7 +9,7 @@ import torch
 
 import model
 import ssm_scan
-from tests.measure import random_inputs, relative_errors, scan_results
+from tests.measure import cotangents, random_inputs, relative_errors, scan_results
 from train_sft import target_logprobs
 
 SHAPE = dict(h=4, p=16, g=1, n=16) if DRY else dict(h=24, p=128, g=1, n=256)
@@ -35,12 +35,12 @@ def against_float64(name, t, dtype, cu=None, states=None, decay=1.0, **shape):
 
 def scan_piece(inputs, cut, state):
     """y and final states of the tokens `cut` of a layer's inputs, which begin with `state`."""
-    own = {name: v[:, cut] if name in PER_TOKEN else v for name, v in inputs.items()} | {"initial_states": state}
-    return ssm_scan.ssd_scan(**own, dt_softplus=True)
+    piece = {name: v[:, cut] if name in PER_TOKEN else v for name, v in inputs.items()}
+    return ssm_scan.ssd_scan(**piece | {"initial_states": state}, dt_softplus=True)
 
 
 def long_is_chained(t, pieces):
-    """A sequence in one call, and in `pieces` calls that hand on the state: are outputs and gradients the same?"""
+    """A sequence in one call, and in `pieces` calls that hand on the state: are all results the same?"""
     inputs = layer_inputs(t, BF16, 1)
     whole = scan_results(inputs)
     leaves, ys = {name: v.requires_grad_() for name, v in inputs.items()}, []
@@ -49,8 +49,7 @@ def long_is_chained(t, pieces):
         y, state = scan_piece(leaves, slice(piece * t // pieces, (piece + 1) * t // pieces), state)
         ys.append(y)
     y = torch.cat(ys, 1)
-    r = torch.Generator(DEV).manual_seed(1)  # the cotangents of scan_results
-    torch.autograd.backward([y, state], [torch.randn(v.shape, generator=r, device=DEV).to(v) for v in (y, state)])
+    torch.autograd.backward([y, state], cotangents(y, state))
     chained = {"y": y, "S": state, **{"d" + name: v.grad for name, v in leaves.items()}}
     same = {k: "same bits" if torch.equal(v, chained[k]) else error(chained[k], v) for k, v in whole.items()}
     put("long", tokens=t, pieces=pieces, **same)
@@ -74,12 +73,14 @@ def convolution(t, d, cu, dtype):
 
     def results(dtype, backend):
         x, weight, bias, states = (v.detach().to(dtype).requires_grad_() for v in inputs)
-        y, last = ssm_scan.causal_conv1d(x, weight, bias, initial_states=states, cu_seqlens=cu, activation="silu",
-                                         backend=backend)
+        options = dict(initial_states=states, cu_seqlens=cu, activation="silu", backend=backend)
+        y, last = ssm_scan.causal_conv1d(x, weight, bias, **options)
         y.backward(dy.to(dtype))
-        return {"y": y, "last": last, "dx": x.grad, "dw": weight.grad, "db": bias.grad, "dstates": states.grad}
+        gradients = {"dx": x.grad, "dw": weight.grad, "db": bias.grad, "dstates": states.grad}
+        return {"y": y, "last": last, **gradients}
     ours, exact = results(dtype, None), results(torch.float64, "torch")
-    put("conv error", tokens=t, documents=len(cu) - 1, dtype=str(dtype)[6:], **{k: error(ours[k], exact[k]) for k in exact})
+    errors = {name: error(ours[name], v) for name, v in exact.items()}
+    put("conv error", tokens=t, documents=len(cu) - 1, dtype=str(dtype)[6:], **errors)
 
 
 @torch.no_grad()
@@ -99,7 +100,8 @@ def steps(t=64):
 def attention():
     """Packed attention against one document at a time in float32."""
     cu = (0, 5, 100, 103) if DRY else (0, 5, 1000, 1013, 3000, 8192)
-    leaves = [torch.randn(1, cu[-1], heads, 128, device=DEV, dtype=BF16, requires_grad=True) for heads in (12, 2, 2)]
+    shapes = [(1, cu[-1], heads, 128) for heads in (12, 2, 2)]  # q, k, v
+    leaves = [torch.randn(*shape, device=DEV, dtype=BF16, requires_grad=True) for shape in shapes]
     y = model.attend(*leaves, cu)
     y.backward(torch.ones_like(y))
     exact = [v.detach().float().requires_grad_() for v in leaves]
@@ -110,13 +112,13 @@ def attention():
 
 
 def synchronise_until(done):
-    """What torch's checkpoint writer does in the background: another thread waits for the stream while a graph is recorded."""
+    """As torch's checkpoint writer does in the background: a graph is recorded while another thread waits."""
     while not done.wait(1e-4):
         sync()
 
 
 def graphs():
-    """Greedy tokens of generate() with its CUDA graphs, and with plain steps; log-probabilities against the trainer's."""
+    """Greedy tokens with CUDA graphs and with plain steps; log-probabilities against the trainer's."""
     torch.manual_seed(0)
     net = model.FalconH1(model.PRESETS["tiny" if DRY else "100m"]).to(DEV, FP32 if DRY else BF16)
     prompts = [[1 + i] * (3 + 17 * i) for i in range(6)]
@@ -141,9 +143,13 @@ def graphs():
 
 def main():
     t = 256 if DRY else 4096
-    cases = [("ragged", t - 37, BF16, {}), ("packed with states", t, BF16, dict(cu=(0, 1, 100, 228, t), states=4)),
-             ("decay x 100", t, BF16, dict(decay=100.0)), ("decay / 1000", t, BF16, dict(decay=1e-3)),
-             ("fp16", t, FP16, {}), ("4 heads, float32", t // 4, FP32, dict(h=4)), ("8 heads, long", 8 * t, BF16, dict(h=8))]
+    cases = [("ragged", t - 37, BF16, {}),
+             ("packed with states", t, BF16, dict(cu=(0, 1, 100, 228, t), states=4)),
+             ("decay x 100", t, BF16, dict(decay=100.0)),
+             ("decay / 1000", t, BF16, dict(decay=1e-3)),
+             ("fp16", t, FP16, {}),
+             ("4 heads, float32", t // 4, FP32, dict(h=4)),
+             ("8 heads, long", 8 * t, BF16, dict(h=8))]
     for name, tokens, dtype, options in cases[: -1 if DRY else None]:
         stage(f"scan, {name}", against_float64, name, tokens, dtype, **options)
     stage("long", long_is_chained, 1024 if DRY else 131072, 4)

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# Everything that a GPU has to say about this project, in eight minutes. In the repository's root: bash tests/gpu/gpu_day.sh
+# Everything that a GPU has to say, in eight minutes. In the repository's root: bash tests/gpu/gpu_day.sh
 #
-# First, all at once and untimed: kernels compiled on every core (warm.py), errors, equal bits and graphs (check.py), the
-# tests marked gpu, and the small run: SFT killed and continued, RL, evaluation. Then, one after the other and timed: the scan
-# and its kernels beside mamba_ssm and fla, convolution, draw, AdamW (scan.py), decoding beside transformers (decode.py),
-# training steps (train.py), and what ncu counts in each of our kernels, where it is installed.
+# First, all at once and untimed: kernels compiled on every core (warm.py), errors, equal bits, graphs
+# (check.py), the tests marked gpu, and the small run: SFT killed and continued, RL, evaluation. Then, timed,
+# one by one: the scan and its kernels beside mamba_ssm and fla, convolution, draw, AdamW (scan.py), decoding
+# beside transformers (decode.py), training steps (train.py), and what ncu counts in each of our kernels,
+# where it is installed.
 #
-# $OUT (runs/gpu) gets results.jsonl, a line at a time, ncu.csv, and in the end logs.tar.gz with a log per stage. A stage that
-# fails or takes too long costs only itself; after $BUDGET seconds (480) none starts. Where there is no GPU everything
-# shrinks, so that the scripts can be tried. No setting of the card is touched.
+# $OUT (runs/gpu) gets results.jsonl, a line at a time, ncu.csv, and at the end logs.tar.gz, a log per stage.
+# A stage that fails or takes too long costs only itself; none starts after $BUDGET seconds (480). Without a
+# GPU everything shrinks, so that the scripts can be tried. No setting of the card is touched.
 #
 # The peers' wheels belong in tests/gpu/whl, and need einops and transformers. They can be made without a GPU:
 #     pip download --no-deps --dest tests/gpu/whl fla-core==0.6.0
@@ -22,7 +23,7 @@ mkdir -p "$OUT" && rm -f "$OUT"/results.jsonl "$OUT"/ncu.csv
 trap 'cd "$OUT" && tar -czf logs.tar.gz *.log && rm -rf *.log "$W"' EXIT # few files are easier to carry off
 
 if $PY -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-  export SFT=600 MAKE="" RL="--steps 2" EVAL="--limit 24"
+  export SFT=240 MAKE="" RL="--steps 2" EVAL="--limit 24"
   LAYERS=16 TOKENS=32768
 else # six steps teach nothing, so RL may find no answer right; inductor takes a minute
   export SFT=6 MAKE="--sft 200 --rl 16 --heldout 4" RL="--steps 1 --prompts 2 --group 2 --max-new-tokens 8"
@@ -43,12 +44,12 @@ stage() { # name, seconds, command...
 }
 
 small() { # the whole method at small size; SFT is killed on the way and continued
-  local middle=$((SFT / 2)) model=$W/rl/model
-  local sft=(train_sft.py --data "$W/data/sft.jsonl" --out "$W/sft" --steps "$SFT" --save-every $((SFT / 3)) --eval-every "$middle")
+  local middle=$((SFT / 2)) model=$W/rl/model log=$W/sft/log.jsonl
+  local sft=(train_sft.py --data "$W/data/sft.jsonl" --out "$W/sft" --steps "$SFT" --save-every $((SFT / 3)))
   set -e
   $PY data.py make --out "$W/data" $MAKE
   $PY "${sft[@]}" &
-  until grep -q "\"step\": $middle\b" "$W/sft/log.jsonl" 2>/dev/null || ! kill -0 $! 2>/dev/null; do sleep 0.1; done
+  until grep -qs "\"step\": $middle\b" "$log" || ! kill -0 $! 2>/dev/null; do sleep 0.1; done
   kill -KILL $! && echo "killed after step $middle"
   $PY "${sft[@]}"
   $PY train_rl.py --init "$W/sft" --problems "$W/data/rl.jsonl" --out "$W/rl" $RL || [ "$SFT" -lt 100 ]
@@ -61,7 +62,8 @@ export -f small
   git rev-parse HEAD
   $PY -c 'import numpy, torch, triton; print(numpy.__version__, torch.__version__, triton.__version__)'
   nvidia-smi && nvidia-smi -q -d CLOCK,POWER
-  $PY -m pip install -q --no-index --no-deps --target "$W/site" $HERE/whl/*.whl && PYTHONPATH=$PYTHONPATH:$W/site
+  $PY -m pip install -q --no-index --no-deps --target "$W/site" $HERE/whl/*.whl
+  PYTHONPATH=$PYTHONPATH:$W/site
 } >"$OUT/environment.log" 2>&1
 
 stage warm 110 $PY $HERE/warm.py 100 &

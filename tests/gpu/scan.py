@@ -1,4 +1,4 @@
-"""Time of the scan next to mamba_ssm's and fla's, of each of its kernels, of convolution, draw and AdamW, against what must be moved:
+"""Times against bytes: the scan next to mamba_ssm's and fla's, each of its kernels, convolution, draw, AdamW.
 python tests/gpu/scan.py"""
 
 import itertools
@@ -8,7 +8,9 @@ from stages import DEV, DRY, put, put_kernels, stage
 import torch
 
 from model import PRESETS
-from tests.measure import CHUNK, floors, kernel_bytes, milliseconds, ours, parts, passes, peers, scan_inputs, scan_work
+from tests.measure import (CHUNK, floors, kernel_bytes, milliseconds, ours, parts, passes, scan_inputs,
+                           scan_work)
+from tests.peers import peers
 
 SHAPES = {"small": (4, 16, 16)} if DRY else {"7B": (24, 128, 256), "0.5B": (24, 64, 128)}
 TOKENS = (256,) if DRY else (32768, 4096, 131072)
@@ -22,8 +24,8 @@ def scan(by, function, shape, t, packed, bandwidth, rate, chunk=CHUNK, detail=Fa
         size, operations = scan_work(t, h, p, n, 2)[part]
         took, floor = milliseconds(run, DEV), max(size / bandwidth, operations / rate) * 1e3
         put("scan", ms=took, floor_ms=floor, share=floor / took, **about)
-        if detail:
-            put_kernels("kernel", run, bandwidth, kernel_bytes(t, h, p, n, chunk)[part] if by == "ours" else None, **about)
+        if detail:  # the peers' kernels have other names, and so no bytes here
+            put_kernels("kernel", run, bandwidth, kernel_bytes(t, h, p, n, chunk)[part], **about)
 
 
 def others(c, tokens, batches, bandwidth):
@@ -35,7 +37,7 @@ def others(c, tokens, batches, bandwidth):
 def main():
     bandwidth, rate = floors(DEV)
     device = "cpu" if DRY else torch.cuda.get_device_name()
-    put("floors", copy_gb_s=bandwidth / 1e9, matrix_tflop_s=rate / 1e12, device=device, torch=torch.__version__)
+    put("floors", device=device, copy_gb_s=bandwidth / 1e9, matrix_tflop_s=rate / 1e12)
     limits = (bandwidth, rate)
     for shape, t, packed in itertools.product(SHAPES, TOKENS, (False, True)):
         detail = not packed and shape != "0.5B"
@@ -46,7 +48,8 @@ def main():
     if DRY:  # a CPU launches none of them
         return
     for chunk in (256, 512):
-        stage(f"chunk {chunk}", scan, f"ours, chunk {chunk}", ours(chunk=chunk), "7B", TOKENS[0], False, *limits)
+        name = f"ours, chunk {chunk}"
+        stage(name, scan, name, ours(chunk=chunk), "7B", TOKENS[0], False, *limits)
     for (name, function), t, packed in itertools.product(found.items(), TOKENS, (False, True)):
         detail = t == TOKENS[0] and not packed
         stage(f"{name}, {t}", scan, name, function, "7B", t, packed, *limits, detail=detail)

@@ -1,4 +1,4 @@
-"""What the scripts of this folder share. Where there is no GPU everything shrinks (DRY), so that the scripts can be tried."""
+"""What the scripts of this folder share. Without a GPU all of it shrinks (DRY), so that it can be tried."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def seconds(run):
 
 
 def put(kind, **fields):
-    """One JSON line to the screen and to $OUT/results.jsonl, at once: a stage that is stopped loses nothing."""
+    """One JSON line, printed and added to results.jsonl at once: a stage that is stopped loses nothing."""
     numbers = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in fields.items()}
     line = json.dumps({"kind": kind, **numbers})
     print(line, flush=True)
@@ -43,13 +43,14 @@ def put(kind, **fields):
 
 
 def put_kernels(kind, run, bandwidth=None, sizes=None, top=15, **fields):
-    """The longest kernels of one call of run, with their share of a copy's bandwidth where `sizes` has their bytes; then the sum."""
+    """The longest kernels of run(), with their share of a copy's bandwidth where `sizes` has their bytes."""
     kernels = kernel_times(run)
     for name, (ms, calls) in [*kernels.items()][:top]:
         size = (sizes or {}).get(name)
         share = size / bandwidth / ms * 1e3 if size else None
         put(kind, name=name[:90], ms=ms, calls=calls, of_copy=share, **fields)
-    put(f"{kind}s", sum_ms=sum(ms for ms, _ in kernels.values()), launches=sum(n for _, n in kernels.values()), **fields)
+    times, calls = zip(*kernels.values()) if kernels else ((), ())
+    put(f"{kind}s", sum_ms=sum(times), launches=sum(calls), **fields)
 
 
 def error(a, b):

@@ -1,6 +1,5 @@
-"""Steps of train_sft.py (FSDP2 on one GPU, bf16 over float32, AdamW, blocks recomputed) at the 7B shape with fewer blocks.
-
-    python tests/gpu/train.py LAYERS TOKENS [compile] [packed]    16 layers and 32,768 tokens need about 68 GB"""
+"""Steps of train_sft.py (FSDP2 on one GPU, bf16 over float32, AdamW, blocks recomputed) at the 7B shape with
+fewer layers: 16 and 32,768 tokens need about 68 GB: train.py LAYERS TOKENS [compile] [packed]"""
 
 import sys
 from dataclasses import replace
@@ -40,8 +39,9 @@ def train(layers, t, compile, packed, steps):
     times, results = zip(*(seconds(lambda: step(i)) for i in range(steps)))
     median = sorted(times[2:])[len(times[2:]) // 2]  # without the steps that compile
     flops = 3 * t * sum(flops_per_token(c, t).values())  # the model's: what is recomputed does not count
-    put("train", layers=layers, parameters=sum(parameters(c).values()), tokens=t, compile=compile, packed=packed,
-        seconds=[round(took, 3) for took in times], loss=results[-1][0], tokens_s=t / median,
+    put("train", layers=layers, tokens=t, compile=compile, packed=packed,
+        parameters=sum(parameters(c).values()), loss=results[-1][0], tokens_s=t / median,
+        seconds=[round(took, 3) for took in times],
         mfu_of_data_sheet=flops / median / PEAK, mfu_of_measured=flops / median / rate,
         peak_gb=0 if DRY else torch.cuda.max_memory_allocated() / 1e9)
     if not packed:
@@ -49,5 +49,5 @@ def train(layers, t, compile, packed, steps):
 
 
 if __name__ == "__main__":
-    options = dict(compile="compile" in sys.argv, packed="packed" in sys.argv)
-    stage(" ".join(["train", *sys.argv[1:]]), train, int(sys.argv[1]), int(sys.argv[2]), **options, steps=3 if DRY else 6)
+    options = dict(compile="compile" in sys.argv, packed="packed" in sys.argv, steps=3 if DRY else 6)
+    stage(" ".join(["train", *sys.argv[1:]]), train, int(sys.argv[1]), int(sys.argv[2]), **options)

@@ -1,7 +1,7 @@
-"""Fill Triton's cache with every core, so that what is timed later compiles nothing: python tests/gpu/warm.py [SECONDS].
+"""Fill Triton's cache on every core, so that nothing is compiled while it is timed: warm.py [SECONDS]
 
-A process compiles its share of a peer's autotuning configurations without launching one: compiling all of them one after the
-other takes minutes. Ours have no autotuning and are simply run: python tests/gpu/warm.py ours TOKENS HEADS HEAD STATE"""
+The peers tune themselves over some hundred configurations, which take minutes to compile: each process compiles
+a share and launches none. Ours are simply run; warm.py ours TOKENS HEADS HEAD STATE does only that."""
 
 import subprocess
 import sys
@@ -29,8 +29,9 @@ def run_ours(t, h, p, n):
             run()
         if tokens == t:
             d = h * p + 2 * n
-            v, w, b = (torch.randn(*s, device=DEV, dtype=x.dtype, requires_grad=True) for s in ((1, t, d), (d, 4), (d,)))
-            causal_conv1d(v, w, b, activation="silu")[0].sum().backward()
+            shapes = ((1, t, d), (d, 4), (d,))
+            conv = (torch.randn(*shape, device=DEV, dtype=x.dtype, requires_grad=True) for shape in shapes)
+            causal_conv1d(*conv, activation="silu")[0].sum().backward()
             with torch.no_grad():
                 ssd_step(torch.zeros(1, h, p, n, device=DEV), x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0])
 
@@ -49,13 +50,14 @@ def compile_peer(name, t, h, p, n, share):
         self.nargs = None
 
     Autotuner.run = run
-    for run in passes(lambda *leaves: peers()[name](*leaves, (0, t)), scan_inputs(t, h, p, n, torch.bfloat16, DEV)).values():
+    scan, leaves = peers()[name], scan_inputs(t, h, p, n, torch.bfloat16, DEV)
+    for run in passes(lambda *leaves: scan(*leaves, (0, t)), leaves).values():
         run()
 
 
 def run_all(limit):
-    begin = time.time()
-    jobs = {job: subprocess.Popen([sys.executable, __file__, *job.split()]) for job in (JOBS[2:3] if DRY else JOBS)}
+    begin, names = time.time(), JOBS[2:3] if DRY else JOBS
+    jobs = {job: subprocess.Popen([sys.executable, __file__, *job.split()]) for job in names}
     for job, process in jobs.items():
         try:
             process.wait(max(1, begin + limit - time.time()))
