@@ -9,6 +9,7 @@ import torch
 
 from model import PRESETS, FalconH1, generate, prefill
 from tests.measure import decoding_floor, decoding_step, floors, flops_per_token, milliseconds
+from tests.peers import peers
 
 
 def on_device(build):
@@ -45,14 +46,21 @@ def reading(model, t, rate):
     put("prefill", tokens=t, seconds=took, share=t * flops_per_token(model.config, t)["blocks"] / rate / took)
 
 
-def beside_transformers(model, sizes):
+def their_model(model):
+    """transformers' with the same tensors, none of which is copied."""
+    peers()  # else transformers finds a mamba_ssm that it cannot import
     import transformers
 
-    config = asdict(model.config)
+    config = {name: [*v] if isinstance(v, tuple) else v for name, v in asdict(model.config).items()}
     del config["time_step_limit"]  # which they do not know
     theirs = on_device(lambda: transformers.FalconH1ForCausalLM(transformers.FalconH1Config(**config)))
     theirs.load_state_dict(model.state_dict(), assign=True)
     theirs.eval().generation_config.eos_token_id = None  # no token ends a sequence
+    return theirs
+
+
+def beside_transformers(model, sizes):
+    theirs = their_model(model)
     for batch, new in sizes:
         ids = torch.randint(model.config.vocab_size, (batch, 1), device=DEV)
         options = dict(attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0)
@@ -62,7 +70,7 @@ def beside_transformers(model, sizes):
         for run in runs.values():
             run(2)  # compiles
         rates = {name: batch * new / seconds(lambda: run(new))[0] for name, run in runs.items()}
-        put("beside transformers", version=transformers.__version__, batch=batch, new=new, tokens_s=rates)
+        put("beside transformers", batch=batch, new=new, tokens_s=rates)
 
 
 def main():

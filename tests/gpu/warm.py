@@ -1,7 +1,7 @@
 """Fill Triton's cache on every core, so that nothing is compiled while it is timed: warm.py [SECONDS]
 
-The peers tune themselves over some hundred configurations, which take minutes to compile: each process compiles
-a share and launches none. Ours are simply run; warm.py ours TOKENS HEADS HEAD STATE does only that."""
+The peers tune themselves over some hundred configurations, minutes of compiling: each process compiles some
+and launches none. Ours are simply run; warm.py ours TOKENS HEADS HEAD STATE does only that."""
 
 import subprocess
 import sys
