@@ -48,7 +48,8 @@ def reading(model, t, rate):
 
 def their_model(model):
     """transformers' with the same tensors, none of which is copied."""
-    peers()  # else transformers finds a mamba_ssm that it cannot import
+    if not DRY:
+        peers()  # makes mamba_ssm importable, whose kernels transformers then takes
     import transformers
 
     config = {name: [*v] if isinstance(v, tuple) else v for name, v in asdict(model.config).items()}
