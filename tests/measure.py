@@ -81,15 +81,15 @@ def scan_parity():
 def medians(runs, device, rounds=5):
     """Milliseconds of each function of `runs`, which have run before: medians over rounds in which they take
     turns, so that whatever else the machine does hits all alike. On a GPU each call stands between two events
-    on the device, and the host waits for none: what launches cost shows only where the device has run out of
-    work."""
+    on the device, and the host waits for none: launches cost time only where the device is out of work."""
     times = [[] for _ in runs]
     for _, (run, taken) in itertools.product(range(rounds), list(zip(runs, times))):
         if device == "cuda":
-            taken.append([torch.cuda.Event(enable_timing=True) for _ in range(2)])
-            taken[-1][0].record()
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
             run()
-            taken[-1][1].record()
+            end.record()
+            taken.append((begin, end))
         else:
             start = time.perf_counter()
             run()
@@ -186,7 +186,7 @@ def scan_speed():
         for name, function in functions.items():
             for part, run in passes(lambda *leaves: function(*leaves, cu), inputs).items():
                 ms, (size, flops) = milliseconds(run, device), work[part]
-                share = 1e5 * max(size / bandwidth, flops / rate) / ms  # in percent; ms are milliseconds
+                share = 100 * max(size / bandwidth, flops / rate) / (ms / 1e3)
                 print(f"  {shape:5s} {t:7,d} tokens {'packed' if packed else '':6s} {name:10s} {part:8s} {ms:9.3f} ms "
                       f"{size / ms / 1e6:7.1f} GB/s {flops / ms / 1e9:7.2f} TFLOP/s {share:4.0f} %")
 
@@ -229,7 +229,7 @@ def kernel_bytes(t, h, p, n, l, g=1):
         bc 2 t n g    B, C, or a gradient of them    cb  2 t l g           C B^T: of its 128 x 128 tiles,
                                                                            those on and below the diagonal"""
     tiles = max(1, l // 128)
-    x, s, bc = 2 * t * h * p, 2 * (t // l) * h * p * n, 2 * t * n * g
+    x, s, bc = 2 * t * h * p, 2 * t * h * p * n // l, 2 * t * n * g
     cb = 2 * t * l * g * (tiles + 1) // (2 * tiles)
     scan = 2 * x + s + bc + cb
     forward = {"_cb_kernel": 2 * bc + cb, "_states_kernel": x + bc + s, "_scan_kernel": scan}
@@ -547,8 +547,8 @@ def decoding_step(model, batch, context):
 
 
 def large_model(c, device, dtype=torch.bfloat16, length=32768, batches=(1, 4, 16, 64, 256), contexts=(512, 16384), rounds=5):
-    """The same for a model with random weights of dtype on one GPU. A batch that does not fit is
-    skipped. Training is forward and backward of one row with activation checkpointing of blocks."""
+    """The same for a model with random weights of dtype on one GPU. A batch that does not fit is skipped.
+    Training is forward and backward of one row with activation checkpointing of blocks."""
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)
     with torch.device(device):

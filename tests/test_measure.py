@@ -303,7 +303,7 @@ def test_plan():
 
 def test_speed_of_the_parts(capsys, monkeypatch):
     monkeypatch.setattr(measure, "floors", lambda device: (1e9, 1e11))
-    monkeypatch.setattr(measure, "milliseconds", lambda run, device: run() is None or 2.0)
+    monkeypatch.setattr(measure, "milliseconds", lambda run, device: (run(), 2.0)[1])
     monkeypatch.setattr(measure, "kernel_times", lambda run: {"_scan_kernel": (2.0, 3), "fill": (1.0, 1)})
     c = PRESETS["tiny"]
     measure.parts_speed(c, "cpu", torch.float32, tokens=256, batches=(2,))
@@ -332,8 +332,9 @@ def test_bench_leaves_the_cpu_alone_where_there_is_a_gpu(monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="takes minutes there; gpu_day.sh runs it")
 def test_scripts_of_a_gpu_day(tmp_path):
-    """They still fit the code: one of them from end to end, the others' imports, the shell script's syntax."""
-    folder, environment = Path(__file__).parent / "gpu", os.environ | {"OUT": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    """They still fit the code: one of them from end to end, the imports of the others, the shell's syntax."""
+    folder = Path(__file__).parent / "gpu"
+    environment = os.environ | {"OUT": str(tmp_path), "OMP_NUM_THREADS": "1"}
     options = dict(cwd=folder.parents[1], env=environment, capture_output=True, text=True)
     done = subprocess.run([sys.executable, folder / "check.py"], **options)
     results = [json.loads(row) for row in (tmp_path / "results.jsonl").read_text().splitlines()]
@@ -342,6 +343,7 @@ def test_scripts_of_a_gpu_day(tmp_path):
     assert by_kind["long"]["y"] == "same bits"
     assert by_kind["int32"]["same"] and by_kind["graphs"]["same_tokens"]
     assert all(row["y"] < 0.01 for row in results if row["kind"].endswith(" error"))
-    imports = subprocess.run([sys.executable, "-c", "import decode, scan, train, warm"], **options | {"cwd": folder})
+    script = "import decode, scan, train, warm"
+    imports = subprocess.run([sys.executable, "-c", script], **options | {"cwd": folder})
     assert imports.returncode == 0, imports.stderr
     assert subprocess.run(["bash", "-n", folder / "gpu_day.sh"], **options).returncode == 0

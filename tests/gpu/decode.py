@@ -70,8 +70,8 @@ def beside_transformers(model, sizes):
                 "ours": lambda new: generate(model, prompts, max_new_tokens=new, temperature=0, slots=batch)}
         for run in runs.values():
             run(2)  # compiles
-        rates = {name: batch * new / seconds(lambda: run(new))[0] for name, run in runs.items()}
-        put("beside transformers", batch=batch, new=new, tokens_s=rates)
+        rates = {f"{name}_tokens_s": batch * new / seconds(lambda: run(new))[0] for name, run in runs.items()}
+        put("beside transformers", batch=batch, new=new, **rates)
 
 
 def main():

@@ -77,7 +77,7 @@ stage scan 110 $PY $HERE/scan.py
 stage decode 110 $PY $HERE/decode.py
 stage train 70 $PY $HERE/train.py $LAYERS $TOKENS
 command -v ncu >/dev/null && stage ncu 50 ncu --clock-control none --csv --log-file "$OUT/ncu.csv" \
-  --kernel-name 'regex:^_.*_kernel$' --launch-count 14 --section SpeedOfLight --section WarpStateStats \
+  --kernel-name 'regex:^_.*_kernel$' --launch-count 16 --section SpeedOfLight --section WarpStateStats \
   --section Occupancy --section LaunchStats $PY $HERE/warm.py ours 32768 24 128 256
 stage train_packed 60 $PY $HERE/train.py $LAYERS $TOKENS packed
 stage train_packed_flash 50 env TORCH_CUDNN_SDPA_DEPRIORITIZED=1 $PY $HERE/train.py $LAYERS $TOKENS packed
