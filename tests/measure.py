@@ -9,42 +9,55 @@ import os
 import sys
 import tempfile
 import time
-from functools import lru_cache
+from dataclasses import replace
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
 
-from model import PRESETS, Cache, FalconH1, FalconH1Config, decoder, generate, prefill
-from ssm_scan import chunk_of, ssd_scan, ssd_step
-from train_sft import shares, target_logprobs
+from model import PRESETS, Cache, FalconH1, FalconH1Config, decoder, draw, generate, prefill
+from ssm_scan import causal_conv1d, chunk_of, ssd_scan, ssd_step
+from tests.peers import peers
+from train_sft import make_optimizer, shares, target_logprobs
+
+CHUNK = 256  # tokens of a chunk of the scan on a GPU
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. The scan against its definition
 
 
-def random_inputs(b, t, h, p, g, n, *, states=None, dtype=torch.float32, seed=0):
+def random_inputs(b, t, h, p, g, n, *, states=None, dtype=torch.float32, seed=0, device="cpu"):
     """Tensors of a plausible layer, for tests and benchmarks: dt around 0.1 after softplus, A between -1 and -16."""
-    r = torch.Generator().manual_seed(seed)
+    r = torch.Generator(device).manual_seed(seed)
     def normal(*shape):
-        return torch.randn(*shape, generator=r)
-    inputs = dict(x=normal(b, t, h, p), dt=normal(b, t, h) - 2, A=-1 - 15 * torch.rand(h, generator=r),
-                  B=normal(b, t, g, n) * n**-0.5, C=normal(b, t, g, n), D=normal(h), dt_bias=normal(h) * 0.3)
+        return torch.randn(*shape, generator=r, device=device)
+    inputs = dict(x=normal(b, t, h, p), dt=normal(b, t, h) - 2,
+                  A=-1 - 15 * torch.rand(h, generator=r, device=device), B=normal(b, t, g, n) * n**-0.5,
+                  C=normal(b, t, g, n), D=normal(h), dt_bias=normal(h) * 0.3)
     if states is not None:
         inputs["initial_states"] = normal(states, h, p, n)
     return {name: v.to(dtype).requires_grad_() for name, v in inputs.items()}
 
 
-def relative_errors(inputs, *, cu_seqlens=None, chunk_size=256, backend="torch"):
-    """|ours - oracle| / |oracle| of y, the final states and every gradient; the oracle is the float64 recurrence."""
-    def run(backend, inputs):
-        leaves = {name: v.detach().requires_grad_() for name, v in inputs.items()}
-        y, S = ssd_scan(**leaves, dt_softplus=True, cu_seqlens=cu_seqlens, chunk_size=chunk_size, backend=backend)
-        r = torch.Generator().manual_seed(1)  # the same cotangents for both
-        dy, dS = (torch.randn(v.shape, generator=r).to(v) for v in (y, S))
-        torch.autograd.backward([y, S], [dy, dS])
-        return {"y": y.detach(), "S": S.detach(), **{"d" + name: v.grad for name, v in leaves.items()}}
-    ours, oracle = run(backend, inputs), run("recurrent", {name: v.double() for name, v in inputs.items()})
-    return {name: float((ours[name] - v).norm() / v.norm().clamp(min=1e-30)) for name, v in oracle.items()}
+def cotangents(*outputs):
+    """Random gradients of the outputs, the same ones for every backend."""
+    r = torch.Generator(outputs[0].device).manual_seed(1)
+    return [torch.randn(v.shape, generator=r, device=v.device).to(v) for v in outputs]
+
+
+def scan_results(inputs, backend=None, *, cu_seqlens=None, chunk_size=CHUNK):
+    """{"y": ..., "S": final states, "dx": ..., ...}: the scan's outputs and gradients."""
+    leaves = {name: v.detach().requires_grad_() for name, v in inputs.items()}
+    y, S = ssd_scan(**leaves, dt_softplus=True, cu_seqlens=cu_seqlens, chunk_size=chunk_size, backend=backend)
+    torch.autograd.backward([y, S], cotangents(y, S))
+    return {"y": y.detach(), "S": S.detach(), **{"d" + name: v.grad for name, v in leaves.items()}}
+
+
+def relative_errors(inputs, *, backend="torch", oracle="recurrent", **options):
+    """|ours - oracle| / |oracle| of y, the final states and every gradient; the oracle runs in float64."""
+    ours = scan_results(inputs, backend, **options)
+    exact = scan_results({name: v.double() for name, v in inputs.items()}, oracle, **options)
+    return {name: float((ours[name] - v).norm() / v.norm().clamp(min=1e-30)) for name, v in exact.items()}
 
 
 def scan_parity():
@@ -65,25 +78,54 @@ def scan_parity():
 # 2. Measuring
 
 
-def medians(runs, device, rounds=5, calls=1):
-    """Milliseconds of each function of `runs`, which have run before: medians over rounds in which they take turns, so that what else
-    the machine does hits all alike. Each time is the mean of so many calls in a row, so that a GPU need not wait for the host."""
+def medians(runs, device, rounds=5):
+    """Milliseconds of each function of `runs`, which have run before: medians over rounds in which they take
+    turns, so that whatever else the machine does hits all alike. On a GPU each call stands between two events
+    on the device, and the host waits for none: launches cost time only where the device is out of work."""
     times = [[] for _ in runs]
     for _, (run, taken) in itertools.product(range(rounds), list(zip(runs, times))):
-        start = time.perf_counter()
-        for _ in range(calls):
-            run()
         if device == "cuda":
-            torch.cuda.synchronize()
-        taken.append((time.perf_counter() - start) / calls * 1e3)
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            run()
+            end.record()
+            taken.append((begin, end))
+        else:
+            start = time.perf_counter()
+            run()
+            taken.append((time.perf_counter() - start) * 1e3)
+    if device == "cuda":
+        torch.cuda.synchronize()
+        times = [[begin.elapsed_time(end) for begin, end in taken] for taken in times]
     return [sorted(taken)[rounds // 2] for taken in times]
 
 
 def milliseconds(run, device):
-    """Median of five, after one that compiles."""
-    calls = 10 if device == "cuda" else 1
-    medians([run], device, 1, calls)
-    return medians([run], device, 5, calls)[0]
+    """Median of 15 calls on a GPU and of 5 on a CPU, after one that compiles."""
+    medians([run], device, 1)
+    return medians([run], device, 15 if device == "cuda" else 5)[0]
+
+
+def kernel_times(run):
+    """{kernel: (milliseconds, calls)} of a second call of run, the longest first; {} without a GPU."""
+    run()
+    if not torch.cuda.is_available():
+        return {}
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        run()
+        torch.cuda.synchronize()
+    events = profiler.key_averages()
+    times = {e.key: (e.self_device_time_total / 1e3, e.count) for e in events}  # of microseconds
+    return dict(sorted(((k, v) for k, v in times.items() if v[0] > 0), key=lambda row: -row[1][0]))
+
+
+def passes(function, leaves):
+    """{pass: run} of function(*leaves) -> y, the forward and the backward pass each by itself."""
+    y = function(*leaves)
+    dy = torch.randn_like(y)
+    return {"forward": torch.no_grad()(lambda: function(*leaves)),
+            "backward": lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True)}
 
 
 def peak_bytes(run, device):
@@ -114,35 +156,17 @@ def floors(device):
 # 3. The speed of the scan
 
 
-def peers():
-    """mamba_ssm's and fla's scans under our arguments, where they can be imported. x, dt, B, C are (1, t, ...)."""
-    found = {}
-    try:
-        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
-
-        def mamba(x, dt, A, B, C, cu):
-            seq = torch.repeat_interleave(torch.arange(len(cu) - 1), torch.tensor(cu).diff())[None].int().to(x.device)
-            return mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size=256, seq_idx=seq if len(cu) > 2 else None)
-
-        found["mamba_ssm"] = mamba
-    except ImportError:
-        pass
-    try:
-        from fla.ops.simple_gla import chunk_simple_gla
-
-        def fla(x, dt, A, B, C, cu):
-            q, k = (v.repeat_interleave(x.shape[2] // v.shape[2], 2) for v in (C, B))
-            written, ends = (x * dt[..., None]).to(x.dtype), torch.tensor(cu, device=x.device)
-            return chunk_simple_gla(q, k, written, g=dt * A, scale=1.0, cu_seqlens=ends)[0]
-
-        found["fla"] = fla
-    except ImportError:
-        pass
-    return found
+def ours(backend=None, chunk=CHUNK):
+    def scan(x, dt, A, B, C, cu):
+        return ssd_scan(x, dt, A, B, C, cu_seqlens=cu, backend=backend, chunk_size=chunk)[0]
+    return scan
 
 
-def ours(backend):
-    return lambda x, dt, A, B, C, cu: ssd_scan(x, dt, A, B, C, cu_seqlens=cu, backend=backend)[0]
+def scan_inputs(t, h, p, n, dtype, device):
+    """Leaves x, dt after softplus, A, B, C of one row with one group; dt and A stay in float32."""
+    inputs = {k: v.detach() for k, v in random_inputs(1, t, h, p, 1, n, device=device).items()}
+    x, B, C = (inputs[k].to(dtype) for k in "xBC")
+    return [v.requires_grad_() for v in (x, F.softplus(inputs["dt"]), inputs["A"], B, C)]
 
 
 def scan_speed():
@@ -158,32 +182,13 @@ def scan_speed():
     print(f"copy {bandwidth / 1e9:.0f} GB/s, matrix product {rate / 1e12:.2f} TFLOP/s; ms, GB/s, TFLOP/s, share of the floor")
     for (shape, (h, p, n)), t, packed in itertools.product(shapes.items(), tokens, (False, True)):
         cu = (*range(0, t, 1000), t) if packed else (0, t)
-        inputs = {k: v.detach().to(device) for k, v in random_inputs(1, t, h, p, 1, n).items()}
-        leaves = [F.softplus(inputs["dt"]), inputs["A"], *(inputs[k].to(dtype) for k in "xBC")]
-        dt, A, x, B, C = (v.requires_grad_() for v in leaves)
-        # What must be moved, and the operations of the chunked algorithm; the backward pass has two products for each of the forward's.
-        moved = (t * (2 * h * p + 2 * n) * width + 4 * t * h, t * (3 * h * p + 4 * n) * width + 8 * t * h)
-        operations = (t * scan_flops(h, p, 1, n), 2 * t * scan_flops(h, p, 1, n))
+        inputs, work = scan_inputs(t, h, p, n, dtype, device), scan_work(t, h, p, n, width)
         for name, function in functions.items():
-            def both():
-                y = function(x, dt, A, B, C, cu)
-                torch.autograd.grad(y, (x, dt, A, B, C), y)
-            with torch.no_grad():
-                forward = milliseconds(lambda: function(x, dt, A, B, C, cu), device)
-            for part, ms, size, work in zip(("forward", "backward"), (forward, milliseconds(both, device) - forward), moved, operations):
-                floor = max(size / bandwidth, work / rate) * 1e3
+            for part, run in passes(lambda *leaves: function(*leaves, cu), inputs).items():
+                ms, (size, flops) = milliseconds(run, device), work[part]
+                share = 100 * max(size / bandwidth, flops / rate) / (ms / 1e3)
                 print(f"  {shape:5s} {t:7,d} tokens {'packed' if packed else '':6s} {name:10s} {part:8s} {ms:9.3f} ms "
-                      f"{size / ms / 1e6:7.1f} GB/s {work / ms / 1e9:7.2f} TFLOP/s {100 * floor / ms:4.0f} %")
-    for (shape, (h, p, n)), b in itertools.product(shapes.items(), (1, 64, 256)):
-        inputs = {k: v.detach().to(device) for k, v in random_inputs(b, 1, h, p, 1, n, states=b).items()}
-        state, A, one = inputs["initial_states"], inputs["A"], {k: inputs[k][:, 0].to(dtype) for k in ("x", "B", "C")}
-        dt = F.softplus(inputs["dt"][:, 0])
-        with torch.no_grad():
-            ms = milliseconds(lambda: ssd_step(state, one["x"], dt, A, one["B"], one["C"]), device)
-        floor = 8 * state.numel() / bandwidth * 1e3  # float32, read once and written once
-        print(f"  {shape:5s} decode step, batch {b:3d}   {ms:9.3f} ms {8 * state.numel() / ms / 1e6:7.1f} GB/s {100 * floor / ms:4.0f} %")
-    if device == "cpu":
-        print("the rows of the triton backend, of the shapes 0.5B and 7B at 4k, 32k and 128k tokens, and of the peers need a GPU")
+                      f"{size / ms / 1e6:7.1f} GB/s {flops / ms / 1e9:7.2f} TFLOP/s {share:4.0f} %")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -202,11 +207,35 @@ def parameters(c):
     return parts
 
 
-def scan_flops(h, p, g, n, chunk=256):
+def scan_flops(h, p, g, n, chunk=CHUNK):
     """Operations of the chunked scan for one token, its four steps as in ssm_scan.py, with l = chunk and half of the triangle counted:
 
         C B^T   g l n        W (dt x)   h l p        chunk's state   2 h p n        entering state   2 h p n"""
     return h * (chunk * p + 4 * p * n) + g * chunk * n
+
+
+def scan_work(t, h, p, n, width):
+    """{pass: (bytes, operations)} of t tokens, one group. Forward: x, B, C, dt, y are moved. Backward: dy, x,
+    B, C, dt and the gradients of the last four; two products for each of the forward's."""
+    flops = t * scan_flops(h, p, 1, n)
+    return {"forward": (t * (2 * h * p + 2 * n) * width + 4 * t * h, flops),
+            "backward": (t * (3 * h * p + 4 * n) * width + 8 * t * h, 2 * flops)}
+
+
+def kernel_bytes(t, h, p, n, l, g=1):
+    """{pass: {kernel: bytes}} in 16 bits, each operand moved once: t tokens in chunks of l, one row.
+
+        x  2 t h p    x, y, or a gradient of them    s   2 (t / l) h p n   the states that enter the chunks
+        bc 2 t n g    B, C, or a gradient of them    cb  2 t l g           C B^T: of its 128 x 128 tiles,
+                                                                           those on and below the diagonal"""
+    tiles = max(1, l // 128)
+    x, s, bc = 2 * t * h * p, 2 * t * h * p * n // l, 2 * t * n * g
+    cb = 2 * t * l * g * (tiles + 1) // (2 * tiles)
+    scan = 2 * x + s + bc + cb
+    forward = {"_cb_kernel": 2 * bc + cb, "_states_kernel": x + bc + s, "_scan_kernel": scan}
+    backward = {"_states_kernel": x + bc + 2 * s, "_scan_kernel": scan, "_dcb_kernel": 2 * (x + cb),
+                "_dbc_kernel": 2 * (x + s + cb + 3 * bc)}  # runs for C and for B
+    return {"forward": forward, "backward": backward}
 
 
 def flops_per_token(c, context):
@@ -221,7 +250,7 @@ def flops_per_token(c, context):
     the convolution are left out (0.1 % at 7B), as are what activation checkpointing and the head's loss compute a second time."""
     d, hd, I = c.hidden_size, c.head_dim, c.mamba_d_ssm
     block = d * hd * (2 * c.num_attention_heads + 2 * c.num_key_value_heads) + d * sum(c.mamba_widths) + I * d + 3 * d * c.intermediate_size
-    scan = scan_flops(c.mamba_n_heads, c.mamba_d_head, c.mamba_n_groups, c.mamba_d_state, min(256, context))
+    scan = scan_flops(c.mamba_n_heads, c.mamba_d_head, c.mamba_n_groups, c.mamba_d_state, min(CHUNK, context))
     layers = c.num_hidden_layers
     return {"blocks": 2 * layers * block, "head": 2 * d * c.vocab_size,
             "attention": layers * 2 * c.num_attention_heads * hd * context, "scan": layers * scan}
@@ -245,7 +274,7 @@ def decoding_floor(c, batch, context, dtype, bandwidth, rate):
 
 def block_bytes(c, device="cuda"):
     """Bytes that one block keeps of a token for its gradient, counted from what autograd saves: w bytes a number, 2 on a GPU (bfloat16,
-    Triton kernels), 4 on a CPU (float32, the chunked scan with chunks of l tokens); letters as in model.py.
+    Triton kernels), 4 on a CPU (float32, the chunked scan); l tokens are a chunk; letters as in model.py.
 
         norms           2 (4 + w) d             their inputs in float32, and those normalised
         projections     w d (2 or 3)            inputs of q k v, of in_proj (the same tensor if both multipliers are 1), of the MLP
@@ -253,7 +282,7 @@ def block_bytes(c, device="cuda"):
         mamba           w (3 I + 4 g n + h)     z, x, B, C, dt; x, B, C after the convolution
         gated norm      22 I or 20 I            y and z in bfloat16 and float32, gate, product, normalised; without norm 6 I or 12 I
         MLP             4 w ff                  gate, silu(gate), up, their product
-        scan, GPU       2 (I n / 256 + 256 g)   the state that enters a chunk, C B^T
+        scan, GPU       2 (I n / l + l g)       the state that enters a chunk, C B^T; l = CHUNK
         scan, CPU       4 (5 I + 2 h l + I n / l + g l + 2 g n + 7 h)     also x, dt x, what is written and read; decays, with and without C B^T
         taps, CPU       4 (2 I + 4 g n)         the convolution's inputs with their history, its output before SiLU"""
     d, I, h, ff = c.hidden_size, c.mamba_d_ssm, c.mamba_n_heads, c.intermediate_size
@@ -261,7 +290,7 @@ def block_bytes(c, device="cuda"):
     size = 2 * (4 + w) * d + w * d * (2 + (c.attention_in_multiplier != 1 or c.ssm_in_multiplier != 1)) + 4 * w * ff
     size += w * (c.head_dim * (3 * c.num_attention_heads + 2 * c.num_key_value_heads) + 3 * I + 4 * g * n + h)
     if device == "cuda":
-        return size + (22 if c.mamba_rms_norm else 6) * I + 2 * (I * n // 256 + 256 * g)
+        return size + (22 if c.mamba_rms_norm else 6) * I + 2 * (I * n // CHUNK + CHUNK * g)
     return size + (20 if c.mamba_rms_norm else 12) * I + 4 * (5 * I + 2 * h * l + I * n // l + g * l + 2 * g * n + 7 * h + 2 * I + 4 * g * n)
 
 
@@ -501,9 +530,25 @@ def small_model(c=SMALL, batch=8, length=512, decoding=((1, 128), (16, 64), (256
                 lambda *limits: new * decoding_floor(c, slots, (new + 1) // 2, torch.float32, *limits), runs[:there], "cpu", rounds)
 
 
+def decoding_step(model, batch, context):
+    """run() -> logits of a step of `batch` sequences with `context` tokens each, whose cache holds noise."""
+    p = next(model.parameters())
+    cache = Cache(model.config, batch, context + 1, dtype=p.dtype, device=p.device)
+    for part in (cache.k, cache.v, cache.conv, cache.ssm):
+        part.normal_()
+    tokens, step = torch.randint(model.config.vocab_size, (batch,), device=p.device), decoder(model, cache)
+
+    @torch.no_grad()
+    def run():
+        cache.used = context  # again the same step
+        cache.lengths.fill_(context)
+        return step(tokens)
+    return run
+
+
 def large_model(c, device, dtype=torch.bfloat16, length=32768, batches=(1, 4, 16, 64, 256), contexts=(512, 16384), rounds=5):
-    """The same for a model with random weights of dtype on one GPU. Nothing is prefilled for decoding: the cache holds noise. A batch
-    that does not fit is skipped. Training is forward and backward of one row with activation checkpointing of blocks."""
+    """The same for a model with random weights of dtype on one GPU. A batch that does not fit is skipped.
+    Training is forward and backward of one row with activation checkpointing of blocks."""
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)
     with torch.device(device):
@@ -514,28 +559,15 @@ def large_model(c, device, dtype=torch.bfloat16, length=32768, batches=(1, 4, 16
     print(f"{torch.cuda.get_device_name() if device == 'cuda' else 'cpu'}, torch {torch.__version__}, {dtype}, {sum(parameters(c).values()):,} "
           f"parameters: copy {bandwidth / 1e9:.0f} GB/s, matrix product {rate / 1e12:.2f} TFLOP/s")
 
-    def attempt(name, tokens, floor, prepare, calls=1, note=""):
+    def attempt(name, tokens, floor, prepare, note=""):
         try:
             run = prepare()
             peak = peak_bytes(run, device)
-            print_row(name, tokens, floor, medians([run], device, rounds, calls), [peak], note)
+            print_row(name, tokens, floor, medians([run], device, rounds), [peak], note)
         except torch.OutOfMemoryError as e:
             print_row(name, tokens, floor, note=f"does not fit: {str(e).splitlines()[0]}")
         if device == "cuda":
             torch.cuda.empty_cache()
-
-    def decode(batch, context):
-        cache = Cache(c, batch, context + 1, dtype=dtype, device=device)
-        for part in (cache.k, cache.v, cache.conv, cache.ssm):
-            part.normal_()
-        tokens, step = torch.randint(c.vocab_size, (batch,), device=device), decoder(model, cache)
-
-        @torch.no_grad()
-        def run():
-            cache.used = context  # again the same step
-            cache.lengths.fill_(context)
-            step(tokens)
-        return run
 
     def train():
         model.model.recompute = True
@@ -547,21 +579,74 @@ def large_model(c, device, dtype=torch.bfloat16, length=32768, batches=(1, 4, 16
 
     for context, batch in itertools.product(contexts, batches):
         floor = decoding_floor(c, batch, context, dtype, bandwidth, rate)
-        attempt(f"decoding, batch {batch}, context {context:,d}", batch, floor, lambda: decode(batch, context), calls=10)
+        name = f"decoding, batch {batch}, context {context:,d}"
+        attempt(name, batch, floor, lambda: decoding_step(model, batch, context))
     attempt(f"prefill 1 x {length:,d}", length, length * flops["blocks"] / rate, lambda: lambda: prefill(model, ids.tolist()))
     attempt(f"training 1 x {length:,d}", length, 3 * length * (flops["blocks"] + flops["head"]) / rate, train,
             note=f"with attention and scan the share is {sum(flops.values()) / (flops['blocks'] + flops['head']):.2f} times that")
 
 
+def parts(c, dtype, device, tokens, batches=(1, 16, 256)):
+    """(name, run, bytes it must move) of what a model does beside matrix products, attention and the scan."""
+    d = sum(c.mamba_widths[1:4])
+    shapes = ((1, tokens, d), (d, c.mamba_d_conv), (d,))
+    leaves = [torch.randn(*shape, dtype=dtype, device=device, requires_grad=True) for shape in shapes]
+    runs = passes(lambda *leaves: causal_conv1d(*leaves, activation="silu")[0], leaves)
+    yield "convolution, forward", runs["forward"], 2 * leaves[0].nbytes  # x, y
+    yield "convolution, backward", runs["backward"], 3 * leaves[0].nbytes  # x, dy, dx
+    for batch, top_p in itertools.product(batches, (1.0, 0.95)):
+        logits = torch.randn(batch, c.vocab_size, dtype=dtype, device=device)
+        u = torch.rand(batch, dtype=torch.float64, device=device)
+        yield f"draw, batch {batch}, top-p {top_p}", lambda: draw(logits, u, 0.85, top_p), logits.nbytes
+    del leaves, runs
+    for batch in batches:
+        sizes = (c.mamba_n_heads, c.mamba_d_head, c.mamba_n_groups, c.mamba_d_state)
+        inputs = random_inputs(batch, 1, *sizes, states=batch, device=device)
+        state, dt, A = (inputs[k].detach() for k in ("initial_states", "dt", "A"))
+        x, B, C = (inputs[k][:, 0].detach().to(dtype) for k in "xBC")
+        step = partial(ssd_step, state, x, F.softplus(dt[:, 0]), A, B, C)
+        yield f"step of the scan, batch {batch}", torch.no_grad()(step), 2 * state.nbytes  # read and written
+    # AdamW over as many blocks as fit, 16 bytes a parameter with gradient and moments; a fifth stays free.
+    one, two = (sum(parameters(replace(c, num_hidden_layers=layers)).values()) for layers in (1, 2))
+    room = 0.8 * torch.cuda.mem_get_info()[0] / 16 if device == "cuda" else one
+    layers = min(c.num_hidden_layers, max(1, 1 + int((room - one) // (two - one))))
+    with torch.device(device):
+        model = FalconH1(replace(c, num_hidden_layers=layers))
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    count = one + (layers - 1) * (two - one)
+    step = make_optimizer(model, 1e-5, 0.01).step
+    yield f"AdamW, {count:,} parameters", step, 28 * count  # 16 bytes read; all but the gradient written
+
+
+def parts_speed(c, device, dtype=torch.bfloat16, tokens=32768, batches=(1, 16, 256)):
+    """Times of the scan's kernels and of `parts`, next to the bytes that each must move."""
+    def row(name, ms, size):
+        share = f"{size / ms / 1e6:8.1f} GB/s {1e5 * size / bandwidth / ms:4.0f} %" if size else ""
+        print(f"  {name:60s} {ms:9.3f} ms {share}".rstrip(), flush=True)
+
+    bandwidth, (h, p, n) = floors(device)[0], (c.mamba_n_heads, c.mamba_d_head, c.mamba_d_state)
+    print(f"parts, on a row of {tokens:,d} tokens, and their share of a copy's {bandwidth / 1e9:.0f} GB/s")
+    inputs = scan_inputs(tokens, h, p, n, dtype, device)
+    for part, run in passes(lambda *leaves: ours()(*leaves, (0, tokens)), inputs).items():
+        for kernel, (ms, calls) in kernel_times(run).items():
+            size = kernel_bytes(tokens, h, p, n, CHUNK)[part].get(kernel)
+            row(f"scan, {part}, {kernel[:32]} x {calls}", ms, size)
+    for name, run, size in parts(c, dtype, device, tokens, batches):
+        row(name, milliseconds(run, device), size)
+
+
 def model_speed():
-    """`python model.py --bench`. Floors: 6 (training) and 2 (prefill, decoding) operations for each weight and token at the measured rate of
-    matrix products; for decoding also the bytes of decoding_floor. A model that fits the CPU's caches can read faster than memory."""
-    small_model()
+    """`python model.py --bench`: the 7B shape where there is a GPU, else a small model. Floors: 6 (training)
+    or 2 operations per weight and token at the measured rate of matrix products; for decoding also the bytes
+    of decoding_floor. A model that fits the CPU's caches can read faster than memory."""
     if torch.cuda.is_available():
         large_model(PRESETS["7b"], "cuda")
+        torch.cuda.empty_cache()
+        parts_speed(PRESETS["7b"], "cuda")
     else:
-        for name in ("decoding at batch 1, 4, 16, 64, 256 with 512 and 16,384 tokens", "prefill 1 x 32,768", "training 1 x 32,768"):
-            print(f"  7b in bfloat16, {name}: needs a GPU")
+        small_model()
+        print("  7b in bfloat16, its decoding, prefill, training, kernels, draw and AdamW: needs a GPU")
 
 
 def main():

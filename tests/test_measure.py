@@ -1,10 +1,14 @@
 """What a configuration costs: the formulas against numbers worked by hand and against what torch counts; both commands."""
 
+import json
+import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +20,7 @@ import data
 import model
 import train_sft
 from model import PRESETS, Cache, Context, FalconH1, rope_table
-from tests import measure
+from tests import measure, peers
 from tests.measure import (block_bytes, cache_bytes, decoding_floor, describe, diagram, flops_per_token, large_model, medians, parameters,
                            peak_bytes, scan_flops, small_model, training_bytes)
 
@@ -34,6 +38,36 @@ def test_flops_by_hand():
     weights = sum(m.weight.numel() for m in FalconH1(SMALL).modules() if isinstance(m, torch.nn.Linear))
     flops = flops_per_token(SMALL, 10)
     assert flops["blocks"] + flops["head"] == 2 * weights
+
+
+def test_chunks_of_512(monkeypatch):
+    """What a longer chunk changes: a longer triangle, and half as many states for twice as wide a C B^T."""
+    with monkeypatch.context() as patch:
+        patch.setattr(measure, "CHUNK", 512)
+        flops, size = flops_per_token(SEVEN, 32768)["scan"], block_bytes(SEVEN)
+    assert flops == 44 * (24 * (512 * 128 + 4 * 128 * 256) + 512 * 256)
+    before = 3072 * 256 // measure.CHUNK + measure.CHUNK
+    assert size - block_bytes(SEVEN) == 2 * (3072 * 256 // 512 + 512 - before)
+
+
+def test_bytes_of_a_scan_by_hand():
+    # 4 tokens, 2 heads of 3, state 5: x is 24 numbers, B 20, dt 8 in float32
+    work, flops = measure.scan_work(4, 2, 3, 5, width=2), scan_flops(2, 3, 1, 5)
+    assert work["forward"] == (2 * (24 + 20 + 20 + 24) + 4 * 8, 4 * flops)  # x, B, C, y; dt
+    assert work["backward"] == (2 * (3 * 24 + 4 * 20) + 4 * (8 + 8), 2 * 4 * flops)
+
+
+def test_bytes_of_the_kernels_by_hand():
+    # 1,024 tokens in 2 chunks of 512, 3 heads of 4, state 5, two groups. In numbers of 2 bytes, x: 1024 * 12;
+    # states: 2 * 3 * 4 * 5; B: 1024 * 5 * 2; C B^T: 2 chunks, 2 groups, 10 of 16 tiles of 128 x 128
+    x, s, bc, cb = 24576, 240, 20480, 2 * 2 * 2 * 10 * 128 * 128
+    size = measure.kernel_bytes(1024, 3, 4, 5, 512, g=2)
+    assert size["forward"] == {"_cb_kernel": bc + bc + cb, "_states_kernel": x + bc + s,
+                               "_scan_kernel": x + x + bc + cb + s}
+    assert size["backward"] == {"_states_kernel": x + bc + s + s, "_scan_kernel": x + x + bc + cb + s,
+                                "_dcb_kernel": x + x + cb + cb, "_dbc_kernel": 2 * (x + 3 * bc + cb + s)}
+    short = measure.kernel_bytes(128, 1, 1, 1, 64)["forward"]["_cb_kernel"]
+    assert short == 2 * 256 + 2 * 2 * 64 * 64  # two chunks, each one tile and not cut
 
 
 @pytest.mark.parametrize("c", [SMALL, PRESETS["tiny"], replace(SMALL, tie_word_embeddings=True)])
@@ -122,7 +156,7 @@ def test_block_bytes(norm, monkeypatch):
     monkeypatch.setattr(model, "causal_conv1d", partial(model.causal_conv1d, backend="triton"))
     c = replace(SEVEN, vocab_size=64, hidden_size=96, intermediate_size=384, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
                 mamba_d_ssm=96, mamba_n_heads=3, mamba_d_head=32, mamba_d_state=32, num_hidden_layers=1, mamba_rms_norm=norm)
-    assert block_bytes(c) == pytest.approx(kept_bytes(c, 256) / 256, rel=0.05)
+    assert block_bytes(c) == pytest.approx(kept_bytes(c, measure.CHUNK) / measure.CHUNK, rel=0.05)
 
 
 def test_peak_bytes():
@@ -138,6 +172,67 @@ def test_functions_take_turns():
     order = []
     assert len(medians([lambda: order.append("a"), lambda: order.append("b")], "cpu", rounds=3)) == 2
     assert "".join(order) == "ababab"
+
+
+def test_a_gpu_is_timed_by_its_own_clock(monkeypatch):
+    """Device events around each call, in the order of the stream, and no wait before the last one."""
+    stream, clock = [], iter((0, 5, 10, 11, 20, 23))  # the three calls take 5, 1 and 3
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            stream.append("event")
+            self.at = next(clock)
+
+        def elapsed_time(self, end):
+            assert stream[-1] == "waited"
+            return end.at - self.at
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: stream.append("waited"))
+    assert medians([lambda: stream.append("call")], "cuda", rounds=3) == [3]
+    assert stream == 3 * ["event", "call", "event"] + ["waited"]
+
+
+def test_kernel_times(monkeypatch):
+    """Milliseconds from microseconds, the longest first, only the device's; of the second call."""
+    rows = (("a", 2000, 1), ("cudaLaunchKernel", 0, 9), ("b", 5000, 2))
+    events = [SimpleNamespace(key=key, self_device_time_total=time, count=count) for key, time, count in rows]
+    calls, profiler = [], SimpleNamespace(key_averages=lambda: events)
+    assert measure.kernel_times(lambda: calls.append(1)) == {} and len(calls) == 1
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.profiler, "profile", lambda activities: nullcontext(profiler))
+    assert [*measure.kernel_times(lambda: calls.append(1)).items()] == [("b", (5, 2)), ("a", (2, 1))]
+    assert len(calls) == 3
+
+
+def test_peers_that_cannot_be_imported(monkeypatch, capsys):
+    """Each is named with its reason, whatever it raises."""
+    def broken():
+        raise RuntimeError("no CUDA here\nand more")
+    monkeypatch.setattr(peers, "fla_scan", broken)
+    monkeypatch.setitem(sys.modules, "mamba_ssm", None)
+    assert peers.peers() == {}
+    rows = capsys.readouterr().out.splitlines()
+    assert rows[0].startswith("mamba_ssm cannot be imported: ModuleNotFoundError: ")
+    assert rows[1:] == ["fla cannot be imported: RuntimeError: no CUDA here"]
+
+
+def test_mamba_ssm_without_its_extension(monkeypatch, tmp_path):
+    (tmp_path / "mamba_ssm" / "ops" / "triton").mkdir(parents=True)
+    (tmp_path / "mamba_ssm" / "__init__.py").write_text("import selective_scan_cuda\n")
+    (tmp_path / "mamba_ssm" / "ops" / "triton" / "ssd_combined.py").write_text(
+        "def mamba_chunk_scan_combined(*args, seq_idx, **options):\n    return seq_idx\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [*(name for name in sys.modules if name.split(".")[0] == "mamba_ssm"), "selective_scan_cuda"]:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    scan = peers.peers()["mamba_ssm"]
+    assert scan(torch.ones(1, 5), *4 * [None], (0, 2, 3, 5)).tolist() == [[0, 0, 1, 2, 2]]
+    assert scan(torch.ones(1, 5), *4 * [None], (0, 5)) is None
+    for name in [name for name in sys.modules if name.split(".")[0] == "mamba_ssm"] + ["selective_scan_cuda"]:
+        del sys.modules[name]
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -205,3 +300,51 @@ def test_plan():
     assert "2 CPU processes" in (text := "\n".join(measure.plan("100m", PRESETS["100m"], 2, 1, 512, "cpu"))) and "H100" not in text
     c = PRESETS["7b"]  # 12 heads on 2 keys, 24 heads of 128 on one group of 256: two ranks send each other half of what they made
     assert measure.exchange_bytes(c, 10, 2) == 44 * 10 * (2 * 128 * (12 + 2) + 2 * 3072 + 2 * 2 * 256 + 24)
+
+
+def test_speed_of_the_parts(capsys, monkeypatch):
+    monkeypatch.setattr(measure, "floors", lambda device: (1e9, 1e11))
+    monkeypatch.setattr(measure, "milliseconds", lambda run, device: (run(), 2.0)[1])
+    monkeypatch.setattr(measure, "kernel_times", lambda run: {"_scan_kernel": (2.0, 3), "fill": (1.0, 1)})
+    c = PRESETS["tiny"]
+    measure.parts_speed(c, "cpu", torch.float32, tokens=256, batches=(2,))
+    rows = [row.split() for row in capsys.readouterr().out.splitlines()[1:]]
+    assert rows[0][:5] == ["scan,", "forward,", "_scan_kernel", "x", "3"] and rows[1][-1] == "ms"
+    share = dict((" ".join(row[:-6]).rstrip(","), row[-2:]) for row in rows if row[-1] == "%")
+    moved = 2 * 4 * 256 * sum(c.mamba_widths[1:4])  # x and y in float32, in 2 ms at 1 GB/s
+    assert float(share["convolution, forward"][0]) == round(100 * moved / 2e6)
+    assert float(share["draw, batch 2, top-p 0.95"][0]) == round(100 * 2 * 4 * c.vocab_size / 2e6)
+    state = 2 * 4 * c.mamba_d_ssm * c.mamba_d_state
+    assert float(share["step of the scan, batch 2"][0]) == round(100 * 2 * state / 2e6)
+    count = sum(parameters(replace(c, num_hidden_layers=1)).values())  # on a CPU
+    assert float(share[f"AdamW, {count:,} parameters"][0]) == round(100 * 28 * count / 2e6)
+
+
+def test_bench_leaves_the_cpu_alone_where_there_is_a_gpu(monkeypatch):
+    ran = []
+    for name in ("small_model", "large_model", "parts_speed"):
+        monkeypatch.setattr(measure, name, partial(lambda name, *args: ran.append(name), name))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    for gpu in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+        measure.model_speed()
+    assert ran == ["large_model", "parts_speed", "small_model"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="takes minutes there; gpu_day.sh runs it")
+def test_scripts_of_a_gpu_day(tmp_path):
+    """They still fit the code: one of them from end to end, the imports of the others, the shell's syntax."""
+    folder = Path(__file__).parent / "gpu"
+    environment = os.environ | {"OUT": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    options = dict(cwd=folder.parents[1], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, folder / "check.py"], **options)
+    results = [json.loads(row) for row in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert done.returncode == 0 and not [row for row in results if row["kind"] == "FAILED"], done.stderr
+    by_kind = {row["kind"]: row for row in results}
+    assert by_kind["long"]["y"] == "same bits"
+    assert by_kind["int32"]["same"] and by_kind["graphs"]["same_tokens"]
+    assert all(row["y"] < 0.01 for row in results if row["kind"].endswith(" error"))
+    script = "import decode, scan, train, warm"
+    imports = subprocess.run([sys.executable, "-c", script], **options | {"cwd": folder})
+    assert imports.returncode == 0, imports.stderr
+    assert subprocess.run(["bash", "-n", folder / "gpu_day.sh"], **options).returncode == 0

@@ -1,0 +1,166 @@
+"""Are the kernels right on the hardware? Errors against float64, equal bits, graphs against plain steps:
+python tests/gpu/check.py"""
+
+import threading
+
+from stages import DEV, DRY, error, put, stage
+
+import torch
+
+import model
+import ssm_scan
+from tests.measure import cotangents, random_inputs, relative_errors, scan_results
+from train_sft import target_logprobs
+
+SHAPE = dict(h=4, p=16, g=1, n=16) if DRY else dict(h=24, p=128, g=1, n=256)
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+PER_TOKEN = ("x", "dt", "B", "C")
+
+
+def layer_inputs(t, dtype, states=None, **shape):
+    inputs = random_inputs(1, t, **(SHAPE | shape), states=states, device=DEV)
+    return {name: v.detach().to(dtype if name in PER_TOKEN else FP32) for name, v in inputs.items()}
+
+
+def against_float64(name, t, dtype, cu=None, states=None, decay=1.0, **shape):
+    """Two calls must have the same bits; and their distance from the chunked scan in float64."""
+    inputs = layer_inputs(t, dtype, states, **shape)
+    inputs["A"] *= decay
+    first, second = (scan_results(inputs, cu_seqlens=cu) for _ in range(2))
+    again = all(torch.equal(first[k], second[k]) for k in first)
+    del first, second
+    errors = relative_errors(inputs, cu_seqlens=cu, backend=None, oracle="torch")
+    put("scan error", case=name, tokens=t, dtype=str(dtype)[6:], same_bits_twice=again, **errors)
+
+
+def scan_piece(inputs, cut, state):
+    """y and final states of the tokens `cut` of a layer's inputs, which begin with `state`."""
+    piece = {name: v[:, cut] if name in PER_TOKEN else v for name, v in inputs.items()}
+    return ssm_scan.ssd_scan(**piece | {"initial_states": state}, dt_softplus=True)
+
+
+def long_is_chained(t, pieces):
+    """A sequence in one call, and in `pieces` calls that hand on the state: are all results the same?"""
+    inputs = layer_inputs(t, BF16, 1)
+    whole = scan_results(inputs)
+    leaves, ys = {name: v.requires_grad_() for name, v in inputs.items()}, []
+    state = leaves["initial_states"]
+    for piece in range(pieces):
+        y, state = scan_piece(leaves, slice(piece * t // pieces, (piece + 1) * t // pieces), state)
+        ys.append(y)
+    y = torch.cat(ys, 1)
+    torch.autograd.backward([y, state], cotangents(y, state))
+    chained = {"y": y, "S": state, **{"d" + name: v.grad for name, v in leaves.items()}}
+    same = {k: "same bits" if torch.equal(v, chained[k]) else error(chained[k], v) for k, v in whole.items()}
+    put("long", tokens=t, pieces=pieces, **same)
+
+
+@torch.no_grad()
+def beyond_int32(t):
+    """More than 2^31 elements of x: the second half must equal a call that begins there."""
+    inputs, half = layer_inputs(t, BF16), t // 1024 * 512  # a multiple of every chunk size
+    y, S = scan_piece(inputs, slice(None), None)
+    _, middle = scan_piece(inputs, slice(half), None)
+    later, S_later = scan_piece(inputs, slice(half, None), middle)
+    same = torch.equal(y[:, half:], later) and torch.equal(S, S_later)
+    put("int32", tokens=t, elements=y.numel(), same=same, finite=bool(y.isfinite().all()))
+
+
+def convolution(t, d, cu, dtype):
+    torch.manual_seed(0)
+    shapes = ((1, t, d), (d, 4), (d,), (len(cu) - 1, d, 3), (1, t, d))
+    *inputs, dy = (torch.randn(*shape, device=DEV).to(dtype) for shape in shapes)
+
+    def results(dtype, backend):
+        x, weight, bias, states = (v.detach().to(dtype).requires_grad_() for v in inputs)
+        options = dict(initial_states=states, cu_seqlens=cu, activation="silu", backend=backend)
+        y, last = ssm_scan.causal_conv1d(x, weight, bias, **options)
+        y.backward(dy.to(dtype))
+        gradients = {"dx": x.grad, "dw": weight.grad, "db": bias.grad, "dstates": states.grad}
+        return {"y": y, "last": last, **gradients}
+    ours, exact = results(dtype, None), results(torch.float64, "torch")
+    errors = {name: error(ours[name], v) for name, v in exact.items()}
+    put("conv error", tokens=t, documents=len(cu) - 1, dtype=str(dtype)[6:], **errors)
+
+
+@torch.no_grad()
+def steps(t=64):
+    """One token after another against the scan."""
+    inputs = layer_inputs(t, BF16, 1)
+    y, S = ssm_scan.ssd_scan(**inputs, dt_softplus=True)
+    state = inputs.pop("initial_states").clone()
+    tokens = {name: inputs.pop(name) for name in PER_TOKEN}
+    out = []
+    for i in range(t):
+        one = {name: v[:, i] for name, v in tokens.items()}
+        out.append(ssm_scan.ssd_step(state, **one, **inputs, dt_softplus=True)[0])
+    put("step error", y=error(torch.stack(out, 1), y), S=error(state, S))
+
+
+def attention():
+    """Packed attention against one document at a time in float32."""
+    cu = (0, 5, 100, 103) if DRY else (0, 5, 1000, 1013, 3000, 8192)
+    shapes = [(1, cu[-1], heads, 128) for heads in (12, 2, 2)]  # q, k, v
+    leaves = [torch.randn(*shape, device=DEV, dtype=BF16, requires_grad=True) for shape in shapes]
+    y = model.attend(*leaves, cu)
+    y.backward(torch.ones_like(y))
+    exact = [v.detach().float().requires_grad_() for v in leaves]
+    o = torch.cat([model.attend(*(x[:, a:b] for x in exact), None) for a, b in zip(cu, cu[1:])], 1)
+    o.backward(torch.ones_like(o))
+    gradients = {"d" + name: error(a.grad, b.grad) for name, a, b in zip("qkv", leaves, exact)}
+    put("attention error", y=error(y, o), **gradients)
+
+
+def synchronise_until(done):
+    """As torch's checkpoint writer does in the background: a graph is recorded while another thread waits."""
+    while not done.wait(1e-4):
+        if not DRY:
+            torch.cuda.current_stream().synchronize()
+
+
+def graphs():
+    """Greedy tokens with CUDA graphs and with plain steps; log-probabilities against the trainer's."""
+    torch.manual_seed(0)
+    net = model.FalconH1(model.PRESETS["tiny" if DRY else "100m"]).to(DEV, FP32 if DRY else BF16)
+    prompts = [[1 + i] * (3 + 17 * i) for i in range(6)]
+    options = dict(max_new_tokens=12 if DRY else 200, temperature=0, slots=4)
+    done, decoder = threading.Event(), model.decoder
+    threading.Thread(target=synchronise_until, args=(done,)).start()
+    try:
+        graph = model.generate(net, prompts, **options)
+        model.decoder = lambda net, cache: lambda tokens: net(tokens[:, None], cache=cache)[:, 0]
+        plain = model.generate(net, prompts, **options)
+    finally:
+        model.decoder = decoder
+        done.set()
+    worst = 0.0
+    for trace, prompt in zip(graph, prompts):
+        ids = torch.tensor([prompt + trace.tokens], device=DEV)
+        trained = target_logprobs(net, ids[:, :-1], ids[:, 1:])[0][0, len(prompt) - 1 :]
+        worst = max(worst, float((trained - torch.tensor(trace.logprobs, device=DEV)).abs().max()))
+    same = [a.tokens for a in graph] == [b.tokens for b in plain]
+    put("graphs", same_tokens=same, worst_logprob_against_trainer=worst)
+
+
+def main():
+    t = 256 if DRY else 4096
+    cases = [("ragged", t - 37, BF16, {}),
+             ("packed with states", t, BF16, dict(cu=(0, 1, 100, 228, t), states=4)),
+             ("decay x 100", t, BF16, dict(decay=100.0)),
+             ("decay / 1000", t, BF16, dict(decay=1e-3)),
+             ("fp16", t, FP16, {}),
+             ("4 heads, float32", t // 4, FP32, dict(h=4)),
+             ("8 heads, long", 8 * t, BF16, dict(h=8))]
+    for name, tokens, dtype, options in cases[: -1 if DRY else None]:
+        stage(f"scan, {name}", against_float64, name, tokens, dtype, **options)
+    stage("long", long_is_chained, 1024 if DRY else 131072, 4)
+    stage("beyond int32", beyond_int32, 2048 if DRY else 720_000)
+    for dtype in (BF16, FP32):
+        cu, d = ((0, 2, 130, 300), 64) if DRY else ((0, 2, 130, 30000, 32768), 3584)
+        stage(f"convolution, {dtype}", convolution, cu[-1], d, cu, dtype)
+    for part in (steps, attention, graphs):
+        stage(part.__name__, part)
+
+
+if __name__ == "__main__":
+    main()

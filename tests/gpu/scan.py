@@ -1,0 +1,59 @@
+"""Times against bytes: the scan next to mamba_ssm's and fla's, each of its kernels, convolution, draw, AdamW.
+python tests/gpu/scan.py"""
+
+import itertools
+
+from stages import DEV, DRY, put, put_kernels, stage
+
+import torch
+
+from model import PRESETS
+from tests.measure import (CHUNK, floors, kernel_bytes, milliseconds, ours, parts, passes, scan_inputs,
+                           scan_work)
+from tests.peers import peers
+
+SHAPES = {"small": (4, 16, 16)} if DRY else {"7B": (24, 128, 256), "0.5B": (24, 64, 128)}
+TOKENS = (256,) if DRY else (32768, 4096, 131072)
+
+
+def scan(by, function, shape, t, packed, bandwidth, rate, chunk=CHUNK, detail=False):
+    h, p, n = SHAPES[shape]
+    inputs, cu = scan_inputs(t, h, p, n, torch.bfloat16, DEV), (*range(0, t, 1000 if packed else t), t)
+    for part, run in passes(lambda *leaves: function(*leaves, cu), inputs).items():
+        about = dict(by=by, shape=shape, tokens=t, packed=packed, part=part)
+        size, operations = scan_work(t, h, p, n, 2)[part]
+        took, floor = milliseconds(run, DEV), max(size / bandwidth, operations / rate) * 1e3
+        put("scan", ms=took, floor_ms=floor, share=floor / took, **about)
+        if detail:  # the peers' kernels have other names, and so no bytes here
+            put_kernels("kernel", run, bandwidth, kernel_bytes(t, h, p, n, chunk)[part], **about)
+
+
+def others(c, tokens, batches, bandwidth):
+    for name, run, size in parts(c, torch.bfloat16, DEV, tokens, batches):
+        took = milliseconds(run, DEV)
+        put("part", name=name, ms=took, share=size / bandwidth * 1e3 / took)
+
+
+def main():
+    bandwidth, rate = floors(DEV)
+    device = "cpu" if DRY else torch.cuda.get_device_name()
+    put("floors", device=device, copy_gb_s=bandwidth / 1e9, matrix_tflop_s=rate / 1e12)
+    limits = (bandwidth, rate)
+    for shape, t, packed in itertools.product(SHAPES, TOKENS, (False, True)):
+        detail = not packed and shape != "0.5B"
+        stage(f"ours, {shape}, {t}", scan, "ours", ours(), shape, t, packed, *limits, detail=detail)
+    sizes = (PRESETS["tiny"], 300, (2,)) if DRY else (PRESETS["7b"], 32768, (1, 16, 256))
+    stage("other parts", others, *sizes, bandwidth)
+    found = peers()
+    if DRY:  # a CPU launches none of them
+        return
+    for chunk in (256, 512):
+        name = f"ours, chunk {chunk}"
+        stage(name, scan, name, ours(chunk=chunk), "7B", TOKENS[0], False, *limits)
+    for (name, function), t, packed in itertools.product(found.items(), TOKENS, (False, True)):
+        detail = t == TOKENS[0] and not packed
+        stage(f"{name}, {t}", scan, name, function, "7B", t, packed, *limits, detail=detail)
+
+
+if __name__ == "__main__":
+    main()
