@@ -130,16 +130,16 @@ def _rotated(x, cos, sin, d, mask, HD: constexpr):
 
 
 @_jit
-def _attend_kernel(q, k, v, cos, sin, lengths, keys, values, part, lse, multiplier, scale, length, splits, span,
+def _attend_kernel(q, k, v, cos, sin, lengths, keys, values, part, lse, multiplier, scale, room, splits, span,
                    HKV: constexpr, ROWS: constexpr, HD: constexpr, BR: constexpr, BD: constexpr, BN: constexpr):
     """One split of the keys of one slot and key head, for its ROWS query heads. The split in which the new key falls starts from
     that one, and appends it: no program reads what another writes."""
     split, head, slot = _program(splits, HKV)
-    held = tl.minimum(tl.load(lengths + slot), length).to(tl.int32)  # tokens in the cache, without the new one
+    held = tl.minimum(tl.load(lengths + slot), room).to(tl.int32)  # tokens in the cache, without the new one
     if split * span > held:
         return
     r, d, n = tl.arange(0, BR), tl.arange(0, BD), tl.arange(0, BN)
-    in_d, in_q, first = d < HD, (r < ROWS)[:, None] & (d < HD)[None, :], (slot * HKV + head) * length
+    in_d, in_q, first = d < HD, (r < ROWS)[:, None] & (d < HD)[None, :], (slot * HKV + head) * room
     c = tl.load(cos + slot * HD + d, mask=in_d, other=0.0).to(tl.float32)
     s = tl.load(sin + slot * HD + d, mask=in_d, other=0.0).to(tl.float32)
     queries = q + (slot * HKV + head) * ROWS * HD + r[:, None] * HD  # query heads that share a key head lie together
@@ -147,9 +147,9 @@ def _attend_kernel(q, k, v, cos, sin, lengths, keys, values, part, lse, multipli
     new_k = (_rotated(k + (slot * HKV + head) * HD, c, s, d, in_d, HD) * multiplier).to(keys.dtype.element_ty)  # (BD,)
     new_v = tl.load(v + (slot * HKV + head) * HD + d, mask=in_d, other=0.0).to(values.dtype.element_ty)
     own = held // span == split
-    room = in_d & own & (held < length)  # a slot that is full keeps what it has: nobody reads its answer
-    tl.store(keys + (first + held) * HD + d, new_k, mask=room)
-    tl.store(values + (first + held) * HD + d, new_v, mask=room)
+    append = in_d & own & (held < room)  # a slot that is full keeps what it has: nobody reads its answer
+    tl.store(keys + (first + held) * HD + d, new_k, mask=append)
+    tl.store(values + (first + held) * HD + d, new_v, mask=append)
     score = tl.sum(Q.to(tl.float32) * new_k.to(tl.float32)[None, :], 1) * scale
     m, total = tl.where(own, score, float("-inf")), tl.where(own, 1.0, 0.0) + tl.zeros((BR,), tl.float32)
     acc = tl.where(own, new_v.to(tl.float32), 0.0)[None, :] + tl.zeros((BR, BD), tl.float32)
@@ -168,10 +168,10 @@ def _attend_kernel(q, k, v, cos, sin, lengths, keys, values, part, lse, multipli
 
 
 @_jit
-def _combine_kernel(part, lse, lengths, y, length, splits, span, HQ: constexpr, HD: constexpr, BS: constexpr, BD: constexpr):
+def _combine_kernel(part, lse, lengths, y, room, splits, span, HQ: constexpr, HD: constexpr, BS: constexpr, BD: constexpr):
     """The splits of one slot and query head that hold something."""
     _, head, slot = _program(1, HQ)
-    used = tl.minimum(tl.minimum(tl.load(lengths + slot), length).to(tl.int32) // span + 1, splits)
+    used = tl.minimum(tl.minimum(tl.load(lengths + slot), room).to(tl.int32) // span + 1, splits)
     i, d, row = tl.arange(0, BS), tl.arange(0, BD), (slot * HQ + head) * splits
     m, total, acc = tl.full((1,), float("-inf"), tl.float32), tl.zeros((1,), tl.float32), tl.zeros((BD,), tl.float32)
     for i0 in range(0, used, BS):
@@ -197,18 +197,18 @@ def attend_step(q, k, v, cos, sin, lengths, keys, values, *, key_multiplier=1.0)
     sin (slots, 1, 1, hd) of model.rope_table, lengths (slots,) int64 tokens held so far, keys and values (slots, hkv, length, hd)
     in the model's dtype, changed in place -> y (slots, 1, hq, hd). lengths stay as they are."""
     (slots, _, hq, hd), (hkv, length) = q.shape, keys.shape[1:3]
-    _expect(hd <= 256 and hq // hkv * hd <= 4096, "q", f"{hq // hkv} queries a key and a head_dim of {hd}",
-            "a head_dim of at most 256 and a product of at most 4096, what the registers of one program hold")
+    _expect(hd <= 256, "head_dim", hd, "at most 256, what the registers of one program hold")
+    _expect(hq // hkv <= 16, "query heads of a key head", hq // hkv, "at most 16, the rows of a tensor core's tile")
     _expect(keys.is_contiguous() and values.is_contiguous(), "cache", "keys or values with gaps", "contiguous ones")
     q, k, v, cos, sin = (x.contiguous() for x in (q, k, v, cos, sin))
     span, bd = span_of(length, slots * hkv), _power(hd)
     splits = triton.cdiv(length, span)
     part, y = torch.empty(slots, hq, splits, hd, device=q.device), torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(slots, hq, splits, device=q.device)
-    # A tile of 16 KB of keys and one of values: with the next two under way 64 KB, so that three programs share a multiprocessor.
+    # A tile has 16 KB of keys and 16 KB of values: five programs fit into an H100's multiprocessor, and all five load at once.
     bn = min(64, max(16, 16384 // (bd * q.element_size())))
     _launch(_attend_kernel, slots * hkv * splits, q, k, v, cos, sin, lengths, keys, values, part, lse, key_multiplier,
             hd**-0.5 * 1.4426950408889634, length, splits, span,  # 1 / ln 2
-            HKV=hkv, ROWS=hq // hkv, HD=hd, BR=_power(hq // hkv), BD=bd, BN=bn, num_warps=4, num_stages=2)
+            HKV=hkv, ROWS=hq // hkv, HD=hd, BR=16, BD=bd, BN=bn, num_warps=4, num_stages=2)
     _launch(_combine_kernel, slots * hq, part, lse, lengths, y, length, splits, span, HQ=hq, HD=hd, BS=32, BD=bd, num_warps=4)
     return y

@@ -22,13 +22,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+import decode
 import ssm_scan as s
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED = {80: 163, 90: 227, 120: 99}  # KB of shared memory that a block may take
 SIZES = dict(H=24, G=1, P=128, N=256, L=256)
-FLOAT32 = {"dt", "c", "D", "A", "initial", "final", "crossing", "ddt", "dD", "row", "col", "through", "state", "dweight", "dbias"}
-INT64 = {"start", "length", "first", "seq", "cu"}
+FLOAT32 = {"dt", "c", "D", "A", "initial", "final", "crossing", "ddt", "dD", "row", "col", "through", "state", "dweight", "dbias",
+           "part", "lse"}
+INT64 = {"start", "length", "first", "seq", "cu", "lengths"}
+SCALARS = dict.fromkeys(("eps", "low", "high", "multiplier", "scale"), "fp32") | dict.fromkeys(("room", "splits", "span"), "i32")
 
 
 def compiled(kernel, capability, constants, *, num_warps, num_stages=3):
@@ -36,11 +39,13 @@ def compiled(kernel, capability, constants, *, num_warps, num_stages=3):
     for name in kernel.arg_names:
         if name in constants:
             signature[name] = "constexpr"
+        elif name in SCALARS:
+            signature[name] = SCALARS[name]
         elif name.startswith("s_"):
             signature[name] = "i64" if name == "s_lo" else "i32"
         else:
             signature[name] = "*i64" if name in INT64 else "*fp32" if name in FLOAT32 else "*bf16"
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if signature[name] != "constexpr"}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if signature[name] not in ("constexpr", "fp32")}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(num_warps=num_warps, num_stages=num_stages))
 
@@ -74,7 +79,19 @@ def main(capability):
     gradients = dict.fromkeys(("dy", "dx", "dhistory", "dweight", "dbias"))
     jobs.append(("conv", s._conv_kernel, "", conv | gradients | {"BACKWARD": False}))
     jobs.append(("conv backward", s._conv_kernel, "", conv | {"y": None, "BACKWARD": True}))
-    jobs.append(("step", s._step_kernel, "HGPN", dict(BP=16, BN=256, num_warps=4)))
+    step = dict(BP=16, BN=256, num_warps=4)
+    jobs.append(("step", s._step_kernel, "HGPN", step | {"RAW": False, "dt_bias": None}))
+    jobs.append(("step of the mixer", s._step_kernel, "HGPN", step | {"RAW": True}))
+    jobs.append(("widest step", s._step_kernel, "HGP", step | {"RAW": True, "N": 512, "BN": 512}))
+    jobs.append(("conv step", decode._conv_step_kernel, "", dict(CHANNELS=3584, K=4, BD=128, num_warps=4)))
+    norm = dict(WIDTH=3072, BLOCK=4096, NORM=True, BEFORE=False, num_warps=16)
+    jobs.append(("norm", decode._norm_kernel, "G", norm | {"z": None, "s_z": 0}))
+    jobs.append(("gated norm", decode._norm_kernel, "G", norm))
+    jobs.append(("widest norm", decode._norm_kernel, "G", norm | {"WIDTH": 16384, "BLOCK": 16384}))
+    attend = dict(HKV=2, ROWS=6, HD=128, BR=16, BD=128, BN=64, num_warps=4, num_stages=2)
+    jobs.append(("attend", decode._attend_kernel, "", attend))
+    jobs.append(("widest attend", decode._attend_kernel, "", attend | dict(ROWS=16, HD=256, BD=256, BN=32)))
+    jobs.append(("combine", decode._combine_kernel, "", dict(HQ=12, HD=128, BS=32, BD=128, num_warps=4)))
     for name, kernel, sizes, constants in jobs:
         options = {k: v for k, v in constants.items() if k.startswith("num_")}
         constants = {k: v for k, v in constants.items() if k not in options} | {k: SIZES[k] for k in sizes}
