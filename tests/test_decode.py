@@ -198,20 +198,20 @@ def forward_pass(model, ids, steps=2):
 
 @torch.no_grad()
 @pytest.mark.parametrize("change", [
-    {}, {"mamba_rms_norm": False}, {"mamba_norm_before_gate": True}, {"mamba_n_groups": 1, "time_step_limit": (0.2, 1.5)},
-    {"num_key_value_heads": 4}, {"num_attention_heads": 6, "num_key_value_heads": 1, "head_dim": 128},
+    {"num_hidden_layers": 2}, {"mamba_rms_norm": False}, {"mamba_norm_before_gate": True},
+    {"mamba_n_groups": 1, "time_step_limit": (0.2, 1.5)}, {"num_key_value_heads": 4},
+    {"num_attention_heads": 6, "num_key_value_heads": 1, "head_dim": 128},
     {"mamba_conv_bias": False, "mamba_proj_bias": True, "projectors_bias": True, "attention_bias": True, "mlp_bias": True}])
 def test_steps_are_the_forward_pass(kernels, change):
-    model, ids = build(replace(SMALL, **change)).to(DEVICE), torch.randint(37, (4, 140), device=DEVICE)
+    model, ids = build(replace(SMALL, **{"num_hidden_layers": 1} | change)).to(DEVICE), torch.randint(37, (4, 140), device=DEVICE)
     y, expected = decoded(model, ids, LENGTHS, 140, 2), forward_pass(model, ids)
     assert ((y - expected).norm(dim=(1, 2)) / expected.norm(dim=(1, 2)) < 1e-5).all()
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("change", [{}, {"mamba_norm_before_gate": True, "mamba_n_groups": 1}])
-def test_steps_in_half_precision(kernels, change):
+def test_steps_in_half_precision(kernels):
     """Rounding to bf16 moves the forward pass itself by 1 to 2% of these logits: the steps may be no farther from float32 than it."""
-    model, ids = build(replace(SMALL, **change)).to(DEVICE, torch.bfloat16), torch.randint(37, (4, 140), device=DEVICE)
+    model, ids = build().to(DEVICE, torch.bfloat16), torch.randint(37, (4, 140), device=DEVICE)
     y, rounded, exact = decoded(model, ids, LENGTHS, 140, 2).float(), forward_pass(model, ids), forward_pass(model.float(), ids)
     assert (y - exact).norm() < 1.1 * (rounded - exact).norm() < 0.03 * exact.norm()
 
@@ -258,7 +258,8 @@ def launches(monkeypatch, layers, device, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
+    not torch.backends.cuda.is_built(), reason="a torch built without CUDA cannot say what it would do there"))])
 def test_launches_of_a_block(monkeypatch, device, dtype):
     if device == "cpu":
         monkeypatch.setattr(m, "kernels_serve", lambda x: not torch.is_grad_enabled())
@@ -266,7 +267,7 @@ def test_launches_of_a_block(monkeypatch, device, dtype):
         two, three = (launches(monkeypatch, layers, device, dtype) for layers in (2, 3))
     finally:
         torch.set_default_dtype(torch.float32)
-    assert three - two <= 28  # per block; with torch's own operations it would be 60
+    assert three - two <= 28  # per block; with torch's own operations 65, and 80 in bf16
 
 
 @pytest.mark.parametrize(("call", "message"), [
