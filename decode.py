@@ -14,7 +14,8 @@ the step size of the SSM. No kernel has a gradient, none uses atomics: a step gi
 and the bits of a slot do not depend on what other slots hold.
 
 Glossary: that of ssm_scan.py, which one also needs to copy this file; slots are the sequences that decode
-together; hq, hkv, hd are query heads, key heads and channels of a head; length is the room of the cache. """
+together; hq, hkv, hd are query heads, key heads and channels of a head; length is the room of the cache.
+"""
 
 import torch
 
@@ -131,7 +132,7 @@ def mamba_step(conv, state, xBC, dt, weight, bias, dt_bias, A_log, D, limit):
 # heads that share them, with a running maximum as in FlashAttention. A second kernel adds up the parts of a
 # head, each with its share of the softmax's sum:
 #
-#     s_j = q . k_j / sqrt(hd)     lse_i = log sum_j e^(s_j)     part_i = sum_j e^(s_j - lse_i) v_j   (j in split i)
+#     s_j = q . k_j / sqrt(hd)    lse_i = log sum_j e^(s_j)   part_i = sum_j e^(s_j - lse_i) v_j  j in split i
 #     y = sum_i e^(lse_i) part_i / sum_i e^(lse_i)
 #
 # in powers of 2, which the hardware has. There is a program for every split that the cache has room for;
@@ -172,7 +173,8 @@ def _attend_kernel(q, k, v, cos, sin, lengths, keys, values, part, lse, multipli
     tl.store(keys + (first + held) * HD + d, new_k, mask=append)
     tl.store(values + (first + held) * HD + d, new_v, mask=append)
 
-    # m the largest score so far, total = sum_j 2^(s_j - m), acc = sum_j 2^(s_j - m) v_j.
+    # m is the largest score so far, total = sum_j 2^(s_j - m), acc = sum_j 2^(s_j - m) v_j.
+    # K (BD, BN), V (BN, BD), S and P (BR, BN).
     score = tl.sum(Q.to(tl.float32) * new_k.to(tl.float32)[None, :], 1) * scale
     m = tl.where(newest, score, float("-inf"))
     total = tl.where(newest, 1.0, 0.0) + tl.zeros((BR,), tl.float32)
@@ -217,8 +219,8 @@ def span_of(length, heads):
     key head.
 
     A power of two that makes 512 to 1,024 programs, 4 to 8 for each of an H100's 132 multiprocessors; but at
-    least 128: with 6 queries a key, as in 7B, writing and reading the parts is then 9% of the keys' own
-    traffic. And at most 1024, where it is 1%: more would make all slots wait for a few long ones. One slot of
+    least 128: with 6 queries a key, as in 7B, writing and reading the parts is then 9% of what keys and
+    values take. And at most 1024, where it is 1%: more would make all slots wait for a few long ones. One of
     16k tokens and 2 key heads has 256 programs with 128 keys each, 256 such slots have 8,192 programs with
     1,024."""
     return 1 << max(7, min(10, (length * heads // 512).bit_length() - 1))

@@ -215,7 +215,7 @@ class Context:
 
     @property
     def fused(self):
-        """One token for each slot, and the kernels of decode.py take it: instead of `mix`, blocks call `step`."""
+        """One token for each slot, taken by the kernels of decode.py: blocks call `step` instead of `mix`."""
         return self.cache is not None and self.cache.fused
 
 
@@ -575,8 +575,10 @@ class Cache:
 
     k, v (layers, slots, hkv, length, hd) and conv (layers, slots, channels, d_conv - 1) in the model's dtype, ssm (layers,
     slots, h, p, n) always float32, lengths (slots,). `used`: no sequence is longer, which the host knows without asking the
-    GPU and stalling every step. Attention reads the first `window` positions: `used`, rounded up. A `fused` step, one token a slot in
-    decode.py's kernels, reads `lengths` instead; a slot that has no room left then appends nothing, and its answer is nonsense."""
+    GPU and stalling every step. Attention reads the first `window` positions: `used`, rounded up.
+
+    A `fused` step, one token a slot in decode.py's kernels, reads `lengths` on the device instead. It cannot raise:
+    a slot that has no room left appends nothing, and its answer is nonsense."""
 
     def __init__(self, config, slots, length, *, dtype=torch.float32, device=None):
         c, layers = config, config.num_hidden_layers
@@ -608,7 +610,7 @@ class Cache:
         """The next forward appends tokens at `positions` (slots, t)."""
         used, length = self.used + positions.shape[1], self.k.shape[3]
         self.fused = positions.shape[1] == 1 and kernels_serve(self.k)
-        if self.fused:  # may be recorded: `used` is kept up to date for a prefill that follows, no launch depends on it
+        if self.fused:  # no launch depends on `used`, but a prefill that follows does
             self.used = min(used, length)
             return
         check(used <= length, f"cache: {used} tokens do not fit a length of {length}")

@@ -1,4 +1,4 @@
-"""Compile every Triton kernel of ssm_scan.py for one GPU generation, without a GPU, at the shapes of the 7B model in bfloat16:
+"""Compile every Triton kernel for one GPU generation, without a GPU, at the shapes of the 7B model in bfloat16:
 
     python tests/compile_kernels.py 90
 
@@ -31,7 +31,8 @@ SIZES = dict(H=24, G=1, P=128, N=256, L=256)
 FLOAT32 = {"dt", "c", "D", "A", "initial", "final", "crossing", "ddt", "dD", "row", "col", "through", "state", "dweight", "dbias",
            "part", "lse"}
 INT64 = {"start", "length", "first", "seq", "cu", "lengths"}
-SCALARS = dict.fromkeys(("eps", "low", "high", "multiplier", "scale"), "fp32") | dict.fromkeys(("room", "splits", "span"), "i32")
+SCALARS = {"room": "i32", "splits": "i32", "span": "i32",
+           "eps": "fp32", "low": "fp32", "high": "fp32", "multiplier": "fp32", "scale": "fp32"}
 
 
 def compiled(kernel, capability, constants, *, num_warps, num_stages=3):
@@ -45,7 +46,8 @@ def compiled(kernel, capability, constants, *, num_warps, num_stages=3):
             signature[name] = "i64" if name == "s_lo" else "i32"
         else:
             signature[name] = "*i64" if name in INT64 else "*fp32" if name in FLOAT32 else "*bf16"
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if signature[name] not in ("constexpr", "fp32")}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names)
+               if signature[name] not in ("constexpr", "fp32")}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(num_warps=num_warps, num_stages=num_stages))
 
