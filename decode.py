@@ -220,9 +220,9 @@ def span_of(length, heads):
 
     A power of two that makes 512 to 1,024 programs, 4 to 8 for each of an H100's 132 multiprocessors; but at
     least 128: with 6 queries a key, as in 7B, writing and reading the parts is then 9% of what keys and
-    values take. And at most 1024, where it is 1%: more would make all slots wait for a few long ones. One of
-    16k tokens and 2 key heads has 256 programs with 128 keys each, 256 such slots have 8,192 programs with
-    1,024."""
+    values take. And at most 1024, where it is 1%: more would make all slots wait for a few long ones.
+    One slot of 16k tokens and 2 key heads has 256 programs with 128 keys each; 256 such slots have 8,192
+    programs with 1,024."""
     return 1 << max(7, min(10, (length * heads // 512).bit_length() - 1))
 
 
