@@ -21,7 +21,7 @@ Glossary (letters of the SSM stand in ssm_scan.py)
 
 Deviations from the published model: none in the function. The paper projects concatenated heads with one matrix; the published
 weights keep two projections and add their results, which is the same function and what stands here.
-To copy this file, also take ssm_scan.py; its command line needs tests/measure.py, train_sft.py and data.py.
+To copy this file, also take ssm_scan.py and decode.py; its command line needs tests/measure.py, train_sft.py and data.py.
 """
 
 import json
@@ -43,7 +43,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from ssm_scan import causal_conv1d, causal_conv1d_step, check_cu_seqlens, gather_rows, ssd_scan, ssd_step, to_device
+from decode import attend_step, kernels_serve, mamba_step, norm_step
+from ssm_scan import (causal_conv1d, causal_conv1d_step, check_cu_seqlens, gather_rows, ssd_scan, ssd_step,
+                      to_device)
 
 
 def check(ok, message):
@@ -213,6 +215,11 @@ class Context:
     cache: object = None  # a Cache
     cp: object = None  # a train_sft.ContextParallel: h holds this rank's share of a row's tokens
 
+    @property
+    def fused(self):
+        """One token for each slot, taken by the kernels of decode.py: blocks call `step` instead of `mix`."""
+        return self.cache is not None and self.cache.fused
+
 
 def scaled(x, multiplier):
     """A muP multiplier at work; presets that leave it at 1 pay nothing for it."""
@@ -233,6 +240,8 @@ class RMSNorm(nn.RMSNorm):
     """w * x / sqrt(mean(x^2) + eps), the mean in float32 and the cast before the weight, as in the published model."""
 
     def forward(self, x):
+        if x.shape[1] == 1 and kernels_serve(x):
+            return norm_step(x, self.weight, self.eps)
         return self.weight * F.rms_norm(x.float(), self.normalized_shape, eps=self.eps).to(x.dtype)
 
 
@@ -308,9 +317,13 @@ class Attention(nn.Module):
         c = self.config
         x = scaled(x, c.attention_in_multiplier)
         q = self.q_proj(x).unflatten(-1, (-1, c.head_dim))  # (b, t, hq, hd)
-        k = scaled(self.k_proj(x).unflatten(-1, (-1, c.head_dim)), c.key_multiplier)  # (b, t, hkv, hd)
+        k = self.k_proj(x).unflatten(-1, (-1, c.head_dim))  # (b, t, hkv, hd)
         v = self.v_proj(x).unflatten(-1, (-1, c.head_dim))
-        y = self.mix(rotate(q, *context.rope), rotate(k, *context.rope), v, context, layer)
+        if context.fused:
+            y = self.step(q, k, v, context, layer)
+        else:
+            k = rotate(scaled(k, c.key_multiplier), *context.rope)
+            y = self.mix(rotate(q, *context.rope), k, v, context, layer)
         return scaled(self.o_proj(y.flatten(2)), c.attention_out_multiplier)
 
     @torch.compiler.disable
@@ -321,6 +334,13 @@ class Attention(nn.Module):
             q, k, v = cp.to_heads(torch.cat([q, k, v], 2), cp.attention)
         y = attend(q, k, v, context.cu) if cache is None else cache.attend(layer, q, k, v)
         return y if cp is None else cp.to_tokens(y)
+
+    @torch.compiler.disable
+    def step(self, q, k, v, context, layer):
+        """The same for one token a slot, before RoPE, in decode.py's kernels."""
+        cache = context.cache
+        return attend_step(q, k, v, *context.rope, cache.lengths, cache.k[layer], cache.v[layer],
+                           key_multiplier=self.config.key_multiplier)
 
 
 def gated_norm(y, z, weight, groups, eps, norm_before_gate):
@@ -354,6 +374,8 @@ class Mamba(nn.Module):
         p = self.in_proj(scaled(u, c.ssm_in_multiplier))
         p = p if context.mup is None else p * context.mup
         z, xBC, dt = p.split([c.mamba_d_ssm, sum(c.mamba_widths[1:4]), c.mamba_n_heads], -1)
+        if context.fused:
+            return scaled(self.out_proj(self.step(z, xBC, dt, context.cache, layer)), c.ssm_out_multiplier)
         dt = F.softplus(dt + self.dt_bias).clamp(*c.time_step_limit)  # in the model's dtype, as published
         y = self.mix(xBC, dt, context, layer).flatten(2)  # (b, t, I)
         if c.mamba_rms_norm:
@@ -389,6 +411,16 @@ class Mamba(nn.Module):
                 cache.conv[layer].copy_(conv_state)
                 cache.ssm[layer].copy_(state)
         return y if cp is None else cp.to_tokens(y)
+
+    @torch.compiler.disable
+    def step(self, z, xBC, dt, cache, layer):
+        """One token a slot in decode.py's kernels, from the softplus to the gated norm: (b, 1, I)."""
+        c, conv = self.config, self.conv1d
+        y = mamba_step(cache.conv[layer], cache.ssm[layer], xBC[:, 0], dt[:, 0], conv.weight[:, 0], conv.bias,
+                       self.dt_bias, self.A_log, self.D, c.time_step_limit)
+        weight = self.norm.weight if c.mamba_rms_norm else None
+        return norm_step(y.flatten(1)[:, None], weight, c.rms_norm_eps, z=z, groups=c.mamba_n_groups,
+                         norm_before_gate=c.mamba_norm_before_gate)
 
 
 class MLP(nn.Module):
@@ -549,7 +581,10 @@ class Cache:
 
     k, v (layers, slots, hkv, length, hd) and conv (layers, slots, channels, d_conv - 1) in the model's dtype, ssm (layers,
     slots, h, p, n) always float32, lengths (slots,). `used`: no sequence is longer, which the host knows without asking the
-    GPU and stalling every step. Attention reads the first `window` positions: `used`, rounded up."""
+    GPU and stalling every step. Attention reads the first `window` positions: `used`, rounded up.
+
+    A `fused` step, one token a slot in decode.py's kernels, reads `lengths` on the device instead. It cannot raise:
+    a slot that has no room left appends nothing, and its answer is nonsense."""
 
     def __init__(self, config, slots, length, *, dtype=torch.float32, device=None):
         c, layers = config, config.num_hidden_layers
@@ -580,6 +615,10 @@ class Cache:
     def extend(self, positions):
         """The next forward appends tokens at `positions` (slots, t)."""
         used, length = self.used + positions.shape[1], self.k.shape[3]
+        self.fused = positions.shape[1] == 1 and kernels_serve(self.k)
+        if self.fused:  # no launch depends on `used`, but a prefill that follows does
+            self.used = min(used, length)
+            return
         check(used <= length, f"cache: {used} tokens do not fit a length of {length}")
         self.empty, self.used, self.window = self.used == 0, used, self.window_of(used)
         self.rows, self.positions = torch.arange(len(positions), device=positions.device)[:, None], positions
@@ -594,11 +633,9 @@ class Cache:
         k, v = self.k[layer][:, :, : self.window], self.v[layer][:, :, : self.window]
         if q.shape[1] == 1:  # the queries that share a key head stand in for the tokens: keys are read once, not copied
             q = q.reshape(len(q), k.shape[1], -1, q.shape[-1])  # (slots, hkv, hq / hkv, hd)
-            if q.is_cuda:
-                y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
-            else:  # for so few queries twice as fast as torch's kernel for CPUs
-                scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~self.mask, -torch.inf)
-                y = scores.softmax(-1, torch.float32).to(v.dtype) @ v
+            # For so few queries twice as fast as torch's kernel for CPUs.
+            scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~self.mask, -torch.inf)
+            y = scores.softmax(-1, torch.float32).to(v.dtype) @ v
             return y.reshape(len(q), 1, -1, q.shape[-1])
         if q.is_cuda:  # with a mask, only torch's slow kernel there lets queries share keys
             k, v = (x.repeat_interleave(q.shape[2] // x.shape[1], 1) for x in (k, v))

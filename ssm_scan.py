@@ -857,28 +857,51 @@ def _scan_triton(x, dt, B, C, A, D, S, cu, chunk_size, want_final=True):
 
 
 @_jit
-def _step_kernel(state, x, dt, A, B, C, D, y, s_state, s_x, s_dt, s_b, s_c,
-                 H: constexpr, G: constexpr, P: constexpr, N: constexpr, BP: constexpr, BN: constexpr):
-    """S <- exp(dt A) S + dt x B^T in place and y = S C + D x, BP rows of one state a program: read once, written once."""
-    tile, h, b = _program(tl.cdiv(P, BP), H)
+def _rounded(v, like):
+    """v in float32, with no more digits than what `like` points at has."""
+    return v.to(like.dtype.element_ty).to(tl.float32)
+
+
+@_jit
+def _step_kernel(state, x, dt, A, B, C, D, dt_bias, y, low, high, s_state, s_x, s_dt, s_b, s_c,
+                 H: constexpr, G: constexpr, P: constexpr, N: constexpr,
+                 BP: constexpr, BN: constexpr, RAW: constexpr):
+    """S <- exp(dt A) S + dt x B^T in place and y = S C + D x, BP rows of one state a program: read once, written once.
+
+    RAW: A holds log(-A), and the step size is softplus(dt + dt_bias), clamped to [low, high] and rounded to dt's dtype
+    where torch rounds: a sampler with other step sizes than its trainer would drift away from it."""
+    tile, h, b = _program((P + BP - 1) // BP, H)
     p, n = tile * BP + tl.arange(0, BP), tl.arange(0, BN)
     place = state + b * s_state + h * P * N + p[:, None] * N + n[None, :]
     S = tl.load(place, mask=(p < P)[:, None] & (n < N)[None, :], other=0.0)
     xp = tl.load(x + b * s_x + h * P + p, mask=p < P, other=0.0).to(tl.float32)
     Bn = tl.load(B + b * s_b + h // (H // G) * N + n, mask=n < N, other=0.0).to(tl.float32)
     Cn = tl.load(C + b * s_c + h // (H // G) * N + n, mask=n < N, other=0.0).to(tl.float32)
-    delta = tl.load(dt + b * s_dt + h)
-    S = S * tl.exp(delta * tl.load(A + h)) + (delta * xp)[:, None] * Bn[None, :]
+    delta, a = tl.load(dt + b * s_dt + h).to(tl.float32), tl.load(A + h).to(tl.float32)
+    if RAW:
+        delta = _rounded(delta + tl.load(dt_bias + h).to(tl.float32), dt)
+        # softplus(v) = max(v, 0) + log(1 + u), u = exp(-|v|). Of a small u, 1 + u rounds away digits; log(w) u / (w - 1)
+        # has them again.
+        u = tl.exp(-tl.abs(delta))
+        log1p = tl.where(1 + u == 1, u, tl.log(1 + u) * u / tl.where(1 + u == 1, 1.0, (1 + u) - 1))
+        delta = tl.minimum(tl.maximum(_rounded(tl.maximum(delta, 0.0) + log1p, dt), low), high)
+        a = -tl.exp(a)
+    S = S * tl.exp(delta * a) + (delta * xp)[:, None] * Bn[None, :]
     tl.store(place, S, mask=(p < P)[:, None] & (n < N)[None, :])
-    tl.store(y + (b * H + h) * P + p, tl.sum(S * Cn[None, :], 1) + tl.load(D + h) * xp, mask=p < P)
+    skip = tl.load(D + h).to(tl.float32) * xp
+    tl.store(y + (b * H + h) * P + p, tl.sum(S * Cn[None, :], 1) + skip, mask=p < P)
 
 
-def _step_triton(state, x, dt, A, B, C, D):
+def _step_triton(state, x, dt, A, B, C, D, dt_bias=None, limit=(0.0, float("inf"))):
+    """y (b, h, p). With dt_bias the arguments are RAW, see the kernel."""
     (b, h, p), (g, n) = x.shape, B.shape[1:]
+    _expect(n <= 512, "B", f"a state of {n}", "at most 512, what the registers of one program hold")
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    x, B, C = (v if v[0].is_contiguous() else v.contiguous() for v in (x, B, C))
-    _launch(_step_kernel, triton.cdiv(p, 16) * h * b, state, x, dt.contiguous(), A, B, C, torch.zeros_like(A) if D is None else D, y,
-            state.stride(0), x.stride(0), h, B.stride(0), C.stride(0), H=h, G=g, P=p, N=n, BP=16, BN=_power(n), num_warps=4)
+    x, dt, B, C = (v if v[0].is_contiguous() else v.contiguous() for v in (x, dt, B, C))
+    D = torch.zeros_like(A) if D is None else D
+    _launch(_step_kernel, triton.cdiv(p, 16) * h * b, state, x, dt, A, B, C, D, dt_bias, y, *limit,
+            state.stride(0), x.stride(0), dt.stride(0), B.stride(0), C.stride(0),
+            H=h, G=g, P=p, N=n, BP=16, BN=_power(n), RAW=dt_bias is not None, num_warps=4)
     return y
 
 

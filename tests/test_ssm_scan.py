@@ -441,9 +441,10 @@ def test_triton_compiles_ahead_of_time():
     jobs = {c: subprocess.Popen([sys.executable, script, str(c)], stdout=subprocess.PIPE, text=True) for c in shared_memory}
     for capability, job in jobs.items():
         rows = [json.loads(line) for line in job.communicate()[0].splitlines()]
-        assert job.returncode == 0 and len(rows) == 10
+        assert job.returncode == 0 and len(rows) == 19
         for row in rows:
-            assert row["spilled"] <= 64 and row["tensor_core"] >= row["dots"] and row["scalar_products"] == 0, row
+            assert row["spilled"] <= (64 if row["kernel"] == "scan reversed" else 0), row
+            assert row["tensor_core"] >= row["dots"] and row["scalar_products"] == 0, row
             assert row["shared"] <= shared_memory[capability] * 1024, row
 
 

@@ -1,0 +1,254 @@
+"""One token on a GPU: all that a block of Falcon-H1 does to it besides matrix products, in Triton kernels.
+
+    norm_step      RMSNorm; with a gate, the mixer's gated norm           one launch
+    mamba_step     convolution, step size and state of the mixer          two launches
+    attend_step    RoPE, the new key and value, attention over the cache  two launches
+
+A decoding step is a long row of short kernels. Each takes a microsecond or two, however little it does, so
+what torch would do in ten launches stands in one here. And a step is recorded once, as a CUDA graph, and
+replayed for every token: nothing in it may depend on a number that the host knows. How many tokens each
+sequence has is read on the device, from `lengths`.
+
+Sums are float32. What a kernel hands on is rounded to the model's dtype, as in the forward pass, and so is
+the step size of the SSM. No kernel has a gradient, none uses atomics: a step gives the same bits every time,
+and the bits of a slot do not depend on what other slots hold.
+
+Glossary: that of ssm_scan.py, which one also needs to copy this file; slots are the sequences that decode
+together; hq, hkv, hd are query heads, key heads and channels of a head; length is the room of the cache.
+"""
+
+import torch
+
+from ssm_scan import (_backend, _check_conv, _expect, _jit, _launch, _power, _program, _step_triton,
+                      constexpr, tl, triton)
+
+
+def kernels_serve(x):
+    """Whether one token goes through these kernels where x lies."""
+    return x.is_cuda and not torch.is_grad_enabled() and _backend(None, x) == "triton"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 1. Norms
+
+
+@_jit
+def _norm_kernel(y, z, weight, out, eps, s_y, s_z,
+                 G: constexpr, WIDTH: constexpr, BLOCK: constexpr, NORM: constexpr, BEFORE: constexpr):
+    """One group of one row a program. w RMS(y silu(z)), or w RMS(y) silu(z) if the norm stands BEFORE the
+    gate; without NORM, y silu(z); with z None, w RMS(y), cast before the weight as in the published model."""
+    _, g, row = _program(1, G)
+    i = tl.arange(0, BLOCK)
+    d, inside = g * WIDTH + i, i < WIDTH
+    v = tl.load(y + row * s_y + d, mask=inside, other=0.0).to(tl.float32)
+    if z is not None:
+        gate = tl.load(z + row * s_z + d, mask=inside, other=0.0).to(tl.float32)
+        gate *= tl.sigmoid(gate)
+        if not BEFORE:
+            v *= gate
+    if NORM:
+        v *= tl.rsqrt(tl.sum(v * v, 0) / WIDTH + eps)
+        if z is None:
+            v = v.to(out.dtype.element_ty).to(tl.float32)
+        v *= tl.load(weight + d, mask=inside, other=0.0).to(tl.float32)
+    if z is not None and BEFORE:
+        v *= gate
+    tl.store(out + row * G * WIDTH + d, v, mask=inside)
+
+
+@torch.compiler.disable
+def norm_step(y, weight, eps, *, z=None, groups=1, norm_before_gate=False):
+    """model.RMSNorm, or with z model.gated_norm: y and z (b, t, I) -> (b, t, I) in y's dtype.
+
+    weight (I,), or None: only gate. Raises ValueError where a group has too many channels."""
+    width = y.shape[-1] // groups
+    _expect(width <= 16384, "norm", f"{width} channels of a group",
+            "at most 16384, what the registers of one program hold")
+    y, out = y.flatten(0, -2), torch.empty(y.shape, dtype=y.dtype, device=y.device)
+    z = z if z is None else z.flatten(0, -2)
+    _launch(_norm_kernel, len(y) * groups, y, z, weight, out, eps,
+            y.stride(0), 0 if z is None else z.stride(0),
+            G=groups, WIDTH=width, BLOCK=_power(width), NORM=weight is not None, BEFORE=norm_before_gate,
+            num_warps=4 if width <= 2048 else 16)  # at most 32 channels a thread
+    return out
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 2. The mixer. The convolution has a kernel of its own. In one with the state, the programs of several heads
+# would convolve the B and C of their group, and some would still read the last inputs while another moves
+# them on.
+
+
+@_jit
+def _conv_step_kernel(state, x, weight, bias, y, s_slot, s_channel, s_place, s_x,
+                      CHANNELS: constexpr, K: constexpr, BD: constexpr):
+    """y = silu(bias + sum_j w_j place_j), where the newest input has the last place. Then each place takes
+    over the input of the next. A channel belongs to one thread, which reads a place before it writes it."""
+    tile, _, b = _program((CHANNELS + BD - 1) // BD, 1)
+    d = tile * BD + tl.arange(0, BD)
+    in_d, place = d < CHANNELS, state + b * s_slot + d * s_channel
+    new = tl.load(x + b * s_x + d, mask=in_d, other=0.0)
+    z = tl.zeros((BD,), tl.float32)
+    if bias is not None:
+        z += tl.load(bias + d, mask=in_d, other=0.0).to(tl.float32)
+    for j in tl.static_range(K - 1):
+        old = tl.load(place + j * s_place, mask=in_d, other=0.0)
+        z += tl.load(weight + d * K + j, mask=in_d, other=0.0).to(tl.float32) * old.to(tl.float32)
+        if j > 0:
+            tl.store(place + (j - 1) * s_place, old, mask=in_d)
+    z += tl.load(weight + d * K + K - 1, mask=in_d, other=0.0).to(tl.float32) * new.to(tl.float32)
+    if K > 1:
+        tl.store(place + (K - 2) * s_place, new, mask=in_d)
+    tl.store(y + b * CHANNELS + d, z * tl.sigmoid(z), mask=in_d)
+
+
+def mamba_step(conv, state, xBC, dt, weight, bias, dt_bias, A_log, D, limit):
+    """One token of the mixer: `causal_conv1d_step` with silu, then `ssd_step`. Both states change in place.
+
+    conv (b, d, k - 1); state (b, h, p, n) float32; xBC (b, d), the channels of x, B and C; dt (b, h); weight
+    (d, k); bias (d,) or None; dt_bias, A_log, D (h,). The step size is softplus(dt + dt_bias), clamped to
+    limit, a pair. Returns y (b, h, p). Raises ValueError, naming the argument, for shapes that do not fit."""
+    (b, h, p, n), d, k = state.shape, xBC.shape[1], weight.shape[1]
+    g = (d - h * p) // (2 * n)
+    _expect(g >= 1 and d == h * p + 2 * g * n and h % g == 0, "xBC", f"{d} channels",
+            f"h p + 2 g n for h, p, n = {h, p, n} and a g that divides h")
+    _expect(tuple(dt.shape) == (b, h), "dt", tuple(dt.shape), (b, h))
+    _expect(state.dtype == torch.float32 and state[0].is_contiguous(), "state", state.dtype,
+            "float32, each slot contiguous")
+    _check_conv(xBC, weight, bias, "silu", conv, b)
+    y = torch.empty(b, d, dtype=xBC.dtype, device=xBC.device)
+    # 4 warps have 128 threads, one for each channel of a program.
+    _launch(_conv_step_kernel, triton.cdiv(d, 128) * b, conv, xBC, weight, bias, y,
+            *conv.stride(), xBC.stride(0), CHANNELS=d, K=k, BD=128, num_warps=4)
+    x, B, C = y.split([h * p, g * n, g * n], 1)
+    B, C = B.view(b, g, n), C.view(b, g, n)
+    return _step_triton(state, x.view(b, h, p), dt, A_log, B, C, D, dt_bias, limit)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 3. Attention. The one query of a slot reads all its keys: that takes memory bandwidth, hence programs on
+# every multiprocessor, and a single slot has too few heads for that. So the keys are split
+# ("flash-decoding"). A program takes the keys [i span, (i + 1) span) of one slot and key head, and all query
+# heads that share them, with a running maximum as in FlashAttention. A second kernel adds up the parts of a
+# head, each with its share of the softmax's sum:
+#
+#     s_j = q . k_j / sqrt(hd)    lse_i = log sum_j e^(s_j)   part_i = sum_j e^(s_j - lse_i) v_j  j in split i
+#     y = sum_i e^(lse_i) part_i / sum_i e^(lse_i)
+#
+# in powers of 2, which the hardware has. There is a program for every split that the cache has room for;
+# those beyond a slot's length return at once. So the grid changes only when the cache grows.
+
+
+@_jit
+def _rotated(x, cos, sin, d, mask, HD: constexpr):
+    """RoPE, as model.rotate: channel d turns together with the one half a head away."""
+    own = tl.load(x + d, mask=mask, other=0.0).to(tl.float32)
+    other = tl.load(x + (d + HD // 2) % HD, mask=mask, other=0.0).to(tl.float32)
+    return own * cos + other * sin
+
+
+@_jit
+def _attend_kernel(q, k, v, cos, sin, lengths, keys, values, part, lse, multiplier, scale, room, splits, span,
+                   HKV: constexpr, ROWS: constexpr, HD: constexpr,
+                   BR: constexpr, BD: constexpr, BN: constexpr):
+    """One split of one slot and key head, for the ROWS query heads that share it. The split into which the
+    new key falls appends it, and starts from it instead of reading it back: no program reads what is written
+    here."""
+    split, head, slot = _program(splits, HKV)
+    held = tl.minimum(tl.load(lengths + slot), room).to(tl.int32)  # tokens in the cache, without the new one
+    if split * span > held:
+        return
+    r, d, n, own_head = tl.arange(0, BR), tl.arange(0, BD), tl.arange(0, BN), slot * HKV + head
+    in_d, in_q, first = d < HD, (r < ROWS)[:, None] & (d < HD)[None, :], own_head * room
+
+    # The new token. Query heads that share a key head lie together.
+    c = tl.load(cos + slot * HD + d, mask=in_d, other=0.0).to(tl.float32)
+    s = tl.load(sin + slot * HD + d, mask=in_d, other=0.0).to(tl.float32)
+    queries = q + (own_head * ROWS + r)[:, None] * HD
+    Q = _rotated(queries, c[None, :], s[None, :], d[None, :], in_q, HD).to(keys.dtype.element_ty)  # (BR, BD)
+    new_k = (_rotated(k + own_head * HD, c, s, d, in_d, HD) * multiplier).to(keys.dtype.element_ty)  # (BD,)
+    new_v = tl.load(v + own_head * HD + d, mask=in_d, other=0.0).to(values.dtype.element_ty)
+    newest = held // span == split
+    append = in_d & newest & (held < room)  # a full slot keeps what it has
+    tl.store(keys + (first + held) * HD + d, new_k, mask=append)
+    tl.store(values + (first + held) * HD + d, new_v, mask=append)
+
+    # m is the largest score so far, total = sum_j 2^(s_j - m), acc = sum_j 2^(s_j - m) v_j.
+    # K (BD, BN), V (BN, BD), S and P (BR, BN).
+    score = tl.sum(Q.to(tl.float32) * new_k.to(tl.float32)[None, :], 1) * scale
+    m = tl.where(newest, score, float("-inf"))
+    total = tl.where(newest, 1.0, 0.0) + tl.zeros((BR,), tl.float32)
+    acc = tl.where(newest, new_v.to(tl.float32), 0.0)[None, :] + tl.zeros((BR, BD), tl.float32)
+    for n0 in range(split * span, tl.minimum(split * span + span, held), BN):
+        inside, place = n0 + n < held, (first + n0 + n) * HD
+        K = tl.load(keys + place[None, :] + d[:, None], mask=inside[None, :] & in_d[:, None], other=0.0)
+        V = tl.load(values + place[:, None] + d[None, :], mask=inside[:, None] & in_d[None, :], other=0.0)
+        S = tl.where(inside[None, :], tl.dot(Q, K, input_precision="ieee") * scale, float("-inf"))  # (BR, BN)
+        top = tl.maximum(m, tl.max(S, 1))
+        P, fade = tl.exp2(S - top[:, None]), tl.exp2(m - top)
+        acc = tl.dot(P.to(V.dtype), V, acc * fade[:, None], input_precision="ieee")
+        m, total = top, total * fade + tl.sum(P, 1)
+    row = (own_head * ROWS + r) * splits + split  # (BR,)
+    tl.store(lse + row, m + tl.log2(total), mask=r < ROWS)
+    tl.store(part + row[:, None] * HD + d[None, :], acc / total[:, None], mask=in_q)
+
+
+@_jit
+def _combine_kernel(part, lse, lengths, y, room, splits, span,
+                    HQ: constexpr, HD: constexpr, BS: constexpr, BD: constexpr):
+    """The splits of one slot and query head that hold something, BS at a time."""
+    _, head, slot = _program(1, HQ)
+    used = tl.minimum(tl.minimum(tl.load(lengths + slot), room).to(tl.int32) // span + 1, splits)
+    i, d, row = tl.arange(0, BS), tl.arange(0, BD), (slot * HQ + head) * splits
+    m, total = tl.full((1,), float("-inf"), tl.float32), tl.zeros((1,), tl.float32)
+    acc = tl.zeros((BD,), tl.float32)
+    for i0 in range(0, used, BS):
+        inside, place = i0 + i < used, row + i0 + i
+        e = tl.load(lse + place, mask=inside, other=float("-inf"))
+        mask = inside[:, None] & (d < HD)[None, :]
+        v = tl.load(part + place[:, None] * HD + d[None, :], mask=mask, other=0.0)  # (BS, BD)
+        top = tl.maximum(m, tl.max(e, 0))
+        weight, fade = tl.exp2(e - top), tl.exp2(m - top)
+        acc = acc * fade + tl.sum(weight[:, None] * v, 0)
+        m, total = top, total * fade + tl.sum(weight, 0)
+    tl.store(y + (slot * HQ + head) * HD + d, acc / total, mask=d < HD)
+
+
+def span_of(length, heads):
+    """How many keys a split takes, for a cache of `length` and as many `heads` as there are pairs of slot and
+    key head.
+
+    A power of two that makes 512 to 1,024 programs, 4 to 8 for each of an H100's 132 multiprocessors; but at
+    least 128: with 6 queries a key, as in 7B, writing and reading the parts is then 9% of what keys and
+    values take. And at most 1024, where it is 1%: more would make all slots wait for a few long ones.
+    One slot of 16k tokens and 2 key heads has 256 programs with 128 keys each; 256 such slots have 8,192
+    programs with 1,024."""
+    return 1 << max(7, min(10, (length * heads // 512).bit_length() - 1))
+
+
+def attend_step(q, k, v, cos, sin, lengths, keys, values, *, key_multiplier=1.0):
+    """Append a token to every slot, then attend to all that the slot holds -> (slots, 1, hq, hd).
+
+    q (slots, 1, hq, hd), k and v (slots, 1, hkv, hd), before RoPE; cos and sin (slots, 1, 1, hd) of
+    model.rope_table; lengths (slots,) int64, the tokens held so far, which stay as they are; keys and values
+    (slots, hkv, length, hd), changed in place. A slot without room appends nothing. Raises ValueError for
+    heads beyond what a kernel holds."""
+    (slots, _, hq, hd), (hkv, length) = q.shape, keys.shape[1:3]
+    _expect(hd <= 256, "head_dim", hd, "at most 256, what the registers of one program hold")
+    _expect(hq // hkv <= 16, "query heads of a key head", hq // hkv, "at most 16, the rows of a tensor core")
+    _expect(keys.is_contiguous() and values.is_contiguous(), "cache", "keys or values with gaps", "none")
+    q, k, v, cos, sin = (x.contiguous() for x in (q, k, v, cos, sin))
+    span, bd = span_of(length, slots * hkv), _power(hd)
+    splits = triton.cdiv(length, span)
+    part = torch.empty(slots, hq, splits, hd, device=q.device)
+    lse = torch.empty(slots, hq, splits, device=q.device)
+    y = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    scale = hd**-0.5 * 1.4426950408889634  # 1 / ln 2: scores are exponents of 2
+    # A tile has 16 KB of keys and 16 KB of values: an H100's multiprocessor has room for five programs.
+    bn = min(64, max(16, 16384 // (bd * keys.element_size())))
+    _launch(_attend_kernel, slots * hkv * splits, q, k, v, cos, sin, lengths, keys, values, part, lse,
+            key_multiplier, scale, length, splits, span,
+            HKV=hkv, ROWS=hq // hkv, HD=hd, BR=16, BD=bd, BN=bn, num_warps=4, num_stages=2)
+    _launch(_combine_kernel, slots * hq, part, lse, lengths, y, length, splits, span,
+            HQ=hq, HD=hd, BS=32, BD=bd, num_warps=4)
+    return y
