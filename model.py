@@ -562,10 +562,33 @@ class Cache:
         self.conv[:, slot], self.ssm[:, slot], self.lengths[slot] = other.conv[:, row], other.ssm[:, row], other.lengths[row]
         self.used = max(self.used, other.used)
 
-    def keep(self, slots):
-        """Hold only the sequences of these slots, in this order."""
-        self.k, self.v, self.conv, self.ssm = (x[:, slots] for x in (self.k, self.v, self.conv, self.ssm))
-        self.lengths = self.lengths[slots]
+    def bytes_to_grow(self, slots, length):
+        """The most memory that `grow` to `slots` slots takes on top of what is held: of each tensor in turn the old and the new."""
+        n, held = len(self.lengths), 0
+        sizes = [] if slots == n else [(x.nbytes, x.nbytes // n * slots) for x in (self.conv, self.ssm)]
+        sizes += [(x.nbytes, x.nbytes // (n * x.shape[3]) * slots * length) for x in (self.k, self.v)]
+        most = 0
+        for old, new in sizes:
+            most = max(most, held + new)
+            held += new - old
+        return most
+
+    def grow(self, slots, length):
+        """Hold only the sequences of these slots, in this order, with room for `length` tokens."""
+        index = torch.tensor(slots, device=self.k.device)
+
+        def longer(old):
+            new = old.new_zeros(len(old), len(slots), old.shape[2], length, old.shape[4])
+            for layer, v in zip(new, old):
+                layer[:, :, : old.shape[3]] = v[index]
+            return new
+
+        if len(slots) < len(self.lengths):
+            self.conv = self.conv[:, index]
+            self.ssm = self.ssm[:, index]
+            self.lengths = self.lengths[index]
+        self.k = longer(self.k)
+        self.v = longer(self.v)
 
     def window_of(self, used):
         """How many positions attention looks at: a multiple of 64, later of a 16th of their number, so that few shapes occur."""
@@ -616,27 +639,45 @@ class Trace:
     stop: str = ""  # "stop" | "length" | "deepconf" (the callback said so)
 
 
+def invert(weights, u):
+    """The first index (b, 1) at which the sums of weights (b, n) from the left pass u (b, 1) of the whole; these sums (b, n), float64."""
+    cdf = weights.cumsum(-1, dtype=torch.float64)
+    index = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)
+    return index.clamp_(max=cdf.shape[-1] - 1), cdf  # not a number would lead past the end
+
+
 def draw(logits, u, temperature, top_p, top=20):
     """One token a row. logits (b, vocab), u (b,) uniform -> tokens (b,), their log-probabilities (b,), confidences (b,).
 
     Tokens come from softmax(logits / temperature), cut to the smallest set of probability >= top_p and renormalised, by
     inverting its cumulative distribution at u. Temperature 0 takes the most likely token, and gives its log-probability at 1.
     Confidence: -mean log P over the `top` most likely tokens of the untempered, uncut distribution (DeepConf, equation 2)."""
-    logits = logits.float()
-    logp = logits.log_softmax(-1)
-    confidence = -logp.topk(min(top, logp.shape[-1]), -1).values.mean(-1)
+    vocab = logits.shape[-1]
+    logp = logits.log_softmax(-1, dtype=torch.float32)
+    confidence = -logp.topk(min(top, vocab), -1).values.mean(-1)
     if temperature == 0:
         best = logp.max(-1)
         return best.indices, best.values, confidence
-    probs = (logits / temperature).softmax(-1)
+    probs = logp.div_(temperature).softmax(-1)  # a softmax does not see what was subtracted from all logits
+    del logp  # (256, 130048) float32 are 133 MB: no more than two such tensors live at a time, five where top_p sorts
     if top_p < 1:
         ranked, order = probs.sort(-1, descending=True)
-        outside = ranked.cumsum(-1) - ranked >= top_p  # the most likely token is never outside
-        probs = probs.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), 0)
-    cdf = probs.double().cumsum(-1)
-    tokens = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)
-    chosen = probs.double().gather(-1, tokens)
-    return tokens[:, 0], (chosen / cdf[:, -1:]).log()[:, 0].float(), confidence
+        outside = ranked.cumsum(-1).sub_(ranked) >= top_p  # the most likely token is never outside
+        probs.scatter_(-1, order, ranked.masked_fill_(outside, 0))
+    # A float32 sum over a large vocabulary is too coarse, a float64 one too wide. So first the block of 256 tokens in which the
+    # distribution passes u (a divisor of the vocabulary where 256 is none), then the token in it.
+    u = u.clamp(max=1 - 2**-52)[:, None]  # below 1 also after rounding: what follows the last token has probability 0
+    first, total = 0, None
+    if vocab > 2048:
+        blocks = probs.unflatten(-1, (-1, math.gcd(vocab, 256)))  # (b, n, 256)
+        sums = blocks.sum(-1)
+        block, cdf = invert(sums, u)
+        total = cdf[:, -1:]
+        u = 1 - (cdf.gather(-1, block) - u * total) / sums.gather(-1, block)  # how far within the block
+        probs, first = blocks[torch.arange(len(block), device=block.device), block[:, 0]], block * blocks.shape[-1]
+    index, cdf = invert(probs, u)
+    total = cdf[:, -1:] if total is None else total
+    return (first + index)[:, 0], (probs.gather(-1, index) / total).log()[:, 0].float(), confidence
 
 
 @torch.no_grad()
@@ -651,43 +692,230 @@ def prefill(model, prompts, tokens=4096):
     return cache
 
 
-def slots_that_fit(config, length, dtype, device):
-    """How many sequences of `length` tokens decode together: at most 256, at least one, their cache in half of the free memory
-    (the other half is for shared prompts, logits and what else a step needs)."""
+def free_bytes(device):
+    """What can still be allocated on `device`."""
     if torch.device(device).type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        free = torch.cuda.mem_get_info(device)[0] + unused
-    else:  # what the kernel could give without swapping; half of all memory where it does not tell
-        match = re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text()) if Path("/proc/meminfo").exists() else None
-        free = int(match[1]) * 1024 if match else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+        return torch.cuda.mem_get_info(device)[0] + unused
+    # What the kernel could give without swapping; half of all memory where it does not tell.
+    match = re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text()) if Path("/proc/meminfo").exists() else None
+    return int(match[1]) * 1024 if match else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def slots_that_fit(config, length, dtype, device):
+    """How many sequences decode together: at most 256, at least one; half of the free memory holds `length` tokens of each.
+
+    `length` is what they start with, not what they may grow to: few grow long, and where too many do, Sampler.fit sets the youngest
+    aside. The other half is for shared prompts, logits, what else a step needs, and growth."""
     one = sum(v.nbytes for v in vars(Cache(config, 1, length, dtype=dtype, device="meta")).values() if isinstance(v, torch.Tensor))
-    return min(256, max(1, free // 2 // one))
+    return min(256, max(1, free_bytes(device) // 2 // one))
+
+
+FIRST_LENGTH = 256  # tokens a slot, with which a cache begins: far below what states take in a model of billions
+RECORDED = "cuda"  # the type of device on which `replayed` records
+
+
+def record(run):
+    """Record run(), which computes on a GPU in memory that stays in place, as a CUDA graph -> a function that runs it again."""
+    graph = torch.cuda.CUDAGraph()
+    # Another thread may synchronise meanwhile, as the one does that writes a checkpoint: only this one's calls count.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # records, and runs nothing
+        result = run()
+
+    def replay():
+        graph.replay()
+        return result
+    return replay
+
+
+def replayed(run, device):
+    """Generator: each next() is a run(). A GPU runs it twice at most, as a graph from then on.
+
+    A decoding step is thousands of launches, which take the host longer than the device. So the first step runs as usual (Triton
+    compiles there), the second one is recorded, and from there on that is replayed."""
+    yield run()
+    step = record(run) if device.type == RECORDED else run
+    while True:
+        yield step()
+
+
+def append(model, cache, tokens):
+    """Every slot of `cache` appends one of tokens (slots,) -> logits (slots, vocab)."""
+    last = cache.k.shape[3] - 1
+    cache.lengths.clamp_(max=last)  # idle slots go on decoding nonsense, inside the cache
+    if tokens.is_cuda:
+        cache.used = last  # the recorded step serves any lengths
+    return model(tokens[:, None], cache=cache)[:, 0]
 
 
 def decoder(model, cache):
-    """step(tokens (slots,)) -> logits (slots, vocab): every slot of `cache` appends one token. The caller sets cache.used.
-
-    On a GPU a step is some thousand launches, which take the host longer than the device. So the first step with a window of some
-    size runs as usual (Triton compiles there), the second one is recorded as a CUDA graph, and that is replayed until the window
-    changes."""
-    if not cache.k.is_cuda:
-        return lambda tokens: model(tokens[:, None], cache=cache)[:, 0]
-    ids, graph, window, logits = cache.lengths.clone()[:, None], None, None, None
+    """step(tokens (slots,)) -> logits (slots, vocab): every slot of `cache` appends one token. The caller sets cache.used."""
+    ids = torch.zeros_like(cache.lengths)
+    steps = replayed(partial(append, model, cache, ids), ids.device)
 
     def step(tokens):
-        nonlocal graph, window, logits
-        ids.copy_(tokens[:, None])
-        if window != cache.window_of(cache.used + 1) or not cache.used:
-            graph, logits = None, model(ids, cache=cache)[:, 0]
-            window = cache.window
-        else:
-            if graph is None:
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):  # records, and runs nothing
-                    logits = model(ids, cache=cache)[:, 0]
-            graph.replay()
-        return logits
+        ids.copy_(tokens)
+        return next(steps)
     return step
+
+
+def sample_step(model, cache, ids, inputs, temperature, top_p):
+    """One step of all slots, on the device alone: append a token to each, draw the next.
+
+    ids (slots,): what the step before drew, then what this one draws. inputs (2, slots) float64: uniform numbers, and tokens to
+    append in place of `ids`, or -1. Returns (4, slots) float64: tokens, log-probabilities, confidences, 1 where logits are finite."""
+    u, given = inputs
+    ids.copy_(torch.where(given < 0, ids, given.long()))
+    logits = append(model, cache, ids)
+    drawn = draw(logits, u, temperature, top_p)
+    ids.copy_(drawn[0])
+    return torch.stack([v.double() for v in (*drawn, logits.isfinite().all(-1))])
+
+
+def read_back(x):
+    """A tensor's values. Here, once a step, the host waits for the device."""
+    return x.tolist()
+
+
+@dataclass(eq=False)
+class Running:
+    """A trace that decodes, or waits to go on: it does so from its prompt, its tokens and its own random numbers alone."""
+    trace: Trace
+    prompt: list
+    random: np.random.Generator
+    length: int  # tokens of prompt and trace
+    aside: bool = False  # it was set aside once, to go on from a state that no other shares
+
+    @property
+    def key(self):
+        """What must be read before it can go on: its prompt, the same for all samples, or all it has so far."""
+        return self.trace.prompt_index, self.trace.sample_index if self.aside else -1
+
+
+class Sampler:
+    """What generate() has under way: slots, each with a Running or None, over one cache, and what waits for a slot.
+
+    The cache begins at 256 tokens a slot, or what the prompts need, and doubles when the longest trace has filled it."""
+
+    def __init__(self, model, prompts, samples, slots, longest, seed, admit, temperature, top_p):
+        c, p = model.config, next(model.parameters())
+        self.model, self.prompts, self.samples, self.seed, self.admit = model, prompts, samples, seed, admit
+        self.longest, self.temperature, self.top_p, self.device = longest, temperature, top_p, p.device
+        self.waiting = dict.fromkeys(range(len(prompts)), 0)  # prompts with the index of their next sample
+        self.total = len(prompts) * samples  # traces to be made
+        self.aside, self.prefilled = [], {}  # Running that wait to go on; by key a cache that has read it, and the row there
+        length = min(longest, max(FIRST_LENGTH, 1 << (max(map(len, prompts)) - 1).bit_length()))
+        slots = min(slots or slots_that_fit(c, length, p.dtype, p.device), self.total)
+        self.reserve = free_bytes(p.device) // 8  # the cache leaves this for prompts, logits and what else a step needs
+        self.slots = [None] * slots
+        self.cache = Cache(c, slots, length, dtype=p.dtype, device=p.device)
+        self.renew()
+
+    def renew(self):
+        """Buffers and graph for the cache as it now is."""
+        self.host = torch.zeros(2, len(self.slots), dtype=torch.float64, pin_memory=self.device.type == "cuda")
+        self.uniform, self.given = self.host.numpy()
+        self.given[:] = [0 if r is None else (r.trace.tokens or r.prompt)[-1] for r in self.slots]
+        self.inputs, ids = self.host.to(self.device), torch.zeros_like(self.cache.lengths)
+        self.steps = replayed(partial(sample_step, self.model, self.cache, ids, self.inputs, self.temperature, self.top_p), self.device)
+
+    def next_job(self):
+        """What to start now, or None. Prompts in order, so that few prefilled states are alive at a time."""
+        if self.aside:
+            return self.aside.pop(0)
+        for i, sample in list(self.waiting.items()):
+            verdict = "go" if self.admit is None else self.admit(i, sample)
+            self.waiting[i] += verdict == "go"
+            if verdict == "done" or self.waiting[i] == self.samples:
+                del self.waiting[i]
+            if verdict == "go":
+                random = np.random.default_rng([self.seed, i, sample])
+                return Running(Trace(i, sample), self.prompts[i], random, len(self.prompts[i]))
+            if verdict == "done":
+                self.prefilled.pop((i, -1), None)
+                self.total -= self.samples - sample
+
+    def start(self):
+        """Put what waits into free slots -> whether anything runs."""
+        free = [slot for slot, r in enumerate(self.slots) if r is None]
+        jobs = sorted(zip(free, iter(self.next_job, None)), key=lambda job: (job[1].length, job[1].key, job[1].trace.sample_index))
+        for n, (slot, r) in enumerate(jobs):
+            if r.key not in self.prefilled:
+                self.read([r for _, r in jobs[n:]])
+            self.cache.load(slot, *self.prefilled[r.key])
+            if r.aside or r.trace.sample_index == self.samples - 1:
+                del self.prefilled[r.key]
+            self.slots[slot], self.given[slot] = r, (r.trace.tokens or r.prompt)[-1]
+        running = any(r is not None for r in self.slots)
+        if self.waiting and not running:
+            raise RuntimeError(f"generate: prompt {min(self.waiting)} waits to be admitted and nothing is running")
+        return running
+
+    def read(self, jobs):
+        """Prefill what the first of these needs, together with others of its length: up to 16k tokens, in half of the free memory."""
+        first, p = jobs[0], next(self.model.parameters())
+        same = {r.key: r.prompt + r.trace.tokens for r in jobs if r.length == first.length and r.key not in self.prefilled}
+        most = min(16384 // first.length, slots_that_fit(self.model.config, first.length, p.dtype, p.device))
+        keys = list(same)[: max(1, most)]
+        cache = prefill(self.model, [same[key] for key in keys])
+        self.prefilled.update((key, (cache, row)) for row, key in enumerate(keys))
+
+    def fits(self, slots, length):
+        return self.cache.bytes_to_grow(slots, length) <= free_bytes(self.device) - self.reserve
+
+    def fit(self):
+        """Make room in the cache for one more token of each trace; decode the last traces in fewer slots, which is faster.
+
+        Where a cache of twice the length does not fit into free memory, the youngest traces are set aside until it does. They are
+        read again, prompt and tokens, when slots are free."""
+        ages = [-1 if r is None else len(r.trace.tokens) for r in self.slots]
+        slots, length = [slot for slot, age in enumerate(ages) if age >= 0], self.cache.k.shape[3]
+        if max(self.slots[slot].length for slot in slots) > length:
+            slots, length = sorted(range(len(ages)), key=ages.__getitem__, reverse=True), min(2 * length, self.longest)
+        elif self.waiting or self.aside or 2 * len(slots) > len(self.slots) or not self.fits(len(slots), length):
+            return
+        self.steps = None  # gives the graph's memory back
+        while slots and not self.fits(len(slots), length):
+            if (youngest := self.slots[slots.pop()]) is not None:
+                youngest.aside = True
+                self.aside.insert(0, youngest)
+        check(slots, f"generate: the cache of a single trace of {length} tokens does not fit into memory, of which {self.reserve} bytes "
+              f"are kept and {free_bytes(self.device)} are free; give fewer max_new_tokens")
+        slots.sort()
+        self.cache.grow(slots, length)
+        self.slots = [self.slots[slot] for slot in slots]
+        self.renew()
+
+    def step(self):
+        """Give every running trace a token -> how many."""
+        self.fit()
+        running = [r for r in self.slots if r is not None]
+        self.cache.used = max(r.length for r in running) - 1
+        self.uniform[:] = [0 if r is None else r.random.random() for r in self.slots]
+        self.inputs.copy_(self.host, non_blocking=True)
+        *drawn, finite = read_back(next(self.steps))
+        check(all(finite), "generate: the model's logits are not finite")
+        self.given[:] = -1  # from here on a slot appends what it drew
+        for r, token, logprob, confidence in zip(self.slots, *drawn):
+            if r is not None:
+                r.trace.tokens.append(int(token))
+                r.trace.logprobs.append(logprob)
+                r.trace.confidences.append(confidence)
+                r.length += 1
+        return len(running)
+
+    def finish(self, max_new_tokens, stop_ids, on_token):
+        """Generator of the traces that end with this step's token; they leave their slots."""
+        for slot, r in enumerate(self.slots):
+            if r is None:
+                continue
+            t = r.trace
+            halted = on_token is not None and on_token(t)
+            full = "length" if len(t.tokens) == max_new_tokens else ""
+            t.stop = "stop" if t.tokens[-1] in stop_ids else "deepconf" if halted else full
+            if t.stop:
+                self.slots[slot] = None
+                yield t
 
 
 @torch.no_grad()
@@ -698,7 +926,7 @@ def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_p=1.0, seed
     A fixed number of `slots` decodes together; a slot whose trace has ended takes the next one at once. A trace depends on
     weights, prompt, settings, seed and its own two indices; what else is in the batch changes its numbers by rounding only.
     admit(prompt_index, sample_index) -> "go" | "wait" | "done" is asked, in sample order, before a trace is started; "done"
-    means no further trace of that prompt. slots None: as many as fit into free memory. on_token(trace) -> True stops a trace;
+    means no further trace of that prompt. slots None or 0: as many as fit into free memory. on_token(trace) -> True stops a trace;
     on_trace(trace) sees every ended one. temperature 0 is greedy. progress shows a bar with tokens/s. Raises ValueError for an
     empty prompt, ids out of range, more tokens than positions, or logits that are not finite; RuntimeError where admit lets nothing go on."""
     c, p = model.config, next(model.parameters())
@@ -711,74 +939,18 @@ def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_p=1.0, seed
           f"samples {samples}, temperature {temperature}, top_p {top_p}; expected >= 1, >= 1, >= 0 and in (0, 1]")
     if not prompts:
         return []
-    longest = max(map(len, prompts)) + max_new_tokens
-    slots = min(slots or slots_that_fit(c, longest, p.dtype, p.device), len(prompts) * samples)
-    cache = Cache(c, slots, longest, dtype=p.dtype, device=p.device)
-    step, prefilled, ended = decoder(model, cache), {}, []
-    active = [None] * slots  # of each slot its trace and that trace's random numbers
-    waiting = dict.fromkeys(range(len(prompts)), 0)  # prompts with the index of their next sample
-    bar = tqdm(total=len(prompts) * samples, disable=not progress, desc="sampling", unit="trace", mininterval=0.5, miniters=0)
-    begun, produced = time.time(), 0
-
-    def next_job():
-        """(prompt, sample) to start now, or None. Prompts in order, so that few prefilled states are alive at a time."""
-        for i, sample in list(waiting.items()):
-            verdict = "go" if admit is None else admit(i, sample)
-            waiting[i] += verdict == "go"
-            if verdict == "done" or waiting[i] == samples:
-                del waiting[i]
-            if verdict == "go":
-                return i, sample
-            if verdict == "done":
-                prefilled.pop(i, None)
-                bar.total -= samples - sample
-
-    def start(jobs):
-        """Put traces into slots. Their prompts are read together with others of their length, up to 16k tokens at once."""
-        for slot, (i, sample) in sorted(jobs, key=lambda job: (len(prompts[job[1][0]]), job[1])):
-            if i not in prefilled:
-                same = sorted({j for _, (j, _) in jobs if j >= i and len(prompts[j]) == len(prompts[i])} - prefilled.keys())
-                same = same[: max(1, 16384 // len(prompts[i]))]
-                read = prefill(model, [prompts[j] for j in same])
-                prefilled.update((j, (read, row)) for row, j in enumerate(same))
-            cache.load(slot, *prefilled[i])
-            if sample == samples - 1:
-                del prefilled[i]
-            active[slot] = Trace(i, sample), np.random.default_rng([seed, i, sample])
-
-    while True:
-        free = [s for s, job in enumerate(active) if job is None]
-        start(list(zip(free, iter(next_job, None))))
-        busy = [s for s, job in enumerate(active) if job is not None]
-        if not busy:
-            if waiting:
-                raise RuntimeError(f"generate: prompt {min(waiting)} waits to be admitted and nothing is running")
-            break
-        if not waiting and 2 * len(busy) <= len(active):  # the last traces: decoding only these is faster
-            cache.keep(busy)
-            active = [active[s] for s in busy]
-            step, busy = decoder(model, cache), range(len(busy))
-        cache.used = max(len(prompts[t.prompt_index]) - 1 + len(t.tokens) for t, _ in filter(None, active))
-        cache.lengths.clamp_(max=cache.used)  # idle slots go on decoding nonsense, inside the window
-        last = [(job[0].tokens or prompts[job[0].prompt_index])[-1] if job else 0 for job in active]
-        logits = step(torch.tensor(last, device=p.device))
-        check(logits.isfinite().all(), "generate: the model's logits are not finite")
-        u = torch.tensor([job[1].random() if job else 0.0 for job in active], dtype=torch.float64, device=p.device)
-        tokens, logprobs, confidences = (v.tolist() for v in draw(logits, u, temperature, top_p))
-        for slot in busy:
-            trace, token = active[slot][0], tokens[slot]
-            trace.tokens.append(token)
-            trace.logprobs.append(logprobs[slot])
-            trace.confidences.append(confidences[slot])
-            halted = on_token is not None and on_token(trace)
-            trace.stop = "stop" if token in stop_ids else "deepconf" if halted else "length" if len(trace.tokens) == max_new_tokens else ""
-            if trace.stop:
-                active[slot] = None
-                ended.append(trace)
-                bar.update()
-                if on_trace is not None:
-                    on_trace(trace)
-        produced += len(busy)
+    longest = max(map(len, prompts)) + max_new_tokens - 1  # nothing is appended to a trace's last token
+    sampler = Sampler(model, prompts, samples, slots, longest, seed, admit, temperature, top_p)
+    bar = tqdm(total=sampler.total, disable=not progress, desc="sampling", unit="trace", mininterval=0.5, miniters=0)
+    begun, produced, ended = time.time(), 0, []
+    while sampler.start():
+        produced += sampler.step()
+        for trace in sampler.finish(max_new_tokens, stop_ids, on_token):
+            ended.append(trace)
+            bar.update()
+            if on_trace is not None:
+                on_trace(trace)
+        bar.total = sampler.total
         bar.set_postfix_str(f"{produced / (time.time() - begun):,.0f} tokens/s", refresh=False)
         bar.update(0)  # shows it, at most twice a second
     bar.close()
