@@ -563,32 +563,23 @@ class Cache:
         self.used = max(self.used, other.used)
 
     def bytes_to_grow(self, slots, length):
-        """The most memory that `grow` to `slots` slots takes on top of what is held: of each tensor in turn the old and the new."""
-        n, held = len(self.lengths), 0
-        sizes = [] if slots == n else [(x.nbytes, x.nbytes // n * slots) for x in (self.conv, self.ssm)]
-        sizes += [(x.nbytes, x.nbytes // (n * x.shape[3]) * slots * length) for x in (self.k, self.v)]
-        most = 0
-        for old, new in sizes:
-            most = max(most, held + new)
-            held += new - old
-        return most
+        """The bytes of what `grow` makes anew: old and new exist together."""
+        n = len(self.lengths)
+        kv = (self.k.nbytes + self.v.nbytes) // (n * self.k.shape[3]) * slots * length
+        return kv if slots == n else kv + (self.conv.nbytes + self.ssm.nbytes) // n * slots
 
     def grow(self, slots, length):
         """Hold only the sequences of these slots, in this order, with room for `length` tokens."""
-        index = torch.tensor(slots, device=self.k.device)
-
         def longer(old):
             new = old.new_zeros(len(old), len(slots), old.shape[2], length, old.shape[4])
             for layer, v in zip(new, old):
-                layer[:, :, : old.shape[3]] = v[index]
+                layer[:, :, : old.shape[3]] = v[slots]
             return new
 
-        if len(slots) < len(self.lengths):
-            self.conv = self.conv[:, index]
-            self.ssm = self.ssm[:, index]
-            self.lengths = self.lengths[index]
         self.k = longer(self.k)
         self.v = longer(self.v)
+        if len(slots) < len(self.lengths):
+            self.conv, self.ssm, self.lengths = self.conv[:, slots], self.ssm[:, slots], self.lengths[slots]
 
     def window_of(self, used):
         """How many positions attention looks at: a multiple of 64, later of a 16th of their number, so that few shapes occur."""
@@ -640,10 +631,10 @@ class Trace:
 
 
 def invert(weights, u):
-    """The first index (b, 1) at which the sums of weights (b, n) from the left pass u (b, 1) of the whole; these sums (b, n), float64."""
+    """The first index (b, 1) at which sums of weights (b, n) from the left pass u (b, 1) of the whole; these sums, in float64."""
     cdf = weights.cumsum(-1, dtype=torch.float64)
     index = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)
-    return index.clamp_(max=cdf.shape[-1] - 1), cdf  # not a number would lead past the end
+    return index.clamp_(max=cdf.shape[-1] - 1), cdf  # nan would lead past the end
 
 
 def draw(logits, u, temperature, top_p, top=20):
@@ -652,29 +643,28 @@ def draw(logits, u, temperature, top_p, top=20):
     Tokens come from softmax(logits / temperature), cut to the smallest set of probability >= top_p and renormalised, by
     inverting its cumulative distribution at u. Temperature 0 takes the most likely token, and gives its log-probability at 1.
     Confidence: -mean log P over the `top` most likely tokens of the untempered, uncut distribution (DeepConf, equation 2)."""
-    vocab = logits.shape[-1]
-    logp = logits.log_softmax(-1, dtype=torch.float32)
+    logp, vocab = logits.log_softmax(-1, dtype=torch.float32), logits.shape[-1]
     confidence = -logp.topk(min(top, vocab), -1).values.mean(-1)
     if temperature == 0:
         best = logp.max(-1)
         return best.indices, best.values, confidence
-    probs = logp.div_(temperature).softmax(-1)  # a softmax does not see what was subtracted from all logits
-    del logp  # (256, 130048) float32 are 133 MB: no more than two such tensors live at a time, five where top_p sorts
+    probs = logp.div_(temperature).softmax(-1)  # softmax undoes what log_softmax subtracted
+    del logp  # (256, 130048) float32 are 133 MB: two of them at a time, five where top_p sorts
     if top_p < 1:
         ranked, order = probs.sort(-1, descending=True)
         outside = ranked.cumsum(-1).sub_(ranked) >= top_p  # the most likely token is never outside
         probs.scatter_(-1, order, ranked.masked_fill_(outside, 0))
-    # A float32 sum over a large vocabulary is too coarse, a float64 one too wide. So first the block of 256 tokens in which the
-    # distribution passes u (a divisor of the vocabulary where 256 is none), then the token in it.
-    u = u.clamp(max=1 - 2**-52)[:, None]  # below 1 also after rounding: what follows the last token has probability 0
-    first, total = 0, None
+    # Float32 sums over a large vocabulary are too coarse, and float64 takes too much memory. So find the block of 256 tokens (or of
+    # the largest power of two below that divides the vocabulary) in which the sums pass u, then the token in that block.
+    u, first, total = u.clamp(max=1 - 2**-52)[:, None], 0, None  # u of the whole stays below the whole after rounding
     if vocab > 2048:
-        blocks = probs.unflatten(-1, (-1, math.gcd(vocab, 256)))  # (b, n, 256)
+        blocks = probs.unflatten(-1, (-1, math.gcd(vocab, 256)))  # (b, blocks, 256)
         sums = blocks.sum(-1)
         block, cdf = invert(sums, u)
         total = cdf[:, -1:]
-        u = 1 - (cdf.gather(-1, block) - u * total) / sums.gather(-1, block)  # how far within the block
-        probs, first = blocks[torch.arange(len(block), device=block.device), block[:, 0]], block * blocks.shape[-1]
+        u = 1 - (cdf.gather(-1, block) - u * total) / sums.gather(-1, block)  # how far into the block
+        probs = blocks[torch.arange(len(block), device=block.device), block[:, 0]]
+        first = block * blocks.shape[-1]
     index, cdf = invert(probs, u)
     total = cdf[:, -1:] if total is None else total
     return (first + index)[:, 0], (probs.gather(-1, index) / total).log()[:, 0].float(), confidence
@@ -693,131 +683,91 @@ def prefill(model, prompts, tokens=4096):
 
 
 def free_bytes(device):
-    """What can still be allocated on `device`."""
+    """What can be allocated: on a CPU what the kernel could give without swapping, half of all memory where it does not tell."""
     if torch.device(device).type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    # What the kernel could give without swapping; half of all memory where it does not tell.
     match = re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text()) if Path("/proc/meminfo").exists() else None
     return int(match[1]) * 1024 if match else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 def slots_that_fit(config, length, dtype, device):
-    """How many sequences decode together: at most 256, at least one; half of the free memory holds `length` tokens of each.
+    """How many sequences decode together: at most 256, at least one, their caches of `length` tokens in half of the free memory.
 
-    `length` is what they start with, not what they may grow to: few grow long, and where too many do, Sampler.fit sets the youngest
-    aside. The other half is for shared prompts, logits, what else a step needs, and growth."""
+    `length` is what they begin with: few grow long, and where too many do, Sampler.fit sets some aside. The other half is for
+    growth, shared prompts, logits and what else a step needs."""
     one = sum(v.nbytes for v in vars(Cache(config, 1, length, dtype=dtype, device="meta")).values() if isinstance(v, torch.Tensor))
     return min(256, max(1, free_bytes(device) // 2 // one))
 
 
-FIRST_LENGTH = 256  # tokens a slot, with which a cache begins: far below what states take in a model of billions
-RECORDED = "cuda"  # the type of device on which `replayed` records
+class Decoder:
+    """step(tokens (slots,), u) -> finish(logits (slots, vocab), u), or the logits: every slot of `cache` appends one token. The
+    caller sets cache.used.
+
+    On a GPU a step is some thousand launches, which take the host longer than the device. So the first step runs as usual
+    (Triton compiles there), the second is recorded as a CUDA graph, and from there on that is replayed, at any lengths."""
+    recorded_on = "cuda"
+
+    def __init__(self, model, cache, finish=lambda logits, u: logits):
+        self.model, self.cache, self.finish, self.calls, self.graph = model, cache, finish, 0, None
+        self.tokens, self.u = cache.lengths.clone(), cache.lengths.double()  # a graph reads where they are
+
+    def run(self):
+        last = self.cache.k.shape[3] - 1
+        self.cache.lengths.clamp_(max=last)  # idle slots go on decoding nonsense, inside the cache
+        if self.tokens.is_cuda:
+            self.cache.used = last
+        return self.finish(self.model(self.tokens[:, None], cache=self.cache)[:, 0], self.u)
+
+    def record(self):
+        """Only this thread must not synchronise meanwhile: another one may be writing a checkpoint."""
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # records, and runs nothing
+            self.result = self.run()
+
+    def __call__(self, tokens, u=None):
+        self.tokens.copy_(tokens)
+        if u is not None:
+            self.u.copy_(u, non_blocking=True)
+        self.calls += 1
+        if self.calls == 1 or self.u.device.type != self.recorded_on:
+            return self.run()
+        if self.graph is None:
+            self.record()
+        self.graph.replay()
+        return self.result
 
 
-def record(run):
-    """Record run(), which computes on a GPU in memory that stays in place, as a CUDA graph -> a function that runs it again."""
-    graph = torch.cuda.CUDAGraph()
-    # Another thread may synchronise meanwhile, as the one does that writes a checkpoint: only this one's calls count.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # records, and runs nothing
-        result = run()
-
-    def replay():
-        graph.replay()
-        return result
-    return replay
-
-
-def replayed(run, device):
-    """Generator: each next() is a run(). A GPU runs it twice at most, as a graph from then on.
-
-    A decoding step is thousands of launches, which take the host longer than the device. So the first step runs as usual (Triton
-    compiles there), the second one is recorded, and from there on that is replayed."""
-    yield run()
-    step = record(run) if device.type == RECORDED else run
-    while True:
-        yield step()
-
-
-def append(model, cache, tokens):
-    """Every slot of `cache` appends one of tokens (slots,) -> logits (slots, vocab)."""
-    last = cache.k.shape[3] - 1
-    cache.lengths.clamp_(max=last)  # idle slots go on decoding nonsense, inside the cache
-    if tokens.is_cuda:
-        cache.used = last  # the recorded step serves any lengths
-    return model(tokens[:, None], cache=cache)[:, 0]
-
-
-def decoder(model, cache):
-    """step(tokens (slots,)) -> logits (slots, vocab): every slot of `cache` appends one token. The caller sets cache.used."""
-    ids = torch.zeros_like(cache.lengths)
-    steps = replayed(partial(append, model, cache, ids), ids.device)
-
-    def step(tokens):
-        ids.copy_(tokens)
-        return next(steps)
-    return step
-
-
-def sample_step(model, cache, ids, inputs, temperature, top_p):
-    """One step of all slots, on the device alone: append a token to each, draw the next.
-
-    ids (slots,): what the step before drew, then what this one draws. inputs (2, slots) float64: uniform numbers, and tokens to
-    append in place of `ids`, or -1. Returns (4, slots) float64: tokens, log-probabilities, confidences, 1 where logits are finite."""
-    u, given = inputs
-    ids.copy_(torch.where(given < 0, ids, given.long()))
-    logits = append(model, cache, ids)
-    drawn = draw(logits, u, temperature, top_p)
-    ids.copy_(drawn[0])
-    return torch.stack([v.double() for v in (*drawn, logits.isfinite().all(-1))])
-
-
-def read_back(x):
-    """A tensor's values. Here, once a step, the host waits for the device."""
-    return x.tolist()
+def draw_packed(logits, u, temperature, top_p):
+    """What `draw` gives, and whether logits are finite, in one tensor (4, slots) float64, which the host reads at once."""
+    return torch.stack([v.double() for v in (*draw(logits, u, temperature, top_p), logits.isfinite().all(-1))])
 
 
 @dataclass(eq=False)
 class Running:
-    """A trace that decodes, or waits to go on: it does so from its prompt, its tokens and its own random numbers alone."""
+    """A trace in a slot, or set aside. With the next of its own random numbers it goes on from its ids, whatever was in between."""
     trace: Trace
-    prompt: list
+    ids: list  # of its prompt and of its tokens
     random: np.random.Generator
-    length: int  # tokens of prompt and trace
-    aside: bool = False  # it was set aside once, to go on from a state that no other shares
-
-    @property
-    def key(self):
-        """What must be read before it can go on: its prompt, the same for all samples, or all it has so far."""
-        return self.trace.prompt_index, self.trace.sample_index if self.aside else -1
+    aside: bool = False  # it was set aside: no other trace shares what it must read
 
 
 class Sampler:
-    """What generate() has under way: slots, each with a Running or None, over one cache, and what waits for a slot.
+    """What generate() has under way: slots over one cache, each with a Running or None, and what waits for a slot.
 
-    The cache begins at 256 tokens a slot, or what the prompts need, and doubles when the longest trace has filled it."""
+    The cache begins at first_length tokens a slot, or what prompts need, and doubles when the longest trace has filled it."""
+    first_length = 256  # at 7B a twelfth of a slot's states
 
-    def __init__(self, model, prompts, samples, slots, longest, seed, admit, temperature, top_p):
-        c, p = model.config, next(model.parameters())
-        self.model, self.prompts, self.samples, self.seed, self.admit = model, prompts, samples, seed, admit
-        self.longest, self.temperature, self.top_p, self.device = longest, temperature, top_p, p.device
+    def __init__(self, model, prompts, samples, slots, longest, seed, admit, finish):
+        self.model, self.prompts, self.samples, self.longest = model, prompts, samples, longest
+        self.seed, self.admit, self.finish_step = seed, admit, finish
         self.waiting = dict.fromkeys(range(len(prompts)), 0)  # prompts with the index of their next sample
-        self.total = len(prompts) * samples  # traces to be made
-        self.aside, self.prefilled = [], {}  # Running that wait to go on; by key a cache that has read it, and the row there
-        length = min(longest, max(FIRST_LENGTH, 1 << (max(map(len, prompts)) - 1).bit_length()))
-        slots = min(slots or slots_that_fit(c, length, p.dtype, p.device), self.total)
-        self.reserve = free_bytes(p.device) // 8  # the cache leaves this for prompts, logits and what else a step needs
-        self.slots = [None] * slots
-        self.cache = Cache(c, slots, length, dtype=p.dtype, device=p.device)
-        self.renew()
-
-    def renew(self):
-        """Buffers and graph for the cache as it now is."""
-        self.host = torch.zeros(2, len(self.slots), dtype=torch.float64, pin_memory=self.device.type == "cuda")
-        self.uniform, self.given = self.host.numpy()
-        self.given[:] = [0 if r is None else (r.trace.tokens or r.prompt)[-1] for r in self.slots]
-        self.inputs, ids = self.host.to(self.device), torch.zeros_like(self.cache.lengths)
-        self.steps = replayed(partial(sample_step, self.model, self.cache, ids, self.inputs, self.temperature, self.top_p), self.device)
+        self.aside, self.prefilled, self.total = [], {}, len(prompts) * samples
+        p, prompt = next(model.parameters()), max(map(len, prompts))
+        length = min(longest, max(self.first_length, 1 << (prompt - 1).bit_length()))
+        slots = min(slots or slots_that_fit(model.config, length, p.dtype, p.device), self.total)
+        self.slots, self.cache = [None] * slots, Cache(model.config, slots, length, dtype=p.dtype, device=p.device)
+        self.tokens, self.decode = torch.zeros_like(self.cache.lengths), Decoder(model, self.cache, finish)
 
     def next_job(self):
         """What to start now, or None. Prompts in order, so that few prefilled states are alive at a time."""
@@ -829,93 +779,87 @@ class Sampler:
             if verdict == "done" or self.waiting[i] == self.samples:
                 del self.waiting[i]
             if verdict == "go":
-                random = np.random.default_rng([self.seed, i, sample])
-                return Running(Trace(i, sample), self.prompts[i], random, len(self.prompts[i]))
+                return Running(Trace(i, sample), list(self.prompts[i]), np.random.default_rng([self.seed, i, sample]))
             if verdict == "done":
-                self.prefilled.pop((i, -1), None)
+                self.prefilled.pop(tuple(self.prompts[i]), None)
                 self.total -= self.samples - sample
 
     def start(self):
-        """Put what waits into free slots -> whether anything runs."""
+        """Fill free slots -> whether anything runs."""
         free = [slot for slot, r in enumerate(self.slots) if r is None]
-        jobs = sorted(zip(free, iter(self.next_job, None)), key=lambda job: (job[1].length, job[1].key, job[1].trace.sample_index))
+        jobs = list(zip(free, iter(self.next_job, None)))
+        jobs.sort(key=lambda job: (len(job[1].ids), job[1].trace.prompt_index, job[1].trace.sample_index))
         for n, (slot, r) in enumerate(jobs):
-            if r.key not in self.prefilled:
-                self.read([r for _, r in jobs[n:]])
-            self.cache.load(slot, *self.prefilled[r.key])
+            ids = tuple(r.ids)
+            if ids not in self.prefilled:
+                self.read(other.ids for _, other in jobs[n:] if len(other.ids) == len(ids))
+            self.cache.load(slot, *self.prefilled[ids])
             if r.aside or r.trace.sample_index == self.samples - 1:
-                del self.prefilled[r.key]
-            self.slots[slot], self.given[slot] = r, (r.trace.tokens or r.prompt)[-1]
-        running = any(r is not None for r in self.slots)
-        if self.waiting and not running:
+                del self.prefilled[ids]
+            self.slots[slot], self.tokens[slot] = r, ids[-1]
+        if self.waiting and not any(self.slots):
             raise RuntimeError(f"generate: prompt {min(self.waiting)} waits to be admitted and nothing is running")
-        return running
+        return any(self.slots)
 
-    def read(self, jobs):
-        """Prefill what the first of these needs, together with others of its length: up to 16k tokens, in half of the free memory."""
-        first, p = jobs[0], next(self.model.parameters())
-        same = {r.key: r.prompt + r.trace.tokens for r in jobs if r.length == first.length and r.key not in self.prefilled}
-        most = min(16384 // first.length, slots_that_fit(self.model.config, first.length, p.dtype, p.device))
-        keys = list(same)[: max(1, most)]
-        cache = prefill(self.model, [same[key] for key in keys])
-        self.prefilled.update((key, (cache, row)) for row, key in enumerate(keys))
+    def read(self, prompts):
+        """Prefill the first of some prompts of one length, and others with it: up to 16k tokens, in half of the free memory."""
+        p, new = next(self.model.parameters()), [ids for ids in dict.fromkeys(map(tuple, prompts)) if ids not in self.prefilled]
+        most = min(16384 // len(new[0]), slots_that_fit(self.model.config, len(new[0]), p.dtype, p.device))
+        new = new[: max(1, most)]
+        cache = prefill(self.model, new)
+        self.prefilled.update((ids, (cache, row)) for row, ids in enumerate(new))
 
     def fits(self, slots, length):
-        return self.cache.bytes_to_grow(slots, length) <= free_bytes(self.device) - self.reserve
+        return self.cache.bytes_to_grow(slots, length) <= free_bytes(self.tokens.device)
 
     def fit(self):
-        """Make room in the cache for one more token of each trace; decode the last traces in fewer slots, which is faster.
+        """Make room in the cache for a token of each trace; decode the last traces in fewer slots, which is faster.
 
-        Where a cache of twice the length does not fit into free memory, the youngest traces are set aside until it does. They are
-        read again, prompt and tokens, when slots are free."""
-        ages = [-1 if r is None else len(r.trace.tokens) for r in self.slots]
-        slots, length = [slot for slot, age in enumerate(ages) if age >= 0], self.cache.k.shape[3]
-        if max(self.slots[slot].length for slot in slots) > length:
+        Where a cache of twice the length does not fit beside the old one, the youngest traces are set aside until it does. They
+        are read again, prompt and tokens, when a slot is free."""
+        slots, length = [slot for slot, r in enumerate(self.slots) if r], self.cache.k.shape[3]
+        if max(len(r.ids) for r in self.slots if r) > length:
+            ages = [len(r.trace.tokens) if r else -1 for r in self.slots]
             slots, length = sorted(range(len(ages)), key=ages.__getitem__, reverse=True), min(2 * length, self.longest)
         elif self.waiting or self.aside or 2 * len(slots) > len(self.slots) or not self.fits(len(slots), length):
             return
-        self.steps = None  # gives the graph's memory back
+        self.decode = None  # gives back its graph's memory
         while slots and not self.fits(len(slots), length):
-            if (youngest := self.slots[slots.pop()]) is not None:
+            if youngest := self.slots[slots.pop()]:
                 youngest.aside = True
                 self.aside.insert(0, youngest)
-        check(slots, f"generate: the cache of a single trace of {length} tokens does not fit into memory, of which {self.reserve} bytes "
-              f"are kept and {free_bytes(self.device)} are free; give fewer max_new_tokens")
+        check(slots, f"generate: the cache of one trace of {length} tokens does not fit into {free_bytes(self.tokens.device)} free bytes")
         slots.sort()
         self.cache.grow(slots, length)
-        self.slots = [self.slots[slot] for slot in slots]
-        self.renew()
+        self.slots, self.tokens = [self.slots[slot] for slot in slots], self.tokens[slots]
+        self.decode = Decoder(self.model, self.cache, self.finish_step)
 
     def step(self):
         """Give every running trace a token -> how many."""
         self.fit()
-        running = [r for r in self.slots if r is not None]
-        self.cache.used = max(r.length for r in running) - 1
-        self.uniform[:] = [0 if r is None else r.random.random() for r in self.slots]
-        self.inputs.copy_(self.host, non_blocking=True)
-        *drawn, finite = read_back(next(self.steps))
+        self.cache.used = max(len(r.ids) for r in self.slots if r) - 1
+        u = [r.random.random() if r else 0 for r in self.slots]
+        drawn = self.decode(self.tokens, torch.tensor(u, dtype=torch.float64, pin_memory=self.tokens.is_cuda))
+        self.tokens = drawn[0]  # the next step's, and already there
+        *values, finite = drawn.tolist()  # the only time in a step that the host waits
         check(all(finite), "generate: the model's logits are not finite")
-        self.given[:] = -1  # from here on a slot appends what it drew
-        for r, token, logprob, confidence in zip(self.slots, *drawn):
-            if r is not None:
-                r.trace.tokens.append(int(token))
+        for r, token, logprob, confidence in zip(self.slots, *values):
+            if r:
+                r.ids.append(int(token))
+                r.trace.tokens.append(r.ids[-1])
                 r.trace.logprobs.append(logprob)
                 r.trace.confidences.append(confidence)
-                r.length += 1
-        return len(running)
+        return len(self.slots) - self.slots.count(None)
 
     def finish(self, max_new_tokens, stop_ids, on_token):
-        """Generator of the traces that end with this step's token; they leave their slots."""
-        for slot, r in enumerate(self.slots):
-            if r is None:
-                continue
-            t = r.trace
-            halted = on_token is not None and on_token(t)
-            full = "length" if len(t.tokens) == max_new_tokens else ""
-            t.stop = "stop" if t.tokens[-1] in stop_ids else "deepconf" if halted else full
-            if t.stop:
+        """Generator of the traces that end with this step; they leave their slots."""
+        for slot, trace in [(slot, r.trace) for slot, r in enumerate(self.slots) if r]:
+            halted = on_token is not None and on_token(trace)
+            full = "length" if len(trace.tokens) == max_new_tokens else ""
+            trace.stop = "stop" if trace.tokens[-1] in stop_ids else "deepconf" if halted else full
+            if trace.stop:
                 self.slots[slot] = None
-                yield t
+                yield trace
 
 
 @torch.no_grad()
@@ -923,13 +867,14 @@ def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_p=1.0, seed
              admit=None, on_token=None, on_trace=None, progress=False):
     """Sample `samples` traces of each prompt (a list of lists of token ids) -> list of Trace, by prompt, then by sample.
 
-    A fixed number of `slots` decodes together; a slot whose trace has ended takes the next one at once. A trace depends on
-    weights, prompt, settings, seed and its own two indices; what else is in the batch changes its numbers by rounding only.
-    admit(prompt_index, sample_index) -> "go" | "wait" | "done" is asked, in sample order, before a trace is started; "done"
-    means no further trace of that prompt. slots None or 0: as many as fit into free memory. on_token(trace) -> True stops a trace;
-    on_trace(trace) sees every ended one. temperature 0 is greedy. progress shows a bar with tokens/s. Raises ValueError for an
-    empty prompt, ids out of range, more tokens than positions, or logits that are not finite; RuntimeError where admit lets nothing go on."""
-    c, p = model.config, next(model.parameters())
+    A number of `slots` decodes together; a slot whose trace has ended takes the next one at once. A trace depends on
+    weights, prompt, settings, seed and its own two indices; what else is in the batch, or that it was set aside where memory is
+    short, changes its numbers by rounding only. admit(prompt_index, sample_index) -> "go" | "wait" | "done" is asked, in sample
+    order, before a trace is started; "done" means no further trace of that prompt. slots None or 0: as many as fit into free memory.
+    on_token(trace) -> True stops a trace; on_trace(trace) sees every ended one. temperature 0 is greedy. progress shows a bar with
+    tokens/s. Raises ValueError for an empty prompt, ids out of range, more tokens than positions, a trace that does not fit into
+    memory, or logits that are not finite; RuntimeError where admit lets nothing go on."""
+    c = model.config
     for i, prompt in enumerate(prompts):
         check(prompt, f"prompt {i}: it is empty")
         check(0 <= min(prompt) and max(prompt) < c.vocab_size, f"prompt {i}: a token id is outside 0..{c.vocab_size - 1}")
@@ -939,8 +884,9 @@ def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_p=1.0, seed
           f"samples {samples}, temperature {temperature}, top_p {top_p}; expected >= 1, >= 1, >= 0 and in (0, 1]")
     if not prompts:
         return []
-    longest = max(map(len, prompts)) + max_new_tokens - 1  # nothing is appended to a trace's last token
-    sampler = Sampler(model, prompts, samples, slots, longest, seed, admit, temperature, top_p)
+    longest = max(map(len, prompts)) + max_new_tokens - 1  # no step appends a trace's last token
+    finish = partial(draw_packed, temperature=temperature, top_p=top_p)
+    sampler = Sampler(model, prompts, samples, slots, longest, seed, admit, finish)
     bar = tqdm(total=sampler.total, disable=not progress, desc="sampling", unit="trace", mininterval=0.5, miniters=0)
     begun, produced, ended = time.time(), 0, []
     while sampler.start():

@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
-from model import PRESETS, Cache, FalconH1, FalconH1Config, decoder, generate, prefill
+from model import PRESETS, Cache, FalconH1, FalconH1Config, Decoder, generate, prefill
 from ssm_scan import chunk_of, ssd_scan, ssd_step
 from train_sft import shares, target_logprobs
 
@@ -528,7 +528,7 @@ def large_model(c, device, dtype=torch.bfloat16, length=32768, batches=(1, 4, 16
         cache = Cache(c, batch, context + 1, dtype=dtype, device=device)
         for part in (cache.k, cache.v, cache.conv, cache.ssm):
             part.normal_()
-        tokens, step = torch.randint(c.vocab_size, (batch,), device=device), decoder(model, cache)
+        tokens, step = torch.randint(c.vocab_size, (batch,), device=device), Decoder(model, cache)
 
         @torch.no_grad()
         def run():

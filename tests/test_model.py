@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model import (PRESETS, Cache, FalconH1, FalconH1Config, decoder, draw, generate, prefill, read_safetensors, slots_that_fit,
+from model import (PRESETS, Cache, FalconH1, FalconH1Config, Decoder, draw, generate, prefill, read_safetensors, slots_that_fit,
                    write_safetensors)
 from train_sft import target_logprobs
 
@@ -197,7 +197,7 @@ def test_replayed_steps_are_the_steps():
     model = build().cuda()
     plain, graphed = (Cache(model.config, 3, 200, device="cuda") for _ in range(2))
     with torch.no_grad():
-        step = decoder(model, graphed)
+        step = Decoder(model, graphed)
         for i in range(100):
             tokens = torch.tensor([i, 2 * i, 3 * i], device="cuda") % model.config.vocab_size
             plain.used = graphed.used = i
