@@ -76,7 +76,7 @@ class Args:
     weight_decay: float = flag(0.0, "AdamW decay of matrices")
     clip: float = flag(1.0, "largest norm of the whole gradient")
     pack_tokens: int = flag(4096, "longest row, in tokens: bounds memory, does not change the result")
-    slots: int = flag(256, "traces decoded together")
+    slots: int = flag(0, "traces decoded together; 0: as many as fit into free memory, at most 256")
     save_every: int = flag(5, "steps between checkpoints")
     eval_every: int = flag(5, "steps between printed samples, one good and one bad")
     seed: int = flag(0, "of prompt order and sampling")
@@ -350,8 +350,8 @@ SHOWN = ("reward", "correct", "entropy", "mismatch", "length", "calls", "cached"
 
 
 def load(args, ranks):
-    train_sft.check_at_least(1, args, "steps", "prompts", "max_new_tokens", "updates", "max_calls", "slots", "save_every", "eval_every")
-    train_sft.check_at_least(0, args, "warmup_steps", "cache", "cache_age", "limit", "seed", "lr", "weight_decay", "clip", "clip_low",
+    train_sft.check_at_least(1, args, "steps", "prompts", "max_new_tokens", "updates", "max_calls", "save_every", "eval_every")
+    train_sft.check_at_least(0, args, "slots", "warmup_steps", "cache", "cache_age", "limit", "seed", "lr", "weight_decay", "clip", "clip_low",
                              "clip_high", "tis_cap", "positive_weight", "format_penalty", "language_penalty")
     check(args.group >= 2, f"--group {args.group}: one answer has nothing to be compared with, give at least 2")
     check(args.temperature > 0, f"--temperature {args.temperature}: must be above 0, or all answers are the same")
