@@ -1977,7 +1977,7 @@ DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def load(folder, device, dtype="auto"):
-    """(model, tokenizer) of a checkpoint folder. dtype: a key of DTYPES; auto is bfloat16 on a GPU, else what is stored."""
+    """(model, tokenizer) of a checkpoint folder. dtype: of DTYPES; auto is bfloat16 on a GPU, else what is stored."""
     if not (Path(folder) / "config.json").is_file():
         raise ValueError(f"{folder}: no checkpoint here (config.json is missing); train one, or name one with --model")
     tokenizer = train_sft.load_tokenizer(folder)
@@ -2233,8 +2233,8 @@ class Args:
     device: str = flag("", "cpu or cuda; empty: cuda where there is one")
     dtype: str = flag(
         "auto",
-        "of weights and activations: float32, bfloat16, or auto, which is bfloat16 on a GPU, as RL samples, and on a CPU what is stored; "
-        "bfloat16 takes half the memory and is far faster on a GPU; it rounds logits, so the same seed gives other traces",
+        "of weights and activations: float32, bfloat16, or auto: on a GPU bfloat16, as RL samples, on a CPU what is "
+        "stored. bfloat16 halves memory and uses a GPU's tensor cores; it rounds, so a seed gives other traces",
     )
     fresh: bool = flag(False, "replace what another evaluation left in --out")
     check: str = flag("", "only check that the verifier finds the solutions in this file of problems right")

@@ -631,7 +631,9 @@ class Trace:
 
 
 def invert(weights, u):
-    """The first index (b, 1) at which sums of weights (b, n) from the left pass u (b, 1) of the whole; these sums, in float64."""
+    """The first index (b, 1) at which sums of weights (b, n) from the left pass u (b, 1) of the whole; these sums.
+
+    The sums are float64: float32 ones of a hundred thousand weights would favour some tokens."""
     cdf = weights.cumsum(-1, dtype=torch.float64)
     index = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)
     return index.clamp_(max=cdf.shape[-1] - 1), cdf  # nan would lead past the end
@@ -654,20 +656,19 @@ def draw(logits, u, temperature, top_p, top=20):
         ranked, order = probs.sort(-1, descending=True)
         outside = ranked.cumsum(-1).sub_(ranked) >= top_p  # the most likely token is never outside
         probs.scatter_(-1, order, ranked.masked_fill_(outside, 0))
-    # Float32 sums over a large vocabulary are too coarse, and float64 takes too much memory. So find the block of 256 tokens (or of
-    # the largest power of two below that divides the vocabulary) in which the sums pass u, then the token in that block.
-    u, first, total = u.clamp(max=1 - 2**-52)[:, None], 0, None  # u of the whole stays below the whole after rounding
+    total, first = probs.sum(-1, keepdim=True), 0
+    u = u.clamp(max=1 - 2**-52)[:, None]  # below 1 also after rounding: the last tokens may have probability 0
     if vocab > 2048:
+        # Float64 sums over all tokens take too much memory. So find the block of 256 tokens in which they pass u, then
+        # the token in that block. Where 256 does not divide the vocabulary, blocks are as large as they can be.
         blocks = probs.unflatten(-1, (-1, math.gcd(vocab, 256)))  # (b, blocks, 256)
         sums = blocks.sum(-1)
         block, cdf = invert(sums, u)
-        total = cdf[:, -1:]
-        u = 1 - (cdf.gather(-1, block) - u * total) / sums.gather(-1, block)  # how far into the block
+        u = 1 - (cdf.gather(-1, block) - u * cdf[:, -1:]) / sums.gather(-1, block)  # how far into the block
         probs = blocks[torch.arange(len(block), device=block.device), block[:, 0]]
         first = block * blocks.shape[-1]
-    index, cdf = invert(probs, u)
-    total = cdf[:, -1:] if total is None else total
-    return (first + index)[:, 0], (probs.gather(-1, index) / total).log()[:, 0].float(), confidence
+    index, _ = invert(probs, u)
+    return (first + index)[:, 0], (probs.gather(-1, index) / total).log()[:, 0], confidence
 
 
 @torch.no_grad()
@@ -683,34 +684,38 @@ def prefill(model, prompts, tokens=4096):
 
 
 def free_bytes(device):
-    """What can be allocated: on a CPU what the kernel could give without swapping, half of all memory where it does not tell."""
+    """What can be allocated. On a CPU: without swapping, or half of all memory where the kernel does not tell."""
     if torch.device(device).type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    match = re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text()) if Path("/proc/meminfo").exists() else None
+    meminfo = Path("/proc/meminfo")
+    match = re.search(r"MemAvailable: *(\d+)", meminfo.read_text()) if meminfo.exists() else None
     return int(match[1]) * 1024 if match else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 def slots_that_fit(config, length, dtype, device):
-    """How many sequences decode together: at most 256, at least one, their caches of `length` tokens in half of the free memory.
+    """How many sequences decode together: at most 256, at least one, with a cache of `length` tokens in half of the
+    free memory.
 
-    `length` is what they begin with: few grow long, and where too many do, Sampler.fit sets some aside. The other half is for
-    growth, shared prompts, logits and what else a step needs."""
-    one = sum(v.nbytes for v in vars(Cache(config, 1, length, dtype=dtype, device="meta")).values() if isinstance(v, torch.Tensor))
+    `length` is what they begin with. Few grow long, and where too many do, Sampler.fit sets some aside. The other half
+    is for growth, shared prompts, logits and what else a step needs."""
+    cache = Cache(config, 1, length, dtype=dtype, device="meta")
+    one = sum(v.nbytes for v in vars(cache).values() if isinstance(v, torch.Tensor))
     return min(256, max(1, free_bytes(device) // 2 // one))
 
 
 class Decoder:
-    """step(tokens (slots,), u) -> finish(logits (slots, vocab), u), or the logits: every slot of `cache` appends one token. The
-    caller sets cache.used.
+    """step(tokens (slots,), u) -> finish(logits (slots, vocab), u), or the logits: every slot of `cache` appends a token.
+    The caller sets cache.used.
 
-    On a GPU a step is some thousand launches, which take the host longer than the device. So the first step runs as usual
-    (Triton compiles there), the second is recorded as a CUDA graph, and from there on that is replayed, at any lengths."""
+    On a GPU a step is some thousand launches, which take the host longer than the device. So the first step runs as
+    usual (Triton compiles there), the second is recorded as a CUDA graph, and all after it are replayed. One graph
+    serves a cache until that grows: it reads tokens, u and the sequences' lengths where they are on the device."""
     recorded_on = "cuda"
 
     def __init__(self, model, cache, finish=lambda logits, u: logits):
         self.model, self.cache, self.finish, self.calls, self.graph = model, cache, finish, 0, None
-        self.tokens, self.u = cache.lengths.clone(), cache.lengths.double()  # a graph reads where they are
+        self.tokens, self.u = cache.lengths.clone(), cache.lengths.double()
 
     def run(self):
         last = self.cache.k.shape[3] - 1
@@ -739,13 +744,14 @@ class Decoder:
 
 
 def draw_packed(logits, u, temperature, top_p):
-    """What `draw` gives, and whether logits are finite, in one tensor (4, slots) float64, which the host reads at once."""
-    return torch.stack([v.double() for v in (*draw(logits, u, temperature, top_p), logits.isfinite().all(-1))])
+    """(4, slots) float64, one read for the host: what `draw` gives, and whether the logits are finite."""
+    drawn = draw(logits, u, temperature, top_p)
+    return torch.stack([v.double() for v in (*drawn, logits.isfinite().all(-1))])
 
 
 @dataclass(eq=False)
 class Running:
-    """A trace in a slot, or set aside. With the next of its own random numbers it goes on from its ids, whatever was in between."""
+    """A trace in a slot, or set aside: with its own random numbers it goes on from its ids, whatever came between."""
     trace: Trace
     ids: list  # of its prompt and of its tokens
     random: np.random.Generator
@@ -753,9 +759,10 @@ class Running:
 
 
 class Sampler:
-    """What generate() has under way: slots over one cache, each with a Running or None, and what waits for a slot.
+    """What generate() has under way: slots over one cache, each a Running or None, and what waits for a slot.
 
-    The cache begins at first_length tokens a slot, or what prompts need, and doubles when the longest trace has filled it."""
+    The cache begins at first_length tokens per slot, or more if prompts are longer, and doubles when the longest trace
+    has filled it."""
     first_length = 256  # at 7B a twelfth of a slot's states
 
     def __init__(self, model, prompts, samples, slots, longest, seed, admit, finish):
@@ -766,8 +773,10 @@ class Sampler:
         p, prompt = next(model.parameters()), max(map(len, prompts))
         length = min(longest, max(self.first_length, 1 << (prompt - 1).bit_length()))
         slots = min(slots or slots_that_fit(model.config, length, p.dtype, p.device), self.total)
-        self.slots, self.cache = [None] * slots, Cache(model.config, slots, length, dtype=p.dtype, device=p.device)
-        self.tokens, self.decode = torch.zeros_like(self.cache.lengths), Decoder(model, self.cache, finish)
+        self.slots = [None] * slots
+        self.cache = Cache(model.config, slots, length, dtype=p.dtype, device=p.device)
+        self.decode = Decoder(model, self.cache, finish)
+        self.tokens = torch.zeros_like(self.cache.lengths)  # what each slot appends next
 
     def next_job(self):
         """What to start now, or None. Prompts in order, so that few prefilled states are alive at a time."""
@@ -779,7 +788,8 @@ class Sampler:
             if verdict == "done" or self.waiting[i] == self.samples:
                 del self.waiting[i]
             if verdict == "go":
-                return Running(Trace(i, sample), list(self.prompts[i]), np.random.default_rng([self.seed, i, sample]))
+                random = np.random.default_rng([self.seed, i, sample])
+                return Running(Trace(i, sample), list(self.prompts[i]), random)
             if verdict == "done":
                 self.prefilled.pop(tuple(self.prompts[i]), None)
                 self.total -= self.samples - sample
@@ -798,13 +808,16 @@ class Sampler:
                 del self.prefilled[ids]
             self.slots[slot], self.tokens[slot] = r, ids[-1]
         if self.waiting and not any(self.slots):
-            raise RuntimeError(f"generate: prompt {min(self.waiting)} waits to be admitted and nothing is running")
+            first = min(self.waiting)
+            raise RuntimeError(f"generate: prompt {first} waits to be admitted and nothing is running")
         return any(self.slots)
 
     def read(self, prompts):
-        """Prefill the first of some prompts of one length, and others with it: up to 16k tokens, in half of the free memory."""
-        p, new = next(self.model.parameters()), [ids for ids in dict.fromkeys(map(tuple, prompts)) if ids not in self.prefilled]
-        most = min(16384 // len(new[0]), slots_that_fit(self.model.config, len(new[0]), p.dtype, p.device))
+        """Prefill the first of some prompts of one length, and others with it: up to 16k tokens, in half of the free
+        memory."""
+        new = [ids for ids in dict.fromkeys(map(tuple, prompts)) if ids not in self.prefilled]
+        p, length = next(self.model.parameters()), len(new[0])
+        most = min(16384 // length, slots_that_fit(self.model.config, length, p.dtype, p.device))
         new = new[: max(1, most)]
         cache = prefill(self.model, new)
         self.prefilled.update((ids, (cache, row)) for row, ids in enumerate(new))
@@ -813,23 +826,29 @@ class Sampler:
         return self.cache.bytes_to_grow(slots, length) <= free_bytes(self.tokens.device)
 
     def fit(self):
-        """Make room in the cache for a token of each trace; decode the last traces in fewer slots, which is faster.
-
-        Where a cache of twice the length does not fit beside the old one, the youngest traces are set aside until it does. They
-        are read again, prompt and tokens, when a slot is free."""
-        slots, length = [slot for slot, r in enumerate(self.slots) if r], self.cache.k.shape[3]
+        """Make room in the cache for a token of each trace; decode the last traces in fewer slots, which is faster."""
+        busy, length = [slot for slot, r in enumerate(self.slots) if r], self.cache.k.shape[3]
         if max(len(r.ids) for r in self.slots if r) > length:
-            ages = [len(r.trace.tokens) if r else -1 for r in self.slots]
-            slots, length = sorted(range(len(ages)), key=ages.__getitem__, reverse=True), min(2 * length, self.longest)
-        elif self.waiting or self.aside or 2 * len(slots) > len(self.slots) or not self.fits(len(slots), length):
-            return
+            self.grow(min(2 * length, self.longest))
+        elif not (self.waiting or self.aside) and 2 * len(busy) <= len(self.slots) and self.fits(len(busy), length):
+            self.resize(busy, length)
+
+    def grow(self, length):
+        """Where the longer cache does not fit beside the old one, the youngest traces are set aside until it does. When a
+        slot is free, their prompts and tokens are read again."""
+        ages = [len(r.trace.tokens) if r else -1 for r in self.slots]
+        slots = sorted(range(len(ages)), key=ages.__getitem__, reverse=True)
         self.decode = None  # gives back its graph's memory
         while slots and not self.fits(len(slots), length):
             if youngest := self.slots[slots.pop()]:
                 youngest.aside = True
                 self.aside.insert(0, youngest)
-        check(slots, f"generate: the cache of one trace of {length} tokens does not fit into {free_bytes(self.tokens.device)} free bytes")
-        slots.sort()
+        check(slots, f"generate: the cache of one trace of {length} tokens does not fit into "
+              f"{free_bytes(self.tokens.device)} free bytes")
+        self.resize(sorted(slots), length)
+
+    def resize(self, slots, length):
+        self.decode = None
         self.cache.grow(slots, length)
         self.slots, self.tokens = [self.slots[slot] for slot in slots], self.tokens[slots]
         self.decode = Decoder(self.model, self.cache, self.finish_step)
@@ -839,8 +858,9 @@ class Sampler:
         self.fit()
         self.cache.used = max(len(r.ids) for r in self.slots if r) - 1
         u = [r.random.random() if r else 0 for r in self.slots]
-        drawn = self.decode(self.tokens, torch.tensor(u, dtype=torch.float64, pin_memory=self.tokens.is_cuda))
-        self.tokens = drawn[0]  # the next step's, and already there
+        u = torch.tensor(u, dtype=torch.float64, pin_memory=self.tokens.is_cuda)
+        drawn = self.decode(self.tokens, u)
+        self.tokens = drawn[0]  # the next step needs no copy from the host
         *values, finite = drawn.tolist()  # the only time in a step that the host waits
         check(all(finite), "generate: the model's logits are not finite")
         for r, token, logprob, confidence in zip(self.slots, *values):
@@ -868,12 +888,13 @@ def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_p=1.0, seed
     """Sample `samples` traces of each prompt (a list of lists of token ids) -> list of Trace, by prompt, then by sample.
 
     A number of `slots` decodes together; a slot whose trace has ended takes the next one at once. A trace depends on
-    weights, prompt, settings, seed and its own two indices; what else is in the batch, or that it was set aside where memory is
-    short, changes its numbers by rounding only. admit(prompt_index, sample_index) -> "go" | "wait" | "done" is asked, in sample
-    order, before a trace is started; "done" means no further trace of that prompt. slots None or 0: as many as fit into free memory.
-    on_token(trace) -> True stops a trace; on_trace(trace) sees every ended one. temperature 0 is greedy. progress shows a bar with
-    tokens/s. Raises ValueError for an empty prompt, ids out of range, more tokens than positions, a trace that does not fit into
-    memory, or logits that are not finite; RuntimeError where admit lets nothing go on."""
+    weights, prompt, settings, seed and its own two indices. What else is in the batch changes its numbers by rounding
+    only, and so does being set aside where memory is short. admit(prompt_index, sample_index) -> "go" | "wait" | "done"
+    is asked, in sample order, before a trace is started; "done" means no further trace of that prompt. slots None or 0:
+    as many as fit into free memory. on_token(trace) -> True stops a trace; on_trace(trace) sees every ended one.
+    temperature 0 is greedy. progress shows a bar with tokens/s. Raises ValueError for an empty prompt, ids out of range,
+    more tokens than positions, a trace that does not fit into memory, or logits that are not finite; RuntimeError where
+    admit lets nothing go on."""
     c = model.config
     for i, prompt in enumerate(prompts):
         check(prompt, f"prompt {i}: it is empty")
@@ -887,7 +908,8 @@ def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_p=1.0, seed
     longest = max(map(len, prompts)) + max_new_tokens - 1  # no step appends a trace's last token
     finish = partial(draw_packed, temperature=temperature, top_p=top_p)
     sampler = Sampler(model, prompts, samples, slots, longest, seed, admit, finish)
-    bar = tqdm(total=sampler.total, disable=not progress, desc="sampling", unit="trace", mininterval=0.5, miniters=0)
+    bar = tqdm(total=sampler.total, disable=not progress, desc="sampling", unit="trace", mininterval=0.5,
+               miniters=0)
     begun, produced, ended = time.time(), 0, []
     while sampler.start():
         produced += sampler.step()

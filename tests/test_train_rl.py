@@ -260,7 +260,8 @@ def test_a_killed_rank_leaves_a_run_that_goes_on(start, tmp_path, whole_run):
 
 @pytest.mark.parametrize(("args", "message"), [
     (("--group", 1), "--group 1"), (("--temperature", 0), "--temperature 0"), (("--normalise", "x"), "sequence or token"),
-    (("--slots", -1), "--slots -1: must be at least 0"), (("--init", "nowhere"), "nowhere"), (("--problems", "{bad}"), "field answer"), (("--problems", "{hard}"), "carries any signal"),
+    (("--slots", -1), "--slots -1: must be at least 0"),
+    (("--init", "nowhere"), "nowhere"), (("--problems", "{bad}"), "field answer"), (("--problems", "{hard}"), "carries any signal"),
     (("--lr", 1e30, "--max-calls", 6), "step 2, prompts "), (("--init", "{small}"), "the model room for 271 only")])
 def test_bad_input_is_one_line(start, tmp_path, args, message, monkeypatch, capsys):
     (tmp_path / "bad.jsonl").write_text(json.dumps({"id": "1", "domain": "math", "prompt": "p", "answer": ""}) + "\n")
