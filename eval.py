@@ -76,7 +76,8 @@ import data
 import deepconf
 import train_sft
 from data import flag
-from model import FalconH1, generate
+from model import FalconH1
+from sampler import generate
 
 # 1. The answer in a text ----------------------------------------------------------------------------------------------
 

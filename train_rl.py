@@ -23,7 +23,7 @@ What is logged, by name
 Deviations from the paper: the weight of the cross-entropy on positives (0.1), the cache's size and age and the format penalty
 are not given there, nor is the language penalty's; groups without signal are dropped altogether. The paper's
 G = 16, temperature 0.85, clip (0.2, 0.28), TIS cap 2, beta = 0 and gamma = 0 are kept.
-To copy this file, also take train_sft.py, model.py, ssm_scan.py, data.py, deepconf.py and eval.py.
+To copy this file, also take train_sft.py, sampler.py, model.py, ssm_scan.py, data.py, deepconf.py and eval.py.
 """
 
 import math
@@ -43,7 +43,8 @@ import data
 import train_sft
 from data import flag
 from eval import check_code, check_gold, format_ok, mixed_scripts, open_judge, reply_text, verify
-from model import check, generate
+from model import check
+from sampler import generate
 
 
 @dataclass

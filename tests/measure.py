@@ -14,7 +14,8 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
-from model import PRESETS, Cache, Decoder, FalconH1, FalconH1Config, generate, prefill
+from model import PRESETS, Cache, FalconH1, FalconH1Config
+from sampler import Decoder, generate, prefill
 from ssm_scan import chunk_of, ssd_scan, ssd_step
 from train_sft import shares, target_logprobs
 

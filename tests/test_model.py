@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import model as model_file
-from model import (PRESETS, Cache, Decoder, FalconH1, FalconH1Config, Sampler, draw, generate, prefill, read_safetensors, slots_that_fit,
-                   write_safetensors)
+import sampler
+from model import PRESETS, Cache, FalconH1, FalconH1Config, read_safetensors, write_safetensors
+from sampler import Decoder, Sampler, draw, generate, prefill, slots_that_fit
 from tests.measure import peak_bytes
 from train_sft import target_logprobs
 
@@ -262,9 +262,9 @@ def test_where_memory_is_short_the_youngest_traces_wait(sizes, monkeypatch):
     expected = generate(model, PROMPTS, slots=6, **kind, **callbacks(undisturbed))
     sizes.clear()
     cache, read = Cache(SMALL, 6, 8), []
-    monkeypatch.setattr(model_file, "free_bytes", lambda device: 6 * 16 * 192)
+    monkeypatch.setattr(sampler, "free_bytes", lambda device: 6 * 16 * 192)
     assert cache.bytes_to_grow(6, 16) == 6 * 16 * 192 and cache.bytes_to_grow(2, 32) == 2 * (32 * 192 + 2272)
-    monkeypatch.setattr(model_file, "prefill", lambda m, prompts: read.extend(prompts) or prefill(m, prompts))
+    monkeypatch.setattr(sampler, "prefill", lambda m, prompts: read.extend(prompts) or prefill(m, prompts))
     traces = generate(model, PROMPTS, slots=6, **kind, **callbacks(disturbed))
     assert sizes == [(6, 16), (2, 32), (1, 64)]
     assert_same_traces(traces, expected)
@@ -276,7 +276,7 @@ def test_where_memory_is_short_the_youngest_traces_wait(sizes, monkeypatch):
         for t in expected:
             shown = [x[2] for x in seen if type(x) is tuple and len(x) == 3 and x[:2] == (t.prompt_index, t.sample_index)]
             assert shown == list(range(1, len(t.tokens) + 1))
-    monkeypatch.setattr(model_file, "free_bytes", lambda device: 16 * 192 - 1)
+    monkeypatch.setattr(sampler, "free_bytes", lambda device: 16 * 192 - 1)
     with pytest.raises(ValueError, match="one trace of 16 tokens does not fit into 3071 free bytes"):
         generate(model, [[1]], max_new_tokens=40)
 

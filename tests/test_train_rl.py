@@ -13,7 +13,8 @@ import data
 import eval as ev
 import train_rl as r
 import train_sft
-from model import PRESETS, FalconH1, generate
+from model import PRESETS, FalconH1
+from sampler import generate
 
 
 def test_advantages_by_hand():
