@@ -44,7 +44,7 @@ class Trace:
 
 
 def invert(weights, u):
-    """weights (b, n), u (b, 1) -> the first index (b, 1) whose cumulative sum exceeds u of the whole; the sums.
+    """Weights (b, n), u (b, 1) -> the first index (b, 1) whose running sum exceeds u of the whole; all sums.
 
     They are float64: float32 sums of a hundred thousand weights would favour some tokens."""
     cdf = weights.cumsum(-1, dtype=torch.float64)
