@@ -1973,12 +1973,17 @@ def mean_and_stderr(scores):
 # 6. Sampling ----------------------------------------------------------------------------------------------------------
 
 
-def load(folder, device):
-    """(model, tokenizer) of a checkpoint folder."""
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def load(folder, device, dtype="auto"):
+    """(model, tokenizer) of a checkpoint folder. dtype: of DTYPES; auto is bfloat16 on a GPU, else what is stored."""
     if not (Path(folder) / "config.json").is_file():
         raise ValueError(f"{folder}: no checkpoint here (config.json is missing); train one, or name one with --model")
     tokenizer = train_sft.load_tokenizer(folder)
-    return FalconH1.from_pretrained(folder, device=device), tokenizer
+    if dtype == "auto" and device.startswith("cuda"):
+        dtype = "bfloat16"
+    return FalconH1.from_pretrained(folder, dtype=DTYPES[dtype], device=device), tokenizer
 
 
 def reply_text(trace, tokenizer):
@@ -2226,6 +2231,11 @@ class Args:
     window: int = flag(16, "tokens of a confidence group, for traces of some 100 tokens; the paper: 2048")
     seed: int = flag(0, "of sampling")
     device: str = flag("", "cpu or cuda; empty: cuda where there is one")
+    dtype: str = flag(
+        "auto",
+        "of weights and activations: float32, bfloat16, or auto: on a GPU bfloat16, as RL samples, on a CPU what is "
+        "stored. bfloat16 halves memory and uses a GPU's tensor cores; it rounds, so a seed gives other traces",
+    )
     fresh: bool = flag(False, "replace what another evaluation left in --out")
     check: str = flag("", "only check that the verifier finds the solutions in this file of problems right")
     judge: str = flag("", "chat endpoint, http://host:8000/v1, of a model that compares answers in words; key: OPENAI_API_KEY")
@@ -2241,6 +2251,8 @@ def check_args(args):
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
     if not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1:
         raise ValueError("--temperature must be 0 or more, and --top-p above 0 and at most 1")
+    if args.dtype not in DTYPES:
+        raise ValueError(f"--dtype {args.dtype}: not one of {', '.join(DTYPES)}")
     if args.chat and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("--chat is a talk with one process: start it with python, or torchrun --nproc-per-node 1")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -2261,7 +2273,7 @@ def run(args):
     problems = data.read_problems(args.problems, args.limit, None if args.judge else check_gold)
     check_code(problems, args.problems, args.unsafe_local_execution, quiet=ranks.rank > 0)
     judge = open_judge(args)
-    loaded = [(checkpoint_name(folder), *load(folder, ranks.device)) for folder in folders]
+    loaded = [(checkpoint_name(folder), *load(folder, ranks.device, args.dtype)) for folder in folders]
     identity = {name: value for name, value in asdict(args).items() if name not in ("out", "fresh", "chat", "check")}
     ranks.gather([])  # here all ranks could load what they need: only now may --fresh delete anything
     if ranks.rank == 0:
@@ -2291,7 +2303,7 @@ def run(args):
 
 def chat(args):
     """Talk to a checkpoint. The history holds whole replies; render_chat drops the reasoning of earlier turns."""
-    model, tokenizer = load(args.model or "runs/tiny/rl/model", args.device)
+    model, tokenizer = load(args.model or "runs/tiny/rl/model", args.device, args.dtype)
     messages, shown = [], ""
 
     def stream(trace):

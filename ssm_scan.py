@@ -792,7 +792,7 @@ def _ssd_backward(dy: torch.Tensor, dfinal: torch.Tensor | None, x: torch.Tensor
                   want_dS: bool) -> list[torch.Tensor]:
     """Gradients of x, dt, B, C, A, D and the initial states (nothing unless wanted). dfinal None: nobody used the final states."""
     (h, p), (g, n), plan = x.shape[1:], B.shape[1:], _plan(x, dt, B, A, cu, l)
-    k, side, split = plan.chunks, plan.count("dcb", "L", "BM"), plan.count("dbc", "N", "BN")
+    k, side, rows, split = plan.chunks, plan.count("dcb", "L", "BM"), plan.count("dbc", "L", "BM"), plan.count("dbc", "N", "BN")
     parts = plan.count("states", "P", "BP") * plan.count("states", "N", "BN")
     dx, dB, dC = (torch.empty(v.shape, dtype=v.dtype, device=x.device) for v in (x, B, C))
     R, dcb, dS = torch.empty_like(states), torch.empty_like(cb), torch.empty(plan.sequences if want_dS else 0, h, p, n, device=x.device)
@@ -804,13 +804,13 @@ def _ssd_backward(dy: torch.Tensor, dfinal: torch.Tensor | None, x: torch.Tensor
 
     plan.launch(_states_kernel, "states", parts * h * plan.sequences, value=dy, key=C, initial=dfinal, states=R,
                 final=dS if want_dS else None, entering=states, crossing=part["crossing"], s_v=s_dy, s_k=s_c, REVERSED=True)
-    plan.launch(_scan_kernel, "scan", plan.count("scan", "L", "BM") * h * k, value=dy, query=B, cb=cb, states=R, D=D, out=dx, s_v=s_dy, s_q=s_b,
+    plan.launch(_scan_kernel, "scan", rows * h * k, value=dy, query=B, cb=cb, states=R, D=D, out=dx, s_v=s_dy, s_q=s_b,
                 s_out=dx.stride(0), REVERSED=True)
     plan.launch(_dcb_kernel, "dcb", side * side * g * k, x=x, dy=dy, cb=cb, dcb=dcb, row=part["row"], col=part["col"],
                 diagonal=part["diagonal"], s_x=s_x, s_dy=s_dy)
-    plan.launch(_dbc_kernel, "dbc", plan.count("dbc", "L", "BM") * split * g * k, value=dy, own=C, other=B, dcb=dcb, states=states, out=dC, through=part["F"],
+    plan.launch(_dbc_kernel, "dbc", rows * split * g * k, value=dy, own=C, other=B, dcb=dcb, states=states, out=dC, through=part["F"],
                 s_v=s_dy, s_own=s_c, s_other=s_b, s_out=dC.stride(0), REVERSED=False)
-    plan.launch(_dbc_kernel, "dbc", plan.count("dbc", "L", "BM") * split * g * k, value=x, own=B, other=C, dcb=dcb, states=R, out=dB, through=part["E"],
+    plan.launch(_dbc_kernel, "dbc", rows * split * g * k, value=x, own=B, other=C, dcb=dcb, states=R, out=dB, through=part["E"],
                 s_v=s_x, s_own=s_b, s_other=s_c, s_out=dB.stride(0), REVERSED=True)
     plan.launch(_ddt_kernel, "ddt", h * k, cb=cb, ddt=ddt, **part, SIDE=side, SPLIT=split, PARTS=parts)
     return [dx, ddt, dB, dC, part["dA"].sum(0).float(), part["dD"].sum(0).float(), dS]

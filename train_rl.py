@@ -23,7 +23,7 @@ What is logged, by name
 Deviations from the paper: the weight of the cross-entropy on positives (0.1), the cache's size and age and the format penalty
 are not given there, nor is the language penalty's; groups without signal are dropped altogether. The paper's
 G = 16, temperature 0.85, clip (0.2, 0.28), TIS cap 2, beta = 0 and gamma = 0 are kept.
-To copy this file, also take train_sft.py, model.py, ssm_scan.py, data.py, deepconf.py and eval.py.
+To copy this file, also take train_sft.py, model.py, decode.py, ssm_scan.py, data.py, deepconf.py and eval.py.
 """
 
 import math
@@ -76,7 +76,7 @@ class Args:
     weight_decay: float = flag(0.0, "AdamW decay of matrices")
     clip: float = flag(1.0, "largest norm of the whole gradient")
     pack_tokens: int = flag(4096, "longest row, in tokens: bounds memory, does not change the result")
-    slots: int = flag(256, "traces decoded together")
+    slots: int = flag(0, "traces decoded together; 0: as many as fit into free memory, at most 256")
     save_every: int = flag(5, "steps between checkpoints")
     eval_every: int = flag(5, "steps between printed samples, one good and one bad")
     seed: int = flag(0, "of prompt order and sampling")
@@ -350,8 +350,8 @@ SHOWN = ("reward", "correct", "entropy", "mismatch", "length", "calls", "cached"
 
 
 def load(args, ranks):
-    train_sft.check_at_least(1, args, "steps", "prompts", "max_new_tokens", "updates", "max_calls", "slots", "save_every", "eval_every")
-    train_sft.check_at_least(0, args, "warmup_steps", "cache", "cache_age", "limit", "seed", "lr", "weight_decay", "clip", "clip_low",
+    train_sft.check_at_least(1, args, "steps", "prompts", "max_new_tokens", "updates", "max_calls", "save_every", "eval_every")
+    train_sft.check_at_least(0, args, "slots", "warmup_steps", "cache", "cache_age", "limit", "seed", "lr", "weight_decay", "clip", "clip_low",
                              "clip_high", "tis_cap", "positive_weight", "format_penalty", "language_penalty")
     check(args.group >= 2, f"--group {args.group}: one answer has nothing to be compared with, give at least 2")
     check(args.temperature > 0, f"--temperature {args.temperature}: must be above 0, or all answers are the same")

@@ -20,7 +20,7 @@ weights, optimiser, step and positions.
 
 Deviations from the paper: the samples of a batch are packed (the paper does not say); a sample's difficulty weight enters the
 loss and its normalisation alike, so a batch of hard samples takes no larger step; the tiny run's learning rate and batch are its own.
-To copy this file, also take model.py, ssm_scan.py and data.py.
+To copy this file, also take model.py, decode.py, ssm_scan.py and data.py.
 """
 
 import itertools

@@ -15,12 +15,10 @@ from functools import lru_cache, partial
 import torch
 import torch.nn.functional as F
 
-from model import PRESETS, Cache, FalconH1, FalconH1Config, decoder, draw, generate, prefill
+from model import CHUNK, PRESETS, Cache, Decoder, FalconH1, FalconH1Config, draw, generate, prefill
 from ssm_scan import causal_conv1d, chunk_of, ssd_scan, ssd_step
 from tests.peers import peers
 from train_sft import make_optimizer, shares, target_logprobs
-
-CHUNK = 256  # tokens of a chunk of the scan on a GPU
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. The scan against its definition
@@ -536,7 +534,7 @@ def decoding_step(model, batch, context):
     cache = Cache(model.config, batch, context + 1, dtype=p.dtype, device=p.device)
     for part in (cache.k, cache.v, cache.conv, cache.ssm):
         part.normal_()
-    tokens, step = torch.randint(model.config.vocab_size, (batch,), device=p.device), decoder(model, cache)
+    tokens, step = torch.randint(model.config.vocab_size, (batch,), device=p.device), Decoder(model, cache)
 
     @torch.no_grad()
     def run():

@@ -582,7 +582,7 @@ def test_a_sandbox_that_fails_is_no_verdict(monkeypatch):
 def test_an_evaluation_with_code(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ev, "generate", test_eval.scripted_generate)
-    monkeypatch.setattr(ev, "load", lambda folder, device: (None, data.Tokenizer.byte_level()))
+    monkeypatch.setattr(ev, "load", lambda folder, device, dtype: (None, data.Tokenizer.byte_level()))
     codes = itertools.cycle(["print(input())", "print(7)", "print(input())"])  # by sample: right, wrong, right, right, ...
     fence = "\n```python\n{}\n```\n"
     monkeypatch.setitem(test_eval.SCRIPT, "program", lambda i: (fence.format(["print(input())", "print(7)"][i % 3 == 1]), 1.0))

@@ -255,6 +255,7 @@ def launches(monkeypatch, layers, device, dtype):
         torch.set_default_dtype(torch.float32)
         cache = m.Cache(model.config, 2, 20, dtype=dtype, device=device)
         ids = torch.zeros(2, 1, dtype=torch.long, device=device)
+        m.ssm_multipliers(model.config, dtype, ids.device)  # made once, then kept
         with monkeypatch.context() as patched, torch.no_grad(), Launches() as counted:
             def launch(*args, original=s._launch, **sizes):
                 counted.count += 1

@@ -726,7 +726,7 @@ def place(tmp_path, monkeypatch):
     """A folder with problems and a checkpoint folder, to which the stand-in answers."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ev, "generate", scripted_generate)
-    monkeypatch.setattr(ev, "load", lambda folder, device: (None, data.Tokenizer.byte_level()))
+    monkeypatch.setattr(ev, "load", lambda folder, device, dtype: (None, data.Tokenizer.byte_level()))
     golds = {"easy": "5", "split": "7", "hard": "1"}
     problems = [{"id": name, "domain": "math", "prompt": name, "answer": gold} for name, gold in golds.items()]
     data.write_jsonl("problems.jsonl", problems)

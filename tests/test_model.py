@@ -3,15 +3,19 @@
 import json
 import struct
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import (PRESETS, Cache, FalconH1, FalconH1Config, attend, decoder, document_table, draw, generate,
-                   prefill, read_safetensors, slots_that_fit, ssm_multipliers, write_safetensors)
+import model as sampler
+from model import (PRESETS, Cache, Decoder, FalconH1, FalconH1Config, Sampler, attend, document_table, draw, generate, prefill,
+                   read_safetensors, slots_that_fit, ssm_multipliers, write_safetensors)
+from tests.measure import peak_bytes
 from train_sft import target_logprobs
 
 SMALL = FalconH1Config(
@@ -243,11 +247,11 @@ def test_log_probabilities_are_those_of_the_trainer():
 
 @pytest.mark.gpu
 def test_replayed_steps_are_the_steps():
-    """Windows of 64 and 128 tokens; each has an eager step, a recorded one, and replays."""
+    """An eager step, a recorded one, and replays."""
     model = build().cuda()
     plain, graphed = (Cache(model.config, 3, 200, device="cuda") for _ in range(2))
     with torch.no_grad():
-        step = decoder(model, graphed)
+        step = Decoder(model, graphed)
         for i in range(100):
             tokens = torch.tensor([i, 2 * i, 3 * i], device="cuda") % model.config.vocab_size
             plain.used = graphed.used = i
@@ -259,6 +263,123 @@ def test_as_many_slots_as_fit():
     def fit(length):
         return slots_that_fit(config, length, torch.float32, "cpu")
     assert fit(16) == 256 >= fit(10**6) >= fit(10**12) == 1
+
+
+def by_indices(traces):
+    return {(t.prompt_index, t.sample_index): t for t in traces}
+
+
+def assert_same_traces(some, others):
+    some, others = by_indices(some), by_indices(others)
+    assert some.keys() == others.keys()
+    for key, trace in some.items():
+        other = others[key]
+        assert trace.tokens == other.tokens and trace.stop == other.stop
+        assert trace.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+        assert trace.confidences == pytest.approx(other.confidences, abs=1e-4)
+
+
+@pytest.fixture
+def sizes(monkeypatch):
+    """(slots, length) of a cache that begins with 8 tokens, each time that it is made anew."""
+    seen, grow = [], Cache.grow
+    monkeypatch.setattr(Sampler, "first_length", 8)
+    def counted(self, slots, length):
+        seen.append((len(slots), length))
+        grow(self, slots, length)
+    monkeypatch.setattr(Cache, "grow", counted)
+    return seen
+
+
+PROMPTS = [[1, 2], [3, 4, 5, 6, 7], [8], [9] * 7]
+
+
+def test_the_cache_grows_with_the_longest_trace(sizes, monkeypatch):
+    model, kind = build(), dict(max_new_tokens=40, samples=3, seed=3, stop_ids=[0, 1])
+    traces = [generate(model, PROMPTS, slots=slots, **kind) for slots in (1, 5, 12)]
+    longest = max(len(PROMPTS[t.prompt_index]) + len(t.tokens) for t in traces[0]) - 1  # the last is not appended
+    assert 32 < longest and max(length for _, length in sizes) == 46 == 7 + 40 - 1
+    assert {length for _, length in sizes} == {16, 32, 46}
+    monkeypatch.setattr(Sampler, "first_length", 64)
+    for some in traces:
+        assert_same_traces(some, generate(model, PROMPTS, slots=7, **kind))
+
+
+def test_where_memory_is_short_the_youngest_traces_wait(sizes, monkeypatch):
+    """Six slots of 192 bytes a token and 2,272 of states, and memory for 16 more tokens of each. Two times 32 fit in,
+    one time 64."""
+    model, kind = build(), dict(max_new_tokens=60, samples=3, seed=3, stop_ids=[0, 1])
+    def callbacks(seen):
+        def admit(i, j):
+            seen.append((i, j))
+            return "done" if (i, j) == (2, 2) else "go"
+        def on_token(t):
+            seen.append((t.prompt_index, t.sample_index, len(t.tokens)))
+            return (t.prompt_index, len(t.tokens)) == (1, 30)
+        return dict(admit=admit, on_token=on_token, on_trace=seen.append)
+    undisturbed, disturbed = [], []
+    expected = generate(model, PROMPTS, slots=6, **kind, **callbacks(undisturbed))
+    sizes.clear()
+    cache, read = Cache(SMALL, 6, 8), []
+    monkeypatch.setattr(sampler, "free_bytes", lambda device: 6 * 16 * 192)
+    assert cache.bytes_to_grow(6, 16) == 6 * 16 * 192 and cache.bytes_to_grow(2, 32) == 2 * (32 * 192 + 2272)
+    monkeypatch.setattr(sampler, "prefill", lambda m, prompts: read.extend(prompts) or prefill(m, prompts))
+    traces = generate(model, PROMPTS, slots=6, **kind, **callbacks(disturbed))
+    assert sizes == [(6, 16), (2, 32), (1, 64)]
+    assert_same_traces(traces, expected)
+    assert len(expected) == 11 and {t.stop for t in expected} == {"stop", "deepconf"}
+    ids = {tuple(PROMPTS[t.prompt_index] + t.tokens[:n]) for t in traces for n in range(1, len(t.tokens))}
+    assert {tuple(prompt) for prompt in read} & ids  # some were read again in their middle
+    for seen in (undisturbed, disturbed):  # every trace is admitted once, in order, and shown each token once
+        events = [x for x in seen if type(x) is tuple]
+        assert [x for x in events if len(x) == 2] == [(i, j) for i in range(4) for j in range(3)]
+        for (i, j), t in by_indices(expected).items():
+            assert [x[2] for x in events if len(x) == 3 and x[:2] == (i, j)] == list(range(1, len(t.tokens) + 1))
+        assert len([x for x in seen if x not in events]) == 11
+    monkeypatch.setattr(sampler, "free_bytes", lambda device: 16 * 192 - 1)
+    with pytest.raises(ValueError, match="one trace of 16 tokens does not fit into 3071 free bytes"):
+        generate(model, [[1]], max_new_tokens=40)
+
+
+def test_a_step_reads_once_and_is_recorded_once_per_size(sizes, monkeypatch):
+    """Reads stop the host on a GPU. Here they are counted, and a recorder that only pretends takes CUDA's place."""
+    class Uncounted(FalconH1):  # on a CPU, and there alone, its checks look at values
+        def forward(self, *args, **kwargs):
+            before, logits = Reads.count, super().forward(*args, **kwargs)
+            Reads.count = before
+            return logits
+
+    class Reads(TorchDispatchMode):
+        count = 0
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            Reads.count += func is torch.ops.aten._local_scalar_dense.default
+            return func(*args, **(kwargs or {}))
+
+    def record(self):
+        recorded.append((len(self.tokens), self.cache.k.shape[3]))
+        def replay():
+            new, self.result = self.run(), getattr(self, "result", None)
+            self.result = new if self.result is None else self.result.copy_(new)  # in place, as a graph's are
+        self.graph = SimpleNamespace(replay=replay)
+
+    def step(self):
+        with Reads():
+            steps.append(took := plain_step(self))
+        return took
+
+    model, recorded, steps, lists, plain_step, tolist = build(), [], [], [], Sampler.step, torch.Tensor.tolist
+    kind = dict(max_new_tokens=40, samples=3, seed=3, slots=6, stop_ids=[0, 1])
+    expected = generate(model, PROMPTS, **kind)
+    model.__class__ = Uncounted
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: lists.append(self.shape) or tolist(self))
+    monkeypatch.setattr(Sampler, "step", step)
+    monkeypatch.setattr(Decoder, "record", record)
+    monkeypatch.setattr(Decoder, "recorded_on", "cpu")
+    sizes.clear()
+    assert_same_traces(generate(model, PROMPTS, **kind), expected)
+    assert len(lists) == len(steps) > 40 and Reads.count == 0
+    assert sum(steps) == sum(len(t.tokens) for t in expected)
+    assert recorded == [(6, 8), *sizes] and len({*recorded}) == len(recorded) > 4
 
 
 def test_the_bar_shows_the_rate(capfd):
@@ -310,6 +431,40 @@ def test_draw_inverts_the_distribution():
         torch.testing.assert_close(logprobs, p.log()[tokens], rtol=1e-5, atol=1e-5)
     assert draw(logits, u[:1], 0, 1.0)[0].item() == 3
     assert draw(logits, u[:1], 1.0, 1.0, top=2)[2].item() == pytest.approx(-logits.log_softmax(-1)[0, [3, 0]].mean().item())
+
+
+@pytest.mark.parametrize("vocab", [272, 4099, 32784, 130048])  # in one block, in blocks of 1, 16 and 256
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_draw_from_a_large_vocabulary(vocab, top_p):
+    r = torch.Generator().manual_seed(vocab)
+    logits, u = 3 * torch.randn(6, vocab, generator=r), torch.rand(6, dtype=torch.float64, generator=r)
+    logits[:, : vocab // 3] -= 200  # nothing to be drawn from first and last tokens
+    logits[:, -vocab // 3 :] = -torch.inf
+    u[0], u[1] = 0, 1 - 2**-53
+    tokens, logprobs, confidences = draw(logits, u, 0.8, top_p)
+    p = (logits.double() / 0.8).softmax(-1)
+    if top_p < 1:
+        ranked, order = p.sort(-1, descending=True)
+        p.scatter_(-1, order, ranked.masked_fill(ranked.cumsum(-1) - ranked >= top_p, 0))
+    p /= p.sum(-1, keepdim=True)
+    upper, chosen = p.cumsum(-1).gather(-1, tokens[:, None])[:, 0], p.gather(-1, tokens[:, None])[:, 0]
+    assert (upper - chosen - 1e-6 <= u).all() and (u <= upper + 1e-6).all() and (chosen > 1e-30).all()
+    torch.testing.assert_close(logprobs.double(), chosen.log(), rtol=1e-5, atol=1e-5)
+    top = logits.double().log_softmax(-1).topk(20).values
+    torch.testing.assert_close(confidences.double(), -top.mean(-1), rtol=1e-5, atol=1e-5)
+
+
+def test_draw_survives_what_is_not_a_number():
+    for bad in (torch.nan, torch.inf):
+        logits = torch.zeros(2, 4096).index_fill_(1, torch.tensor([5]), bad)
+        tokens = draw(logits, torch.tensor([0.0, 0.9]).double(), 1.0, 1.0)[0]
+        assert ((0 <= tokens) & (tokens < 4096)).all()  # it is refused later, but may be embedded before
+
+
+@pytest.mark.parametrize(("top_p", "copies"), [(1.0, 2), (0.95, 5)])
+def test_draw_holds_few_copies_of_the_distribution(top_p, copies):
+    logits, u = torch.randn(2, 130048), torch.rand(2, dtype=torch.float64)
+    assert peak_bytes(lambda: draw(logits, u, 0.85, top_p), "cpu") < (copies + 0.3) * logits.nbytes
 
 
 def test_generate_does_not_sample_from_nonsense():

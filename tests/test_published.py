@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import Tokenizer
-from model import FalconH1, FalconH1Config, generate, read_safetensors, write_safetensors
+from model import FalconH1, FalconH1Config, read_safetensors, write_safetensors
+from model import generate
 
 from .make_golden import BIASES, CHECKPOINTS, GOLDEN, SHAPE, TEXTS, random_checkpoint, tokenizer_kinds, train_tokenizer
 

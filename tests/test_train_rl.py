@@ -10,9 +10,11 @@ import torch
 from tests.test_train_sft import dying, killed_and_resumed, refused, run
 
 import data
+import eval as ev
 import train_rl as r
 import train_sft
-from model import PRESETS, FalconH1, generate
+from model import PRESETS, FalconH1
+from model import generate
 
 
 def test_advantages_by_hand():
@@ -223,6 +225,18 @@ def test_the_log_has_what_it_promises(whole_run):
         assert record["calls"] + record["cached"] > 0 and 0 <= record["reward"] <= 1
 
 
+def test_evaluation_samples_in_the_dtype_of_rl(tmp_path, monkeypatch):
+    FalconH1(PRESETS["tiny"]).save_pretrained(tmp_path)
+    data.Tokenizer.byte_level().save(tmp_path)
+    for dtype, expected in (("auto", torch.float32), ("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        assert {p.dtype for p in ev.load(tmp_path, "cpu", dtype)[0].parameters()} == {expected}
+    monkeypatch.setattr(ev.FalconH1, "from_pretrained", lambda folder, dtype, device: (dtype, device))
+    assert ev.load(tmp_path, "cuda:1", "auto")[0] == (torch.bfloat16, "cuda:1")
+    assert ev.load(tmp_path, "cuda", "float32")[0] == (torch.float32, "cuda")
+    with pytest.raises(ValueError, match="--dtype float16: not one of auto, float32, bfloat16"):
+        ev.check_args(ev.Args(dtype="float16"))
+
+
 @pytest.mark.parametrize(("ranks", "flags"), [(2, ()), (3, ("--cp", 3, "--checkpoint-activations"))])
 def test_ranks_sample_and_reward_like_one(start, tmp_path, whole_run, ranks, flags):
     status, _, err = run("train_rl.py", *rl_args(start), "--out", tmp_path / "run", *flags, ranks=ranks)
@@ -247,6 +261,7 @@ def test_a_killed_rank_leaves_a_run_that_goes_on(start, tmp_path, whole_run):
 
 @pytest.mark.parametrize(("args", "message"), [
     (("--group", 1), "--group 1"), (("--temperature", 0), "--temperature 0"), (("--normalise", "x"), "sequence or token"),
+    (("--slots", -1), "--slots -1: must be at least 0"),
     (("--init", "nowhere"), "nowhere"), (("--problems", "{bad}"), "field answer"), (("--problems", "{hard}"), "carries any signal"),
     (("--lr", 1e30, "--max-calls", 6), "step 2, prompts "), (("--init", "{small}"), "the model room for 271 only")])
 def test_bad_input_is_one_line(start, tmp_path, args, message, monkeypatch, capsys):
