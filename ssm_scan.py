@@ -28,6 +28,7 @@ strongly decaying chunk reaches -10^4, where float32 has only three digits left 
 float32). Packed sequences never share a chunk, so no mask inside a chunk is needed and nothing can leak from one to the next.
 """
 
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -299,37 +300,35 @@ def _scan_chunked(x, dt, B, C, A, S, cu, chunk_size):
 # 4. The scan in Triton
 #
 # The same four steps as `_scan_chunked`, in kernels that keep the two large things out of memory: the (l, l) matrix of a
-# chunk's decays, and all copies of B and C for the heads of a group. The host cuts tokens into chunks as above, so a chunk
-# holds tokens of one sequence and packed batches need no mask. Tokens lie flat in memory, (tokens, h, p) and (tokens, g, n);
-# what belongs to chunks, (k, h, l). One program, the unit that Triton runs in parallel, computes one tile of an output:
+# chunk's decays, and all copies of B and C for the heads of a group. A chunk holds tokens of one sequence, so packed batches
+# need no mask. One program, the unit that Triton runs in parallel, computes one tile of an output:
 #
 #                source j ->                      of one chunk (k), head (h), 2 x 2 tiles of l / 2 tokens. The program of the
 #              +-------+-------+   value (l, p)   marked tile of y walks over the tiles of its row up to the diagonal, and
 #     output i | W 0 0 |       |    +-------+     multiplies W with the values it meets:
-#         |    | W W 0 |       |    | dt x  |
+#         |    | W W 0 |       |    |   x   |
 #         v    | W W W |       |    |       |         W_ij = (C_i . B_j) 2^(c_i - c_j) dt_j   where j <= i, else 0
 #              +-------+-------+ @  +-------+
-#              | W W W | W 0 0 |    | dt x  |     C B^T is the same for all heads of a group: a kernel of its own stores it,
+#              | W W W | W 0 0 |    |   x   |     C B^T is the same for all heads of a group: a kernel of its own stores it,
 #           ** | W W W | W W 0 | ** |       |     on and below the diagonal. W lives in registers only.
 #              | W W W | W W W |    |       |
 #              +-------+-------+    +-------+
 #
-# Decays are 2^(c_i - c_j) <= 1 with c = log2(e) cumsum(dt A), never quotients of exponentials, which overflow. A tile below the
-# diagonal needs no exponential of its own. With c_r at a boundary r between its sources j and its outputs i,
+# Decays are 2^(c_i - c_j) <= 1 with c = log2(e) cumsum(dt A), never quotients of exponentials, which overflow. Below the
+# diagonal they are a product, with c_r taken at a boundary between the tile's sources j and its outputs i:
 #
 #     2^(c_i - c_j) dt_j  =  after[r, i] before[r, j]         after = 2^(c_i - c_r)    before = 2^(c_r - c_j) dt_j
 #
-# and both factors are at most 1 (times dt_j). The boundaries are those of tiles: r = 0 is the chunk's start, the last one its
-# end. Tiles on the diagonal take c itself, as a pair of float32, the rounded sum and what rounding lost: neighbours late in a
-# strongly decaying chunk differ by less than the last digit of the sum alone.
+# Boundary 0 is the chunk's start, the last one its end. Tiles on the diagonal take c itself, as a pair of float32, the rounded
+# sum and what rounding lost: neighbours late in a strongly decaying chunk differ by less than the sum's last digit.
 #
 # Backward. With R_t = dL/dS_t, everything the loss sees of the state, the definition differentiates to
 #
 #     R_t = dy_t C_t^T + a_{t+1} R_{t+1}      dx_t = dt_t R_t B_t + D dy_t    d(dt_t) = x_t . R_t B_t   (but for a_t's share)
 #     a_t = exp(dt_t A)                       dB_t = dt_t R_t^T x_t           dC_t = S_t^T dy_t
 #
-# R is a scan as S is, run from the last token to the first, with dy and C written into it and B read from it. So the kernels
-# for states, outputs and dB, dC exist once; REVERSED turns the triangle around, and exchanges what their arguments are:
+# R is a scan as S is, run from the last token to the first. So the kernels for states, outputs and dB, dC exist once; REVERSED
+# turns the triangle around, and their arguments are:
 #
 #     kernel        argument                  forward                          REVERSED
 #     _states       value, key                x, B                             dy, C
@@ -346,19 +345,18 @@ def _scan_chunked(x, dt, B, C, A, S, cu, chunk_size):
 #     sum_{j < t <= i} q_ij  +  sum_{i >= t} F_i  +  sum_{j < t} E_j  +  <entering state, leaving state's gradient> 2^(c_l)
 #
 # and the first sum is sum_{i >= t} (row_i - col_i), where row and col add up the same numbers q without their diagonal. The
-# diagonal is what is large there and crosses no step. (y . dy - x . dx, shorter and common, has it in both terms, and loses all
-# digits where decays are strong.) The same sums give d(dt_j) = (col_j + q_jj + E_j) / dt_j; so that a step of 0 has its gradient,
-# too, the kernels take it as 1e-30.
+# diagonal is what is large there and crosses no step. (y . dy - x . dx, shorter and common, has it in both terms, and loses
+# all digits where decays are strong.) And d(dt_j) = (col_j + q_jj + E_j) / dt_j, for which kernels take a step of 0 as 1e-30.
 #
-# Nothing is added up by atomics: programs that share a sum store their parts, the last kernel adds them, and two runs give the
-# same bits. Chunk and token numbers are int64, because t h p passes 2^31 at 700,000 tokens of the 7B model. Tile sizes are chosen
-# by the size of shared memory alone: autotuning stalls at every new shape, and different tiles round differently.
+# Nothing is added up by atomics: programs that share a sum store their parts, the last kernel adds them, and two runs give
+# the same bits. Chunk and token numbers are int64, because t h p passes 2^31 at 700,000 tokens of the 7B model. Tile sizes
+# are chosen by the size of shared memory alone: autotuning stalls at every new shape, and different tiles round differently.
 #
-# Arguments of all kernels, each a pointer: `start`, `length` (k,) first token and number of tokens of a chunk; c (2, k, h, l), its
-# second half at c + low; dt (k, h, l), 0 in the padding; before, after (k, h, r, l); cb (k, g, l, l); states (k, h, p, n). s_v is
-# the number of elements from one token of value to the next, and so on: tokens may be slices of a wider row. In capitals what is
-# known when the kernel is compiled: the sizes above, R boundaries, and BM, BK, ... those of tiles. A tile of cb is loaded whole,
-# in wide loads, and what lies above the diagonal put to 0 afterwards: a mask on the load would fetch it element by element.
+# Arguments, each a pointer: start, length (k,) first token and number of tokens of a chunk; x, B, ... (tokens, h or g, p or n);
+# c (2, k, h, l), its second half at c + low; dt (k, h, l); before, after (k, h, r, l); cb, dcb (k, g, l, l); states (k, h, p, n).
+# s_v is the number of elements from one token of value to the next, and so on: tokens may be slices of a wider row. In capitals
+# what is known when a kernel is compiled: the sizes above, R boundaries, EDGE places apart, and BM, BK, ... those of tiles. A tile
+# of cb is loaded whole, in wide loads, and selected from afterwards: a mask would make it fetch element by element.
 
 try:
     import triton
@@ -561,64 +559,49 @@ def _scan_kernel(value, query, cb, states, dt, c, low, before, after, D, start, 
 
 
 @_jit
-def _dcb_tile(x, dy, cb, dt, c, low, before, after, num, dcb, row, col, diagonal, s_x, s_dy, g, k, i0, j0,
-              H: constexpr, G: constexpr, P: constexpr, L: constexpr, R: constexpr, EDGE: constexpr,
-              BM: constexpr, BP: constexpr, DIAGONAL: constexpr):
-    """One tile of _dcb_kernel, on the diagonal or below it."""
-    SIDE: constexpr = L // BM
-    i, j, p = i0 + tl.arange(0, BM), j0 + tl.arange(0, BM), tl.arange(0, BP)
-    place = ((k * G + g) * L + i[:, None]) * L + j[None, :]
-    below = tl.load(cb + place).to(tl.float32)
-    if DIAGONAL:
-        below = tl.where(i[:, None] > j[None, :], below, 0.0)
-    acc = tl.zeros((BM, BM), tl.float32)
-    for h in range(g * (H // G), (g + 1) * (H // G)):
-        head = k * H + h
-        share = tl.zeros((BM, BM), tl.float32)
-        for p0 in range(0, P, BP):
-            q = p0 + p
-            in_p = _inside(q, P, BP)
-            d = _load(dy + h * P, q[None, :], i[:, None], s_dy, (i < num)[:, None], in_p[None, :])  # (BM, BP)
-            v = _load(x + h * P, q[:, None], j[None, :], s_x, (j < num)[None, :], in_p[:, None])  # (BP, BM)
-            share = tl.dot(d, v, share, input_precision="ieee")
-        if DIAGONAL:
-            tl.store(diagonal + head * L + i, tl.sum(tl.where(i[:, None] == j[None, :], share, 0.0), 1))
-            ci, ci_low = _pair(c + head * L, low, i)
-            cj, cj_low = _pair(c + head * L, low, j)
-            share *= _decay(ci[:, None], ci_low[:, None], cj[None, :], cj_low[None, :]) * tl.load(dt + head * L + j)[None, :]
-            share = tl.where(i[:, None] >= j[None, :], share, 0.0)
-        else:
-            edge = (head * R + i0 // EDGE) * L
-            share *= tl.load(after + edge + i)[:, None] * tl.load(before + edge + j)[None, :]
-        acc += share
-        share *= below
-        tl.store(row + (head * SIDE + j0 // BM) * L + i, tl.sum(share, 1))
-        tl.store(col + (head * SIDE + i0 // BM) * L + j, tl.sum(share, 0))
-    tl.store(dcb + place, acc)
-
-
-@_jit
 def _dcb_kernel(x, dy, cb, dt, c, low, before, after, start, length, dcb, row, col, diagonal, s_x, s_dy,
                 H: constexpr, G: constexpr, P: constexpr, L: constexpr, R: constexpr, EDGE: constexpr,
-                BM: constexpr, BP: constexpr, SIDE_DBC: constexpr):
-    """d(cb)_ij = sum over the group's heads of 2^(c_i - c_j) dt_j (dy_i . x_j), a tile a program; and of every head diagonal_j =
-    dy_j . x_j and, with q = d(cb) cb, the sums of q below the diagonal: row[k, h, tile's column, i], col[k, h, tile's row, j]."""
+                BM: constexpr, BP: constexpr, BLANK: constexpr, DIAGONAL: constexpr):
+    """d(cb)_ij = sum over the group's heads of 2^(c_i - c_j) dt_j (dy_i . x_j), a tile a program, those on the DIAGONAL in a launch of
+    their own; and of every head dy_j . x_j in `diagonal`, and with q = d(cb) cb the sums of q below the diagonal: row[k, h, tile's
+    column, i], col[k, h, tile's row, j]."""
     SIDE: constexpr = L // BM
-    tile, g, k = _program(SIDE * SIDE, G)
+    tile, g, k = _program(SIDE if DIAGONAL else SIDE * SIDE, G)
     num, token = tl.load(length + k).to(tl.int32), tl.load(start + k)
-    i0, j0 = tile // SIDE * BM, tile % SIDE * BM
-    x += token * s_x
-    dy += token * s_dy
-    if i0 < num:
-        if j0 < i0:
-            _dcb_tile(x, dy, cb, dt, c, low, before, after, num, dcb, row, col, diagonal, s_x, s_dy, g, k, i0, j0,
-                      H, G, P, L, R, EDGE, BM, BP, False)
-        elif j0 == i0:
-            _dcb_tile(x, dy, cb, dt, c, low, before, after, num, dcb, row, col, diagonal, s_x, s_dy, g, k, i0, j0,
-                      H, G, P, L, R, EDGE, BM, BP, True)
-        elif j0 // SIDE_DBC == i0 // SIDE_DBC:  # above the diagonal, but inside a tile of _dbc_kernel
-            i, j = i0 + tl.arange(0, BM), j0 + tl.arange(0, BM)
-            tl.store(dcb + ((k * G + g) * L + i[:, None]) * L + j[None, :], tl.zeros((BM, BM), tl.float32))
+    across, down = (tile, tile) if DIAGONAL else (tile % SIDE, tile // SIDE)
+    i, j, p = down * BM + tl.arange(0, BM), across * BM + tl.arange(0, BM), tl.arange(0, BP)
+    place = ((k * G + g) * L + i[:, None]) * L + j[None, :]
+    if (across <= down) & (down * BM < num) & (DIAGONAL | (across < down)):
+        x += token * s_x
+        dy += token * s_dy
+        below = tl.load(cb + place).to(tl.float32)
+        if DIAGONAL:
+            below = tl.where(i[:, None] > j[None, :], below, 0.0)
+        acc = tl.zeros((BM, BM), tl.float32)
+        for h in range(g * (H // G), (g + 1) * (H // G)):
+            head = k * H + h
+            q = tl.zeros((BM, BM), tl.float32)
+            for p0 in range(0, P, BP):
+                pp = p0 + p
+                in_p = _inside(pp, P, BP)
+                d = _load(dy + h * P, pp[None, :], i[:, None], s_dy, (i < num)[:, None], in_p[None, :])  # (BM, BP)
+                v = _load(x + h * P, pp[:, None], j[None, :], s_x, (j < num)[None, :], in_p[:, None])  # (BP, BM)
+                q = tl.dot(d, v, q, input_precision="ieee")
+            if DIAGONAL:
+                tl.store(diagonal + head * L + i, tl.sum(tl.where(i[:, None] == j[None, :], q, 0.0), 1))
+                ci, ci_low = _pair(c + head * L, low, i)
+                q *= _decay(ci[:, None], ci_low[:, None], ci[None, :], ci_low[None, :]) * tl.load(dt + head * L + i)[None, :]
+                q = tl.where(i[:, None] >= j[None, :], q, 0.0)
+            else:
+                edge = (head * R + down * (BM // EDGE)) * L
+                q *= tl.load(after + edge + i)[:, None] * tl.load(before + edge + j)[None, :]
+            acc += q
+            q *= below
+            tl.store(row + (head * SIDE + across) * L + i, tl.sum(q, 1))
+            tl.store(col + (head * SIDE + down) * L + j, tl.sum(q, 0))
+        tl.store(dcb + place, acc)
+    elif (across > down) & (across // BLANK == down // BLANK):  # above the diagonal, but in the same tile of _dbc_kernel
+        tl.store(dcb + place, tl.zeros((BM, BM), tl.float32))
 
 
 @_jit
@@ -699,15 +682,14 @@ def _tiling(l, p, n, dtype, shared_memory):
     big = shared_memory >= 200_000 and dtype.itemsize == 2 and p <= 128
     full = dtype.itemsize == 4  # products of float32 run on no tensor core, and need their registers for themselves
     options = dict(num_warps=8, num_stages=3) if big else dict(num_warps=4, num_stages=2)
-    side = min(128 if big else 64, l)  # of a tile of the chunk's triangle
-    step = min(64 if big else 32, l)  # tokens that a loop takes at a time
-    edge, bp, bn = min(64, l), _power(p), _power(n)  # places from one boundary of before and after to the next
+    side, edge = min(128 if big else 64, l), min(64, l)  # of a tile of the chunk's triangle; from boundary to boundary
+    bp, bn, step = _power(p), _power(n), min(64 if big else 32, l)
     return {
         "decays": dict(EDGE=edge, BH=4, num_warps=4),
         "cb": dict(BM=side, BK=min(64, bn), **options),
         "states": dict(BP=min(32 if full else 64, bp), BN=min(64, bn), BL=min(256 if big else 32, l), num_warps=4, num_stages=2),
-        "scan": dict(BM=side, BP=bp, BK=min(step, bn), **(options | dict(num_stages=2))),
-        "dcb": dict(BM=edge, BP=min(32, bp) if full else bp, SIDE_DBC=side, num_warps=4, num_stages=2),
+        "scan": dict(BM=side, BP=bp, BK=min(step, bn), num_warps=options["num_warps"], num_stages=2),
+        "dcb": dict(BM=edge, BP=min(32, bp) if full else bp, BLANK=side // edge, num_warps=4, num_stages=2),
         "dbc": dict(BM=side, BN=min(128 if big else 64, bn), BP=bp, BL=step, **options),
         "ddt": dict(num_warps=4),
     }
@@ -718,28 +700,25 @@ def _shared_memory(x):
 
 
 def _launch(kernel, programs, *args, **sizes):
-    with torch.cuda.device_of(args[0]):  # Triton launches on the current GPU, wherever the tensors lie
+    tensors = (v for v in (*args, *sizes.values()) if isinstance(v, torch.Tensor))
+    with torch.cuda.device_of(next(tensors)):  # Triton launches on the current GPU, wherever the tensors lie
         kernel[(programs,)](*args, **sizes)
-
-
-_LONGEST_CHUNK = 1024  # a program of _decays_kernel holds one of four heads
 
 
 class _Plan(NamedTuple):
     """What the kernels of one scan share."""
-    chunks: int
-    sequences: int
-    tiles: dict  # of every kernel, see _tiling
+    k: int  # chunks
+    s: int  # sequences
+    tiles: dict  # see _tiling
     given: dict  # arguments by name: chunk table, decays, sizes
 
     def launch(self, kernel, name, programs, **arguments):
         given = {key: v for key, v in self.given.items() if key in kernel.arg_names and key not in self.tiles[name]}
-        with torch.cuda.device_of(self.given["c"]):  # Triton launches on the current GPU, wherever the tensors lie
-            kernel[(programs,)](**given, **self.tiles[name], **arguments)
+        _launch(kernel, programs, **given, **self.tiles[name], **arguments)
 
-    def count(self, name, size, over):
-        """Tiles of a kernel along one of its sizes."""
-        return triton.cdiv(self.given[size], self.tiles[name][over])
+    def count(self, name, *sides):
+        """Tiles of a kernel along some pairs of a size and the tile's part of it."""
+        return math.prod(triton.cdiv(self.given[size], self.tiles[name][part]) for size, part in sides)
 
 
 def _plan(x, dt, B, A, cu, l):
@@ -750,9 +729,9 @@ def _plan(x, dt, B, A, cu, l):
     r = l // edge + 1
     shapes = dict(c=(2, k, h, l), dt=(k, h, l), before=(k, h, r, l), after=(k, h, r, l))
     decays = {name: torch.empty(*shape, device=x.device) for name, shape in shapes.items()}
-    given = dict(start=table.start, length=table.length, first=table.first, **decays, low=k * h * l, A=A, H=h, G=g, P=p, N=n, L=l, R=r, EDGE=edge)
-    plan = _Plan(k, len(cu) - 1, tiles, given)
-    plan.launch(_decays_kernel, "decays", plan.count("decays", "H", "BH") * k, step=dt, s_dt=dt.stride(0))
+    sizes = dict(H=h, G=g, P=p, N=n, L=l, R=r, EDGE=edge)
+    plan = _Plan(k, len(cu) - 1, tiles, dict(start=table.start, length=table.length, first=table.first, A=A, low=k * h * l, **decays, **sizes))
+    plan.launch(_decays_kernel, "decays", plan.count("decays", ("H", "BH")) * k, step=dt, s_dt=dt.stride(0))
     return plan
 
 
@@ -761,80 +740,77 @@ def _ssd(x: torch.Tensor, dt: torch.Tensor, B: torch.Tensor, C: torch.Tensor, A:
          S: torch.Tensor | None, cu: Sequence[int], l: int,
          want_final: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """x (tokens, h, p), dt (tokens, h), B and C (tokens, g, n), A and D (h,), S (s, h, p, n) or None for zeros -> y, the final states
-    (nothing unless wanted), and for the backward pass the states (k, h, p, n) that enter each chunk, and cb (k, g, l, l)."""
+    (of no sequence unless wanted), and for the backward pass the states (k, h, p, n) that enter each chunk, and cb (k, g, l, l)."""
     (h, p), (g, n), plan = x.shape[1:], B.shape[1:], _plan(x, dt, B, A, cu, l)
-    y, states = torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty(plan.chunks, h, p, n, dtype=x.dtype, device=x.device)
-    cb = torch.empty(plan.chunks, g, l, l, dtype=x.dtype, device=x.device)
-    final = torch.empty(plan.sequences if want_final else 0, h, p, n, device=x.device)
+    y, states = torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty(plan.k, h, p, n, dtype=x.dtype, device=x.device)
+    cb = torch.empty(plan.k, g, l, l, dtype=x.dtype, device=x.device)
+    final = torch.empty(plan.s if want_final else 0, h, p, n, device=x.device)
     s_x, s_b, s_c = x.stride(0), B.stride(0), C.stride(0)
-
-    plan.launch(_cb_kernel, "cb", plan.count("cb", "L", "BM") ** 2 * g * plan.chunks,
-                query=C, key=B, cb=cb, s_q=s_c, s_k=s_b)
-    plan.launch(_states_kernel, "states", plan.count("states", "P", "BP") * plan.count("states", "N", "BN") * h * plan.sequences,
-                value=x, key=B, initial=S, states=states, final=final if want_final else None, entering=None, crossing=None,
-                s_v=s_x, s_k=s_b, REVERSED=False)
-    plan.launch(_scan_kernel, "scan", plan.count("scan", "L", "BM") * h * plan.chunks, value=x, query=C, cb=cb, states=states, D=D,
+    plan.launch(_cb_kernel, "cb", plan.count("cb", ("L", "BM"), ("L", "BM")) * g * plan.k, query=C, key=B, cb=cb, s_q=s_c, s_k=s_b)
+    plan.launch(_states_kernel, "states", plan.count("states", ("P", "BP"), ("N", "BN")) * h * plan.s, value=x, key=B, initial=S,
+                states=states, final=final if want_final else None, entering=None, crossing=None, s_v=s_x, s_k=s_b, REVERSED=False)
+    plan.launch(_scan_kernel, "scan", plan.count("scan", ("L", "BM")) * h * plan.k, value=x, query=C, cb=cb, states=states, D=D,
                 out=y, s_v=s_x, s_q=s_c, s_out=y.stride(0), REVERSED=False)
     return y, final, states, cb
 
 
 @_ssd.register_fake
 def _(x, dt, B, C, A, D, S, cu, l, want_final):
-    (h, p), (g, n), s = x.shape[1:], B.shape[1:], len(cu) - 1
+    (h, p), (g, n) = x.shape[1:], B.shape[1:]
     k = sum((end - start + l - 1) // l for start, end in zip(cu, cu[1:]))
-    return (x.new_empty(x.shape), x.new_empty(s if want_final else 0, h, p, n, dtype=torch.float32), x.new_empty(k, h, p, n),
-            x.new_empty(k, g, l, l))
+    final = x.new_empty(len(cu) - 1 if want_final else 0, h, p, n, dtype=torch.float32)
+    return x.new_empty(x.shape), final, x.new_empty(k, h, p, n), x.new_empty(k, g, l, l)
 
 
 @torch.library.custom_op("falcon_h1r::ssd_backward", mutates_args=())
 def _ssd_backward(dy: torch.Tensor, dfinal: torch.Tensor | None, x: torch.Tensor, dt: torch.Tensor, B: torch.Tensor, C: torch.Tensor,
                   A: torch.Tensor, D: torch.Tensor, states: torch.Tensor, cb: torch.Tensor, cu: Sequence[int], l: int,
-                  want_dS: bool) -> list[torch.Tensor]:
-    """Gradients of x, dt, B, C, A, D and the initial states (nothing unless wanted). dfinal None: nobody used the final states."""
+                  want_initial: bool) -> list[torch.Tensor]:
+    """Gradients of x, dt, B, C, A, D and the initial states (of no sequence unless wanted); dfinal None stands for zeros."""
     (h, p), (g, n), plan = x.shape[1:], B.shape[1:], _plan(x, dt, B, A, cu, l)
-    k, side, rows, split = plan.chunks, plan.count("dcb", "L", "BM"), plan.count("dbc", "L", "BM"), plan.count("dbc", "N", "BN")
-    parts = plan.count("states", "P", "BP") * plan.count("states", "N", "BN")
-    dx, dB, dC = (torch.empty(v.shape, dtype=v.dtype, device=x.device) for v in (x, B, C))
-    R, dcb, dS = torch.empty_like(states), torch.empty_like(cb), torch.empty(plan.sequences if want_dS else 0, h, p, n, device=x.device)
-    shapes = dict(crossing=(parts,), diagonal=(l,), row=(side, l), col=(side, l), F=(split, l), E=(split, l), dA=(), dD=())
-    part = {name: torch.empty(k, h, *shape, device=x.device, dtype=torch.float64 if name in ("dA", "dD") else torch.float32)
-            for name, shape in shapes.items()}
-    ddt = torch.empty(dt.shape, device=x.device)
+    side, split, parts = plan.count("dcb", ("L", "BM")), plan.count("dbc", ("N", "BN")), plan.count("states", ("P", "BP"), ("N", "BN"))
+    dx, ddt, dB, dC = (torch.empty(v.shape, dtype=v.dtype, device=x.device) for v in (x, dt, B, C))
+    R, dcb = torch.empty_like(states), torch.empty_like(cb)
+    dinitial = torch.empty(plan.s if want_initial else 0, h, p, n, device=x.device)
+    shapes = dict(crossing=(parts,), diagonal=(l,), row=(side, l), col=(side, l), F=(split, l), E=(split, l))
+    sums = {name: torch.empty(plan.k, h, *shape, device=x.device) for name, shape in shapes.items()}
+    dA, dD = (torch.empty(plan.k, h, dtype=torch.float64, device=x.device) for _ in "AD")
     s_x, s_dy, s_b, s_c = x.stride(0), dy.stride(0), B.stride(0), C.stride(0)
-
-    plan.launch(_states_kernel, "states", parts * h * plan.sequences, value=dy, key=C, initial=dfinal, states=R,
-                final=dS if want_dS else None, entering=states, crossing=part["crossing"], s_v=s_dy, s_k=s_c, REVERSED=True)
-    plan.launch(_scan_kernel, "scan", rows * h * k, value=dy, query=B, cb=cb, states=R, D=D, out=dx, s_v=s_dy, s_q=s_b,
-                s_out=dx.stride(0), REVERSED=True)
-    plan.launch(_dcb_kernel, "dcb", side * side * g * k, x=x, dy=dy, cb=cb, dcb=dcb, row=part["row"], col=part["col"],
-                diagonal=part["diagonal"], s_x=s_x, s_dy=s_dy)
-    plan.launch(_dbc_kernel, "dbc", rows * split * g * k, value=dy, own=C, other=B, dcb=dcb, states=states, out=dC, through=part["F"],
+    plan.launch(_states_kernel, "states", parts * h * plan.s, value=dy, key=C, initial=dfinal, states=R, entering=states,
+                final=dinitial if want_initial else None, crossing=sums["crossing"], s_v=s_dy, s_k=s_c, REVERSED=True)
+    plan.launch(_scan_kernel, "scan", plan.count("scan", ("L", "BM")) * h * plan.k, value=dy, query=B, cb=cb, states=R, D=D,
+                out=dx, s_v=s_dy, s_q=s_b, s_out=dx.stride(0), REVERSED=True)
+    for on_diagonal, tiles in ((False, side * side), (True, side)):
+        plan.launch(_dcb_kernel, "dcb", tiles * g * plan.k, x=x, dy=dy, cb=cb, dcb=dcb, row=sums["row"], col=sums["col"],
+                    diagonal=sums["diagonal"], s_x=s_x, s_dy=s_dy, DIAGONAL=on_diagonal)
+    programs = plan.count("dbc", ("L", "BM"), ("N", "BN")) * g * plan.k
+    plan.launch(_dbc_kernel, "dbc", programs, value=dy, own=C, other=B, dcb=dcb, states=states, out=dC, through=sums["F"],
                 s_v=s_dy, s_own=s_c, s_other=s_b, s_out=dC.stride(0), REVERSED=False)
-    plan.launch(_dbc_kernel, "dbc", rows * split * g * k, value=x, own=B, other=C, dcb=dcb, states=R, out=dB, through=part["E"],
+    plan.launch(_dbc_kernel, "dbc", programs, value=x, own=B, other=C, dcb=dcb, states=R, out=dB, through=sums["E"],
                 s_v=s_x, s_own=s_b, s_other=s_c, s_out=dB.stride(0), REVERSED=True)
-    plan.launch(_ddt_kernel, "ddt", h * k, cb=cb, ddt=ddt, **part, SIDE=side, SPLIT=split, PARTS=parts)
-    return [dx, ddt, dB, dC, part["dA"].sum(0).float(), part["dD"].sum(0).float(), dS]
+    plan.launch(_ddt_kernel, "ddt", h * plan.k, cb=cb, ddt=ddt, dA=dA, dD=dD, **sums, SIDE=side, SPLIT=split, PARTS=parts)
+    return [dx, ddt, dB, dC, dA.sum(0).float(), dD.sum(0).float(), dinitial]
 
 
 @_ssd_backward.register_fake
-def _(dy, dfinal, x, dt, B, C, A, D, states, cb, cu, l, want_dS):
-    dS = x.new_empty(len(cu) - 1 if want_dS else 0, *states.shape[1:], dtype=torch.float32)
-    return [*(v.new_empty(v.shape) for v in (x, dt, B, C, A, D)), dS]
+def _(dy, dfinal, x, dt, B, C, A, D, states, cb, cu, l, want_initial):
+    dinitial = x.new_empty(len(cu) - 1 if want_initial else 0, *states.shape[1:], dtype=torch.float32)
+    return [*(v.new_empty(v.shape) for v in (x, dt, B, C, A, D)), dinitial]
 
 
 def _ssd_setup(ctx, inputs, output):
-    *tensors, S, ctx.cu, ctx.l, ctx.want_final = inputs
-    ctx.want_dS = S is not None and S.requires_grad
+    *tensors, S, ctx.cu, ctx.l, _ = inputs
+    ctx.want_initial = S is not None
     ctx.save_for_backward(*tensors, *output[2:])
-    ctx.set_materialize_grads(False)  # the states have no gradient from outside; zeros for them would be as large as they are
+    ctx.set_materialize_grads(False)  # None where nobody used the final states, instead of zeros as large as they are
 
 
 def _ssd_gradients(ctx, dy, dfinal, dstates, dcb):
     x, *tensors = ctx.saved_tensors
     dy = x.new_zeros(x.shape) if dy is None else dy.contiguous()
-    dfinal = None if dfinal is None or not ctx.want_final else dfinal.contiguous()
-    *gradients, dS = _ssd_backward(dy, dfinal, x, *tensors, ctx.cu, ctx.l, ctx.want_dS)
-    return *gradients, dS if ctx.want_dS else None, None, None, None
+    dfinal = None if dfinal is None or not len(dfinal) else dfinal.contiguous()
+    *gradients, dinitial = _ssd_backward(dy, dfinal, x, *tensors, ctx.cu, ctx.l, ctx.want_initial)
+    return *gradients, dinitial if ctx.want_initial else None, None, None, None
 
 
 _ssd.register_autograd(_ssd_gradients, setup_context=_ssd_setup)
@@ -842,7 +818,7 @@ _ssd.register_autograd(_ssd_gradients, setup_context=_ssd_setup)
 
 def _scan_triton(x, dt, B, C, A, D, S, cu, chunk_size, want_final=True):
     """x (tokens, h, p) in its own dtype, dt (tokens, h) float32 -> y with D x in it, final states."""
-    longest = min(chunk_size, _LONGEST_CHUNK, max(end - start for start, end in zip(cu, cu[1:])))
+    longest = min(chunk_size, 1024, max(end - start for start, end in zip(cu, cu[1:])))  # a program of _decays_kernel holds a chunk
     l = max(16, 1 << (longest - 1).bit_length())
     x, B, C = (v if v[0].is_contiguous() else v.contiguous() for v in (x, B, C))
     D = torch.zeros_like(A) if D is None else D

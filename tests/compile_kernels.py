@@ -30,15 +30,18 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+import decode
 import ssm_scan as s
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED = {80: 163, 90: 227, 120: 99}  # KB of shared memory that a block may take
+CLOCK = 1.755e9
 TOKENS, SIZES = 32768, dict(H=24, G=1, P=128, N=256)
 FLOAT32 = {"step", "dt", "c", "before", "after", "D", "A", "initial", "final", "crossing", "diagonal", "row", "col", "through", "F", "E",
-           "ddt", "state", "dweight", "dbias"}
+           "ddt", "state", "dweight", "part", "lse"}
 FLOAT64 = {"dA", "dD"}
-INT64 = {"start", "length", "first", "seq", "cu"}
+INT64 = {"start", "length", "first", "seq", "cu", "lengths"}
+SCALARS = {"room": "i32", "splits": "i32", "span": "i32", "eps": "fp32", "multiplier": "fp32", "scale": "fp32", "high": "fp32"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -50,12 +53,16 @@ def compiled(kernel, capability, constants, *, num_warps, num_stages=3):
     for name in kernel.arg_names:
         if name in constants:
             signature[name] = "constexpr"
-        elif name.startswith("s_") or name == "low":
+        elif name in SCALARS:
+            signature[name] = SCALARS[name]
+        elif name == "low":  # an offset of the scan, a float of the step
+            signature[name] = "fp32" if "high" in kernel.arg_names else "i32"
+        elif name.startswith("s_"):
             signature[name] = "i32"
         else:
             dtype = "i64" if name in INT64 else "fp64" if name in FLOAT64 else "fp32" if name in FLOAT32 else "bf16"
             signature[name] = "*" + dtype
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if signature[name] != "constexpr"}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if signature[name] not in ("constexpr", "fp32")}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(num_warps=num_warps, num_stages=num_stages))
 
@@ -97,54 +104,137 @@ def jobs(capability, l):
 
     def count(name, size, tile):
         return triton.cdiv(sizes[size], tiles[name][tile])
-    parts = count("states", "P", "BP") * count("states", "N", "BN")
-    kernels = {
-        "decays": (s._decays_kernel, {}), "cb": (s._cb_kernel, {}),
+    sums = dict(SIDE=count("dcb", "L", "BM"), SPLIT=count("dbc", "N", "BN"), PARTS=count("states", "P", "BP") * count("states", "N", "BN"))
+    scan = {
+        "decays": (s._decays_kernel, {}),
+        "cb": (s._cb_kernel, {}),
         "states": (s._states_kernel, dict(initial=None, final=None, entering=None, crossing=None, REVERSED=False)),
         "scan": (s._scan_kernel, dict(REVERSED=False)),
         "states reversed": (s._states_kernel, dict(initial=None, final=None, REVERSED=True)),
         "scan reversed": (s._scan_kernel, dict(REVERSED=True)),
-        "dcb": (s._dcb_kernel, {}),
-        "dbc": (s._dbc_kernel, dict(REVERSED=False)), "dbc reversed": (s._dbc_kernel, dict(REVERSED=True)),
-        "ddt": (s._ddt_kernel, dict(SIDE=count("dcb", "L", "BM"), SPLIT=count("dbc", "N", "BN"), PARTS=parts))}
-    found = {}
-    for name, (kernel, own) in kernels.items():
-        tile = tiles[name.split()[0]]
-        options = {key: v for key, v in tile.items() if key.startswith("num_")}
-        given = sizes | {key: v for key, v in tile.items() if key not in options}
-        found[name] = kernel, {key: v for key, v in given.items() if key in kernel.arg_names} | own, options
-    return found
+        "dcb": (s._dcb_kernel, dict(DIAGONAL=False)),
+        "dcb diagonal": (s._dcb_kernel, dict(DIAGONAL=True)),
+        "dbc": (s._dbc_kernel, dict(REVERSED=False)),
+        "dbc reversed": (s._dbc_kernel, dict(REVERSED=True)),
+        "ddt": (s._ddt_kernel, sums)}
+    found = {name: (kernel, sizes | tiles[name.split()[0]] | own) for name, (kernel, own) in scan.items()}
+    conv, step = dict(CHANNELS=3584, K=4, SILU=True), SIZES | dict(BP=16, BN=256, num_warps=4)
+    norm = dict(G=1, WIDTH=3072, BLOCK=4096, NORM=True, BEFORE=False, num_warps=16)
+    attend = dict(HKV=2, ROWS=6, HD=128, BR=16, BD=128, BN=64, num_warps=4, num_stages=2)
+    found |= {
+        "conv": (s._conv_kernel, conv | s._CONV_FORWARD | dict.fromkeys(("dy", "dhistory", "dweight"))),
+        "conv backward": (s._conv_kernel, conv | s._CONV_BACKWARD),
+        "step": (s._step_kernel, step | dict(RAW=False, dt_bias=None)),
+        "step of the mixer": (s._step_kernel, step | dict(RAW=True)),
+        "widest step": (s._step_kernel, step | dict(RAW=True, N=512, BN=512)),
+        "conv step": (decode._conv_step_kernel, dict(CHANNELS=3584, K=4, BD=128, num_warps=4)),
+        "norm": (decode._norm_kernel, norm | dict(z=None, s_z=0)),
+        "gated norm": (decode._norm_kernel, norm),
+        "widest norm": (decode._norm_kernel, norm | dict(WIDTH=16384, BLOCK=16384)),
+        "attend": (decode._attend_kernel, attend),
+        "widest attend": (decode._attend_kernel, attend | dict(ROWS=16, HD=256, BD=256, BN=32)),
+        "combine": (decode._combine_kernel, dict(HQ=12, HD=128, BS=32, BD=128, num_warps=4))}
+    options = "num_warps", "num_stages"
+    return {name: (kernel, {k: v for k, v in given.items() if k in kernel.arg_names}, {k: v for k, v in given.items() if k in options})
+            for name, (kernel, given) in found.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. The model
 
 
-def executed(listing, trips, branches=()):
-    """Instructions that a warp executes: loops, in the order of their first instructions, run `trips` times; what a forward branch
-    inside the first loop jumps over runs in a share of its trips, `branches` in order."""
+def executed(listing, trips, branch=1.0):
+    """Instructions that a warp executes: the loops, in the order of their first instructions, run `trips` times each (loops that
+    the compiler has unrolled are not there), and what the first forward jump inside a loop skips in a share `branch` of them."""
     jumps = [(address, int(target, 16)) for address, text in listing for target in re.findall(r"\bBRA\b[^;]*?(0x[0-9a-f]+)", text)]
     loops = sorted((target, address) for address, target in jumps if target < address)
-    if len(loops) != len(trips):
+    if loops and len(loops) != len(trips):
         raise ValueError(f"{len(loops)} loops in the listing, expected {len(trips)}")
-    first, last = loops[0] if loops else (0, 0)
-    skipped = [(address, target) for address, target in jumps if first <= address < target <= last][: len(branches)]
+    inside = [(address, target) for address, target in jumps for first, last in loops if first <= address < target <= last]
     total = 0.0
     for address, _ in listing:
         weight = 1.0
-        for (begin, end), times in zip(loops, trips):
-            weight *= times if begin <= address <= end else 1
-        for (begin, end), share in zip(skipped, branches):
-            weight *= share if begin < address < end else 1
+        for (first, last), times in zip(loops, trips):
+            weight *= times if first <= address <= last else 1
+        for jump, target in inside[:1]:
+            weight *= branch if jump < address < target else 1
         total += weight
     return total
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("capability", type=int)
-    parser.add_argument("--chunk", type=int, default=512)
+def workload(name, c, l):
+    """Programs, trips of their loops, share of a loop's branch, bytes moved, and operations, of the kernels that are modelled.
+
+    Letters as in GPU papers: x one tensor (tokens, h, p), states all chunks' states, bc one of B and C, cb its tiles of 128."""
+    t, h, p, n = TOKENS, SIZES["H"], SIZES["P"], SIZES["N"]
+    x, states, bc, cb = 2 * t * h * p, 2 * t // l * h * p * n, 2 * t * n, 2 * t * (l + 128) // 2
+    reversed_ = name.endswith("reversed")
+    if name.startswith("states"):
+        programs, parts = h * (p // c["BP"]) * (n // c["BN"]), t // c["BL"]
+        return programs, [parts], c["BL"] / l, x + bc + (1 + reversed_) * states, 2 * t * h * p * n
+    if name.startswith("scan"):
+        side = l // c["BM"]
+        return t // c["BM"] * h, [n // c["BK"], (side - 1) / 2], 1, 2 * x + states + bc + cb, 2 * t * h * p * (n + (l + c["BM"]) / 2)
+    if name.startswith("dcb"):  # bytes stand with the larger part; programs above the diagonal end at once
+        side = l // c["BM"]
+        diagonal = name == "dcb diagonal"
+        tiles = side if diagonal else side * (side - 1) / 2
+        return tiles * t // l, [h], 1, 0 if diagonal else 2 * x + 2 * cb, 2 * tiles * c["BM"] ** 2 * t // l * h * p
+    if name.startswith("dbc"):
+        side = l // c["BM"]
+        trips = [h, (side + 1) / 2 * c["BM"] / c["BL"]]
+        return t // c["BM"] * (n // c["BN"]), trips, 1, x + states + cb + 3 * bc, 2 * t * n * (h * p + (l + c["BM"]) / 2)
+    if name.startswith("conv"):
+        backward = name == "conv backward"
+        trips = -(-(c["BT"] + backward * (c["K"] - 1)) // c["ROWS"])
+        return t // c["BT"] * (c["CHANNELS"] // c["BD"]), [trips], 1, (2 + backward) * 2 * t * c["CHANNELS"], 0
+
+
+def milliseconds(name, binary, c, options, l):
+    """{issue, bytes, tensor, serial} of one kernel, see the top."""
+    programs, trips, branch, moved, operations = workload(name, c, l)
+    each = executed(instructions(binary), trips, branch)
+    times = {"issue": programs * options["num_warps"] * each / (132 * 4 * CLOCK), "bytes": moved / 3.0e12, "tensor": operations / 798e12}
+    if name.startswith("states"):
+        tile = 2 * c["BP"] * c["BN"] * c["BL"]  # operations of one product
+        times["serial"] = (2 * each + trips[0] * (tile / 4096 + 60)) / CLOCK
+    return {key: v * 1e3 for key, v in times.items()}
+
+
+PARTS = {"states": "forward", "scan": "forward", "states reversed": "backward", "scan reversed": "backward", "dcb": "backward",
+         "dbc": "backward", "dbc reversed": "backward", "conv": "convolution", "conv backward": "convolution"}
+
+
+def model(l):
+    """(rows, sums): a dict of milliseconds per kernel on sm_90, and the sums of the largest ones. The two launches of dcb are one row."""
+    rows, found = {}, jobs(90, l)
+    for name in (*PARTS, "dcb diagonal"):
+        kernel, constants, options = found[name]
+        rows[name] = milliseconds(name, compiled(kernel, 90, constants, **options), constants, options, l)
+    diagonal = rows.pop("dcb diagonal")
+    rows["dcb"] = {key: v + diagonal[key] for key, v in rows["dcb"].items()}
+    sums = dict.fromkeys(PARTS.values(), 0.0)
+    for name, times in rows.items():
+        sums[PARTS[name]] += max(times.values())
+    return rows, sums
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("capability", type=int, choices=SHARED)
+    parser.add_argument("--chunk", type=int, default=512, metavar="N", help="tokens of a chunk; model.CHUNK is 512")
+    parser.add_argument("--model", action="store_true", help="the table of times, for 90")
     args = parser.parse_args()
-    for name, (kernel, constants, options) in jobs(args.capability, args.chunk).items():
-        binary = compiled(kernel, args.capability, constants, **options)
-        print(json.dumps(report(name, binary, args.capability)), flush=True)
+    if not args.model:
+        for name, (kernel, constants, options) in jobs(args.capability, args.chunk).items():
+            binary = compiled(kernel, args.capability, constants, **options)
+            print(json.dumps(report(name, binary, args.capability)), flush=True)
+        return
+    rows, sums = model(args.chunk)
+    for name, times in rows.items():
+        print(f"{name:16s}", "  ".join(f"{key} {ms:.3f}" for key, ms in times.items()), f"  largest {max(times.values()):.3f} ms")
+    print(json.dumps({key: round(v, 4) for key, v in sums.items()}))
+
+
+if __name__ == "__main__":
+    main()
