@@ -47,12 +47,11 @@ def _expect(ok, name, got, want):
 
 
 def _expect_tensors(x, **expected):
-    """Check name=(tensor or None, shape): the shape, in which a letter stands for any size, and the device, that of x."""
+    """Check every name=(tensor or None, shape): its shape, and that it lies where x does."""
     for name, (v, shape) in expected.items():
         if v is not None:
-            fits = len(v.shape) == len(shape) and all(want in (got, str(want)) for got, want in zip(v.shape, shape))
-            _expect(fits, name, tuple(v.shape), tuple(shape))
-            _expect(v.device == x.device, name, f"a tensor on {v.device}", f"one on {x.device}, as x")
+            fits = tuple(v.shape) == tuple(shape) and v.device == x.device
+            _expect(fits, name, f"{tuple(v.shape)} on {v.device}", f"{tuple(shape)} on {x.device}")
 
 
 def check_cu_seqlens(cu_seqlens, b, t):
@@ -71,9 +70,10 @@ def check_cu_seqlens(cu_seqlens, b, t):
 def _check_scan(x, dt, A, B, C, D, dt_bias, states, s):
     """For one token (no t) and for many. The sign of A is checked only where that does not wait for a GPU."""
     *lead, h, p = x.shape
-    _expect_tensors(x, dt=(dt, (*lead, h)), A=(A, (h,)), B=(B, (*lead, "g", "n")), C=(C, B.shape), D=(D, (h,)),
-                    dt_bias=(dt_bias, (h,)), initial_states=(states, (s, h, p, *B.shape[-1:])))
-    _expect(h % B.shape[-2] == 0, "B", f"{B.shape[-2]} groups", f"a number that divides the {h} heads of x")
+    *_, g, n = B.shape
+    _expect_tensors(x, dt=(dt, (*lead, h)), A=(A, (h,)), B=(B, (*lead, g, n)), C=(C, B.shape), D=(D, (h,)),
+                    dt_bias=(dt_bias, (h,)), initial_states=(states, (s, h, p, n)))
+    _expect(h % g == 0, "B", f"{g} groups", f"a number that divides the {h} heads of x")
     same = x.dtype == B.dtype == C.dtype
     _expect(same, "dtype", f"x {x.dtype}, B {B.dtype}, C {C.dtype}", "the same for x, B and C")
     look = A.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -81,10 +81,9 @@ def _check_scan(x, dt, A, B, C, D, dt_bias, states, s):
 
 
 def _backend(name, x):
-    """The backend's name; None becomes the fastest one where x lies. The kernels have no float64, which is the oracle's."""
+    """The backend's name; None becomes the fastest one where x lies. Kernels have no float64, which is for oracles."""
     there = triton is not None and (x.is_cuda or "TRITON_INTERPRET" in os.environ) and x.dtype != torch.float64
-    known = name in (None, "recurrent", "torch", "triton")
-    _expect(known, "backend", repr(name), '"recurrent", "torch", "triton" or None')
+    _expect(name in (None, "recurrent", "torch", "triton"), "backend", repr(name), "recurrent, torch, triton or None")
     _expect(name != "triton" or there, "backend", f'"triton" for {x.dtype} on {x.device.type}',
             "float32, bfloat16 or float16 on a GPU with triton installed")
     return name or ("triton" if there and x.is_cuda else "torch")
@@ -124,11 +123,12 @@ def to_device(tensors, device):
     host goes on. With a `.to` for each, it would wait every time until the GPU has caught up."""
     if device.type == "cpu":
         return tensors
-    # Each starts at a multiple of 16 bytes, as memory of its own would: Triton compiles every kernel again for others.
-    together = torch.cat([F.pad(v.flatten(), (0, -v.numel() % 16)) for v in tensors])
+    # Each starts at a multiple of 16 bytes, as memory of its own would: Triton compiles a kernel again where one does not.
+    padded = [F.pad(v.flatten(), (0, -v.numel() % 16)) for v in tensors]
+    together = torch.cat(padded)
     if device.type == "cuda" and not torch.compiler.is_compiling():
         together = together.pin_memory()
-    parts = together.to(device, non_blocking=True).split([v.numel() + -v.numel() % 16 for v in tensors])
+    parts = together.to(device, non_blocking=True).split([len(v) for v in padded])
     return [part[: v.numel()].view(v.shape) for part, v in zip(parts, tensors)]
 
 
@@ -247,21 +247,24 @@ class _DecayedScores(torch.autograd.Function):
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)
 def _chunk_rows(cu, l, device):
-    """Chunks in the order of step 3: chunk 0 of every sequence, the sequence with most chunks first, then chunk 1, ...
-
-    Returns index (k, l), the token at each place (padding repeats the chunk's last one); valid (k, l), False in padding;
-    inverse (tokens,), each token's place; the sequences by number of chunks (s,), and the rank of each (s,); and the
-    numbers of sequences that have a chunk 0, a chunk 1, ..."""
-    start, length, seq, first, _ = chunk_table(cu, l, torch.device("cpu"))
-    number = torch.arange(len(seq)) - first[seq]  # of a chunk in its sequence
-    by_length = torch.argsort(first.diff(), descending=True, stable=True)
-    rank = torch.argsort(by_length)
-    order = torch.argsort(number * len(rank) + rank[seq])
-    index = start[order, None] + torch.minimum(torch.arange(l), length[order, None] - 1)
-    inverse = torch.arange(cu[-1]) + (torch.argsort(order) * l - start).repeat_interleave(length)
-    index, inverse, by_length, rank = to_device([index, inverse, by_length, rank], device)
-    valid = index == index[:, :1] + torch.arange(l, device=device)
-    return index, valid, inverse, by_length, rank, torch.bincount(number).tolist()
+    """Chunk 0 of every sequence, the longest sequence first, then chunk 1 of all that have one, ...: the token at each
+    place, index (k, l), where padding repeats the last one; valid (k, l), False in padding; each token's place, inverse
+    (tokens,); the order of the sequences and each one's rank in it (s,); how many have a chunk 0, a chunk 1, ..."""
+    order = sorted(range(len(cu) - 1), key=lambda s: cu[s] - cu[s + 1])
+    left = [(cu[s], cu[s + 1]) for s in order]  # of every sequence
+    chunks, alive = [], []
+    while left:
+        chunks += left
+        alive.append(len(left))
+        left = [(start + l, end) for start, end in left if start + l < end]
+    start, end = torch.tensor(chunks).T[:, :, None]  # (k, 1)
+    token = start + torch.arange(l)
+    valid = token < end
+    inverse = torch.empty(cu[-1], dtype=torch.long)
+    inverse[token[valid]] = valid.flatten().nonzero()[:, 0]
+    order = torch.tensor(order)
+    index, inverse, order, rank = to_device([token.minimum(end - 1), inverse, order, order.argsort()], device)
+    return index, index == index[:, :1] + torch.arange(l, device=device), inverse, order, rank, alive
 
 
 def _scan_chunked(x, dt, B, C, A, S, cu, chunk_size):
@@ -275,7 +278,7 @@ def _scan_chunked(x, dt, B, C, A, S, cu, chunk_size):
     """
     (h, p), (g, n) = x.shape[1:], B.shape[1:]
     l = min(chunk_size, chunk_of(p, n), max(end - start for start, end in zip(cu, cu[1:])))
-    index, valid, inverse, by_length, rank, alive = _chunk_rows(cu, l, x.device)
+    index, valid, inverse, order, rank, alive = _chunk_rows(cu, l, x.device)
     x, dt, B, C = (gather_rows(v, index, inverse) for v in (x, dt, B, C))  # (k, l, h, p), (k, l, h), (k, l, g, n)
     dt = torch.where(valid[..., None], dt, 0).transpose(1, 2)  # (k, h, l)
     a = (dt * A[:, None]).double()  # (k, h, l)
@@ -295,20 +298,19 @@ def _scan_chunked(x, dt, B, C, A, S, cu, chunk_size):
     written = dtx * _bounded_exp(left)[:, :, None]  # (k, h, p, l)
     local = (by_group(written) @ B).view(len(x), h, p, n)  # (k, h, p, n)
 
-    # Step 3, from chunk to chunk, all sequences at once: the only sequential loop, t / l short steps. As sequences are
-    # sorted by their number of chunks, those that have one more chunk are the first `count`.
+    # Step 3, from chunk to chunk, all sequences at once: the only sequential loop, t / l short steps. Those that have
+    # one more chunk are the first ones, as the longest stand first.
     keep = _bounded_exp(c[..., -1].to(x.dtype))[..., None, None]  # (k, h, 1, 1)
-    S, entering, final = S[by_length], [], []
-    for count, kept, added in zip(alive, keep.split(alive), local.split(alive)):
-        S, ended = S.split([count, len(S) - count])
-        entering.append(S)
-        final.insert(0, ended)
-        S = torch.addcmul(added, kept, S)
-    entering, final = torch.cat(entering), torch.cat([S, *final])[rank]  # (k, h, p, n), (s, h, p, n)
+    S, entering = S[order], []
+    for kept, added in zip(keep.split(alive), local.split(alive)):
+        entering.append(S[: len(added)])
+        handed_on = torch.addcmul(added, kept, entering[-1])
+        S = torch.cat([handed_on, S[len(added) :]]) if len(added) < len(S) else handed_on
+    entering = torch.cat(entering)  # (k, h, p, n)
 
     # Step 4, what the entering state adds to each token's output.
     y = torch.addcmul(y, (by_group(entering) @ C).view(y.shape), _bounded_exp(c.to(x.dtype))[:, :, None])
-    return gather_rows(y.permute(0, 3, 1, 2).flatten(0, 1), inverse), final
+    return gather_rows(y.permute(0, 3, 1, 2).flatten(0, 1), inverse), S[rank]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -955,41 +957,30 @@ def ssd_step(state, x, dt, A, B, C, *, D=None, dt_bias=None, dt_softplus=False, 
 
 def _check_conv(x, weight, bias, activation, states, s):
     d, k = x.shape[-1], weight.shape[-1]
-    _expect_tensors(x, weight=(weight, (d, "k")), bias=(bias, (d,)), initial_states=(states, (s, d, k - 1)))
+    _expect_tensors(x, weight=(weight, (d, k)), bias=(bias, (d,)), initial_states=(states, (s, d, k - 1)))
     _expect(activation in (None, "silu"), "activation", repr(activation), 'None or "silu"')
 
 
 class _Taps(torch.autograd.Function):
-    """y_i = bias + sum_j w_j v_{i + j}: v (r + k - 1, d), taps (k + 1, d) -> y (r, d). A few hundred rows at a time stay
-    in a CPU's cache while the taps pass over them: memory is then read once, not once per tap."""
+    """y_i = bias + sum_j w_j v_{i + j}: v (r + k - 1, d), taps (k + 1, d) -> y (r, d). For slices, autograd would fill
+    gradients as large as v with zeros and add them up."""
 
     @staticmethod
     def forward(ctx, v, taps):
         ctx.save_for_backward(v, taps)
-        *weight, bias = taps
-        y = v.new_empty(len(v) - len(weight) + 1, v.shape[1])
-        for i, part in _pieces(y):
-            torch.addcmul(bias, v[i : i + len(part)], weight[0], out=part)
-            for j in range(1, len(weight)):
-                part.addcmul_(v[i + j : i + j + len(part)], weight[j])
+        *weight, y = taps
+        for j, w in enumerate(weight):
+            y = torch.addcmul(y, v[j : j + len(v) - len(weight) + 1], w)
         return y
 
     @staticmethod
     def backward(ctx, dy):
         v, taps = ctx.saved_tensors
-        dv, dtaps = torch.zeros_like(v), torch.zeros_like(taps)
-        dtaps[-1] = dy.sum(0)
-        for i, part in _pieces(dy):
-            for j in range(len(taps) - 1):
-                dv[i + j : i + j + len(part)].addcmul_(part, taps[j])
-                dtaps[j] += (part * v[i + j : i + j + len(part)]).sum(0)
-        return dv, dtaps
-
-
-def _pieces(x):
-    """Pairs of a first row and a view of some rows of x, 2^17 numbers or half a megabyte together."""
-    rows = max(1, 2**17 // x.shape[1])
-    return zip(range(0, len(x), rows), x.split(rows))
+        dv, dtaps = torch.zeros_like(v), []
+        for j, w in enumerate(taps[:-1]):
+            dv[j : j + len(dy)].addcmul_(dy, w)
+            dtaps.append((dy * v[j : j + len(dy)]).sum(0))
+        return dv, torch.stack([*dtaps, dy.sum(0)])
 
 
 def _conv_torch(x, taps, history, cu):
