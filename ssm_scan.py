@@ -1,15 +1,14 @@
 """The state-space half of Falcon-H1: the SSD scan of Mamba-2 and the short causal convolution in front of it.
 
-There are three backends. `backend="recurrent"` is the definition, one token after another, and the oracle of the tests
-(run it in float64). `backend="torch"` cuts each sequence into chunks and turns the scan into matrix products; CPUs run
-it. `backend="triton"` is the same in hand-written kernels, forward and backward, for GPUs; section 4 derives them.
+`backend="recurrent"` is the definition, one token after another, and the oracle of the tests (run it in float64).
+`backend="torch"`, for CPUs, cuts sequences into chunks and turns the scan into matrix products. `backend="triton"` is
+the same in hand-written kernels, forward and backward, for GPUs; section 4 derives them.
 
-    python ssm_scan.py                          parity with the definition, outputs and gradients, then a table of speeds
+    python ssm_scan.py                          parity with the definition, outputs and gradients, then speeds
     python tests/compile_kernels.py 90          registers, spills and shared memory of the kernels, without a GPU
     TRITON_INTERPRET=1 python your_script.py    backend="triton" on a CPU, slowly, in Triton's interpreter
 
-To copy this file into another project, take nothing else: it needs torch, and for GPUs triton. Argument names follow
-mamba_ssm and causal_conv1d, so that either can take the other's place.
+The file stands alone: it needs torch, and for GPUs triton. Argument names follow mamba_ssm and causal_conv1d.
 
 Glossary (Mamba-2 is arXiv 2405.21060)
     b, t, h, p   batch, tokens, heads, channels per head (the paper's P, "head dim")
@@ -21,7 +20,7 @@ Glossary (Mamba-2 is arXiv 2405.21060)
     B, C         (b, t, g, n)   where in the state to write, and what to read from it (SSM's keys and queries)
     D            (h,)           skip connection from x to y
     S            (s, h, p, n)   the state, one p x n matrix per head, always float32 or wider
-    cu_seqlens   (s + 1,)       where the packed documents start, and the end: [0, 7, 19] is one of 7 and one of 12 tokens
+    cu_seqlens   (s + 1,)       where the packed documents start, and the end: [0, 7, 19] is 7 tokens and 12 tokens
 
 Deviations from Mamba-2: none in the function. Decays are differences of cumulative sums taken in float64: a sum over a
 strongly decaying chunk reaches -10^4, where float32 has only three digits left behind the point (the kernels use pairs
@@ -55,8 +54,7 @@ def _expect_tensors(x, **expected):
 
 
 def check_cu_seqlens(cu_seqlens, b, t):
-    """Return the boundaries (s + 1,) as a tuple of ints, or raise ValueError. None: each batch row is a sequence.
-    Keep them on the CPU: they steer the host."""
+    """Boundaries (s + 1,) as a tuple of ints; None: of the batch rows. Keep them on the CPU: they steer the host."""
     if cu_seqlens is None:
         return tuple(range(0, b * t + 1, t))
     _expect(b == 1, "cu_seqlens", f"a batch of {b}", "packed sequences in a batch of 1")
@@ -98,7 +96,7 @@ class _GatherRows(torch.autograd.Function):
     def forward(ctx, x, index, inverse):
         ctx.save_for_backward(index, inverse)
         ctx.shape = x.shape
-        return x.index_select(0, index.flatten()).unflatten(0, index.shape)  # on a CPU several times as fast as x[index]
+        return x.index_select(0, index.flatten()).unflatten(0, index.shape)  # on a CPU much faster than x[index]
 
     @staticmethod
     def backward(ctx, dout):
@@ -111,19 +109,17 @@ class _GatherRows(torch.autograd.Function):
 
 def gather_rows(x, index, inverse=None):
     """x (tokens, ...)[index], index (rows, width) or (rows,). The backward pass is a gather or a store, where torch's
-    is a scatter-add: faster, and deterministic.
-
-    inverse (tokens,): each token's place in index.flatten(), needed if index repeats tokens as padding. Padding gets no
-    gradient: nothing downstream may read it."""
+    is a scatter-add: faster, and deterministic. inverse (tokens,): each token's place in index.flatten(), needed if
+    index repeats tokens as padding, which gets no gradient: nothing downstream may read it."""
     return _GatherRows.apply(x, index, inverse)
 
 
 def to_device(tensors, device):
-    """CPU tensors of one dtype -> the same on `device`. They move together, in one copy from pinned memory, while the
-    host goes on. With a `.to` for each, it would wait every time until the GPU has caught up."""
+    """CPU tensors of one dtype -> the same on `device`, by one copy from pinned memory, which does not stop the host.
+    With a `.to` for each, it would wait every time until the GPU has caught up."""
     if device.type == "cpu":
         return tensors
-    # Each starts at a multiple of 16 bytes, as memory of its own would: Triton compiles a kernel again where one does not.
+    # Each starts at a multiple of 16 bytes, as if allocated alone: for other addresses Triton compiles kernels again.
     padded = [F.pad(v.flatten(), (0, -v.numel() % 16)) for v in tensors]
     together = torch.cat(padded)
     if device.type == "cuda" and not torch.compiler.is_compiling():
@@ -143,8 +139,8 @@ class ChunkTable(NamedTuple):
 @lru_cache(maxsize=16)  # once per batch, then shared by all layers and by the backward pass
 @torch.inference_mode(False)  # what is cached may meet autograd later
 def chunk_table(cu, chunk_size, device):
-    """Cut sequences with boundaries `cu` (a tuple) into chunks of at most chunk_size tokens, in the order of tokens. A
-    chunk holds tokens of one sequence only."""
+    """Cut sequences with boundaries `cu` (a tuple) into chunks of at most chunk_size tokens, in token order. Each holds
+    tokens of one sequence only."""
     chunks = []
     for seq, (begin, end) in enumerate(zip(cu, cu[1:])):
         chunks += [(start, min(chunk_size, end - start), seq) for start in range(begin, end, chunk_size)]
@@ -173,11 +169,10 @@ def ssd_scan(x, dt, A, B, C, *, D=None, dt_bias=None, dt_softplus=False, initial
     x (b, t, h, p), dt (b, t, h), A (h,) negative, B and C (b, t, g, n), D and dt_bias (h,), initial_states (s, h, p, n)
     with s = b, or the number of sequences when cu_seqlens (s + 1,) packs them along t and b = 1. Any t >= 1.
     Returns y (b, t, h, p) in x's dtype and the final states (s, h, p, n) in float32 (float64 for float64 inputs).
-    Differentiable in every tensor. dt is positive, after softplus(dt + dt_bias) where asked for. chunk_size: most tokens
-    per chunk, a matter of speed alone. backend: "recurrent", "torch", "triton" or None: triton on a GPU, torch elsewhere.
-    Raises ValueError, naming the argument, for shapes that do not fit, A >= 0 (on a GPU, where looking would stop the
-    host, y is NaN), unsorted cu_seqlens, a backend that is not there. Under torch.compile give cu_seqlens as a tuple.
-    """
+    Differentiable in every tensor. dt is positive, after softplus(dt + dt_bias) where asked for. chunk_size, the most
+    tokens per chunk, changes speed alone. backend None: "triton" on a GPU, "torch" elsewhere. Raises ValueError, naming
+    the argument, for wrong shapes, A >= 0 (on a GPU, where looking would stop the host, y is NaN), unsorted cu_seqlens,
+    a missing backend. Under torch.compile give cu_seqlens as a tuple."""
     backend = _backend(backend, x)
     _expect(x.dim() == 4 and x.shape[1] >= 1, "x", tuple(x.shape), "(b, t, h, p) with t >= 1")
     _expect(isinstance(chunk_size, int) and chunk_size >= 1, "chunk_size", chunk_size, "an integer >= 1")
@@ -211,8 +206,7 @@ def _scan_recurrent(x, dt, B, C, A, S, cu, chunk_size):
 
 
 def chunk_of(p, n):
-    """The fastest chunk of this backend. Per token, it costs l decays and p n / l numbers of a state: fewest at
-    l = sqrt(p n)."""
+    """The fastest chunk here: per token, l decays and p n / l numbers of a state, fewest at l = sqrt(p n)."""
     return 1 << max(4, (p * n).bit_length() // 2)
 
 
@@ -222,11 +216,10 @@ def _bounded_exp(c):
 
 
 class _DecayedScores(torch.autograd.Function):
-    """(B C^T)_ji exp(c_i - c_j) at row j and column i >= j, else 0: bc (k, g, l, l), c (k, h, l) in float64 ->
-    (k, h, l, l).
+    """(B C^T)_ji exp(c_i - c_j) at row j, column i >= j, else 0: bc (k, g, l, l), float64 c (k, h, l) -> (k, h, l, l).
 
-    dc_i = sum of column i - sum of row i, without the diagonal: its two terms are large and cancel exactly, and taking
-    the difference would cost the digits of what strong decays leave over."""
+    dc_i = sum of column i - sum of row i, without the diagonal: there both terms are large and cancel exactly, and
+    subtracting them would cost the digits of what strong decays leave over."""
 
     @staticmethod
     def forward(ctx, bc, c):
@@ -926,15 +919,14 @@ def _step_triton(state, x, dt, A, B, C, D, dt_bias=None, limit=(0.0, float("inf"
 def ssd_step(state, x, dt, A, B, C, *, D=None, dt_bias=None, dt_softplus=False, backend=None):
     """One token of `ssd_scan`. state (b, h, p, n), x (b, h, p), dt (b, h), B and C (b, g, n) -> y (b, h, p), new state.
 
-    Without gradients the state is updated in place (and returned): decoding then allocates no second one, and the state
-    is what decoding at large batch spends its memory bandwidth on. backend as for `ssd_scan`; the kernel serves where
-    no gradient is asked for, the state is float32, and each of its (h, p, n) is contiguous."""
+    Without gradients the state is updated in place (and returned), as large batches spend the memory bandwidth on it.
+    backend as for `ssd_scan`; the kernel needs a float32 state with contiguous (h, p, n), and has no gradient."""
     _expect(x.dim() == 3, "x", tuple(x.shape), "(b, h, p)")
-    backend, dtype, learns = _backend(backend, x), state.dtype, torch.is_grad_enabled()
+    backend, dtype, in_place = _backend(backend, x), state.dtype, not torch.is_grad_enabled()
     _check_scan(x, dt, A, B, C, D, dt_bias, state, x.shape[0])
     delta = _step_size(dt, dt_bias, dt_softplus, dtype)
     A, D = (v if v is None else v.to(dtype) for v in (A, D))
-    if backend == "triton" and dtype == torch.float32 and state[0].is_contiguous() and not learns:
+    if backend == "triton" and dtype == torch.float32 and state[0].is_contiguous() and in_place:
         return _step_triton(state, x, delta, A, B, C, D), state
 
     def by_group(v):  # (b, h, ...) -> (b, g, h / g, ...): heads of a group share B and C
@@ -942,7 +934,7 @@ def ssd_step(state, x, dt, A, B, C, *, D=None, dt_bias=None, dt_softplus=False, 
 
     Bn, Cn = (v.to(dtype)[:, :, None, None] for v in (B, C))  # (b, g, 1, 1, n)
     keep = torch.exp(delta * A)[..., None, None]
-    state = state * keep if learns else state.mul_(keep)
+    state = state.mul_(keep) if in_place else state * keep
     by_group(state).addcmul_(by_group(delta[..., None] * x).unsqueeze(-1), Bn)
     y = (Cn[:, :, 0] @ by_group(state).flatten(2, 3).mT).view(x.shape)  # (b, g, 1, n) (b, g, n, p h / g)
     y = y if D is None else y + D[:, None] * x
@@ -951,8 +943,6 @@ def ssd_step(state, x, dt, A, B, C, *, D=None, dt_bias=None, dt_softplus=False, 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 6. The causal convolution. Depthwise, k taps (4 in Falcon-H1): a channel sees only itself, now and k - 1 tokens back.
-# Inside, `taps` (k + 1, d) are the weights, one row per tap, and the bias; `history` (s, k - 1, d) is what came before
-# each sequence.
 
 
 def _check_conv(x, weight, bias, activation, states, s):
@@ -961,48 +951,39 @@ def _check_conv(x, weight, bias, activation, states, s):
     _expect(activation in (None, "silu"), "activation", repr(activation), 'None or "silu"')
 
 
-class _Taps(torch.autograd.Function):
-    """y_i = bias + sum_j w_j v_{i + j}: v (r + k - 1, d), taps (k + 1, d) -> y (r, d). For slices, autograd would fill
-    gradients as large as v with zeros and add them up."""
+class _ConvTorch(torch.autograd.Function):
+    """y_i = bias + sum_j w_j x_{i-k+1+j} of one sequence: x (tokens, d), weight (k + 1, d), the bias last -> as x. Left
+    to autograd, each slice would have a gradient as large as x, filled with zeros and added up."""
 
     @staticmethod
-    def forward(ctx, v, taps):
-        ctx.save_for_backward(v, taps)
-        *weight, y = taps
-        for j, w in enumerate(weight):
-            y = torch.addcmul(y, v[j : j + len(v) - len(weight) + 1], w)
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        *past, now, bias = weight
+        y = torch.addcmul(bias, x, now)
+        for back, w in enumerate(reversed(past), 1):
+            y[back:].addcmul_(x[:-back], w)
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        v, taps = ctx.saved_tensors
-        dv, dtaps = torch.zeros_like(v), []
-        for j, w in enumerate(taps[:-1]):
-            dv[j : j + len(dy)].addcmul_(dy, w)
-            dtaps.append((dy * v[j : j + len(dy)]).sum(0))
-        return dv, torch.stack([*dtaps, dy.sum(0)])
-
-
-def _conv_torch(x, taps, history, cu):
-    """x (tokens, d), taps (k + 1, d), history (s, k - 1, d) -> y before the activation (tokens, d)."""
-    lengths = [end - start for start, end in zip(cu, cu[1:])]
-    parts = [part for pair in zip(history, x.split(lengths)) for part in pair]
-    y = _Taps.apply(torch.cat(parts), taps)  # over [history of sequence 0 | its tokens | history of sequence 1 | ...]
-    # After the last token of a sequence, k - 1 rows mix it with the next one.
-    return torch.cat(y.split([len(part) for part in parts[1:]])[::2])
+        x, weight = ctx.saved_tensors
+        *past, now, _ = weight
+        dx, dweight = dy * now, [(dy * x).sum(0), dy.sum(0)]
+        for back, w in enumerate(reversed(past), 1):
+            dx[:-back].addcmul_(dy[back:], w)
+            dweight.insert(0, (dy[back:] * x[:-back]).sum(0))
+        return dx, torch.stack(dweight)
 
 
 # In Triton, a program is one warp that walks over a block, up to BT tokens of one sequence. Each thread keeps the last
 # k inputs of a few neighbouring channels in registers, so it loads each input once, ROWS tokens at a time to hide the
-# latency of memory. This window starts with the k - 1 inputs before the block, or the history of the sequence. The
-# backward pass recomputes z, the value before the activation:
+# latency of memory. The backward pass recomputes z, the value before the activation:
 #
 #     z_i = bias + sum_j w_j x_{i-k+1+j}      dz_i = act'(z_i) dy_i      dx_i = sum_j w_j dz_{i+k-1-j}
 #     dw_j = sum_i dz_i x_{i-k+1+j}           dbias = sum_i dz_i
 #
 # A second window, of the last k values of dz, completes dx_i at token i + k - 1. So a block walks k - 1 tokens past its
-# own, with dz = 0 past the sequence, and leaves their share of dw and dbias to the next block. Its first k - 1 steps
-# complete inputs before the block: the history, or tokens that the previous block stores.
+# own, with dz = 0 past the sequence, and leaves their share of dw and dbias to the next block.
 #
 # BT: 3 tokens of 128 read twice are 2% of the bytes, the parts of dw and dbias 3%. BD: 32 threads with 8 channels, 16
 # bytes of bfloat16; backward with 4, since 8 take 242 registers: 8 warps per SM, where 4 leave room for 19.
@@ -1016,10 +997,10 @@ def _row(pointers, mask):
 
 
 @_jit
-def _conv_kernel(x, taps, history, dy, out, dhistory, dtaps, start, seq, cu, s_x, CHANNELS: constexpr,
+def _conv_kernel(x, weight, dy, out, dweight, start, seq, cu, s_x, CHANNELS: constexpr,
                  K: constexpr, SILU: constexpr, BT: constexpr, BD: constexpr, ROWS: constexpr):
-    """out = y; given dy, out = dx and dtaps[block] (k + 1, d) is the block's part of the sum. history and dhistory may
-    be None. start, seq: of each block."""
+    """out = y; given dy, out = dx and dweight[block] (k + 1, d) is the block's part of the sum. weight (k + 1, d) has the
+    bias last. start, seq: of each block."""
     EXTRA: constexpr = 0 if dy is None else K - 1
     tile, _, block = _program(tl.cdiv(CHANNELS, BD), 1)
     d = tile * BD + tl.arange(0, BD)
@@ -1030,12 +1011,9 @@ def _conv_kernel(x, taps, history, dy, out, dhistory, dtaps, start, seq, cu, s_x
     num = tl.minimum(left, BT)
     w, window = (), ()
     for j in tl.static_range(K + 1):
-        w += (_row(taps + j * CHANNELS + d, in_d),)
+        w += (_row(weight + j * CHANNELS + d, in_d),)
     for j in tl.static_range(K - 1):
-        before = x + (token - (K - 1) + j) * s_x + d
-        if history is not None:
-            before = tl.where(first, history + (s * (K - 1) + j) * CHANNELS + d, before)
-        window += (_row(before, in_d & ((history is not None) | (first == 0))),)
+        window += (_row(x + (token - (K - 1) + j) * s_x + d, in_d & (first == 0)),)
     zero = tl.zeros((BD,), tl.float32)
     dw, dzs = (zero,) * (K + 1), (zero,) * (K - 1)
     for i in range(0, num + EXTRA, ROWS):
@@ -1061,46 +1039,39 @@ def _conv_kernel(x, taps, history, dy, out, dhistory, dtaps, start, seq, cu, s_x
                     value += w[j] * dzs[K - 1 - j]
                     dw += (dw[j] + own * window[j],)
                 dw, dzs = dw[K + 1:] + (dw[K] + own,), dzs[1:]
-                if dhistory is not None:
-                    place = (s * (K - 1) + i + r) * CHANNELS + d
-                    tl.store(dhistory + place, value, mask=in_d & first & (done < 0))
             tl.store(out + (token + done) * CHANNELS + d, value, mask=in_d & (done >= 0) & (done < num))
             window = window[1:]
     if dy is not None:
         for j in tl.static_range(K + 1):
-            tl.store(dtaps + (block * (K + 1) + j) * CHANNELS + d, dw[j], mask=in_d)
+            tl.store(dweight + (block * (K + 1) + j) * CHANNELS + d, dw[j], mask=in_d)
 
 
 @torch.library.custom_op("falcon_h1r::conv", mutates_args=())
-def _conv_triton(x: torch.Tensor, taps: torch.Tensor, history: torch.Tensor | None, dy: torch.Tensor | None,
-                 cu: Sequence[int], silu: bool) -> list[torch.Tensor]:
-    """x (tokens, d), history None is zeros -> [y], or given dy (tokens, d) the gradients of the tensors before it."""
-    d, sizes = x.shape[1], _CONV_FORWARD if dy is None else _CONV_BACKWARD
-    blocks = chunk_table(tuple(cu), sizes["BT"], x.device)
-    num = len(blocks.start)
+def _conv_triton(x: torch.Tensor, weight: torch.Tensor, dy: torch.Tensor | None, cu: Sequence[int],
+                 silu: bool) -> list[torch.Tensor]:
+    """x (tokens, d), weight (k + 1, d) -> [y], or given dy (tokens, d) the gradients of x and weight."""
+    sizes = _CONV_FORWARD if dy is None else _CONV_BACKWARD
+    (_, d), blocks = x.shape, chunk_table(tuple(cu), sizes["BT"], x.device)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    dhistory = None if dy is None or history is None else torch.empty_like(history)
-    dtaps = None if dy is None else torch.empty(num, *taps.shape, dtype=torch.float32, device=x.device)
-    _launch(_conv_kernel, num * triton.cdiv(d, sizes["BD"]), x, taps=taps, history=history, dy=dy, out=out,
-            dhistory=dhistory, dtaps=dtaps, start=blocks.start, seq=blocks.seq, cu=blocks.cu, s_x=x.stride(0),
-            CHANNELS=d, K=len(taps) - 1, SILU=silu, **sizes)
-    results = [out] if dy is None else [out, dtaps.sum(0).to(taps.dtype), dhistory]
-    return [v for v in results if v is not None]
+    parts = None if dy is None else torch.empty(len(blocks.start), *weight.shape, dtype=torch.float32, device=x.device)
+    _launch(_conv_kernel, len(blocks.start) * triton.cdiv(d, sizes["BD"]), x, weight=weight, dy=dy, out=out,
+            dweight=parts, start=blocks.start, seq=blocks.seq, cu=blocks.cu, s_x=x.stride(0), CHANNELS=d,
+            K=len(weight) - 1, SILU=silu, **sizes)
+    return [out] if dy is None else [out, parts.sum(0).to(weight.dtype)]
 
 
 @_conv_triton.register_fake
-def _(x, taps, history, dy, cu, silu):
-    return [v.new_empty(v.shape) for v in ((x,) if dy is None else (x, taps, history)) if v is not None]
+def _(x, weight, dy, cu, silu):
+    return [v.new_empty(v.shape) for v in ([x] if dy is None else [x, weight])]
 
 
 def _conv_setup(ctx, inputs, output):
-    *tensors, _, ctx.cu, ctx.silu = inputs
-    ctx.save_for_backward(*tensors)
+    x, weight, _, ctx.cu, ctx.silu = inputs
+    ctx.save_for_backward(x, weight)
 
 
 def _conv_gradients(ctx, dy):
-    grads = _conv_triton(*ctx.saved_tensors, dy[0].contiguous(), ctx.cu, ctx.silu)
-    return *grads, *[None] * (6 - len(grads))
+    return *_conv_triton(*ctx.saved_tensors, dy[0].contiguous(), ctx.cu, ctx.silu), None, None, None
 
 
 _conv_triton.register_autograd(_conv_gradients, setup_context=_conv_setup)
@@ -1108,45 +1079,46 @@ _conv_triton.register_autograd(_conv_gradients, setup_context=_conv_setup)
 
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)
-def _last_inputs(cu, width, device):
-    """The last `width` tokens (s, width) up to each sequence's end; and (s, width) where its last inputs stand in
-    [the histories | these tokens]: a sequence of m < width tokens keeps the last width - m of its history."""
-    begin, end = torch.tensor(cu[:-1])[:, None], torch.tensor(cu[1:])[:, None]
-    token = end - width + torch.arange(width)
-    row = torch.arange(token.numel()).view(token.shape)
-    place = torch.where(token < begin, row + end - begin, row + token.numel())
-    return to_device([token.clamp(min=0), place], device)
+def _last_tokens(cu, num, device):
+    """The last `num` tokens of each sequence (s, num); -1 where a sequence has fewer."""
+    begin, end = torch.tensor([cu[:-1], cu[1:]])[:, :, None]  # (s, 1)
+    token = end - num + torch.arange(num)
+    return to_device([token.where(token >= begin, -1)], device)[0]
 
 
 def causal_conv1d(x, weight, bias=None, *, initial_states=None, cu_seqlens=None, activation=None, backend=None):
     """y_i = act(bias + sum_j weight[:, j] x_{i - k + 1 + j}): weight[:, k - 1] meets the current token.
 
     x (b, t, d), weight (d, k), bias (d,), initial_states (s, d, k - 1): the inputs before the first token, newest last,
-    zeros when None; s = b, or the sequences packed by cu_seqlens. Returns y (b, t, d) and the final states (s, d, k - 1).
-    activation: None or "silu"; backend: "torch", "triton" or None as for `ssd_scan`. Differentiable in every tensor.
-    """
+    zeros when None; s = b, or the sequences packed by cu_seqlens. Returns y (b, t, d), final states (s, d, k - 1).
+    activation: None or "silu"; backend: "torch", "triton" or None as for `ssd_scan`. Differentiable in every tensor."""
     _expect(x.dim() == 3 and x.shape[1] >= 1, "x", tuple(x.shape), "(b, t, d) with t >= 1")
     (b, t, d), k, backend = x.shape, weight.shape[-1], _backend(backend, x)
     cu = check_cu_seqlens(cu_seqlens, b, t)
     _check_conv(x, weight, bias, activation, initial_states, len(cu) - 1)
-    flat = x.flatten(0, 1)  # (tokens, d)
-    taps = torch.cat([weight.T, weight.new_zeros(1, d) if bias is None else bias[None]])
-    history = None if initial_states is None else initial_states.to(x.dtype).mT.contiguous()
+    # The windows of more taps do not fit into the 255 registers of a thread.
+    _expect(backend != "triton" or k <= 8, "weight", f"{k} taps", 'at most 8, or backend="torch"')
+    row = x.flatten(0, 1)  # (tokens, d)
+    weight = torch.cat([weight.T, weight.new_zeros(1, d) if bias is None else bias[None]])  # (k + 1, d)
+    bare = backend == "triton" and initial_states is None  # the kernel knows where sequences start
+    if not bare:  # a history is k - 1 more tokens of its sequence: [history 0 | tokens 0 | history 1 | tokens 1 | ...]
+        history = x.new_zeros(len(cu) - 1, k - 1, d) if initial_states is None else initial_states.to(x.dtype).mT
+        sizes = [n for start, end in zip(cu, cu[1:]) for n in (k - 1, end - start)]
+        row = torch.cat([part for pair in zip(history, row.split(sizes[1::2])) for part in pair])
+        cu = tuple(start + i * (k - 1) for i, start in enumerate(cu))
     if backend == "triton":
-        # The windows of more taps do not fit into the 255 registers of a thread.
-        _expect(k <= 8, "weight", f"{k} taps", 'at most 8, or backend="torch"')
-        (y,) = _conv_triton(flat if flat.stride(1) == 1 else flat.contiguous(), taps, history, None, cu, bool(activation))
-    history = x.new_zeros(len(cu) - 1, k - 1, d) if history is None else history
-    if backend != "triton":
-        y = _conv_torch(flat, taps, history, cu)
+        y, = _conv_triton(row if row.stride(1) == 1 else row.contiguous(), weight, None, cu, activation is not None)
+    else:
+        y = _ConvTorch.apply(row, weight)
         y = F.silu(y) if activation else y
-    token, place = _last_inputs(cu, k - 1, x.device)
-    final = torch.cat([history, flat[token]]).flatten(0, 1)[place]  # (s, k - 1, d)
+    y = y if bare else torch.cat(y.split(sizes)[1::2])
+    token = _last_tokens(cu, k - 1, x.device)
+    final = torch.where((token < 0)[..., None], 0, row[token])  # (s, k - 1, d)
     return y.view(x.shape), final.mT
 
 
 def causal_conv1d_step(state, x, weight, bias=None, *, activation=None):
-    """One token of `causal_conv1d`. state (b, d, k - 1), x (b, d) -> y (b, d), new state (in place without gradients)."""
+    """One token of `causal_conv1d`. state (b, d, k - 1), x (b, d) -> y, new state (in place without gradients)."""
     _expect(x.dim() == 2, "x", tuple(x.shape), "(b, d)")
     _check_conv(x, weight, bias, activation, state, x.shape[0])
     window = torch.cat([state.mT, x.unsqueeze(1)], 1)  # (b, k, d), channels last: a CPU sums over taps without striding
