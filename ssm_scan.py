@@ -253,8 +253,7 @@ def _chunk_rows(cu, l, device):
     start, end = torch.tensor(chunks).T[:, :, None]  # (k, 1)
     token = start + torch.arange(l)
     valid = token < end
-    inverse = torch.empty(cu[-1], dtype=torch.long)
-    inverse[token[valid]] = valid.flatten().nonzero()[:, 0]
+    inverse = valid.flatten().nonzero()[token[valid].argsort(), 0]
     order = torch.tensor(order)
     index, inverse, order, rank = to_device([token.minimum(end - 1), inverse, order, order.argsort()], device)
     return index, index == index[:, :1] + torch.arange(l, device=device), inverse, order, rank, alive
@@ -875,8 +874,7 @@ def _rounded(v, like):
 
 @_jit
 def _step_kernel(state, x, dt, A, B, C, D, dt_bias, y, low, high, s_state, s_x, s_dt, s_b, s_c,
-                 H: constexpr, G: constexpr, P: constexpr, N: constexpr,
-                 BP: constexpr, BN: constexpr, RAW: constexpr):
+                 H: constexpr, G: constexpr, P: constexpr, N: constexpr, BP: constexpr, BN: constexpr, RAW: constexpr):
     """S <- exp(dt A) S + dt x B^T in place and y = S C + D x, BP rows of one state a program: read once, written once.
 
     RAW: A holds log(-A), and the step size is softplus(dt + dt_bias), clamped to [low, high] and rounded to dt's dtype
@@ -999,8 +997,8 @@ def _row(pointers, mask):
 @_jit
 def _conv_kernel(x, weight, dy, out, dweight, start, seq, cu, s_x, CHANNELS: constexpr,
                  K: constexpr, SILU: constexpr, BT: constexpr, BD: constexpr, ROWS: constexpr):
-    """out = y; given dy, out = dx and dweight[block] (k + 1, d) is the block's part of the sum. weight (k + 1, d) has the
-    bias last. start, seq: of each block."""
+    """out = y; given dy, out = dx and dweight[block] (k + 1, d) is the block's part of the sum. weight (k + 1, d) has
+    the bias last. start, seq: of each block."""
     EXTRA: constexpr = 0 if dy is None else K - 1
     tile, _, block = _program(tl.cdiv(CHANNELS, BD), 1)
     d = tile * BD + tl.arange(0, BD)
@@ -1110,8 +1108,8 @@ def causal_conv1d(x, weight, bias=None, *, initial_states=None, cu_seqlens=None,
         y, = _conv_triton(row if row.stride(1) == 1 else row.contiguous(), weight, None, cu, activation is not None)
     else:
         y = _ConvTorch.apply(row, weight)
-        y = F.silu(y) if activation else y
     y = y if bare else torch.cat(y.split(sizes)[1::2])
+    y = F.silu(y) if activation and backend != "triton" else y  # of tokens alone: 0 * a neighbour's NaN is NaN
     token = _last_tokens(cu, k - 1, x.device)
     final = torch.where((token < 0)[..., None], 0, row[token])  # (s, k - 1, d)
     return y.view(x.shape), final.mT

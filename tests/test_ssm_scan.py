@@ -369,11 +369,12 @@ def test_triton_convolution_in_four_calls_gives_the_bits_of_one(interpreter, dty
     assert torch.equal(state, final)
 
 
-def test_triton_convolution_does_not_leak(interpreter):
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_convolution_does_not_leak(interpreter, backend):
     inputs, cu = conv_inputs([5, 1, 20], 3, 4)
-    before = conv_results(inputs, "triton", torch.float32, cu_seqlens=cu, activation="silu")
+    before = conv_results(inputs, backend, torch.float32, cu_seqlens=cu, activation="silu")
     inputs["x"][:, 5], inputs["initial_states"][1] = torch.nan, torch.nan
-    after = conv_results(inputs, "triton", torch.float32, cu_seqlens=cu, activation="silu")
+    after = conv_results(inputs, backend, torch.float32, cu_seqlens=cu, activation="silu")
     others = [i for i in range(26) if i != 5]
     assert all(torch.equal(before[k][:, others], after[k][:, others]) for k in ("y", "x"))
     assert all(torch.equal(before[k][[0, 2]], after[k][[0, 2]]) for k in ("final", "initial_states"))
