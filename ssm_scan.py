@@ -48,9 +48,8 @@ def _expect(ok, name, got, want):
 def _expect_tensors(x, **expected):
     """Check every name=(tensor or None, shape): its shape, and that it lies where x does."""
     for name, (v, shape) in expected.items():
-        if v is not None:
-            fits = tuple(v.shape) == tuple(shape) and v.device == x.device
-            _expect(fits, name, f"{tuple(v.shape)} on {v.device}", f"{tuple(shape)} on {x.device}")
+        if v is not None and (tuple(v.shape) != tuple(shape) or v.device != x.device):
+            _expect(False, name, f"{tuple(v.shape)} on {v.device}", f"{tuple(shape)} on {x.device}")
 
 
 def check_cu_seqlens(cu_seqlens, b, t):
