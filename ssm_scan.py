@@ -1,31 +1,30 @@
 """The state-space half of Falcon-H1: the SSD scan of Mamba-2 and the short causal convolution in front of it.
 
-Every function exists for three readers. `backend="recurrent"` is the definition, one token after another, and the oracle of
-the tests (run it in float64). `backend="torch"` cuts each sequence into chunks and turns the scan into matrix products; it is
-what CPUs run. `backend="triton"` is the same in hand-written kernels, forward and backward, for GPUs; section 4 derives them.
+`backend="recurrent"` is the definition, one token after another, and the oracle of the tests (run it in float64).
+`backend="torch"`, for CPUs, cuts sequences into chunks and turns the scan into matrix products. `backend="triton"` is
+the same in hand-written kernels, forward and backward, for GPUs; section 4 derives them.
 
-    python ssm_scan.py                          parity with the definition, outputs and every gradient, then a table of speeds
+    python ssm_scan.py                          parity with the definition, outputs and gradients, then speeds
     python tests/compile_kernels.py 90          registers, spills and shared memory of the kernels, without a GPU
     TRITON_INTERPRET=1 python your_script.py    backend="triton" on a CPU, slowly, in Triton's interpreter
 
-To copy this file into another project, take nothing else: it needs torch, and for GPUs triton. Argument names follow
-mamba_ssm and causal_conv1d, so that either can take the other's place.
+The file stands alone: it needs torch, and for GPUs triton. Argument names follow mamba_ssm and causal_conv1d.
 
 Glossary (Mamba-2 is arXiv 2405.21060)
-    b, t, h, p   batch, tokens, heads, channels of one head (the paper's P, "head dim")
+    b, t, h, p   batch, tokens, heads, channels per head (the paper's P, "head dim")
     g, n         groups that share B and C; head j reads group j // (h / g); size of the state (the paper's N)
     s            sequences: the batch rows, or the documents packed one after another in a single row
     x            (b, t, h, p)   what is written into the state
     dt           (b, t, h)      step size Delta; positive, here after softplus(dt + dt_bias) where asked for
-    A            (h,)           negative; one step forgets all but exp(dt A) of the state ("scalar-identity A", section 3)
+    A            (h,)           negative; a step forgets all but exp(dt A) of the state ("scalar-identity A", section 3)
     B, C         (b, t, g, n)   where in the state to write, and what to read from it (SSM's keys and queries)
     D            (h,)           skip connection from x to y
-    S            (s, h, p, n)   the state, one p x n matrix for each head, always float32 or wider
-    cu_seqlens   (s + 1,)       where the packed documents start, and the end: [0, 7, 19] is one of 7 and one of 12 tokens
+    S            (s, h, p, n)   the state, one p x n matrix per head, always float32 or wider
+    cu_seqlens   (s + 1,)       where the packed documents start, and the end: [0, 7, 19] is 7 tokens and 12 tokens
 
 Deviations from Mamba-2: none in the function. Decays are differences of cumulative sums taken in float64: a sum over a
-strongly decaying chunk reaches -10^4, where float32 has only three digits left behind the point (the kernels use pairs of
-float32). Packed sequences never share a chunk, so no mask inside a chunk is needed and nothing can leak from one to the next.
+strongly decaying chunk reaches -10^4, where float32 has only three digits left behind the point (the kernels use pairs
+of float32). No chunk holds tokens of two packed sequences: none needs a mask, and nothing can leak between sequences.
 """
 
 import math
@@ -39,7 +38,7 @@ import torch
 import torch.nn.functional as F
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 1. Checks. A scan that is called with the wrong shapes may well run and answer nonsense, so everything is named here.
+# 1. Checks. Wrong shapes can broadcast into plausible nonsense: check every argument by name.
 
 
 def _expect(ok, name, got, want):
@@ -47,8 +46,17 @@ def _expect(ok, name, got, want):
         raise ValueError(f"{name}: got {got}, expected {want}")
 
 
+def _expect_tensors(x, **expected):
+    """Check every name=(tensor or None, shape): its shape, and that it lies where x does."""
+    for name, (v, shape) in expected.items():
+        if v is not None and (tuple(v.shape) != tuple(shape) or v.device != x.device):
+            _expect(False, name, f"{tuple(v.shape)} on {v.device}", f"{tuple(shape)} on {x.device}")
+
+
 def check_cu_seqlens(cu_seqlens, b, t):
-    """Return the boundaries (s + 1,) as a tuple of ints, or raise ValueError. Keep them on the CPU: they steer the host."""
+    """Boundaries (s + 1,) as a tuple of ints; None: of the batch rows. Keep them on the CPU: they steer the host."""
+    if cu_seqlens is None:
+        return tuple(range(0, b * t + 1, t))
     _expect(b == 1, "cu_seqlens", f"a batch of {b}", "packed sequences in a batch of 1")
     cu = tuple(cu_seqlens.tolist() if isinstance(cu_seqlens, torch.Tensor) else cu_seqlens)
     _expect(len(cu) >= 2 and all(type(i) is int for i in cu), "cu_seqlens", cu, "integers (s + 1,), s >= 1")
@@ -58,34 +66,29 @@ def check_cu_seqlens(cu_seqlens, b, t):
 
 
 def _check_scan(x, dt, A, B, C, D, dt_bias, states, s):
-    """Shapes of the scan, for one token (no t) and for many. A is checked by value only where that needs no GPU sync."""
+    """For one token (no t) and for many. The sign of A is checked only where that does not wait for a GPU."""
     *lead, h, p = x.shape
-    _expect(tuple(dt.shape) == (*lead, h), "dt", tuple(dt.shape), (*lead, h))
-    _expect(B.dim() == x.dim() and B.shape[:-2] == x.shape[:-2], "B", tuple(B.shape), f"{(*lead, 'g', 'n')}")
-    _expect(B.shape == C.shape, "C", tuple(C.shape), f"the shape of B, {tuple(B.shape)}")
-    _expect(h % B.shape[-2] == 0, "B", f"{B.shape[-2]} groups", f"a number that divides the {h} heads of x")
-    _expect(x.dtype == B.dtype == C.dtype, "dtype", f"x {x.dtype}, B {B.dtype}, C {C.dtype}", "the same for x, B and C")
-    for name, v in (("dt", dt), ("A", A), ("B", B), ("C", C), ("D", D), ("dt_bias", dt_bias), ("initial_states", states)):
-        _expect(v is None or v.device == x.device, name, v is not None and f"a tensor on {v.device}", f"one on {x.device}, as x")
-    for name, v in (("A", A), ("D", D), ("dt_bias", dt_bias)):
-        _expect(v is None or tuple(v.shape) == (h,), name, None if v is None else tuple(v.shape), (h,))
-    want = (s, h, p, B.shape[-1])
-    _expect(states is None or tuple(states.shape) == want, "initial_states", states is not None and tuple(states.shape), want)
+    *_, g, n = B.shape
+    _expect_tensors(x, dt=(dt, (*lead, h)), A=(A, (h,)), B=(B, (*lead, g, n)), C=(C, B.shape), D=(D, (h,)),
+                    dt_bias=(dt_bias, (h,)), initial_states=(states, (s, h, p, n)))
+    _expect(h % g == 0, "B", f"{g} groups", f"a number that divides the {h} heads of x")
+    same = x.dtype == B.dtype == C.dtype
+    _expect(same, "dtype", f"x {x.dtype}, B {B.dtype}, C {C.dtype}", "the same for x, B and C")
     look = A.device.type == "cpu" and not torch.compiler.is_compiling()
     _expect(not look or bool((A < 0).all()), "A", "a value that is not negative", "A < 0 in every head")
 
 
 def _backend(name, x):
-    """The backend's name; None becomes the best there is where x lies. float64 is the oracle's, the kernels have none."""
+    """The backend's name; None becomes the fastest one where x lies. Kernels have no float64, which is for oracles."""
     there = triton is not None and (x.is_cuda or "TRITON_INTERPRET" in os.environ) and x.dtype != torch.float64
-    _expect(name in (None, "recurrent", "torch", "triton"), "backend", repr(name), '"recurrent", "torch", "triton" or None')
+    _expect(name in (None, "recurrent", "torch", "triton"), "backend", repr(name), "recurrent, torch, triton or None")
     _expect(name != "triton" or there, "backend", f'"triton" for {x.dtype} on {x.device.type}',
             "float32, bfloat16 or float16 on a GPU with triton installed")
     return name or ("triton" if there and x.is_cuda else "torch")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 2. Where tokens go. Sequences of many lengths become a dense array of rows (chunks here, whole documents in attention).
+# 2. Where tokens go. Sequences of many lengths become a dense array of rows (chunks here, documents in attention).
 
 
 class _GatherRows(torch.autograd.Function):
@@ -93,69 +96,57 @@ class _GatherRows(torch.autograd.Function):
     def forward(ctx, x, index, inverse):
         ctx.save_for_backward(index, inverse)
         ctx.shape = x.shape
-        return x.index_select(0, index.flatten()).unflatten(0, index.shape)  # on a CPU several times as fast as x[index]
+        return x.index_select(0, index.flatten()).unflatten(0, index.shape)  # on a CPU much faster than x[index]
 
     @staticmethod
     def backward(ctx, dout):
         index, inverse = ctx.saved_tensors
+        dout = dout.flatten(0, index.dim() - 1)
         if inverse is not None:
-            return dout.flatten(0, index.dim() - 1).index_select(0, inverse), None, None
-        return dout.new_zeros(ctx.shape).index_copy_(0, index.flatten(), dout.flatten(0, index.dim() - 1)), None, None
+            return dout.index_select(0, inverse), None, None
+        return dout.new_zeros(ctx.shape).index_copy_(0, index.flatten(), dout), None, None
 
 
 def gather_rows(x, index, inverse=None):
-    """x (tokens, ...)[index], index (rows, width) or (rows,). The gradient is a gather or a store, where torch's would be a sum
-    of scattered terms: faster, and the same bits on every run.
-
-    inverse (tokens,), each token's place in index.flatten(), is for an index that meets every token and pads: padding may repeat
-    any token of its own sequence; its gradient is dropped, so nothing downstream may read it. None: index repeats nothing."""
+    """x (tokens, ...)[index], index (rows, width) or (rows,). The backward pass is a gather or a store, where torch's
+    is a scatter-add: faster, and deterministic. inverse (tokens,): each token's place in index.flatten(), needed if
+    index repeats tokens as padding, which gets no gradient: nothing downstream may read it."""
     return _GatherRows.apply(x, index, inverse)
 
 
-class ChunkTable(NamedTuple):
-    index: torch.Tensor  # (k, l) the token at each place of a chunk; padding repeats the sequence's last token
-    valid: torch.Tensor  # (k, l) False where there is padding
-    inverse: torch.Tensor  # (tokens,) each token's place in index.flatten()
-    start: torch.Tensor  # (k,) a chunk's first token,
-    length: torch.Tensor  # (k,) its number of tokens
-    seq: torch.Tensor  # (k,) and its sequence
-    first: torch.Tensor  # (s + 1,) each sequence's first chunk, and their number
-    by_length: torch.Tensor  # (s,) the sequences, the longest first
-    steps: list  # how many sequences have a first chunk, a second one, ...
-
-
-@lru_cache(maxsize=16)  # once for a batch, then shared by all layers and by the backward pass
-@torch.inference_mode(False)
-def chunk_table(cu, chunk_size, device, in_step=False):
-    """Cut sequences with boundaries `cu` (a tuple) into chunks; a chunk holds tokens of one sequence only.
-
-    Chunks stand as their tokens do; or else in_step: the first chunks of all sequences by_length, then their second ones, ..."""
-    length = torch.tensor([end - start for start, end in zip(cu, cu[1:])])
-    chunks = (length + chunk_size - 1) // chunk_size  # (s,)
-    first = F.pad(chunks.cumsum(0), (1, 0))
-    # Long sequences first: those that still have a c-th chunk are then a prefix, as in torch's PackedSequence.
-    by_length = torch.sort(chunks, descending=True, stable=True).indices
-    steps = [int((chunks > c).sum()) for c in range(int(chunks.max()))]
-    chunk = torch.cat([first[by_length[:n]] + c for c, n in enumerate(steps)]) if in_step else torch.arange(int(first[-1]))
-    seq = torch.repeat_interleave(torch.arange(len(length)), chunks)[chunk]
-    offset = (chunk - first[seq])[:, None] * chunk_size + torch.arange(chunk_size)  # (k, l) in the sequence
-    valid = offset < length[seq, None]
-    index = torch.tensor(cu)[seq, None] + torch.minimum(offset, length[seq, None] - 1)
-    place = valid.flatten().nonzero()[:, 0]
-    inverse = torch.zeros_like(place).scatter_(0, index.flatten()[place], place)
-    tensors = index, valid, inverse, index[:, 0].contiguous(), valid.sum(1), seq, first, by_length
-    return ChunkTable(*(v.to(device) for v in tensors), steps)
-
-
 def to_device(tensors, device):
-    """CPU tensors of one dtype -> the same on `device`. They move together, in one copy from pinned memory,
-    while the host goes on. With a `.to` for each, it would wait every time until the GPU has caught up."""
+    """CPU tensors of one dtype -> the same on `device`, by one copy from pinned memory, which does not stop the host.
+    With a `.to` for each, it would wait every time until the GPU has caught up."""
     if device.type == "cpu":
         return tensors
-    together = torch.cat([v.flatten() for v in tensors])
-    together = together.pin_memory() if device.type == "cuda" else together
-    parts = together.to(device, non_blocking=True).split([v.numel() for v in tensors])
-    return [part.view(v.shape) for part, v in zip(parts, tensors)]
+    # Each starts at a multiple of 16 bytes, as if allocated alone: for other addresses Triton compiles kernels again.
+    padded = [F.pad(v.flatten(), (0, -v.numel() % 16)) for v in tensors]
+    together = torch.cat(padded)
+    if device.type == "cuda" and not torch.compiler.is_compiling():
+        together = together.pin_memory()
+    parts = together.to(device, non_blocking=True).split([len(v) for v in padded])
+    return [part[: v.numel()].view(v.shape) for part, v in zip(parts, tensors)]
+
+
+class ChunkTable(NamedTuple):
+    start: torch.Tensor  # (k,) first token of each chunk
+    length: torch.Tensor  # (k,) number of its tokens
+    seq: torch.Tensor  # (k,) its sequence
+    first: torch.Tensor  # (s + 1,) first chunk of each sequence, and the number of chunks
+    cu: torch.Tensor  # (s + 1,) first token of each sequence, and the number of tokens
+
+
+@lru_cache(maxsize=16)  # once per batch, then shared by all layers and by the backward pass
+@torch.inference_mode(False)  # what is cached may meet autograd later
+def chunk_table(cu, chunk_size, device):
+    """Cut sequences with boundaries `cu` (a tuple) into chunks of at most chunk_size tokens, in token order. Each holds
+    tokens of one sequence only."""
+    chunks = []
+    for seq, (begin, end) in enumerate(zip(cu, cu[1:])):
+        chunks += [(start, min(chunk_size, end - start), seq) for start in range(begin, end, chunk_size)]
+    start, length, seq = torch.tensor([*zip(*chunks)])
+    cu = torch.tensor(cu)
+    return ChunkTable(*to_device([start, length, seq, torch.searchsorted(start, cu), cu], device))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -175,34 +166,31 @@ def ssd_scan(x, dt, A, B, C, *, D=None, dt_bias=None, dt_softplus=False, initial
 
         S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T          y_t = S_t C_t + D x_t
 
-    x (b, t, h, p), dt (b, t, h), A (h,) negative, B and C (b, t, g, n), D and dt_bias (h,), initial_states (s, h, p, n) with
-    s = b, or the number of sequences when cu_seqlens (s + 1,) packs them along t and b = 1. Any t >= 1.
+    x (b, t, h, p), dt (b, t, h), A (h,) negative, B and C (b, t, g, n), D and dt_bias (h,), initial_states (s, h, p, n)
+    with s = b, or the number of sequences when cu_seqlens (s + 1,) packs them along t and b = 1. Any t >= 1.
     Returns y (b, t, h, p) in x's dtype and the final states (s, h, p, n) in float32 (float64 for float64 inputs).
-    Differentiable in every tensor. dt is positive, after softplus(dt + dt_bias) where asked for. chunk_size: at most so many
-    tokens a chunk, a matter of speed alone. backend: "recurrent", "torch", "triton" or None: triton on a GPU, torch elsewhere.
-    Raises ValueError, naming the argument, for shapes that do not fit, A >= 0 (on a GPU, where looking would stop the host, y is
-    NaN), unsorted cu_seqlens, a backend that is not there. Under torch.compile give cu_seqlens as a tuple of ints.
-    """
+    Differentiable in every tensor. dt is positive, after softplus(dt + dt_bias) where asked for. chunk_size, the most
+    tokens per chunk, changes speed alone. backend None: "triton" on a GPU, "torch" elsewhere. Raises ValueError, naming
+    the argument, for wrong shapes, A >= 0 (on a GPU, where looking would stop the host, y is NaN), unsorted cu_seqlens,
+    a missing backend. Under torch.compile give cu_seqlens as a tuple."""
     backend = _backend(backend, x)
     _expect(x.dim() == 4 and x.shape[1] >= 1, "x", tuple(x.shape), "(b, t, h, p) with t >= 1")
     _expect(isinstance(chunk_size, int) and chunk_size >= 1, "chunk_size", chunk_size, "an integer >= 1")
-    b, t = x.shape[:2]
-    cu = tuple(range(0, b * t + 1, t)) if cu_seqlens is None else check_cu_seqlens(cu_seqlens, b, t)
+    cu = check_cu_seqlens(cu_seqlens, *x.shape[:2])
     _check_scan(x, dt, A, B, C, D, dt_bias, initial_states, len(cu) - 1)
 
-    dtype = torch.promote_types(x.dtype, torch.float32)  # of the state and of all sums
+    shape, dtype = x.shape, torch.promote_types(x.dtype, torch.float32)  # dtype of the state and of all sums
     delta = _step_size(dt, dt_bias, dt_softplus, dtype)
-    S = initial_states if initial_states is None else initial_states.to(dtype)
-    x, delta, B, C = (v.flatten(0, 1) for v in (x, delta, B, C))  # tokens of all sequences in one row, (tokens, ...)
-    D = D if D is None else D.to(dtype)
+    A, D, S = (v if v is None else v.to(dtype) for v in (A, D, initial_states))
+    x, delta, B, C = (v.flatten(0, 1) for v in (x, delta, B, C))  # all sequences in one row, (tokens, ...)
     if backend == "triton":
-        y, S = _scan_triton(x, delta, B, C, A.to(dtype), D, S, cu, chunk_size, return_final_states)
+        y, S = _scan_triton(x, delta, B, C, A, D, S, cu, chunk_size, return_final_states)
     else:
         S = x.new_zeros(len(cu) - 1, *x.shape[1:], B.shape[2], dtype=dtype) if S is None else S
         scan = _scan_chunked if backend == "torch" else _scan_recurrent
-        y, S = scan(x.to(dtype), delta, B.to(dtype), C.to(dtype), A.to(dtype), S, cu, chunk_size)
+        y, S = scan(x.to(dtype), delta, B.to(dtype), C.to(dtype), A, S, cu, chunk_size)
         y = y if D is None else torch.addcmul(y, D[:, None], x)
-    return y.to(x.dtype).view(b, t, *x.shape[1:]), S if return_final_states else None
+    return y.to(x.dtype).view(shape), S if return_final_states else None
 
 
 def _scan_recurrent(x, dt, B, C, A, S, cu, chunk_size):
@@ -218,26 +206,24 @@ def _scan_recurrent(x, dt, B, C, A, S, cu, chunk_size):
 
 
 def chunk_of(p, n):
-    """The fastest chunk of this backend, in tokens: one costs l entries of the decays and its share p n / l of a state, least for
-    l = sqrt(p n)."""
+    """The fastest chunk here: per token, l decays and p n / l numbers of a state, fewest at l = sqrt(p n)."""
     return 1 << max(4, (p * n).bit_length() // 2)
 
 
-def _exp(c):
-    """exp of c <= 0, at least e^-60 = 9e-27, which is as good as 0. A CPU takes a hundred times as long for each number below 1e-38, and
-    strong decays make many."""
+def _bounded_exp(c):
+    """exp(c) for c <= 0, at least e^-60 = 9e-27: a CPU is a hundred times slower with numbers below 1e-38."""
     return c.clamp(-60, 0).exp_()
 
 
-class _Weights(torch.autograd.Function):
-    """(B C^T)_ji exp(c_i - c_j) at row j and column i >= j, else 0: bc (k, g, l, l), c (k, h, l) in float64 -> (k, h, l, l).
+class _DecayedScores(torch.autograd.Function):
+    """(B C^T)_ji exp(c_i - c_j) at row j, column i >= j, else 0: bc (k, g, l, l), float64 c (k, h, l) -> (k, h, l, l).
 
-    dc_i is what column i gets less what row i gets, without the diagonal: c_i - c_i is a constant, whose two gradients are large,
-    cancel, and would take with them the digits of what strong decays leave over."""
+    dc_i = sum of column i - sum of row i, without the diagonal: there both terms are large and cancel exactly, and
+    subtracting them would cost the digits of what strong decays leave over."""
 
     @staticmethod
     def forward(ctx, bc, c):
-        decay = _exp((c[..., None, :] - c[..., :, None]).to(bc.dtype))
+        decay = _bounded_exp((c[..., None, :] - c[..., :, None]).to(bc.dtype))
         ctx.save_for_backward(bc := bc.triu(), decay)
         return (bc.unsqueeze(2) * decay.unflatten(1, (bc.shape[1], -1))).flatten(1, 2)
 
@@ -251,6 +237,28 @@ class _Weights(torch.autograd.Function):
         return dbc, q.sum(-2, dtype=torch.float64) - q.sum(-1, dtype=torch.float64)
 
 
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def _chunk_rows(cu, l, device):
+    """Chunk 0 of every sequence, the longest sequence first, then chunk 1 of all that have one, ...: the token at each
+    place, index (k, l), where padding repeats the last one; valid (k, l), False in padding; each token's place, inverse
+    (tokens,); the order of the sequences and each one's rank in it (s,); how many have a chunk 0, a chunk 1, ..."""
+    order = sorted(range(len(cu) - 1), key=lambda s: cu[s] - cu[s + 1])
+    left = [(cu[s], cu[s + 1]) for s in order]  # of every sequence
+    chunks, alive = [], []
+    while left:
+        chunks += left
+        alive.append(len(left))
+        left = [(start + l, end) for start, end in left if start + l < end]
+    start, end = torch.tensor(chunks).T[:, :, None]  # (k, 1)
+    token = start + torch.arange(l)
+    valid = token < end
+    inverse = valid.flatten().nonzero()[token[valid].argsort(), 0]
+    order = torch.tensor(order)
+    index, inverse, order, rank = to_device([token.minimum(end - 1), inverse, order, order.argsort()], device)
+    return index, index == index[:, :1] + torch.arange(l, device=device), inverse, order, rank, alive
+
+
 def _scan_chunked(x, dt, B, C, A, S, cu, chunk_size):
     """The same in matrix products (Mamba-2, section 6). With c_i = sum_{j<=i} dt_j A inside one chunk of l tokens,
 
@@ -261,13 +269,13 @@ def _scan_chunked(x, dt, B, C, A, S, cu, chunk_size):
     Padding has dt = 0: it neither writes nor decays, so c_l is right for chunks that are not full, too.
     """
     (h, p), (g, n) = x.shape[1:], B.shape[1:]
-    chunk_size = min(chunk_size, chunk_of(p, n), max(end - start for start, end in zip(cu, cu[1:])))
-    table = chunk_table(cu, chunk_size, x.device, in_step=True)
-    x, dt, B, C = (gather_rows(v, table.index, table.inverse) for v in (x, dt, B, C))  # (k, l, h, p), (k, l, h), (k, l, g, n)
-    dt = torch.where(table.valid[..., None], dt, 0).transpose(1, 2)  # (k, h, l)
+    l = min(chunk_size, chunk_of(p, n), max(end - start for start, end in zip(cu, cu[1:])))
+    index, valid, inverse, order, rank, alive = _chunk_rows(cu, l, x.device)
+    x, dt, B, C = (gather_rows(v, index, inverse) for v in (x, dt, B, C))  # (k, l, h, p), (k, l, h), (k, l, g, n)
+    dt = torch.where(valid[..., None], dt, 0).transpose(1, 2)  # (k, h, l)
     a = (dt * A[:, None]).double()  # (k, h, l)
     c = a.cumsum(2)
-    # Time stands last from here on: the heads of a group are then rows of one matrix, and B and C need no copy for each.
+    # Time is the last dimension from here on: the heads of a group are rows of one matrix and share B and C uncopied.
     dtx = x.permute(0, 2, 3, 1) * dt[:, :, None]  # (k, h, p, l)
     B, C = B.transpose(1, 2), C.permute(0, 2, 3, 1)  # (k, g, l, n), (k, g, n, l)
 
@@ -275,25 +283,26 @@ def _scan_chunked(x, dt, B, C, A, S, cu, chunk_size):
         return v.reshape(len(v), g, -1, v.shape[-1])
 
     # Step 1, within the chunk.
-    y = dtx @ _Weights.apply(B @ C, c)  # (k, h, p, l)
+    y = dtx @ _DecayedScores.apply(B @ C, c)  # (k, h, p, l)
 
     # Step 2, what each chunk adds to the state: one (p h / g x l)(l x n) product per group.
-    left = F.pad(a[..., 1:].flip(2).cumsum(2).flip(2), (0, 1)).to(x.dtype)  # (k, h, l), c_l - c_j without taking a difference
-    written = dtx * _exp(left)[:, :, None]  # (k, h, p, l)
+    left = F.pad(a[..., 1:].flip(2).cumsum(2).flip(2), (0, 1)).to(x.dtype)  # (k, h, l), c_l - c_j without a difference
+    written = dtx * _bounded_exp(left)[:, :, None]  # (k, h, p, l)
     local = (by_group(written) @ B).view(len(x), h, p, n)  # (k, h, p, n)
 
-    # Step 3, along the chunks of every sequence at once. Only this loop is sequential: t / l short steps.
-    keep = _exp(c[..., -1].to(x.dtype))[..., None, None]  # (k, h, 1, 1)
-    entering, final = [], S[table.by_length]
-    for kept, added in zip(keep.split(table.steps), local.split(table.steps)):
-        entering.append(final[: len(kept)])  # of the sequences that have one more chunk, a prefix of by_length
-        now = torch.addcmul(added, kept, entering[-1])
-        final = torch.cat([now, final[len(now) :]]) if len(now) < len(final) else now
+    # Step 3, from chunk to chunk, all sequences at once: the only sequential loop, t / l short steps. Those that have
+    # one more chunk are the first ones, as the longest stand first.
+    keep = _bounded_exp(c[..., -1].to(x.dtype))[..., None, None]  # (k, h, 1, 1)
+    S, entering = S[order], []
+    for kept, added in zip(keep.split(alive), local.split(alive)):
+        entering.append(S[: len(added)])
+        handed_on = torch.addcmul(added, kept, entering[-1])
+        S = torch.cat([handed_on, S[len(added) :]]) if len(added) < len(S) else handed_on
     entering = torch.cat(entering)  # (k, h, p, n)
 
     # Step 4, what the entering state adds to each token's output.
-    y = torch.addcmul(y, (by_group(entering) @ C).view(y.shape), _exp(c.to(x.dtype))[:, :, None])
-    return gather_rows(y.permute(0, 3, 1, 2).flatten(0, 1), table.inverse), final[torch.argsort(table.by_length)]
+    y = torch.addcmul(y, (by_group(entering) @ C).view(y.shape), _bounded_exp(c.to(x.dtype))[:, :, None])
+    return gather_rows(y.permute(0, 3, 1, 2).flatten(0, 1), inverse), S[rank]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -840,8 +849,7 @@ def _rounded(v, like):
 
 @_jit
 def _step_kernel(state, x, dt, A, B, C, D, dt_bias, y, low, high, s_state, s_x, s_dt, s_b, s_c,
-                 H: constexpr, G: constexpr, P: constexpr, N: constexpr,
-                 BP: constexpr, BN: constexpr, RAW: constexpr):
+                 H: constexpr, G: constexpr, P: constexpr, N: constexpr, BP: constexpr, BN: constexpr, RAW: constexpr):
     """S <- exp(dt A) S + dt x B^T in place and y = S C + D x, BP rows of one state a program: read once, written once.
 
     RAW: A holds log(-A), and the step size is softplus(dt + dt_bias), clamped to [low, high] and rounded to dt's dtype
@@ -856,8 +864,8 @@ def _step_kernel(state, x, dt, A, B, C, D, dt_bias, y, low, high, s_state, s_x, 
     delta, a = tl.load(dt + b * s_dt + h).to(tl.float32), tl.load(A + h).to(tl.float32)
     if RAW:
         delta = _rounded(delta + tl.load(dt_bias + h).to(tl.float32), dt)
-        # softplus(v) = max(v, 0) + log(1 + u), u = exp(-|v|). Of a small u, 1 + u rounds away digits; log(w) u / (w - 1)
-        # has them again.
+        # softplus(v) = max(v, 0) + log(1 + u), u = exp(-|v|). 1 + u rounds away digits of a small u; log(w) u / (w - 1)
+        # restores them.
         u = tl.exp(-tl.abs(delta))
         log1p = tl.where(1 + u == 1, u, tl.log(1 + u) * u / tl.where(1 + u == 1, 1.0, (1 + u) - 1))
         delta = tl.minimum(tl.maximum(_rounded(tl.maximum(delta, 0.0) + log1p, dt), low), high)
@@ -884,110 +892,74 @@ def _step_triton(state, x, dt, A, B, C, D, dt_bias=None, limit=(0.0, float("inf"
 def ssd_step(state, x, dt, A, B, C, *, D=None, dt_bias=None, dt_softplus=False, backend=None):
     """One token of `ssd_scan`. state (b, h, p, n), x (b, h, p), dt (b, h), B and C (b, g, n) -> y (b, h, p), new state.
 
-    Without gradients the state is updated in place (and returned): decoding then allocates no second one, and the state is
-    what decoding at large batch spends its memory bandwidth on. backend as for `ssd_scan`; the kernel serves where no gradient
-    is asked for, the state is float32, and each of its (h, p, n) is contiguous."""
+    Without gradients the state is updated in place (and returned), as large batches spend the memory bandwidth on it.
+    backend as for `ssd_scan`; the kernel needs a float32 state with contiguous (h, p, n), and has no gradient."""
     _expect(x.dim() == 3, "x", tuple(x.shape), "(b, h, p)")
-    backend = _backend(backend, x)
+    backend, dtype, in_place = _backend(backend, x), state.dtype, not torch.is_grad_enabled()
     _check_scan(x, dt, A, B, C, D, dt_bias, state, x.shape[0])
-    delta, A, D = _step_size(dt, dt_bias, dt_softplus, state.dtype), A.to(state.dtype), D if D is None else D.to(state.dtype)
-    fused = state.dtype == torch.float32 and state[0].is_contiguous() and not torch.is_grad_enabled()
-    if fused and backend == "triton":
+    delta = _step_size(dt, dt_bias, dt_softplus, dtype)
+    A, D = (v if v is None else v.to(dtype) for v in (A, D))
+    if backend == "triton" and dtype == torch.float32 and state[0].is_contiguous() and in_place:
         return _step_triton(state, x, delta, A, B, C, D), state
+
     def by_group(v):  # (b, h, ...) -> (b, g, h / g, ...): heads of a group share B and C
         return v.unflatten(1, (B.shape[1], -1))
 
-    keep, write = torch.exp(delta * A)[..., None, None], by_group(delta[..., None] * x).unsqueeze(-1)
-    Bn, Cn = (v.to(state.dtype)[:, :, None, None] for v in (B, C))  # (b, g, 1, 1, n)
-    if torch.is_grad_enabled():
-        state = torch.addcmul(by_group(state * keep), write, Bn).flatten(1, 2)
-    else:
-        by_group(state.mul_(keep)).addcmul_(write, Bn)
-    y = (Cn[:, :, 0] @ by_group(state).flatten(2, 3).mT).view(x.shape)  # (b, g, 1, n) (b, g, n, p h / g): reads the state once
+    Bn, Cn = (v.to(dtype)[:, :, None, None] for v in (B, C))  # (b, g, 1, 1, n)
+    keep = torch.exp(delta * A)[..., None, None]
+    state = state.mul_(keep) if in_place else state * keep
+    by_group(state).addcmul_(by_group(delta[..., None] * x).unsqueeze(-1), Bn)
+    y = (Cn[:, :, 0] @ by_group(state).flatten(2, 3).mT).view(x.shape)  # (b, g, 1, n) (b, g, n, p h / g)
     y = y if D is None else y + D[:, None] * x
     return y.to(x.dtype), state
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 6. The causal convolution. Depthwise, k taps (4 in Falcon-H1): each channel sees itself now and k - 1 tokens ago.
+# 6. The causal convolution. Depthwise, k taps (4 in Falcon-H1): a channel sees only itself, now and k - 1 tokens back.
 
 
 def _check_conv(x, weight, bias, activation, states, s):
-    d, k = weight.shape if weight.dim() == 2 else (None, None)
-    _expect(x.shape[-1] == d, "weight", tuple(weight.shape), f"(d, k) with d = {x.shape[-1]}, the channels of x")
-    _expect(bias is None or tuple(bias.shape) == (d,), "bias", bias is not None and tuple(bias.shape), (d,))
+    d, k = x.shape[-1], weight.shape[-1]
+    _expect_tensors(x, weight=(weight, (d, k)), bias=(bias, (d,)), initial_states=(states, (s, d, k - 1)))
     _expect(activation in (None, "silu"), "activation", repr(activation), 'None or "silu"')
-    _expect(states is None or tuple(states.shape) == (s, d, k - 1), "initial_states",
-            states is not None and tuple(states.shape), f"{(s, d, k - 1)}, newest input last")
 
 
-@lru_cache(maxsize=16)
-@torch.inference_mode(False)
-def _conv_table(cu, history, device):
-    """Rows of the buffer [history of sequence 0 | its tokens | history of sequence 1 | ...], as places in [tokens | histories];
-    and which rows of the convolved buffer belong to tokens."""
-    rows, outputs = [], []
-    for i, (start, end) in enumerate(zip(cu, cu[1:])):
-        outputs += range(len(rows), len(rows) + end - start)
-        rows += [*range(cu[-1] + i * history, cu[-1] + (i + 1) * history), *range(start, end)]
-    return tuple(torch.tensor(v, dtype=torch.long, device=device) for v in (rows, outputs))
-
-
-class _Taps(torch.autograd.Function):
-    """y_i = bias + sum_j w_j v_{i + j}: v (r + k - 1, d), weight (k, d), bias (d,) -> y (r, d). Some hundred rows at a time, which
-    stay in a CPU's cache while the taps go over them: then memory is read once, and not for every tap."""
+class _ConvTorch(torch.autograd.Function):
+    """y_i = bias + sum_j w_j x_{i-k+1+j} of one sequence: x (tokens, d), weight (k + 1, d), the bias last -> as x. Left
+    to autograd, each slice would have a gradient as large as x, filled with zeros and added up."""
 
     @staticmethod
-    def forward(ctx, v, weight, bias):
-        ctx.save_for_backward(v, weight)
-        y = v.new_empty(len(v) - len(weight) + 1, v.shape[1])
-        for i, part in _pieces(y):
-            torch.addcmul(bias, v[i : i + len(part)], weight[0], out=part)
-            for j in range(1, len(weight)):
-                part.addcmul_(v[i + j : i + j + len(part)], weight[j])
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        *past, now, bias = weight
+        y = torch.addcmul(bias, x, now)
+        for back, w in enumerate(reversed(past), 1):
+            y[back:].addcmul_(x[:-back], w)
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        v, weight = ctx.saved_tensors
-        dv, dweight = torch.zeros_like(v), torch.zeros_like(weight)
-        for i, part in _pieces(dy):
-            for j in range(len(weight)):
-                dv[i + j : i + j + len(part)].addcmul_(part, weight[j])
-                dweight[j] += (part * v[i + j : i + j + len(part)]).sum(0)
-        return dv, dweight, dy.sum(0)
+        x, weight = ctx.saved_tensors
+        *past, now, _ = weight
+        dx, dweight = dy * now, [(dy * x).sum(0), dy.sum(0)]
+        for back, w in enumerate(reversed(past), 1):
+            dx[:-back].addcmul_(dy[back:], w)
+            dweight.insert(0, (dy[back:] * x[:-back]).sum(0))
+        return dx, torch.stack(dweight)
 
 
-def _pieces(x):
-    """Pairs of a first row and a view of some rows of x, 2^17 numbers or half a megabyte together."""
-    rows = max(1, 2**17 // x.shape[1])
-    return zip(range(0, len(x), rows), x.split(rows))
-
-
-def _conv_torch(x, weight, bias, history, cu, activation):
-    """x (tokens, d), weight (d, k), bias (d,), history (s, d, k - 1) -> y (tokens, d)."""
-    rows, outputs = _conv_table(cu, weight.shape[1] - 1, x.device)
-    places = gather_rows(torch.cat([x, history.mT.flatten(0, 1)]), rows)  # (tokens + s (k - 1), d)
-    y = gather_rows(_Taps.apply(places, weight.T, bias), outputs)
-    return F.silu(y) if activation else y
-
-
-# In Triton, a program is one warp that walks over a block, up to BT tokens of one sequence. Each thread keeps
-# the last k inputs of a few neighbouring channels in registers, so it loads each input once, ROWS tokens at a
-# time to hide the latency of memory. This window starts with the k - 1 inputs before the block, or the
-# history of the sequence. The backward pass recomputes z, the value before the activation:
+# In Triton, a program is one warp that walks over a block, up to BT tokens of one sequence. Each thread keeps the last
+# k inputs of a few neighbouring channels in registers, so it loads each input once, ROWS tokens at a time to hide the
+# latency of memory. The backward pass recomputes z, the value before the activation:
 #
 #     z_i = bias + sum_j w_j x_{i-k+1+j}      dz_i = act'(z_i) dy_i      dx_i = sum_j w_j dz_{i+k-1-j}
 #     dw_j = sum_i dz_i x_{i-k+1+j}           dbias = sum_i dz_i
 #
-# A second window, of the last k values of dz, completes dx_i at token i + k - 1. So a block walks k - 1
-# tokens past its own, with dz = 0 past the sequence, and leaves their share of dw and dbias to the next
-# block. Its first k - 1 steps complete inputs before the block: the history, or tokens that the previous
-# block stores.
+# A second window, of the last k values of dz, completes dx_i at token i + k - 1. So a block walks k - 1 tokens past its
+# own, with dz = 0 past the sequence, and leaves their share of dw and dbias to the next block.
 #
-# BT: 3 tokens of 128 read twice are 2% of the bytes, the parts of dw and dbias 3%. BD: 32 threads with 8
-# channels, 16 bytes of bfloat16; backward with 4, since 8 take 242 registers: 8 warps per SM, where 4 leave
-# room for 19.
+# BT: 3 tokens of 128 read twice are 2% of the bytes, the parts of dw and dbias 3%. BD: 32 threads with 8 channels, 16
+# bytes of bfloat16; backward with 4, since 8 take 242 registers: 8 warps per SM, where 4 leave room for 19.
 _CONV_FORWARD = dict(BT=128, BD=256, ROWS=8, num_warps=1)
 _CONV_BACKWARD = dict(BT=128, BD=128, ROWS=4, num_warps=1)
 
@@ -998,10 +970,10 @@ def _row(pointers, mask):
 
 
 @_jit
-def _conv_kernel(x, weight, history, dy, out, dhistory, dweight, start, seq, cu, s_x, CHANNELS: constexpr,
+def _conv_kernel(x, weight, dy, out, dweight, start, seq, cu, s_x, CHANNELS: constexpr,
                  K: constexpr, SILU: constexpr, BT: constexpr, BD: constexpr, ROWS: constexpr):
-    """out = y; given dy, out = dx and dweight[block] is the block's part of the sum. history, dhistory:
-    (s, k - 1, d) or None. weight, dweight[block]: (k + 1, d), the bias last. start, seq: of each block."""
+    """out = y; given dy, out = dx and dweight[block] (k + 1, d) is the block's part of the sum. weight (k + 1, d) has
+    the bias last. start, seq: of each block."""
     EXTRA: constexpr = 0 if dy is None else K - 1
     tile, _, block = _program(tl.cdiv(CHANNELS, BD), 1)
     d = tile * BD + tl.arange(0, BD)
@@ -1014,10 +986,7 @@ def _conv_kernel(x, weight, history, dy, out, dhistory, dweight, start, seq, cu,
     for j in tl.static_range(K + 1):
         w += (_row(weight + j * CHANNELS + d, in_d),)
     for j in tl.static_range(K - 1):
-        before = x + (token - (K - 1) + j) * s_x + d
-        if history is not None:
-            before = tl.where(first, history + (s * (K - 1) + j) * CHANNELS + d, before)
-        window += (_row(before, in_d & ((history is not None) | (first == 0))),)
+        window += (_row(x + (token - (K - 1) + j) * s_x + d, in_d & (first == 0)),)
     zero = tl.zeros((BD,), tl.float32)
     dw, dzs = (zero,) * (K + 1), (zero,) * (K - 1)
     for i in range(0, num + EXTRA, ROWS):
@@ -1043,9 +1012,6 @@ def _conv_kernel(x, weight, history, dy, out, dhistory, dweight, start, seq, cu,
                     value += w[j] * dzs[K - 1 - j]
                     dw += (dw[j] + own * window[j],)
                 dw, dzs = dw[K + 1:] + (dw[K] + own,), dzs[1:]
-                if dhistory is not None:
-                    place = (s * (K - 1) + i + r) * CHANNELS + d
-                    tl.store(dhistory + place, value, mask=in_d & first & (done < 0))
             tl.store(out + (token + done) * CHANNELS + d, value, mask=in_d & (done >= 0) & (done < num))
             window = window[1:]
     if dy is not None:
@@ -1053,49 +1019,32 @@ def _conv_kernel(x, weight, history, dy, out, dhistory, dweight, start, seq, cu,
             tl.store(dweight + (block * (K + 1) + j) * CHANNELS + d, dw[j], mask=in_d)
 
 
-@lru_cache(maxsize=16)
-@torch.inference_mode(False)
-def _conv_blocks(cu, size, device):
-    """Each block's first token and its sequence, and cu (s + 1,)."""
-    blocks = [(i, s) for s, (begin, end) in enumerate(zip(cu, cu[1:])) for i in range(begin, end, size)]
-    return [torch.tensor(v, device=device) for v in (*zip(*blocks), cu)]
-
-
 @torch.library.custom_op("falcon_h1r::conv", mutates_args=())
-def _conv_triton(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, history: torch.Tensor | None,
-                 dy: torch.Tensor | None, cu: Sequence[int], silu: bool) -> list[torch.Tensor]:
-    """Arguments as _conv_torch; history None is zeros. -> [y], or given dy (tokens, d) their gradients."""
-    d, k = weight.shape
+def _conv_triton(x: torch.Tensor, weight: torch.Tensor, dy: torch.Tensor | None, cu: Sequence[int],
+                 silu: bool) -> list[torch.Tensor]:
+    """x (tokens, d), weight (k + 1, d) -> [y], or given dy (tokens, d) the gradients of x and weight."""
     sizes = _CONV_FORWARD if dy is None else _CONV_BACKWARD
-    start, seq, cu = _conv_blocks(tuple(cu), sizes["BT"], x.device)
+    (_, d), blocks = x.shape, chunk_table(tuple(cu), sizes["BT"], x.device)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    dweight = None if dy is None else torch.empty(len(start), k + 1, d, dtype=torch.float32, device=x.device)
-    history = None if history is None else history.mT.contiguous()
-    dhistory = None if history is None or dy is None else torch.empty_like(history)
-    programs = len(start) * triton.cdiv(d, sizes["BD"])
-    _launch(_conv_kernel, programs, x, weight=torch.cat([weight.T, bias[None]]), history=history, dy=dy,
-            out=out, dhistory=dhistory, dweight=dweight, start=start, seq=seq, cu=cu, s_x=x.stride(0),
-            CHANNELS=d, K=k, SILU=silu, **sizes)
-    if dy is None:
-        return [out]
-    grads = [out, dweight[:, :k].sum(0).T.to(weight.dtype), dweight[:, k].sum(0).to(bias.dtype)]
-    return grads if history is None else [*grads, dhistory.mT]
+    parts = None if dy is None else torch.empty(len(blocks.start), *weight.shape, dtype=torch.float32, device=x.device)
+    _launch(_conv_kernel, len(blocks.start) * triton.cdiv(d, sizes["BD"]), x, weight=weight, dy=dy, out=out,
+            dweight=parts, start=blocks.start, seq=blocks.seq, cu=blocks.cu, s_x=x.stride(0), CHANNELS=d,
+            K=len(weight) - 1, SILU=silu, **sizes)
+    return [out] if dy is None else [out, parts.sum(0).to(weight.dtype)]
 
 
 @_conv_triton.register_fake
-def _(x, weight, bias, history, dy, cu, silu):
-    outputs = (x,) if dy is None else (x, weight, bias, history)
-    return [v.new_empty(v.shape) for v in outputs if v is not None]
+def _(x, weight, dy, cu, silu):
+    return [v.new_empty(v.shape) for v in ([x] if dy is None else [x, weight])]
 
 
 def _conv_setup(ctx, inputs, output):
-    *tensors, _, ctx.cu, ctx.silu = inputs
-    ctx.save_for_backward(*tensors)
+    x, weight, _, ctx.cu, ctx.silu = inputs
+    ctx.save_for_backward(x, weight)
 
 
 def _conv_gradients(ctx, dy):
-    grads = _conv_triton(*ctx.saved_tensors, dy[0].contiguous(), ctx.cu, ctx.silu)
-    return *grads, *[None] * (7 - len(grads))
+    return *_conv_triton(*ctx.saved_tensors, dy[0].contiguous(), ctx.cu, ctx.silu), None, None, None
 
 
 _conv_triton.register_autograd(_conv_gradients, setup_context=_conv_setup)
@@ -1103,43 +1052,46 @@ _conv_triton.register_autograd(_conv_gradients, setup_context=_conv_setup)
 
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)
-def _last_places(cu, history, device):
-    """The last `history` places (s, history) of each sequence with its history in front, and the tokens that stand there."""
-    place = torch.tensor([end - start for start, end in zip(cu, cu[1:])])[:, None] + torch.arange(history)
-    token = torch.tensor(cu[:-1])[:, None] + place - history
-    return place.to(device), token.to(device)
+def _last_tokens(cu, num, device):
+    """The last `num` tokens of each sequence (s, num); -1 where a sequence has fewer."""
+    begin, end = torch.tensor([cu[:-1], cu[1:]])[:, :, None]  # (s, 1)
+    token = end - num + torch.arange(num)
+    return to_device([token.where(token >= begin, -1)], device)[0]
 
 
 def causal_conv1d(x, weight, bias=None, *, initial_states=None, cu_seqlens=None, activation=None, backend=None):
     """y_i = act(bias + sum_j weight[:, j] x_{i - k + 1 + j}): weight[:, k - 1] meets the current token.
 
-    x (b, t, d), weight (d, k), bias (d,), initial_states (s, d, k - 1): the inputs before the first token, newest last, zeros
-    when None; s = b, or the sequences packed by cu_seqlens. Returns y (b, t, d) and the final states (s, d, k - 1).
-    activation: None or "silu"; backend: "torch", "triton" or None as for `ssd_scan`. Differentiable in every tensor.
-    """
+    x (b, t, d), weight (d, k), bias (d,), initial_states (s, d, k - 1): the inputs before the first token, newest last,
+    zeros when None; s = b, or the sequences packed by cu_seqlens. Returns y (b, t, d), final states (s, d, k - 1).
+    activation: None or "silu"; backend: "torch", "triton" or None as for `ssd_scan`. Differentiable in every tensor."""
     _expect(x.dim() == 3 and x.shape[1] >= 1, "x", tuple(x.shape), "(b, t, d) with t >= 1")
     (b, t, d), k, backend = x.shape, weight.shape[-1], _backend(backend, x)
-    cu = tuple(range(0, b * t + 1, t)) if cu_seqlens is None else check_cu_seqlens(cu_seqlens, b, t)
+    cu = check_cu_seqlens(cu_seqlens, b, t)
     _check_conv(x, weight, bias, activation, initial_states, len(cu) - 1)
-    history = None if initial_states is None else initial_states.to(x.dtype)
-    bias, flat = weight.new_zeros(d) if bias is None else bias, x.flatten(0, 1)
+    # The windows of more taps do not fit into the 255 registers of a thread.
+    _expect(backend != "triton" or k <= 8, "weight", f"{k} taps", 'at most 8, or backend="torch"')
+    row = x.flatten(0, 1)  # (tokens, d)
+    weight = torch.cat([weight.T, weight.new_zeros(1, d) if bias is None else bias[None]])  # (k + 1, d)
+    bare = backend == "triton" and initial_states is None  # the kernel knows where sequences start
+    if not bare:  # a history is k - 1 more tokens of its sequence: [history 0 | tokens 0 | history 1 | tokens 1 | ...]
+        history = x.new_zeros(len(cu) - 1, k - 1, d) if initial_states is None else initial_states.to(x.dtype).mT
+        sizes = [n for start, end in zip(cu, cu[1:]) for n in (k - 1, end - start)]
+        row = torch.cat([part for pair in zip(history, row.split(sizes[1::2])) for part in pair])
+        cu = tuple(start + i * (k - 1) for i, start in enumerate(cu))
     if backend == "triton":
-        # The windows of more taps do not fit into the 255 registers of a thread.
-        _expect(k <= 8, "weight", f"{k} taps", 'at most 8, or backend="torch"')
-        flat = flat if flat.stride(1) == 1 else flat.contiguous()
-        (y,) = _conv_triton(flat, weight, bias, history, None, cu, activation is not None)
+        y, = _conv_triton(row if row.stride(1) == 1 else row.contiguous(), weight, None, cu, activation is not None)
     else:
-        history = x.new_zeros(len(cu) - 1, d, k - 1) if history is None else history
-        y = _conv_torch(flat, weight, bias, history, cu, activation)
-    place, token = _last_places(cu, k - 1, x.device)
-    recent, old = flat[token.clamp(min=0)].mT, 0.0  # (s, d, k - 1)
-    if history is not None:
-        old = history.gather(2, place.clamp(max=max(k - 2, 0))[:, None].expand(-1, d, -1))
-    return y.view(x.shape), torch.where((place >= k - 1)[:, None], recent, old)
+        y = _ConvTorch.apply(row, weight)
+    y = y if bare else torch.cat(y.split(sizes)[1::2])
+    y = F.silu(y) if activation and backend != "triton" else y  # of tokens alone: 0 * a neighbour's NaN is NaN
+    token = _last_tokens(cu, k - 1, x.device)
+    final = torch.where((token < 0)[..., None], 0, row[token])  # (s, k - 1, d)
+    return y.view(x.shape), final.mT
 
 
 def causal_conv1d_step(state, x, weight, bias=None, *, activation=None):
-    """One token of `causal_conv1d`. state (b, d, k - 1), x (b, d) -> y (b, d), new state (in place without gradients)."""
+    """One token of `causal_conv1d`. state (b, d, k - 1), x (b, d) -> y, new state (in place without gradients)."""
     _expect(x.dim() == 2, "x", tuple(x.shape), "(b, d)")
     _check_conv(x, weight, bias, activation, state, x.shape[0])
     window = torch.cat([state.mT, x.unsqueeze(1)], 1)  # (b, k, d), channels last: a CPU sums over taps without striding

@@ -161,7 +161,7 @@ def test_packed_batches_are_refused():
         s.causal_conv1d(torch.zeros(1, 4, 3), torch.zeros(3, 4), activation="relu")
     with pytest.raises(ValueError, match="^backend"):
         s.causal_conv1d(torch.zeros(1, 4, 3), torch.zeros(3, 4), backend="cuda")
-    with pytest.raises(ValueError, match="^A: got a tensor on meta"):
+    with pytest.raises(ValueError, match=r"^A: got \(2,\) on meta, expected \(2,\) on cpu"):
         s.ssd_scan(**small() | {"A": -torch.ones(2, device="meta")})
 
 
@@ -369,25 +369,45 @@ def test_triton_convolution_in_four_calls_gives_the_bits_of_one(interpreter, dty
     assert torch.equal(state, final)
 
 
-def test_triton_convolution_does_not_leak(interpreter):
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_convolution_does_not_leak(interpreter, backend):
     inputs, cu = conv_inputs([5, 1, 20], 3, 4)
-    before = conv_results(inputs, "triton", torch.float32, cu_seqlens=cu, activation="silu")
+    before = conv_results(inputs, backend, torch.float32, cu_seqlens=cu, activation="silu")
     inputs["x"][:, 5], inputs["initial_states"][1] = torch.nan, torch.nan
-    after = conv_results(inputs, "triton", torch.float32, cu_seqlens=cu, activation="silu")
+    after = conv_results(inputs, backend, torch.float32, cu_seqlens=cu, activation="silu")
     others = [i for i in range(26) if i != 5]
     assert all(torch.equal(before[k][:, others], after[k][:, others]) for k in ("y", "x"))
     assert all(torch.equal(before[k][[0, 2]], after[k][[0, 2]]) for k in ("final", "initial_states"))
 
 
-def test_triton_convolution_has_a_history_only_where_given(interpreter, monkeypatch):
+def test_triton_convolution_copies_its_input_only_for_a_history(interpreter, monkeypatch):
     inputs, cu = conv_inputs([5, 1], 3, 4)
     seen, launch = [], s._launch
-    monkeypatch.setattr(s, "_launch", lambda *args, **sizes: (seen.append(sizes), launch(*args, **sizes)))
-    conv_results(inputs, "triton", torch.float32, cu_seqlens=cu)
+    monkeypatch.setattr(s, "_launch", lambda *args, **sizes: (seen.append(args[2]), launch(*args, **sizes)))
+    s.causal_conv1d(**inputs, cu_seqlens=cu, backend="triton")
     del inputs["initial_states"]
-    conv_results(inputs, "triton", torch.float32, cu_seqlens=cu)
-    assert [call["history"] is None for call in seen] == [False, False, True, True]
-    assert [call["dhistory"] is None for call in seen] == [True, False, True, True]
+    s.causal_conv1d(**inputs, cu_seqlens=cu, backend="triton")
+    assert [v.data_ptr() == inputs["x"].data_ptr() for v in seen] == [False, True]
+    assert [len(v) for v in seen] == [6 + 2 * 3, 6]
+
+
+def test_tables_go_to_a_device_together_each_at_a_multiple_of_16_bytes():
+    tensors = [torch.arange(3), torch.arange(4).view(2, 2), torch.arange(17)]
+    parts = s.to_device(tensors, torch.device("meta"))
+    assert [part.shape for part in parts] == [v.shape for v in tensors]
+    assert len({id(part._base) for part in parts}) == 1
+    assert [part.storage_offset() * part.itemsize % 16 for part in parts] == [0, 0, 0]
+    assert s.to_device(tensors, torch.device("cpu")) is tensors
+
+
+def test_chunk_tables_by_hand():
+    table = s.chunk_table((0, 5, 6, 10), 4, torch.device("cpu"))
+    assert [v.tolist() for v in table] == [[0, 4, 5, 6], [4, 1, 1, 4], [0, 0, 1, 2], [0, 2, 3, 4], [0, 5, 6, 10]]
+    index, valid, inverse, order, rank, alive = s._chunk_rows((0, 1, 6, 10), 3, torch.device("cpu"))
+    assert index.tolist() == [[1, 2, 3], [6, 7, 8], [0, 0, 0], [4, 5, 5], [9, 9, 9]]  # sequences 1, 2, 0, then 1, 2
+    assert valid.sum(1).tolist() == [3, 3, 1, 2, 1] and valid[:, 0].all()
+    assert index.flatten()[inverse].tolist() == list(range(10)) and valid.flatten()[inverse].all()
+    assert (order.tolist(), rank.tolist(), alive) == ([1, 2, 0], [2, 0, 1], [3, 2])
 
 
 def test_triton_convolution_names_its_limit():

@@ -16,6 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
+import ssm_scan
 import train_sft as t
 from model import PRESETS, FalconH1, document_table, read_safetensors
 from tests.measure import peak_bytes
@@ -141,10 +142,11 @@ def test_a_row_goes_to_the_device_in_few_copies():
             t.sft_loss(model, row, 1.0).backward()
         return counter.count
 
-    copies()  # ssm_scan.py makes its tables
-    assert copies() == 2  # ids and targets, weights
-    document_table.cache_clear()
-    assert copies() == 3  # and what attention and RoPE know of these documents
+    for table in (document_table, ssm_scan._chunk_rows, ssm_scan._last_tokens):
+        table.cache_clear()
+    # ids and targets, weights; and what attention, the scan and the convolution know of these documents
+    assert copies() == 2 + 3
+    assert copies() == 2
 
 
 class Sliced:
