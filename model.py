@@ -8,9 +8,9 @@
 
 One block, the paper's SA_M ("semi-parallel attention and Mamba, then MLP"); µ is a scalar multiplier of muP:
 
-    h ──┬── RMSNorm ──┬── µ ── q k v ── RoPE ── attention ─────────────────── o ── µ ──(+)──┬── RMSNorm ── SwiGLU ──(+)── h
-        │             └── µ ── z x B C dt ── conv ── SSD scan ── gated norm ── out ── µ ─┘  │                        │
-        └─────────────────────────────────────────────────────────────────────────────────┘└────────────────────────┘
+    h ──┬── RMSNorm ──┬── µ ── q k v ── RoPE ── attention ─────────────── o ── µ ──(+)──┬── RMSNorm ── SwiGLU ──(+)── h
+        │             └── µ ── z x B C dt ── conv ── scan ── gated norm ── out ── µ ─┘  │                        │
+        └─────────────────────────────────────────────────────────────────────────────┘└────────────────────────┘
 
 Glossary (the letters of the SSM are those of ssm_scan.py)
     b, t        batch rows, tokens              d        hidden_size
@@ -43,7 +43,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from decode import attend_step, kernels_serve, mamba_step, norm_step
+from decode import Decoder, attend_step, draw, kernels_serve, mamba_step, norm_step
 from ssm_scan import (causal_conv1d, causal_conv1d_step, check_cu_seqlens, gather_rows, ssd_scan, ssd_step,
                       to_device)
 
@@ -134,11 +134,9 @@ class FalconH1Config:
     def from_json(cls, path):
         """Read a config.json in the published format, of old or new versions of transformers. Nothing that changes a
         logit is guessed: transformers' defaults (norm before the gate, mamba_d_ssm 1024) are of no published model."""
-        def infinity(d):  # as transformers writes it
-            return float(d["__float__"]) if "__float__" in d else d
-
         try:
-            raw = json.loads(Path(path).read_text(), object_hook=infinity)
+            text = Path(path).read_text()
+            raw = json.loads(text, object_hook=lambda d: float(d["__float__"]) if "__float__" in d else d)  # infinity
             check(isinstance(raw, dict), "not a JSON object")
             raw = {name: tuple(v) if isinstance(v, list) else v for name, v in raw.items() if v is not None}
             return cls._from_fields(raw)
@@ -149,8 +147,8 @@ class FalconH1Config:
 
     @classmethod
     def _from_fields(cls, raw):
-        kind, rope = raw.get("model_type"), raw.pop("rope_parameters", {})
-        check(kind == "falcon_h1", f"model_type is {kind!r}, expected 'falcon_h1'")
+        check(raw.get("model_type") == "falcon_h1", f"model_type is {raw.get('model_type')!r}, expected 'falcon_h1'")
+        rope = raw.pop("rope_parameters", {})
         plain = isinstance(rope, dict) and rope.keys() <= {"rope_theta", "rope_type"}
         check(plain and rope.get("rope_type", "default") == "default",
               f"rope_parameters {rope} are not supported, expected rope_theta and the rope_type 'default'")
@@ -177,14 +175,12 @@ class FalconH1Config:
 # May be absent: they change no logit, or missing or additional tensors would reveal a wrong default.
 _MAY_BE_ABSENT = {"mamba_chunk_size", "initializer_range", "time_step_limit", "tie_word_embeddings", "attention_bias",
                   "mlp_bias", "projectors_bias", "mamba_proj_bias"}
-# Supported with this value only.
 _ONE_VALUE = {"hidden_act": "silu", "mamba_use_mlp": True, "attention_dropout": 0, "rope_scaling": None,
-              "attn_layer_indices": None}
-# Ignored: they change no logit.
+              "attn_layer_indices": None}  # supported with these values only
 _NOT_READ = set("""model_type architectures auto_map dtype torch_dtype transformers_version _name_or_path use_cache
     bos_token_id eos_token_id pad_token_id num_logits_to_keep mlp_expansion_factor time_step_min time_step_max
     time_step_floor return_dict output_attentions output_hidden_states is_encoder_decoder chunk_size_feed_forward
-    id2label label2id problem_type""".split())
+    id2label label2id problem_type""".split())  # ignored: they change no logit
 
 
 def _published(vocab, hidden, layers, heads, kv, head_dim, ssm_heads, ssm_head, state, mlp, positions, **other):
@@ -195,7 +191,8 @@ def _published(vocab, hidden, layers, heads, kv, head_dim, ssm_heads, ssm_head, 
         vocab, hidden, mlp, layers, heads, kv, head_dim, ssm, ssm_heads, ssm_head, state,
         max_position_embeddings=positions, embedding_multiplier=32**0.5, lm_head_multiplier=40 / hidden,
         attention_out_multiplier=0.9375 / w**2, key_multiplier=0.390625 / w**2 * (64 / head_dim) ** 0.5,
-        ssm_in_multiplier=1.25 / w, ssm_out_multiplier=512 / ssm / 2**0.5, ssm_multipliers=(8**-0.5, 0.25, 32 * 2**0.5 / state, 0.5, 8**-0.5),
+        ssm_in_multiplier=1.25 / w, ssm_out_multiplier=512 / ssm / 2**0.5,
+        ssm_multipliers=(8**-0.5, 0.25, 32 * 2**0.5 / state, 0.5, 8**-0.5),
         mlp_multipliers=(0.78125**0.5 / w, 1200 / (w * mlp)), **other)
 
 
@@ -344,17 +341,15 @@ def ssm_multipliers(c, dtype, device):
 
 
 def gated_norm(y, z, weight, groups, eps, norm_before_gate):
-    """Mamba-2's gated RMSNorm over each group's channels. y, z (b, t, I) -> (b, t, I) float32.
+    """Mamba-2's gated RMSNorm over each group's channels. y, z (b, t, I) -> (b, t, I), computed in float32.
     norm_before_gate False (the published checkpoints): w * RMS(y silu(z));  True: w * RMS(y) silu(z)."""
     gate = F.silu(z.float())
     y = y.float() if norm_before_gate else y.float() * gate
     y = F.rms_norm(y.unflatten(-1, (groups, -1)), (y.shape[-1] // groups,), eps=eps).flatten(-2) * weight
-    return y * gate if norm_before_gate else y
+    return (y * gate if norm_before_gate else y).to(z.dtype)
 
 
 class Mamba(nn.Module):
-    """The Mamba-2 mixer, with the published names."""
-
     def __init__(self, c):
         super().__init__()
         self.config = c
@@ -379,7 +374,6 @@ class Mamba(nn.Module):
         y = self.mix(xBC, dt, context, layer).flatten(2)  # (b, t, I)
         if c.mamba_rms_norm:
             y = gated_norm(y, z, self.norm.weight, c.mamba_n_groups, c.rms_norm_eps, c.mamba_norm_before_gate)
-            y = y.to(u.dtype)
         else:
             y = y * F.silu(z)
         return scaled(self.out_proj(y), c.ssm_out_multiplier)
@@ -534,11 +528,10 @@ class FalconH1(nn.Module):
         head(h (b, t, d), lm_head.weight (vocab, d)): return its result instead, see train_sft.target_logprobs."""
         c, shape = self.config, tuple(input_ids.shape)
         check(len(shape) == 2 and shape[1] >= 1, f"input_ids: got {shape}, expected (b, t) with t >= 1")
-        (b, t), cu = shape, None
+        b, tokens = shape[0], shape[1] * (1 if self.cp is None else self.cp.size)
+        cu = None if cu_seqlens is None else check_cu_seqlens(cu_seqlens, b, tokens)
         check(cache is None or cu_seqlens is None and len(cache.lengths) == b,
               f"cache: got {cache and len(cache.lengths)} slots, expected {b} and no cu_seqlens")
-        if cu_seqlens is not None:
-            cu = check_cu_seqlens(cu_seqlens, b, t if self.cp is None else t * self.cp.size)
         if input_ids.device.type == "cpu":  # looking at a GPU's ids would stop the host
             inside = 0 <= input_ids.min() and input_ids.max() < c.vocab_size
             check(inside, f"input_ids: an id is outside 0..{c.vocab_size - 1}")
@@ -567,8 +560,7 @@ class FalconH1(nn.Module):
         config = FalconH1Config.from_json(Path(folder) / "config.json")
         state = read_checkpoint(folder)
         embeddings, head = "model.embed_tokens.weight", "lm_head.weight"
-        last = f"model.layers.{config.num_hidden_layers - 1}.mamba.D"
-        for name in (embeddings, last):  # before a model of a billion layers is built
+        for name in (embeddings, f"model.layers.{config.num_hidden_layers - 1}.mamba.D"):  # before a model is built
             check(name in state, f"{folder}: tensor {name} is missing")
         stored = state[embeddings].dtype
         if config.tie_word_embeddings:
@@ -600,7 +592,6 @@ class FalconH1(nn.Module):
 
 class Cache:
     """Decoding state of `slots` sequences: keys and values of every token, and the fixed-size states of the mixers.
-
     k, v (layers, slots, hkv, length, hd) and conv (layers, slots, channels, d_conv - 1) in the model's dtype, ssm
     (layers, slots, h, p, n) always float32, lengths (slots,). `used`: upper bound of the lengths, kept on the host so
     that no step waits for the GPU; attention reads so many positions. Only a `fused` step, one token per slot in
@@ -621,8 +612,7 @@ class Cache:
         """Make `slot` a copy of one sequence of `other`: a prompt is prefilled once and sampled many times."""
         self.k[:, slot, :, : other.used] = other.k[:, row, :, : other.used]
         self.v[:, slot, :, : other.used] = other.v[:, row, :, : other.used]
-        self.conv[:, slot] = other.conv[:, row]
-        self.ssm[:, slot] = other.ssm[:, row]
+        self.conv[:, slot], self.ssm[:, slot] = other.conv[:, row], other.ssm[:, row]
         self.lengths[slot] = other.lengths[row]
         self.used = max(self.used, other.used)
 
@@ -649,8 +639,7 @@ class Cache:
         """The next forward pass appends tokens at `positions` (slots, t)."""
         t, length = positions.shape[1], self.k.shape[3]
         self.fused = t == 1 and kernels_serve(self.k)
-        check(self.fused or self.used + t <= length,
-              f"cache: {self.used + t} tokens do not fit a length of {length}")
+        check(self.fused or self.used + t <= length, f"cache: {self.used + t} tokens do not fit a length of {length}")
         if not self.fused:
             seen = torch.arange(self.used + t, device=positions.device)
             self.mask = seen <= positions[:, None, :, None] if self.used else None  # (slots, 1, t, used)
@@ -677,9 +666,8 @@ class Cache:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 5. The sampler: one for RL rollouts, evaluation, DeepConf and chat
-#
-# Many traces decode together, each in a slot of one cache. One step of all slots:
+# 5. The sampler: one for RL rollouts, evaluation, DeepConf and chat. Many traces decode together, each in a slot of one
+# cache. One step of all slots:
 #     start     free slots take the next traces, and the states of their prompts, which were prefilled once
 #     fit       the cache doubles when the longest trace has filled it; where that does not fit into memory, the
 #               youngest traces are set aside, and go on later from prompt and tokens
@@ -696,48 +684,6 @@ class Trace:
     logprobs: list = field(default_factory=list)  # of each token under the distribution it was drawn from
     confidences: list = field(default_factory=list)  # DeepConf's token confidence, see `draw`
     stop: str = ""  # "stop" | "length" | "deepconf" (the callback said so)
-
-
-def invert(weights, u):
-    """Weights (b, n), u (b, 1) -> the first index (b, 1) whose running sum exceeds u of the whole; all sums.
-    They are float64: float32 sums of 100,000 weights would favour some tokens."""
-    cdf = weights.cumsum(-1, dtype=torch.float64)
-    index = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)
-    return index.clamp_(max=cdf.shape[-1] - 1), cdf  # nan would lead past the end
-
-
-def draw(logits, u, temperature, top_p, top=20):
-    """One token a row. logits (b, vocab), u (b,) uniform -> tokens, their log-probabilities, confidences, all (b,).
-
-    Tokens come from softmax(logits / temperature), cut to the smallest set of probability >= top_p and renormalised, by
-    inverting its cumulative distribution at u. Temperature 0 takes the most likely token, and gives its log-probability
-    at 1. Confidence: -mean log P over the `top` most likely tokens of the untempered, uncut distribution (DeepConf,
-    equation 2)."""
-    logp, vocab = logits.log_softmax(-1, dtype=torch.float32), logits.shape[-1]
-    confidence = -logp.topk(min(top, vocab), -1).values.mean(-1)
-    if temperature == 0:
-        best = logp.max(-1)
-        return best.indices, best.values, confidence
-    probs = logp.div_(temperature).softmax(-1)  # softmax undoes what log_softmax subtracted
-    del logp  # (256, 130048) float32 are 133 MB: two of them at a time, five where top_p sorts
-    if top_p < 1:
-        ranked, order = probs.sort(-1, descending=True)
-        outside = ranked.cumsum(-1).sub_(ranked) >= top_p  # the most likely token is never outside
-        probs.scatter_(-1, order, ranked.masked_fill_(outside, 0))
-    total, first = probs.sum(-1, keepdim=True), 0
-    u = u.clamp(max=1 - 2**-52)[:, None]  # u times the whole stays below it: the last weights may be 0
-    if vocab > 2048:
-        # Float64 sums over all tokens take too much memory. So find the block of 256 tokens in which they pass u, then
-        # the token in it. Where 256 does not divide the vocabulary, blocks are smaller.
-        blocks = probs.unflatten(-1, (-1, math.gcd(vocab, 256)))  # (b, blocks, 256)
-        sums = blocks.sum(-1)
-        block, cdf = invert(sums, u)
-        left = (cdf.gather(-1, block) - u * cdf[:, -1:]) / sums.gather(-1, block)  # of the block, behind u
-        u = (1 - left).clamp(0, 1 - 2**-52)
-        probs = blocks[torch.arange(len(block), device=block.device), block[:, 0]]
-        first = block * blocks.shape[-1]
-    index, _ = invert(probs, u)
-    return (first + index)[:, 0], (probs.gather(-1, index) / total).log()[:, 0], confidence
 
 
 @torch.no_grad()
@@ -771,46 +717,6 @@ def slots_that_fit(config, length, dtype, device):
     return min(256, max(1, free_bytes(device) // 2 // one))
 
 
-class Decoder:
-    """step(tokens (slots,), u) -> finish(logits (slots, vocab), u), or the logits: every slot of `cache` appends a token.
-    The caller sets cache.used. The next step may overwrite the result.
-
-    On a GPU a step is some thousand launches, which take the host longer than the device. So the first step runs as
-    usual (Triton compiles there), the second is recorded as a CUDA graph, and all after it are replayed. One graph
-    serves a cache until that grows: it reads tokens, u and the sequences' lengths where they are on the device."""
-    recorded_on = "cuda"
-
-    def __init__(self, model, cache, finish=lambda logits, u: logits):
-        self.model, self.cache, self.finish = model, cache, finish
-        self.tokens, self.u = cache.lengths.clone(), cache.lengths.double()
-        self.warm, self.graph = False, None
-
-    def run(self):
-        last = self.cache.k.shape[3] - 1
-        self.cache.lengths.clamp_(max=last)  # idle slots go on decoding nonsense, inside the cache
-        if self.tokens.is_cuda:  # without Triton, a graph attends to all there is room for
-            self.cache.used = last
-        return self.finish(self.model(self.tokens[:, None], cache=self.cache)[:, 0], self.u)
-
-    def record(self):
-        """Record run() as a graph. thread_local: a thread that writes a checkpoint may synchronise."""
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # records, and runs nothing
-            self.result = self.run()
-
-    def __call__(self, tokens, u=None):
-        self.tokens.copy_(tokens)  # before the replay overwrites them, where they are of the last result
-        if u is not None:
-            self.u.copy_(u, non_blocking=True)
-        if not self.warm or self.u.device.type != self.recorded_on:
-            self.warm = True
-            return self.run()
-        if self.graph is None:
-            self.record()
-        self.graph.replay()
-        return self.result
-
-
 @dataclass(eq=False)
 class Running:
     """A trace in a slot, or set aside: all it needs to go on, in any slot and at any time."""
@@ -832,9 +738,9 @@ class Sampler:
         self.aside, self.prefilled, self.total = [], {}, len(prompts) * samples
         p, prompt = next(model.parameters()), max(map(len, prompts))
         length = min(longest, max(self.first_length, 1 << (prompt - 1).bit_length()))
-        slots = min(slots or slots_that_fit(model.config, length, p.dtype, p.device), self.total)
-        self.slots = [None] * slots
-        self.cache = Cache(model.config, slots, length, dtype=p.dtype, device=p.device)
+        slots = slots or slots_that_fit(model.config, length, p.dtype, p.device)
+        self.slots = [None] * min(slots, self.total)
+        self.cache = Cache(model.config, len(self.slots), length, dtype=p.dtype, device=p.device)
         self.decode = Decoder(model, self.cache, finish)
         self.tokens = torch.zeros_like(self.cache.lengths)  # what each slot appends next
 
@@ -882,35 +788,34 @@ class Sampler:
         self.prefilled.update((ids, (cache, row)) for row, ids in enumerate(new))
 
     def fits(self, slots, length):
-        return self.cache.bytes_to_grow(slots, length) <= free_bytes(self.tokens.device)
+        return self.cache.bytes_to_grow(len(slots), length) <= free_bytes(self.tokens.device)
 
     def fit(self):
         """Make room in the cache for a token of each trace; the last traces decode faster in fewer slots."""
-        busy, length = [slot for slot, r in enumerate(self.slots) if r], self.cache.k.shape[3]
-        if max(len(self.slots[slot].ids) for slot in busy) > length:
-            self.grow(min(2 * length, self.longest))
-        elif not self.waiting and not self.aside and 2 * len(busy) <= len(self.slots) and self.fits(len(busy), length):
-            self.resize(busy, length)
-
-    def grow(self, length):
-        """Where the longer cache does not fit beside the old one, set the youngest traces aside until it does. When a
-        slot is free, their prompts and tokens are read again."""
-        ages = [len(r.trace.tokens) if r else -1 for r in self.slots]
-        slots = sorted(range(len(ages)), key=ages.__getitem__, reverse=True)
-        self.decode = None  # gives back its graph's memory
-        while slots and not self.fits(len(slots), length):
-            if youngest := self.slots[slots.pop()]:
-                youngest.aside = True
-                self.aside.insert(0, youngest)
-        check(slots, f"generate: the cache of one trace of {length} tokens does not fit into "
-              f"{free_bytes(self.tokens.device)} free bytes")
-        self.resize(sorted(slots), length)
-
-    def resize(self, slots, length):
+        slots, length = [slot for slot, r in enumerate(self.slots) if r], self.cache.k.shape[3]
+        if max(len(self.slots[slot].ids) for slot in slots) > length:
+            length = min(2 * length, self.longest)
+            slots = self.set_aside(length)
+        elif self.waiting or self.aside or 2 * len(slots) > len(self.slots) or not self.fits(slots, length):
+            return
         self.decode = None
         self.cache.grow(slots, length)
         self.slots, self.tokens = [self.slots[slot] for slot in slots], self.tokens[slots]
         self.decode = Decoder(self.model, self.cache, self.finish_step)
+
+    def set_aside(self, length):
+        """Set the youngest traces aside until a cache of this length fits beside the old one -> the slots that stay.
+        When a slot is free again, prompt and tokens of a trace set aside are read anew."""
+        ages = [len(r.trace.tokens) if r else -1 for r in self.slots]  # free slots first
+        slots = sorted(range(len(ages)), key=ages.__getitem__, reverse=True)
+        self.decode = None  # gives back its graph's memory
+        while slots and not self.fits(slots, length):
+            if youngest := self.slots[slots.pop()]:
+                youngest.aside = True
+                self.aside.insert(0, youngest)
+        free = free_bytes(self.tokens.device)
+        check(slots, f"generate: the cache of one trace of {length} tokens does not fit into {free} free bytes")
+        return sorted(slots)
 
     def step(self):
         """Give every running trace a token -> how many."""
@@ -919,8 +824,7 @@ class Sampler:
         u = [r.random.random() if r else 0 for r in self.slots]
         drawn = self.decode(self.tokens, torch.tensor(u, dtype=torch.float64, pin_memory=self.tokens.is_cuda))
         self.tokens = drawn[:, 0]  # the next step needs no copy from the host
-        rows = drawn.tolist()  # the only time in a step that the host waits
-        for r, (token, logprob, confidence, finite) in zip(self.slots, rows):
+        for r, (token, logprob, confidence, finite) in zip(self.slots, drawn.tolist()):  # the host's only wait
             if r:
                 check(finite, "generate: the model's logits are not finite")
                 r.ids.append(int(token))
@@ -944,7 +848,6 @@ class Sampler:
 def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_p=1.0, seed=0, stop_ids=(), samples=1,
              slots=None, admit=None, on_token=None, on_trace=None, progress=False):
     """Sample `samples` traces of each prompt (lists of token ids) -> list of Trace, by prompt, then by sample.
-
     `slots` traces decode together (None or 0: as many as fit into free memory); a slot whose trace has ended takes the
     next one at once. A trace depends on weights, prompt, settings, seed and its own two indices. What else is in the
     batch changes its numbers by rounding only, and so does being set aside where memory is short. temperature 0 is
@@ -1077,13 +980,9 @@ def read_checkpoint(folder):
     return state
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def main():
     sys.modules.setdefault("model", sys.modules["__main__"])  # measure.py imports this file, not a second copy
     from tests import measure
-
     measure.main()
 
 
