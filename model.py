@@ -336,8 +336,8 @@ class Attention(nn.Module):
 @torch.inference_mode(False)  # what is cached may meet autograd later
 def ssm_multipliers(c, dtype, device):
     """The multiplier of every output channel of in_proj; None where all are 1."""
-    values = torch.tensor(c.ssm_multipliers, dtype=dtype).repeat_interleave(torch.tensor(c.mamba_widths))
-    return None if set(c.ssm_multipliers) == {1} else values.to(device)
+    values = [m for m, width in zip(c.ssm_multipliers, c.mamba_widths) for _ in range(width)]
+    return None if set(values) == {1} else torch.tensor(values, dtype=dtype).to(device)
 
 
 def gated_norm(y, z, weight, groups, eps, norm_before_gate):
