@@ -1,8 +1,11 @@
-"""One token on a GPU: all that a block of Falcon-H1 does to it besides matrix products, in Triton kernels.
+"""One token: all that a block of Falcon-H1 does to it besides matrix products, on a GPU in Triton; how
+the next one is drawn; the step of all slots as one CUDA graph.
 
     norm_step      RMSNorm; with a gate, the mixer's gated norm           one launch
     mamba_step     convolution, step size and state of the mixer          two launches
     attend_step    RoPE, the new key and value, attention over the cache  two launches
+    draw           a token from logits, on any device
+    Decoder        the step: eager, then recorded, then replayed          one launch
 
 A decoding step is a long row of short kernels. Each takes a microsecond or two, however little it does, so
 what torch would do in ten launches stands in one here. And a step is recorded once, as a CUDA graph, and
@@ -16,6 +19,8 @@ and the bits of a slot do not depend on what other slots hold.
 Glossary: that of ssm_scan.py, which one also needs to copy this file; slots are the sequences that decode
 together; hq, hkv, hd are query heads, key heads and channels of a head; length is the room of the cache.
 """
+
+import math
 
 import torch
 
@@ -252,3 +257,95 @@ def attend_step(q, k, v, cos, sin, lengths, keys, values, *, key_multiplier=1.0)
     _launch(_combine_kernel, slots * hq, part, lse, lengths, y, length, splits, span,
             HQ=hq, HD=hd, BS=32, BD=bd, num_warps=4)
     return y
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 4. Drawing the next token, on any device
+
+
+def invert(weights, u):
+    """Weights (b, n), u (b, 1) -> the first index (b, 1) whose running sum exceeds u of the whole; all sums.
+    They are float64: float32 sums of 100,000 weights would favour some tokens."""
+    cdf = weights.cumsum(-1, dtype=torch.float64)
+    index = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)
+    return index.clamp_(max=cdf.shape[-1] - 1), cdf  # nan would lead past the end
+
+
+def draw(logits, u, temperature, top_p, top=20):
+    """One token per row. logits (b, vocab), u (b,) uniform -> tokens (b,), their log-probabilities (b,),
+    confidences (b,).
+
+    Tokens come from softmax(logits / temperature), cut to the smallest set of probability >= top_p and
+    renormalised, by inverting its cumulative distribution at u. Temperature 0 takes the most likely token,
+    and gives its log-probability at 1. Confidence: -mean log P over the `top` most likely tokens of the
+    untempered, uncut distribution (DeepConf, equation 2)."""
+    logp, vocab = logits.log_softmax(-1, dtype=torch.float32), logits.shape[-1]
+    confidence = -logp.topk(min(top, vocab), -1).values.mean(-1)
+    if temperature == 0:
+        best = logp.max(-1)
+        return best.indices, best.values, confidence
+    probs = logp.div_(temperature).softmax(-1)  # softmax undoes what log_softmax subtracted
+    del logp  # (256, 130048) float32 are 133 MB: two of them at a time, five where top_p sorts
+    if top_p < 1:
+        ranked, order = probs.sort(-1, descending=True)
+        outside = ranked.cumsum(-1).sub_(ranked) >= top_p  # the most likely token is never outside
+        probs.scatter_(-1, order, ranked.masked_fill_(outside, 0))
+    total, first = probs.sum(-1, keepdim=True), 0
+    u = u.clamp(max=1 - 2**-52)[:, None]  # u times the whole stays below it: the last weights may be 0
+    if vocab > 2048:
+        # Float64 sums over all tokens take too much memory. So find the block of 256 tokens in which they
+        # pass u, then the token in it. Where 256 does not divide the vocabulary, blocks are smaller.
+        blocks = probs.unflatten(-1, (-1, math.gcd(vocab, 256)))  # (b, blocks, 256)
+        sums = blocks.sum(-1)
+        block, cdf = invert(sums, u)
+        left = (cdf.gather(-1, block) - u * cdf[:, -1:]) / sums.gather(-1, block)  # of the block, behind u
+        u = (1 - left).clamp(0, 1 - 2**-52)
+        probs = blocks[torch.arange(len(block), device=block.device), block[:, 0]]
+        first = block * blocks.shape[-1]
+    index, _ = invert(probs, u)
+    return (first + index)[:, 0], (probs.gather(-1, index) / total).log()[:, 0], confidence
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 5. The recorded step
+
+
+class Decoder:
+    """step(tokens (slots,), u) -> finish(logits (slots, vocab), u), or the logits: every slot of `cache`
+    appends a token. The caller sets cache.used. The next step may overwrite the result.
+
+    On a GPU a step is some thousand launches, which take the host longer than the device. So the first step
+    runs as usual (Triton compiles there), the second is recorded as a CUDA graph, and all after it are
+    replayed. One graph serves a cache until that grows: it reads tokens, u and the sequences' lengths where
+    they are on the device."""
+    recorded_on = "cuda"
+
+    def __init__(self, model, cache, finish=lambda logits, u: logits):
+        self.model, self.cache, self.finish = model, cache, finish
+        self.tokens, self.u = cache.lengths.clone(), cache.lengths.double()
+        self.warm, self.graph = False, None
+
+    def run(self):
+        last = self.cache.k.shape[3] - 1
+        self.cache.lengths.clamp_(max=last)  # idle slots go on decoding nonsense, inside the cache
+        if self.tokens.is_cuda:  # without Triton, a graph attends to all there is room for
+            self.cache.used = last
+        return self.finish(self.model(self.tokens[:, None], cache=self.cache)[:, 0], self.u)
+
+    def record(self):
+        """Record run() as a graph. thread_local: a thread that writes a checkpoint may synchronise."""
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # records, and runs nothing
+            self.result = self.run()
+
+    def __call__(self, tokens, u=None):
+        self.tokens.copy_(tokens)  # before the replay overwrites them, where they are of the last result
+        if u is not None:
+            self.u.copy_(u, non_blocking=True)
+        if not self.warm or self.u.device.type != self.recorded_on:
+            self.warm = True
+            return self.run()
+        if self.graph is None:
+            self.record()
+        self.graph.replay()
+        return self.result

@@ -1,27 +1,27 @@
-"""Falcon-H1: attention and Mamba-2 side by side in every block. Configuration, forward pass, cache, sampler, checkpoints.
+"""Falcon-H1: attention and Mamba-2 side by side in every block. Configuration, model, cache, sampler, checkpoints.
 
-    python model.py                       parameters, part by part, of every preset
-    python model.py --preset 7b           its block as a diagram with all sizes; parameters, operations and memory (tests/measure.py)
-    python model.py --plan 7b --gpus 256 --cp 2 --context 36864    memory, time and traffic of training it, estimated
-    python model.py --bench               training, prefill and decoding against what this machine allows, and against transformers
+    python model.py                       parameters of every preset, part by part
+    python model.py --preset 7b           its block as a diagram with all sizes; parameters, operations and memory
+    python model.py --plan 7b --gpus 256 --cp 2 --context 36864    estimated memory, time and traffic of training it
+    python model.py --bench               speed against what this machine allows, and against transformers
     model = FalconH1(PRESETS["tiny"]);    logits = model(torch.tensor([[72, 101, 108, 108, 111]]))
 
-One block, the paper's SA_M ("semi-parallel attention and Mamba, then MLP"); µ stands for a scalar multiplier of muP:
+One block, the paper's SA_M ("semi-parallel attention and Mamba, then MLP"); µ is a scalar multiplier of muP:
 
-    h ──┬── RMSNorm ──┬── µ ── q k v ── RoPE ── attention ─────────────────── o ── µ ──(+)──┬── RMSNorm ── SwiGLU ──(+)── h
-        │             └── µ ── z x B C dt ── conv ── SSD scan ── gated norm ── out ── µ ─┘  │                        │
-        └─────────────────────────────────────────────────────────────────────────────────┘└────────────────────────┘
+    h ──┬── RMSNorm ──┬── µ ── q k v ── RoPE ── attention ─────────────── o ── µ ──(+)──┬── RMSNorm ── SwiGLU ──(+)── h
+        │             └── µ ── z x B C dt ── conv ── scan ── gated norm ── out ── µ ─┘  │                        │
+        └─────────────────────────────────────────────────────────────────────────────┘└────────────────────────┘
 
-Glossary (letters of the SSM stand in ssm_scan.py)
+Glossary (the letters of the SSM are those of ssm_scan.py)
     b, t        batch rows, tokens              d        hidden_size
     hq, hkv     query heads, key/value heads    hd       head_dim
     h, p, n, g  SSM heads, channels of a head, state size, groups of B and C;  I = h p, all channels of the SSM
     cu_seqlens  (s + 1,) boundaries of the documents packed into one row; nothing passes from one to another
     mup         the forward multipliers through which one learning rate serves every model size (PRESETS lists them)
 
-Deviations from the published model: none in the function. The paper projects concatenated heads with one matrix; the published
-weights keep two projections and add their results, which is the same function and what stands here.
-To copy this file, also take ssm_scan.py and decode.py; its command line needs tests/measure.py, train_sft.py and data.py.
+Deviations from the published model: none in the function. The paper projects concatenated heads with one matrix; the
+published weights hold one projection per branch, whose results are added. That is the same function, and is done here.
+To copy this file, also take ssm_scan.py and decode.py; its command line needs tests/measure.py, train_sft.py, data.py.
 """
 
 import json
@@ -32,7 +32,7 @@ import re
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +43,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from decode import attend_step, kernels_serve, mamba_step, norm_step
+from decode import Decoder, attend_step, draw, kernels_serve, mamba_step, norm_step
 from ssm_scan import (causal_conv1d, causal_conv1d_step, check_cu_seqlens, gather_rows, ssd_scan, ssd_step,
                       to_device)
 
@@ -74,7 +74,7 @@ class FalconH1Config:
     mamba_d_state: int
     mamba_n_groups: int = 1
     mamba_d_conv: int = 4
-    mamba_chunk_size: int = 128  # not read: chunks are a matter of speed, and ssm_scan.py chooses them
+    mamba_chunk_size: int = 128  # not read: chunks are a matter of speed, see CHUNK
     mamba_rms_norm: bool = True
     mamba_norm_before_gate: bool = False
     mamba_conv_bias: bool = True
@@ -100,24 +100,28 @@ class FalconH1Config:
 
     def __post_init__(self):
         def number(v):
-            return type(v) in (int, float) and -1e30 < v < 1e30
+            return type(v) in (int, float) and abs(v) < 1e30
 
         for f in fields(self):
             v = getattr(self, f.name)
-            if f.type is tuple:
-                ok = isinstance(v, tuple) and len(v) == len(f.default) and all(number(x) or x == float("inf") for x in v)
-                expected = f"{len(f.default)} numbers"
+            if f.type is int:
+                ok, expected = type(v) is int and 0 < v < 2**31, "a whole number above 0"
+            elif f.type is float:
+                ok, expected = number(v), "a finite number"
+            elif f.type is bool:
+                ok, expected = type(v) is bool, "true or false"
             else:
-                ok, expected = {int: (type(v) is int and 0 < v < 2**31, "a whole number above 0"), float: (number(v), "a finite number"),
-                                bool: (type(v) is bool, "true or false")}[f.type]
+                ok, expected = type(v) is tuple and len(v) == len(f.default), f"{len(f.default)} numbers"
+                ok = ok and all(number(x) or x == float("inf") for x in v)
             check(ok, f"{f.name} is {v!r}, expected {expected}")
-        check(self.mamba_d_ssm == self.mamba_n_heads * self.mamba_d_head,
-              f"mamba_d_ssm {self.mamba_d_ssm} is not mamba_n_heads * mamba_d_head = {self.mamba_n_heads * self.mamba_d_head}")
+        ssm = self.mamba_n_heads * self.mamba_d_head
+        check(self.mamba_d_ssm == ssm, f"mamba_d_ssm {self.mamba_d_ssm} is not mamba_n_heads * mamba_d_head = {ssm}")
         for name, divisor in (("mamba_n_heads", "mamba_n_groups"), ("num_attention_heads", "num_key_value_heads")):
             n, by = getattr(self, name), getattr(self, divisor)
             check(n % by == 0, f"{name} {n} is not a multiple of {divisor} {by}")
         check(self.head_dim % 2 == 0, f"head_dim {self.head_dim} is odd, but RoPE turns channels in pairs")
-        check(self.rope_theta > 0 and self.rms_norm_eps >= 0 and self.time_step_limit[0] <= self.time_step_limit[1],
+        low, high = self.time_step_limit
+        check(self.rope_theta > 0 and self.rms_norm_eps >= 0 and low <= high,
               "needed: rope_theta above 0, rms_norm_eps not below, and time_step_limit in order")
 
     @property
@@ -128,20 +132,25 @@ class FalconH1Config:
 
     @classmethod
     def from_json(cls, path):
-        """Read a config.json in the published format, of old and new versions of transformers. Nothing that would change a
-        logit is guessed: transformers' own defaults (norm before the gate, mamba_d_ssm 1024) are those of no published model."""
+        """Read a config.json in the published format, of old or new versions of transformers. Nothing that changes a
+        logit is guessed: transformers' defaults (norm before the gate, mamba_d_ssm 1024) are of no published model."""
         try:
-            raw = json.loads(Path(path).read_text(), object_hook=lambda d: float(d["__float__"]) if "__float__" in d else d)
+            text = Path(path).read_text()
+            raw = json.loads(text, object_hook=lambda d: float(d["__float__"]) if "__float__" in d else d)  # infinity
             check(isinstance(raw, dict), "not a JSON object")
-            return cls._from_fields({name: tuple(v) if isinstance(v, list) else v for name, v in raw.items() if v is not None})
-        except (OSError, ValueError, TypeError, OverflowError, RecursionError) as e:
+            raw = {name: tuple(v) if isinstance(v, list) else v for name, v in raw.items() if v is not None}
+            return cls._from_fields(raw)
+        except KeyError as e:
+            raise ValueError(f"{path}: field {e.args[0]} is missing") from None
+        except (OSError, ValueError, TypeError, ArithmeticError, RecursionError) as e:
             raise ValueError(f"{path}: {e}") from None
 
     @classmethod
     def _from_fields(cls, raw):
         check(raw.get("model_type") == "falcon_h1", f"model_type is {raw.get('model_type')!r}, expected 'falcon_h1'")
         rope = raw.pop("rope_parameters", {})
-        check(isinstance(rope, dict) and rope.keys() <= {"rope_theta", "rope_type"} and rope.get("rope_type", "default") == "default",
+        plain = isinstance(rope, dict) and rope.keys() <= {"rope_theta", "rope_type"}
+        check(plain and rope.get("rope_type", "default") == "default",
               f"rope_parameters {rope} are not supported, expected rope_theta and the rope_type 'default'")
         theta = raw.setdefault("rope_theta", rope.get("rope_theta"))
         check(rope.get("rope_theta", theta) == theta, f"rope_theta {theta} contradicts rope_parameters {rope}")
@@ -150,51 +159,52 @@ class FalconH1Config:
         names, expand = {f.name for f in fields(cls)}, raw.pop("mamba_expand", None)
         for name in sorted(raw.keys() - names - _NOT_READ):
             raise ValueError(f"field {name} is unknown; it may change what the model computes")
-        try:  # what the published format derives where it is absent, null or "auto"
-            if "mamba_d_ssm" not in raw and expand is not None:
-                raw["mamba_d_ssm"] = int(expand * raw["hidden_size"])
-            if raw.get("mamba_d_head", "auto") == "auto":
-                raw["mamba_d_head"] = raw["mamba_d_ssm"] // raw["mamba_n_heads"]
-            raw.setdefault("num_key_value_heads", raw["num_attention_heads"])
-            raw.setdefault("head_dim", raw["hidden_size"] // raw["num_attention_heads"])
-        except (KeyError, TypeError, ZeroDivisionError, OverflowError, ValueError):
-            pass  # one of the fields named here is missing or no number, which is said next
+
+        # What the published format derives where it is absent, null or "auto".
+        if expand is not None:
+            raw.setdefault("mamba_d_ssm", int(expand * raw["hidden_size"]))
+        if raw.get("mamba_d_head", "auto") == "auto":
+            raw["mamba_d_head"] = raw["mamba_d_ssm"] // raw["mamba_n_heads"]
+        raw.setdefault("num_key_value_heads", raw["num_attention_heads"])
+        raw.setdefault("head_dim", raw["hidden_size"] // raw["num_attention_heads"])
         missing = sorted(n for n in names - _MAY_BE_ABSENT if raw.get(n) is None)
         check(not missing, f"field {', '.join(missing)} is missing")
         return cls(**{n: v for n, v in raw.items() if n in names})
 
 
-# Fields of config.json that may be absent, because they change no logit or because tensors that are there, or not, would contradict
-# a wrong guess; those that are supported with one value; those that say nothing about the function from ids to logits.
-_MAY_BE_ABSENT = {"mamba_chunk_size", "initializer_range", "time_step_limit", "tie_word_embeddings", "attention_bias", "mlp_bias",
-                  "projectors_bias", "mamba_proj_bias"}
-_ONE_VALUE = {"hidden_act": "silu", "mamba_use_mlp": True, "attention_dropout": 0, "rope_scaling": None, "attn_layer_indices": None}
-_NOT_READ = set("""model_type architectures auto_map dtype torch_dtype transformers_version _name_or_path use_cache bos_token_id
-    eos_token_id pad_token_id num_logits_to_keep mlp_expansion_factor time_step_min time_step_max time_step_floor return_dict
-    output_attentions output_hidden_states is_encoder_decoder chunk_size_feed_forward id2label label2id problem_type""".split())
+# May be absent: they change no logit, or missing or additional tensors would reveal a wrong default.
+_MAY_BE_ABSENT = {"mamba_chunk_size", "initializer_range", "time_step_limit", "tie_word_embeddings", "attention_bias",
+                  "mlp_bias", "projectors_bias", "mamba_proj_bias"}
+_ONE_VALUE = {"hidden_act": "silu", "mamba_use_mlp": True, "attention_dropout": 0, "rope_scaling": None,
+              "attn_layer_indices": None}  # supported with these values only
+_NOT_READ = set("""model_type architectures auto_map dtype torch_dtype transformers_version _name_or_path use_cache
+    bos_token_id eos_token_id pad_token_id num_logits_to_keep mlp_expansion_factor time_step_min time_step_max
+    time_step_floor return_dict output_attentions output_hidden_states is_encoder_decoder chunk_size_feed_forward
+    id2label label2id problem_type""".split())  # ignored: they change no logit
 
-def _published(vocab, hidden, layers, heads, kv_heads, head_dim, ssm_heads, ssm_head, state, intermediate, positions, **other):
-    """The published shapes. Their multipliers were tuned once, at 0.5B (hidden 1024, where w = 1 and the numbers here are the tuned
-    ones), and follow the widths from there. The rule gives the published values of 0.5B, 7B and 34B, and those of the others as far
-    as they are known."""
+
+def _published(vocab, hidden, layers, heads, kv, head_dim, ssm_heads, ssm_head, state, mlp, positions, **other):
+    """The published shapes. Their multipliers were tuned once, at hidden 1024 (w = 1), and follow from the widths.
+    The rule gives the published values of 0.5B, 7B and 34B, and those of the others as far as they are known."""
     w, ssm = hidden / 1024, ssm_heads * ssm_head
     return FalconH1Config(
-        vocab_size=vocab, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, head_dim=head_dim, mamba_d_ssm=ssm, mamba_n_heads=ssm_heads, mamba_d_head=ssm_head,
-        mamba_d_state=state, max_position_embeddings=positions, embedding_multiplier=32**0.5, lm_head_multiplier=40 / hidden,
-        attention_out_multiplier=0.9375 / w**2, key_multiplier=0.390625 / w**2 * (64 / head_dim) ** 0.5, ssm_in_multiplier=1.25 / w,
-        ssm_out_multiplier=512 / ssm / 2**0.5, ssm_multipliers=(8**-0.5, 0.25, 32 * 2**0.5 / state, 0.5, 8**-0.5),
-        mlp_multipliers=(0.78125**0.5 / w, 1200 / (w * intermediate)), **other)
+        vocab, hidden, mlp, layers, heads, kv, head_dim, ssm, ssm_heads, ssm_head, state,
+        max_position_embeddings=positions, embedding_multiplier=32**0.5, lm_head_multiplier=40 / hidden,
+        attention_out_multiplier=0.9375 / w**2, key_multiplier=0.390625 / w**2 * (64 / head_dim) ** 0.5,
+        ssm_in_multiplier=1.25 / w, ssm_out_multiplier=512 / ssm / 2**0.5,
+        ssm_multipliers=(8**-0.5, 0.25, 32 * 2**0.5 / state, 0.5, 8**-0.5),
+        mlp_multipliers=(0.78125**0.5 / w, 1200 / (w * mlp)), **other)
 
 
 PRESETS = {
-    # Two CPU cores train this one in minutes. RoPE's 1e11 serves 256k tokens of context; at 16 frequencies and traces of a
-    # hundred tokens 1e4 leaves more of them useful. initializer_range is 1/sqrt(hidden_size).
+    # Two CPU cores train this one in minutes. RoPE's 1e11 serves 256k tokens of context; at 16 frequencies and traces
+    # of a hundred tokens 1e4 leaves more of them useful. initializer_range is 1/sqrt(hidden_size).
     "tiny": FalconH1Config(
         vocab_size=272, hidden_size=96, intermediate_size=160, num_hidden_layers=3, num_attention_heads=3,
         num_key_value_heads=1, head_dim=32, mamba_d_ssm=96, mamba_n_heads=3, mamba_d_head=32, mamba_d_state=32,
         mamba_chunk_size=32, rope_theta=1e4, initializer_range=0.1),
-    "100m": _published(32784, 512, 20, 4, 2, 64, 12, 64, 128, 1024, 16384, mamba_rms_norm=False),  # not published: half of 0.5b
+    # vocabulary, hidden, layers, query and key heads, their size, SSM heads, their size, state, MLP, positions
+    "100m": _published(32784, 512, 20, 4, 2, 64, 12, 64, 128, 1024, 16384, mamba_rms_norm=False),  # ours: half of 0.5b
     "0.5b": _published(32784, 1024, 36, 8, 2, 64, 24, 64, 128, 2048, 16384, mamba_rms_norm=False),
     "1.5b": _published(65536, 2048, 24, 8, 2, 128, 48, 64, 256, 4608, 131072),
     "1.5b-deep": _published(65536, 1280, 66, 6, 2, 128, 24, 64, 256, 3072, 131072),
@@ -204,38 +214,24 @@ PRESETS = {
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 2. The pieces of a block. What a token learns from others stands in two functions called mix; all else works on single tokens.
+# 2. The pieces of a block. Tokens interact only inside `mix`, or `step` while decoding; all else is per token.
 
 
 @dataclass
 class Context:
-    """What the blocks of a forward pass share. torch.compile does not look into `mix`, and nothing else reads cu, cache or cp: so one
-    compiled block serves any documents."""
+    """What the blocks of a forward pass share. Only `mix` and `step`, which torch.compile skips, read more than rope,
+    mup and fused: so one compiled block serves every packing."""
     rope: tuple  # cos and sin of the tokens' positions, see rope_table
-    mup: torch.Tensor | None  # the multiplier of every output channel of in_proj, in the model's dtype, as published also in bf16
+    mup: torch.Tensor | None  # see ssm_multipliers; in the model's dtype, as published, even if that is bf16
     cu: tuple | None = None  # cu_seqlens
     cache: object = None  # a Cache
     cp: object = None  # a train_sft.ContextParallel: h holds this rank's share of a row's tokens
-
-    @property
-    def fused(self):
-        """One token for each slot, taken by the kernels of decode.py: blocks call `step` instead of `mix`."""
-        return self.cache is not None and self.cache.fused
+    fused: bool = False  # one token per slot of the cache, in decode.py's kernels: `step` instead of `mix`
 
 
 def scaled(x, multiplier):
-    """A muP multiplier at work; presets that leave it at 1 pay nothing for it."""
+    """x * multiplier; the multipliers that are 1 (of "tiny" all) cost no pass over x: some 3% of a step on a CPU."""
     return x if multiplier == 1 else x * multiplier
-
-
-class Linear(nn.Linear):
-    """x W^T + bias. CPUs multiply the few rows of a decoding step faster as (W x^T)^T, which tells in the widest: MLP and head."""
-
-    def forward(self, x):
-        if x.is_cuda or torch.is_grad_enabled() or x.shape[:-1].numel() > 64:
-            return super().forward(x)
-        y = (self.weight @ x.flatten(0, -2).mT).mT.unflatten(0, x.shape[:-1])
-        return y if self.bias is None else y + self.bias
 
 
 class RMSNorm(nn.RMSNorm):
@@ -256,14 +252,6 @@ def rope_table(positions, head_dim, theta, dtype):
     return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
-@lru_cache(maxsize=16)
-@torch.inference_mode(False)  # what is cached may meet autograd later
-def ssm_multipliers(c, dtype, device):
-    """The multiplier of every output channel of in_proj; None where all are 1."""
-    values = torch.tensor(c.ssm_multipliers, dtype=dtype).repeat_interleave(torch.tensor(c.mamba_widths))
-    return None if set(c.ssm_multipliers) == {1} else values.to(device)
-
-
 def rotate(x, cos, sin):
     """RoPE on x (b, t, heads, head_dim): channel i turns together with channel i + head_dim / 2 ("rotate half")."""
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
@@ -272,9 +260,9 @@ def rotate(x, cos, sin):
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)  # what is cached may meet autograd later
 def document_table(cu, device):
-    """Attention pads documents in groups, the longest at most 1.25 times the shortest: little padding, few
-    calls. Returns each token's position in its document (tokens,), the tokens of the padded documents, group
-    by group, where each token stands among those (tokens,), and the groups' shapes [documents, longest]."""
+    """Attention pads documents in groups, the longest at most 1.25 times the shortest: little padding, few calls.
+    Returns each token's position in its document (tokens,), the tokens of the padded documents, group by group, where
+    each token stands among those (tokens,), and the groups' shapes [documents, longest]."""
     positions, place = np.empty((2, cu[-1]), np.int64)
     tokens, shapes, used = [], [], 0
     for start, end in sorted(zip(cu, cu[1:]), key=lambda d: d[0] - d[1]):  # the longest first
@@ -292,8 +280,7 @@ def document_table(cu, device):
 @sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 def attend(q, k, v, cu):
     """Causal attention. q (b, t, hq, hd), k and v (b, t, hkv, hd); query head j reads key head j // (hq / hkv).
-
-    Packed documents are padded in groups: the padding stands after a document's last token, where causality hides it."""
+    Padding stands after the last token of its document (see document_table), where causality hides it."""
     def causal(q, k, v):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (b, heads, t, hd)
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
@@ -330,7 +317,7 @@ class Attention(nn.Module):
 
     @torch.compiler.disable
     def mix(self, q, k, v, context, layer):
-        """What a token learns from others: (b, t, hq, hd)."""
+        """What each token reads from those before it: (b, t, hq, hd)."""
         cp, cache = context.cp, context.cache
         if cp is not None:  # from a share of the tokens and all heads to all tokens and a share of the heads
             q, k, v = cp.to_heads(torch.cat([q, k, v], 2), cp.attention)
@@ -339,31 +326,36 @@ class Attention(nn.Module):
 
     @torch.compiler.disable
     def step(self, q, k, v, context, layer):
-        """The same for one token a slot, before RoPE, in decode.py's kernels."""
+        """The same for one token per slot, from before RoPE."""
         cache = context.cache
         return attend_step(q, k, v, *context.rope, cache.lengths, cache.k[layer], cache.v[layer],
                            key_multiplier=self.config.key_multiplier)
 
 
-def gated_norm(y, z, weight, groups, eps, norm_before_gate):
-    """Mamba-2's gated RMSNorm over each group's channels. y, z (b, t, I) -> (b, t, I) float32.
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)  # what is cached may meet autograd later
+def ssm_multipliers(c, dtype, device):
+    """The multiplier of every output channel of in_proj; None where all are 1."""
+    values = [m for m, width in zip(c.ssm_multipliers, c.mamba_widths) for _ in range(width)]
+    return None if set(values) == {1} else torch.tensor(values, dtype=dtype).to(device)
 
+
+def gated_norm(y, z, weight, groups, eps, norm_before_gate):
+    """Mamba-2's gated RMSNorm over each group's channels. y, z (b, t, I) -> (b, t, I), computed in float32.
     norm_before_gate False (the published checkpoints): w * RMS(y silu(z));  True: w * RMS(y) silu(z)."""
     gate = F.silu(z.float())
     y = y.float() if norm_before_gate else y.float() * gate
     y = F.rms_norm(y.unflatten(-1, (groups, -1)), (y.shape[-1] // groups,), eps=eps).flatten(-2) * weight
-    return y * gate if norm_before_gate else y
+    return (y * gate if norm_before_gate else y).to(z.dtype)
 
 
 class Mamba(nn.Module):
-    """The Mamba-2 mixer; numbers of the steps as in ssm_scan's docstrings, names as published."""
-
     def __init__(self, c):
         super().__init__()
         self.config = c
-        channels = sum(c.mamba_widths[1:4])  # x, B and C pass the convolution; z and dt do not
+        channels = sum(c.mamba_widths[1:4])  # x, B and C pass the convolution, for which conv1d holds the weights
         self.in_proj = nn.Linear(c.hidden_size, sum(c.mamba_widths), bias=c.mamba_proj_bias)
-        self.conv1d = nn.Conv1d(channels, channels, c.mamba_d_conv, groups=channels, bias=c.mamba_conv_bias)  # holds weights only
+        self.conv1d = nn.Conv1d(channels, channels, c.mamba_d_conv, groups=channels, bias=c.mamba_conv_bias)
         self.dt_bias = nn.Parameter(torch.empty(c.mamba_n_heads))
         self.A_log = nn.Parameter(torch.empty(c.mamba_n_heads))
         self.D = nn.Parameter(torch.ones(c.mamba_n_heads))
@@ -381,49 +373,61 @@ class Mamba(nn.Module):
         dt = F.softplus(dt + self.dt_bias).clamp(*c.time_step_limit)  # in the model's dtype, as published
         y = self.mix(xBC, dt, context, layer).flatten(2)  # (b, t, I)
         if c.mamba_rms_norm:
-            y = gated_norm(y, z, self.norm.weight, c.mamba_n_groups, c.rms_norm_eps, c.mamba_norm_before_gate).to(u.dtype)
+            y = gated_norm(y, z, self.norm.weight, c.mamba_n_groups, c.rms_norm_eps, c.mamba_norm_before_gate)
         else:
             y = y * F.silu(z)
         return scaled(self.out_proj(y), c.ssm_out_multiplier)
 
     @torch.compiler.disable
     def mix(self, xBC, dt, context, layer):
-        """What a token learns from those before it, by convolution and scan: (b, t, h, p)."""
+        """What each token reads from those before it, by convolution and scan: (b, t, h, p)."""
         c, cp, cache, cu = self.config, context.cp, context.cache, context.cu
-        weight, bias, A, D = self.conv1d.weight[:, 0], self.conv1d.bias, -self.A_log.float().exp(), self.D
+        weight, bias = self.conv1d.weight[:, 0], self.conv1d.bias
+        A, D = -self.A_log.float().exp(), self.D
         if cp is not None:  # as in attention; the convolution and the scan then see whole sequences, too
             xBC, dt = cp.to_heads(torch.cat([xBC, dt], 2), cp.mamba)
             weight, bias, A, D = cp.own_weights(weight, bias, A, D)
-        step = cache is not None and dt.shape[1] == 1
-        conv_state, state = (None, None) if cache is None else (cache.conv[layer], cache.ssm[layer])
-        if step:
-            xBC, conv_state = causal_conv1d_step(conv_state, xBC[:, 0], weight, bias, activation="silu")
+        conv, state = (None, None) if cache is None else (cache.conv[layer], cache.ssm[layer])
+        one = cache is not None and dt.shape[1] == 1
+        if one:
+            xBC, new_conv = causal_conv1d_step(conv, xBC[:, 0], weight, bias, activation="silu")
         else:
-            xBC, conv_state = causal_conv1d(xBC, weight, bias, initial_states=conv_state, cu_seqlens=cu, activation="silu")
+            xBC, new_conv = causal_conv1d(xBC, weight, bias, initial_states=conv, cu_seqlens=cu, activation="silu")
         inner = dt.shape[-1] * c.mamba_d_head  # channels of the heads that are here
-        x, B, C = xBC.tensor_split([inner, (inner + xBC.shape[-1]) // 2], -1)
+        gn = (xBC.shape[-1] - inner) // 2
+        x, B, C = xBC.split([inner, gn, gn], -1)
         x = x.unflatten(-1, (-1, c.mamba_d_head))  # (b, t, h, p), without t in a single step
         B, C = (v.unflatten(-1, (-1, c.mamba_d_state)) for v in (B, C))  # (b, t, g, n)
-        if step:
-            y, state = ssd_step(state, x, dt[:, 0], A, B, C, D=D)
+        if one:
+            y, new_state = ssd_step(state, x, dt[:, 0], A, B, C, D=D)
             y = y[:, None]
         else:
-            y, state = ssd_scan(x, dt, A, B, C, D=D, initial_states=state, cu_seqlens=cu, chunk_size=CHUNK,
-                                return_final_states=cache is not None)
-            if cache is not None:  # a step updates them in place
-                cache.conv[layer].copy_(conv_state)
-                cache.ssm[layer].copy_(state)
+            y, new_state = ssd_scan(x, dt, A, B, C, D=D, initial_states=state, cu_seqlens=cu, chunk_size=CHUNK,
+                                    return_final_states=cache is not None)
+        if cache is not None:  # nothing to do where a step has updated them in place, as it does without gradients
+            conv.copy_(new_conv)
+            state.copy_(new_state)
         return y if cp is None else cp.to_tokens(y)
 
     @torch.compiler.disable
     def step(self, z, xBC, dt, cache, layer):
-        """One token a slot in decode.py's kernels, from the softplus to the gated norm: (b, 1, I)."""
+        """One token per slot, from the softplus to the gated norm: (b, 1, I)."""
         c, conv = self.config, self.conv1d
         y = mamba_step(cache.conv[layer], cache.ssm[layer], xBC[:, 0], dt[:, 0], conv.weight[:, 0], conv.bias,
                        self.dt_bias, self.A_log, self.D, c.time_step_limit)
         weight = self.norm.weight if c.mamba_rms_norm else None
         return norm_step(y.flatten(1)[:, None], weight, c.rms_norm_eps, z=z, groups=c.mamba_n_groups,
                          norm_before_gate=c.mamba_norm_before_gate)
+
+
+class Linear(nn.Linear):
+    """x W^T + bias for MLP and head, the widest layers: CPUs multiply a few rows faster as (W x^T)^T."""
+
+    def forward(self, x):
+        if x.is_cuda or torch.is_grad_enabled() or x.shape[:-1].numel() > 64:
+            return super().forward(x)
+        y = (self.weight @ x.flatten(0, -2).mT).mT.unflatten(0, x.shape[:-1])
+        return y if self.bias is None else y + self.bias
 
 
 class MLP(nn.Module):
@@ -461,7 +465,7 @@ class Block(nn.Module):
 class Backbone(nn.Module):
     """Everything below the head: ids (b, t) -> hidden states (b, t, d)."""
 
-    recompute = False  # True: keep no activations but those between blocks, and compute the others again for the gradient
+    recompute = False  # True: keep only the activations between blocks, and recompute the others in the backward pass
 
     def __init__(self, c):
         super().__init__()
@@ -481,10 +485,11 @@ class Backbone(nn.Module):
             cache.extend(positions)
         h = scaled(self.embed_tokens(input_ids), c.embedding_multiplier)
         rope = rope_table(positions, c.head_dim, c.rope_theta, h.dtype)
-        context = Context(rope, ssm_multipliers(c, h.dtype, h.device), cu, cache, cp)
+        fused = cache is not None and cache.fused
+        context = Context(rope, ssm_multipliers(c, h.dtype, h.device), cu, cache, cp, fused)
+        recompute = self.recompute and torch.is_grad_enabled()
         for layer, block in enumerate(self.layers):
-            run = partial(checkpoint, block, use_reentrant=False) if self.recompute and torch.is_grad_enabled() else block
-            h = run(h, context, layer)
+            h = checkpoint(block, h, context, layer, use_reentrant=False) if recompute else block(h, context, layer)
         if cache is not None:
             cache.lengths += t
         return self.final_layernorm(h)
@@ -505,7 +510,7 @@ class FalconH1(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Normal matrices; A in (1, 16) and softplus(dt_bias) in (0.001, 0.1), log-uniform, as in Mamba-2; torch's for the convolution."""
+        """Normal matrices; as in Mamba-2, A in (1, 16) and log-uniform softplus(dt_bias) in (0.001, 0.1)."""
         for m in self.modules():
             if isinstance(m, (nn.Linear, nn.Embedding)):
                 m.weight.normal_(0, self.config.initializer_range)
@@ -519,20 +524,23 @@ class FalconH1(nn.Module):
     def forward(self, input_ids, *, cu_seqlens=None, cache=None, head=None):
         """input_ids (b, t) -> logits (b, t, vocab), in the model's dtype.
 
-        cu_seqlens (s + 1,) packs s documents into one row (b = 1). cache: a Cache of b slots; every row appends its t tokens.
+        cu_seqlens (s + 1,) packs s documents into one row (b = 1). cache: a Cache of b slots; each appends t tokens.
         head(h (b, t, d), lm_head.weight (vocab, d)): return its result instead, see train_sft.target_logprobs."""
-        check(input_ids.dim() == 2 and input_ids.shape[1] >= 1, f"input_ids: got {tuple(input_ids.shape)}, expected (b, t) with t >= 1")
-        (b, t), there = input_ids.shape, None if cache is None else len(cache.lengths)
-        check(cache is None or cu_seqlens is None and there == b, f"cache: {there} slots, expected {b} and no cu_seqlens")
-        cu = None if cu_seqlens is None else check_cu_seqlens(cu_seqlens, b, t if self.cp is None else t * self.cp.size)
+        c, shape = self.config, tuple(input_ids.shape)
+        check(len(shape) == 2 and shape[1] >= 1, f"input_ids: got {shape}, expected (b, t) with t >= 1")
+        b, tokens = shape[0], shape[1] * (1 if self.cp is None else self.cp.size)
+        cu = None if cu_seqlens is None else check_cu_seqlens(cu_seqlens, b, tokens)
+        check(cache is None or cu_seqlens is None and len(cache.lengths) == b,
+              f"cache: got {cache and len(cache.lengths)} slots, expected {b} and no cu_seqlens")
         if input_ids.device.type == "cpu":  # looking at a GPU's ids would stop the host
-            check(0 <= input_ids.min() and input_ids.max() < self.config.vocab_size, f"input_ids: an id is outside 0..{self.config.vocab_size - 1}")
+            inside = 0 <= input_ids.min() and input_ids.max() < c.vocab_size
+            check(inside, f"input_ids: an id is outside 0..{c.vocab_size - 1}")
         h = self.model(input_ids, cu, cache, self.cp)
-        return scaled(self.lm_head(h), self.config.lm_head_multiplier) if head is None else head(h, self.lm_head.weight)
+        return scaled(self.lm_head(h), c.lm_head_multiplier) if head is None else head(h, self.lm_head.weight)
 
     def save_pretrained(self, folder, read=lambda name, v: v):
-        """Write config.json and model.safetensors in the published format. read(name, v) gives the values of a tensor when it is its
-        turn, where the model itself has none (it is on the meta device, or sharded)."""
+        """Write config.json and model.safetensors in the published format. read(name, v) gives a tensor's values when
+        it is written, for a model that has none itself (on the meta device) or only shards of them."""
         state = self.state_dict()
         if self.config.tie_word_embeddings:
             del state["lm_head.weight"]
@@ -546,18 +554,18 @@ class FalconH1(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, *, dtype=None, device=None, mapped=False):
-        """Read a checkpoint in the published format. dtype None keeps the stored one. Every tensor must be there, and no other.
-
-        mapped leaves the tensors as they are in their file, whatever dtype and device: train_sft.shard() moves and converts a block
-        at a time, so that no rank ever holds the whole model."""
-        config, state = FalconH1Config.from_json(Path(folder) / "config.json"), read_checkpoint(folder)
-        embeddings, last = "model.embed_tokens.weight", f"model.layers.{config.num_hidden_layers - 1}.mamba.D"
-        for name in (embeddings, last):  # before a model of a billion layers is built
+        """Read a checkpoint in the published format, every tensor of it; there may be no other. dtype None keeps the
+        stored one. mapped leaves the tensors in their file, whatever dtype and device: train_sft.shard() moves and
+        converts a block at a time, so that no rank ever holds the whole model."""
+        config = FalconH1Config.from_json(Path(folder) / "config.json")
+        state = read_checkpoint(folder)
+        embeddings, head = "model.embed_tokens.weight", "lm_head.weight"
+        for name in (embeddings, f"model.layers.{config.num_hidden_layers - 1}.mamba.D"):  # before a model is built
             check(name in state, f"{folder}: tensor {name} is missing")
         stored = state[embeddings].dtype
         if config.tie_word_embeddings:
-            check(torch.equal(state.setdefault("lm_head.weight", state[embeddings]), state[embeddings]),
-                  f"{folder}: tensor lm_head.weight differs from {embeddings}, but config.json says tie_word_embeddings")
+            check(torch.equal(state.setdefault(head, state[embeddings]), state[embeddings]),
+                  f"{folder}: tensor {head} differs from {embeddings}, but config.json says tie_word_embeddings")
         with torch.device("meta"):
             model = cls(config)
         expected = model.state_dict()
@@ -567,9 +575,12 @@ class FalconH1(nn.Module):
             check(name in expected, f"{tensor} is not part of this model")
             v, shape = state[name], tuple(expected[name].shape)
             check(v.shape == shape, f"{tensor} is {tuple(v.shape)}, config.json makes it {shape}")
-            check(v.is_floating_point() and (dtype is not None or v.dtype == stored), f"{tensor} is {v.dtype}, expected {stored} as the "
-                  "embeddings are; give a dtype to convert a mixture of floating-point types")
-        model.load_state_dict({name: v if mapped else v.to(device, dtype, copy=True) for name, v in state.items()}, assign=True)
+            check(v.is_floating_point() and (dtype is not None or v.dtype == stored),
+                  f"{tensor} is {v.dtype}, expected {stored} as the embeddings are; "
+                  "give a dtype to convert a mixture of floating-point types")
+        if not mapped:
+            state = {name: v.to(device, dtype, copy=True) for name, v in state.items()}
+        model.load_state_dict(state, assign=True)
         if config.tie_word_embeddings:
             model.lm_head.weight = model.model.embed_tokens.weight
         return model
@@ -580,29 +591,29 @@ class FalconH1(nn.Module):
 
 
 class Cache:
-    """What a sequence has left behind, for `slots` sequences: keys and values of every token, and the fixed-size states.
-
-    k, v (layers, slots, hkv, length, hd) and conv (layers, slots, channels, d_conv - 1) in the model's dtype, ssm (layers,
-    slots, h, p, n) always float32, lengths (slots,). `used`: no sequence is longer, which the host knows without asking the
-    GPU and stalling every step. Attention reads the first `window` positions: `used`, rounded up.
-
-    A `fused` step, one token a slot in decode.py's kernels, reads `lengths` on the device instead. It cannot raise:
-    a slot that has no room left appends nothing, and its answer is nonsense."""
+    """Decoding state of `slots` sequences: keys and values of every token, and the fixed-size states of the mixers.
+    k, v (layers, slots, hkv, length, hd) and conv (layers, slots, channels, d_conv - 1) in the model's dtype, ssm
+    (layers, slots, h, p, n) always float32, lengths (slots,). `used`: upper bound of the lengths, kept on the host so
+    that no step waits for the GPU; attention reads so many positions. Only a `fused` step, one token per slot in
+    decode.py's kernels, reads `lengths` instead. It cannot raise: a slot without room appends nothing and answers
+    nonsense."""
 
     def __init__(self, config, slots, length, *, dtype=torch.float32, device=None):
-        c, layers = config, config.num_hidden_layers
-        self.k = torch.zeros(layers, slots, c.num_key_value_heads, length, c.head_dim, dtype=dtype, device=device)
+        c, n = config, config.num_hidden_layers
+        self.k = torch.zeros(n, slots, c.num_key_value_heads, length, c.head_dim, dtype=dtype, device=device)
         self.v = torch.zeros_like(self.k)
-        self.conv = torch.zeros(layers, slots, c.mamba_d_conv - 1, sum(c.mamba_widths[1:4]), dtype=dtype, device=device).mT
-        self.ssm = torch.zeros(layers, slots, c.mamba_n_heads, c.mamba_d_head, c.mamba_d_state, device=device)
+        self.conv = self.k.new_zeros(n, slots, c.mamba_d_conv - 1, sum(c.mamba_widths[1:4])).mT
+        self.ssm = torch.zeros(n, slots, c.mamba_n_heads, c.mamba_d_head, c.mamba_d_state, device=device)
         self.lengths = torch.zeros(slots, dtype=torch.long, device=device)
         self.used = 0
+        self.fused = self.at = self.mask = None  # of the forward pass that runs, see extend
 
     def load(self, slot, other, row):
         """Make `slot` a copy of one sequence of `other`: a prompt is prefilled once and sampled many times."""
         self.k[:, slot, :, : other.used] = other.k[:, row, :, : other.used]
         self.v[:, slot, :, : other.used] = other.v[:, row, :, : other.used]
-        self.conv[:, slot], self.ssm[:, slot], self.lengths[slot] = other.conv[:, row], other.ssm[:, row], other.lengths[row]
+        self.conv[:, slot], self.ssm[:, slot] = other.conv[:, row], other.ssm[:, row]
+        self.lengths[slot] = other.lengths[row]
         self.used = max(self.used, other.used)
 
     def bytes_to_grow(self, slots, length):
@@ -624,50 +635,42 @@ class Cache:
         if len(slots) < len(self.lengths):
             self.conv, self.ssm, self.lengths = self.conv[:, slots], self.ssm[:, slots], self.lengths[slots]
 
-    def window_of(self, used):
-        """How many positions attention looks at: a multiple of 64, later of a 16th of their number, so that few shapes occur."""
-        step = max(64, 2 ** (used.bit_length() - 5))
-        return min(-(-used // step) * step, self.k.shape[3])
-
     def extend(self, positions):
-        """The next forward appends tokens at `positions` (slots, t)."""
-        used, length = self.used + positions.shape[1], self.k.shape[3]
-        self.fused = positions.shape[1] == 1 and kernels_serve(self.k)
-        if self.fused:  # no launch depends on `used`, but a prefill that follows does
-            self.used = min(used, length)
-            return
-        check(used <= length, f"cache: {used} tokens do not fit a length of {length}")
-        self.empty, self.used, self.window = self.used == 0, used, self.window_of(used)
-        self.rows, self.positions = torch.arange(len(positions), device=positions.device)[:, None], positions
-        self.mask = torch.arange(self.window, device=positions.device) <= positions[:, None, :, None]  # (slots, 1, t, window)
+        """The next forward pass appends tokens at `positions` (slots, t)."""
+        t, length = positions.shape[1], self.k.shape[3]
+        self.fused = t == 1 and kernels_serve(self.k)
+        check(self.fused or self.used + t <= length, f"cache: {self.used + t} tokens do not fit a length of {length}")
+        if not self.fused:
+            seen = torch.arange(self.used + t, device=positions.device)
+            self.mask = seen <= positions[:, None, :, None] if self.used else None  # (slots, 1, t, used)
+            self.at = positions[:, None, :, None].expand(-1, self.k.shape[2], -1, self.k.shape[4])
+        self.used = min(self.used + t, length)
 
     def attend(self, layer, q, k, v):
         """Append k, v (slots, t, hkv, hd), then attend with q (slots, t, hq, hd) to all that each slot holds."""
-        self.k[layer][self.rows, :, self.positions] = k
-        self.v[layer][self.rows, :, self.positions] = v
-        if self.empty:
+        keys = self.k[layer].scatter_(2, self.at, k.transpose(1, 2))  # (slots, hkv, length, hd)
+        values = self.v[layer].scatter_(2, self.at, v.transpose(1, 2))
+        if self.mask is None:
             return attend(q, k, v, None)
-        k, v = self.k[layer][:, :, : self.window], self.v[layer][:, :, : self.window]
-        if q.shape[1] == 1:  # the queries that share a key head stand in for the tokens: keys are read once, not copied
-            q = q.reshape(len(q), k.shape[1], -1, q.shape[-1])  # (slots, hkv, hq / hkv, hd)
-            # For so few queries twice as fast as torch's kernel for CPUs.
-            scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~self.mask, -torch.inf)
-            y = scores.softmax(-1, torch.float32).to(v.dtype) @ v
+        keys, values = keys[:, :, : self.used], values[:, :, : self.used]
+        if q.shape[1] == 1:
+            # The queries that share a key head stand in for the tokens: keys are read once, not copied. For so few
+            # queries this is twice as fast as torch's kernel for CPUs.
+            q = q.reshape(len(q), keys.shape[1], -1, q.shape[-1])  # (slots, hkv, hq / hkv, hd)
+            scores = (q @ keys.mT * q.shape[-1] ** -0.5).masked_fill(~self.mask, -torch.inf)
+            y = scores.softmax(-1, torch.float32).to(values.dtype) @ values
             return y.reshape(len(q), 1, -1, q.shape[-1])
-        if q.is_cuda:  # with a mask, only torch's slow kernel there lets queries share keys
-            k, v = (x.repeat_interleave(q.shape[2] // x.shape[1], 1) for x in (k, v))
-        y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=self.mask, enable_gqa=k.shape[1] < q.shape[2])
-        return y.transpose(1, 2)
+        # With a mask, only torch's slow kernel lets queries share keys on a GPU.
+        keys, values = (x.repeat_interleave(q.shape[2] // x.shape[1], 1) for x in (keys, values))
+        return F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, attn_mask=self.mask).transpose(1, 2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 5. The sampler: one for RL rollouts, evaluation, DeepConf and chat
-#
-# Many traces decode together, each in a slot of one cache. One step of all slots:
-#
+# 5. The sampler: one for RL rollouts, evaluation, DeepConf and chat. Many traces decode together, each in a slot of one
+# cache. One step of all slots:
 #     start     free slots take the next traces, and the states of their prompts, which were prefilled once
-#     fit       the cache doubles when the longest trace has filled it; where that does not fit into memory,
-#               the youngest traces are set aside, and go on later from prompt and tokens
+#     fit       the cache doubles when the longest trace has filled it; where that does not fit into memory, the
+#               youngest traces are set aside, and go on later from prompt and tokens
 #     step      Decoder appends a token to every slot and draws the next: on a GPU one CUDA graph, then one read
 #     finish    traces that have ended leave their slots
 
@@ -683,56 +686,10 @@ class Trace:
     stop: str = ""  # "stop" | "length" | "deepconf" (the callback said so)
 
 
-def invert(weights, u):
-    """Weights (b, n), u (b, 1) -> the first index (b, 1) whose running sum exceeds u of the whole; all sums.
-
-    They are float64: float32 sums of a hundred thousand weights would favour some tokens."""
-    cdf = weights.cumsum(-1, dtype=torch.float64)
-    index = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)
-    return index.clamp_(max=cdf.shape[-1] - 1), cdf  # nan would lead past the end
-
-
-def draw(logits, u, temperature, top_p, top=20):
-    """One token a row. logits (b, vocab), u (b,) uniform -> tokens (b,), their log-probabilities (b,),
-    confidences (b,).
-
-    Tokens come from softmax(logits / temperature), cut to the smallest set of probability >= top_p and
-    renormalised, by inverting its cumulative distribution at u. Temperature 0 takes the most likely token,
-    and gives its log-probability at 1. Confidence: -mean log P over the `top` most likely tokens of the
-    untempered, uncut distribution (DeepConf, equation 2)."""
-    logp, vocab = logits.log_softmax(-1, dtype=torch.float32), logits.shape[-1]
-    confidence = -logp.topk(min(top, vocab), -1).values.mean(-1)
-    if temperature == 0:
-        best = logp.max(-1)
-        return best.indices, best.values, confidence
-    probs = logp.div_(temperature).softmax(-1)  # softmax undoes what log_softmax subtracted
-    del logp  # (256, 130048) float32 are 133 MB: two of them at a time, five where top_p sorts
-    if top_p < 1:
-        ranked, order = probs.sort(-1, descending=True)
-        outside = ranked.cumsum(-1).sub_(ranked) >= top_p  # the most likely token is never outside
-        probs.scatter_(-1, order, ranked.masked_fill_(outside, 0))
-    total, first = probs.sum(-1, keepdim=True), 0
-    u = u.clamp(max=1 - 2**-52)[:, None]  # u times the whole stays below it: the last weights may be 0
-    if vocab > 2048:
-        # Float64 sums over all tokens take too much memory. So find the block of 256 tokens in which they
-        # pass u, then the token in it. Where 256 does not divide the vocabulary, blocks are smaller.
-        blocks = probs.unflatten(-1, (-1, math.gcd(vocab, 256)))  # (b, blocks, 256)
-        sums = blocks.sum(-1)
-        block, cdf = invert(sums, u)
-        left = (cdf.gather(-1, block) - u * cdf[:, -1:]) / sums.gather(-1, block)  # of the block, behind u
-        u = (1 - left).clamp(0, 1 - 2**-52)
-        probs = blocks[torch.arange(len(block), device=block.device), block[:, 0]]
-        first = block * blocks.shape[-1]
-    index, _ = invert(probs, u)
-    return (first + index)[:, 0], (probs.gather(-1, index) / total).log()[:, 0], confidence
-
-
 @torch.no_grad()
 def prefill(model, prompts, tokens=4096):
-    """A Cache that has read prompts of one length, but for their last tokens.
-
-    Memory is bounded: at most `tokens` are read at a time, fewer where attention's mask would hold more than
-    2^26 numbers."""
+    """Run prompts of one length, all but their last token, and return the Cache. To bound memory, at most `tokens` at a
+    time, and fewer where attention's mask would hold more than 2^26 numbers."""
     p, length = next(model.parameters()), len(prompts[0]) - 1
     cache = Cache(model.config, len(prompts), max(length, 1), dtype=p.dtype, device=p.device)
     ids = torch.tensor(prompts, device=p.device)[:, :-1]
@@ -743,7 +700,7 @@ def prefill(model, prompts, tokens=4096):
 
 
 def free_bytes(device):
-    """What can be allocated; on a CPU without swapping, or half of all where the kernel does not tell."""
+    """What can be allocated; on a CPU without swapping, or half of all memory where the OS does not tell."""
     if torch.device(device).type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
@@ -753,60 +710,11 @@ def free_bytes(device):
 
 
 def slots_that_fit(config, length, dtype, device):
-    """How many sequences decode together: at most 256, at least one, with a cache of `length` tokens in half
-    of the free memory.
-
-    `length` is what they begin with. Few grow long, and where too many do, Sampler.fit sets some aside. The
-    other half is for growth, shared prompts, logits and what else a step needs."""
+    """How many sequences of `length` tokens fit into half of the free memory: 1 to 256. They begin with that length.
+    Few grow long; where too many do, Sampler sets some aside. The other half is for growth, prompts and logits."""
     cache = Cache(config, 1, length, dtype=dtype, device="meta")
     one = sum(v.nbytes for v in vars(cache).values() if isinstance(v, torch.Tensor))
     return min(256, max(1, free_bytes(device) // 2 // one))
-
-
-class Decoder:
-    """step(tokens (slots,), u) -> finish(logits (slots, vocab), u), or the logits: every slot of `cache`
-    appends a token. The caller sets cache.used.
-
-    On a GPU a step is some thousand launches, which take the host longer than the device. So the first step
-    runs as usual (Triton compiles there), the second is recorded as a CUDA graph, and all after it are
-    replayed. One graph serves a cache until that grows: it reads tokens, u and the sequences' lengths where
-    they are on the device."""
-    recorded_on = "cuda"
-
-    def __init__(self, model, cache, finish=lambda logits, u: logits):
-        self.model, self.cache, self.finish, self.calls, self.graph = model, cache, finish, 0, None
-        self.tokens, self.u = cache.lengths.clone(), cache.lengths.double()
-
-    def run(self):
-        last = self.cache.k.shape[3] - 1
-        self.cache.lengths.clamp_(max=last)  # idle slots go on decoding nonsense, inside the cache
-        if self.tokens.is_cuda:
-            self.cache.used = last
-        return self.finish(self.model(self.tokens[:, None], cache=self.cache)[:, 0], self.u)
-
-    def record(self):
-        """Record run() as a graph. thread_local: a thread that writes a checkpoint may synchronise."""
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # records, and runs nothing
-            self.result = self.run()
-
-    def __call__(self, tokens, u=None):
-        self.tokens.copy_(tokens)
-        if u is not None:
-            self.u.copy_(u, non_blocking=True)
-        self.calls += 1
-        if self.calls == 1 or self.u.device.type != self.recorded_on:
-            return self.run()
-        if self.graph is None:
-            self.record()
-        self.graph.replay()
-        return self.result
-
-
-def draw_packed(logits, u, temperature, top_p):
-    """(4, slots) float64, one read for the host: what `draw` gives, and whether the logits are finite."""
-    drawn = draw(logits, u, temperature, top_p)
-    return torch.stack([v.double() for v in (*drawn, logits.isfinite().all(-1))])
 
 
 @dataclass(eq=False)
@@ -820,9 +728,7 @@ class Running:
 
 class Sampler:
     """What generate() has under way: slots over one cache, each a Running or None, and what waits for a slot.
-
-    The cache begins at first_length tokens per slot, or more if prompts are longer, and doubles when the
-    longest trace has filled it."""
+    The cache begins at first_length tokens per slot, or more if prompts are longer."""
     first_length = 256  # at 7B a twelfth of a slot's states
 
     def __init__(self, model, prompts, samples, slots, longest, seed, admit, finish):
@@ -832,9 +738,9 @@ class Sampler:
         self.aside, self.prefilled, self.total = [], {}, len(prompts) * samples
         p, prompt = next(model.parameters()), max(map(len, prompts))
         length = min(longest, max(self.first_length, 1 << (prompt - 1).bit_length()))
-        slots = min(slots or slots_that_fit(model.config, length, p.dtype, p.device), self.total)
-        self.slots = [None] * slots
-        self.cache = Cache(model.config, slots, length, dtype=p.dtype, device=p.device)
+        slots = slots or slots_that_fit(model.config, length, p.dtype, p.device)
+        self.slots = [None] * min(slots, self.total)
+        self.cache = Cache(model.config, len(self.slots), length, dtype=p.dtype, device=p.device)
         self.decode = Decoder(model, self.cache, finish)
         self.tokens = torch.zeros_like(self.cache.lengths)  # what each slot appends next
 
@@ -860,21 +766,20 @@ class Sampler:
         jobs = list(zip(free, iter(self.next_job, None)))
         jobs.sort(key=lambda job: (len(job[1].ids), job[1].trace.prompt_index, job[1].trace.sample_index))
         for n, (slot, r) in enumerate(jobs):
-            ids = tuple(r.ids)
+            ids, more = tuple(r.ids), jobs[n + 1 :]
             if ids not in self.prefilled:
-                self.read(other.ids for _, other in jobs[n:] if len(other.ids) == len(ids))
+                self.read([r.ids, *(other.ids for _, other in more if len(other.ids) == len(ids))])
             self.cache.load(slot, *self.prefilled[ids])
-            if r.aside or r.trace.sample_index == self.samples - 1:
-                del self.prefilled[ids]
             self.slots[slot], self.tokens[slot] = r, ids[-1]
+            last = not more or more[0][1].ids != r.ids
+            if last and (r.aside or r.trace.prompt_index not in self.waiting):
+                del self.prefilled[ids]
         if self.waiting and not any(self.slots):
-            first = min(self.waiting)
-            raise RuntimeError(f"generate: prompt {first} waits to be admitted and nothing is running")
+            raise RuntimeError(f"generate: prompt {min(self.waiting)} waits to be admitted and nothing is running")
         return any(self.slots)
 
     def read(self, prompts):
-        """Prefill the first of some prompts of one length, and others with it: up to 16k tokens, in half of
-        the free memory."""
+        """Prefill the first of some prompts of one length, and others with it: 16k tokens, half of the free memory."""
         new = [ids for ids in dict.fromkeys(map(tuple, prompts)) if ids not in self.prefilled]
         p, length = next(self.model.parameters()), len(new[0])
         most = min(16384 // length, slots_that_fit(self.model.config, length, p.dtype, p.device))
@@ -883,49 +788,45 @@ class Sampler:
         self.prefilled.update((ids, (cache, row)) for row, ids in enumerate(new))
 
     def fits(self, slots, length):
-        return self.cache.bytes_to_grow(slots, length) <= free_bytes(self.tokens.device)
+        return self.cache.bytes_to_grow(len(slots), length) <= free_bytes(self.tokens.device)
 
     def fit(self):
         """Make room in the cache for a token of each trace; the last traces decode faster in fewer slots."""
-        busy, length = [slot for slot, r in enumerate(self.slots) if r], self.cache.k.shape[3]
-        if max(len(r.ids) for r in self.slots if r) > length:
-            self.grow(min(2 * length, self.longest))
-        elif not self.waiting and not self.aside and 2 * len(busy) <= len(self.slots):
-            if self.fits(len(busy), length):
-                self.resize(busy, length)
-
-    def grow(self, length):
-        """Where the longer cache does not fit beside the old one, the youngest traces are set aside until it
-        does. When a slot is free, their prompts and tokens are read again."""
-        ages = [len(r.trace.tokens) if r else -1 for r in self.slots]
-        slots = sorted(range(len(ages)), key=ages.__getitem__, reverse=True)
-        self.decode = None  # gives back its graph's memory
-        while slots and not self.fits(len(slots), length):
-            if youngest := self.slots[slots.pop()]:
-                youngest.aside = True
-                self.aside.insert(0, youngest)
-        check(slots, f"generate: the cache of one trace of {length} tokens does not fit into "
-              f"{free_bytes(self.tokens.device)} free bytes")
-        self.resize(sorted(slots), length)
-
-    def resize(self, slots, length):
+        slots, length = [slot for slot, r in enumerate(self.slots) if r], self.cache.k.shape[3]
+        if max(len(self.slots[slot].ids) for slot in slots) > length:
+            length = min(2 * length, self.longest)
+            slots = self.set_aside(length)
+        elif self.waiting or self.aside or 2 * len(slots) > len(self.slots) or not self.fits(slots, length):
+            return
         self.decode = None
         self.cache.grow(slots, length)
         self.slots, self.tokens = [self.slots[slot] for slot in slots], self.tokens[slots]
         self.decode = Decoder(self.model, self.cache, self.finish_step)
+
+    def set_aside(self, length):
+        """Set the youngest traces aside until a cache of this length fits beside the old one -> the slots that stay.
+        When a slot is free again, prompt and tokens of a trace set aside are read anew."""
+        ages = [len(r.trace.tokens) if r else -1 for r in self.slots]  # free slots first
+        slots = sorted(range(len(ages)), key=ages.__getitem__, reverse=True)
+        self.decode = None  # gives back its graph's memory
+        while slots and not self.fits(slots, length):
+            if youngest := self.slots[slots.pop()]:
+                youngest.aside = True
+                self.aside.insert(0, youngest)
+        free = free_bytes(self.tokens.device)
+        check(slots, f"generate: the cache of one trace of {length} tokens does not fit into {free} free bytes")
+        return sorted(slots)
 
     def step(self):
         """Give every running trace a token -> how many."""
         self.fit()
         self.cache.used = max(len(r.ids) for r in self.slots if r) - 1
         u = [r.random.random() if r else 0 for r in self.slots]
-        u = torch.tensor(u, dtype=torch.float64, pin_memory=self.tokens.is_cuda)
-        drawn = self.decode(self.tokens, u)
-        self.tokens = drawn[0]  # the next step needs no copy from the host
-        *values, finite = drawn.tolist()  # the only time in a step that the host waits
-        check(all(finite), "generate: the model's logits are not finite")
-        for r, token, logprob, confidence in zip(self.slots, *values):
+        drawn = self.decode(self.tokens, torch.tensor(u, dtype=torch.float64, pin_memory=self.tokens.is_cuda))
+        self.tokens = drawn[:, 0]  # the next step needs no copy from the host
+        for r, (token, logprob, confidence, finite) in zip(self.slots, drawn.tolist()):  # the host's only wait
             if r:
+                check(finite, "generate: the model's logits are not finite")
                 r.ids.append(int(token))
                 r.trace.tokens.append(r.ids[-1])
                 r.trace.logprobs.append(logprob)
@@ -946,18 +847,15 @@ class Sampler:
 @torch.no_grad()
 def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_p=1.0, seed=0, stop_ids=(), samples=1,
              slots=None, admit=None, on_token=None, on_trace=None, progress=False):
-    """Sample `samples` traces of each prompt (a list of lists of token ids) -> list of Trace, by prompt, then
-    by sample.
-
-    A number of `slots` decodes together; a slot whose trace has ended takes the next one at once. A trace
-    depends on weights, prompt, settings, seed and its own two indices. What else is in the batch changes its
-    numbers by rounding only, and so does being set aside where memory is short. admit(prompt_index,
-    sample_index) -> "go" | "wait" | "done" is asked, in sample order, before a trace is started; "done" means
-    no further trace of that prompt. slots None or 0: as many as fit into free memory. on_token(trace) -> True
-    stops a trace; on_trace(trace) sees every ended one. temperature 0 is greedy. progress shows a bar with
-    tokens/s. Raises ValueError for an empty prompt, ids out of range, more tokens than positions, a trace
-    that does not fit into memory, or logits that are not finite; RuntimeError where admit lets nothing go
-    on."""
+    """Sample `samples` traces of each prompt (lists of token ids) -> list of Trace, by prompt, then by sample.
+    `slots` traces decode together (None or 0: as many as fit into free memory); a slot whose trace has ended takes the
+    next one at once. A trace depends on weights, prompt, settings, seed and its own two indices. What else is in the
+    batch changes its numbers by rounding only, and so does being set aside where memory is short. temperature 0 is
+    greedy. admit(prompt_index, sample_index) -> "go" | "wait" | "done" is asked, in sample order, before a trace is
+    started; "done" means no further trace of that prompt. on_token(trace) -> True stops a trace; on_trace(trace) sees
+    every ended one. progress shows a bar with tokens/s. Raises ValueError for an empty prompt, ids out of range, more
+    tokens than positions, a trace that does not fit into memory, or logits that are not finite; RuntimeError where
+    admit lets nothing go on."""
     c = model.config
     for i, prompt in enumerate(prompts):
         check(prompt, f"prompt {i}: it is empty")
@@ -972,21 +870,23 @@ def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_p=1.0, seed
     if not prompts:
         return []
     longest = max(map(len, prompts)) + max_new_tokens - 1  # no step appends a trace's last token
-    finish = partial(draw_packed, temperature=temperature, top_p=top_p)
+
+    def finish(logits, u):  # (slots, 4) float64, one read for the host: what `draw` gives, and if logits are finite
+        drawn = draw(logits, u, temperature, top_p)
+        return torch.stack([v.double() for v in (*drawn, logits.isfinite().all(-1))], 1)
+
     sampler = Sampler(model, prompts, samples, slots, longest, seed, admit, finish)
-    bar = tqdm(total=sampler.total, disable=not progress, desc="sampling", unit="trace", mininterval=0.5,
-               miniters=0)
+    bar = tqdm(total=sampler.total, disable=not progress, desc="sampling", unit="trace", mininterval=0.5, miniters=0)
     begun, produced, ended = time.time(), 0, []
     while sampler.start():
         produced += sampler.step()
         for trace in sampler.finish(max_new_tokens, stop_ids, on_token):
             ended.append(trace)
-            bar.update()
             if on_trace is not None:
                 on_trace(trace)
         bar.total = sampler.total
         bar.set_postfix_str(f"{produced / (time.time() - begun):,.0f} tokens/s", refresh=False)
-        bar.update(0)  # shows it, at most twice a second
+        bar.update(len(ended) - bar.n)  # shows it, at most twice a second
     bar.close()
     return sorted(ended, key=lambda t: (t.prompt_index, t.sample_index))
 
@@ -1028,36 +928,39 @@ def write_safetensors(path, tensors, read=lambda name, v: v):
 
 
 def read_safetensors(path):
-    """file -> {name: tensor}, memory-mapped (copy what you want to keep or to change). The tensors' bytes must follow the header
-    without gap or overlap, to the end of the file; a header that lies is a ValueError."""
+    """file -> {name: tensor}, memory-mapped (copy what you want to keep or to change). The tensors' bytes must follow
+    the header without gap or overlap, to the end of the file; a header that lies is a ValueError."""
     tensors = {}
     try:
         with open(path, "rb") as f:
             data = memoryview(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY))
-        end = 8 + int.from_bytes(data[:8], "little")  # so far; of the header
-        check(end <= min(len(data), 100_000_000), f"a header of {end - 8} bytes in a file of {len(data)}")
-        header = json.loads(bytes(data[8:end]))
+        first = 8 + int.from_bytes(data[:8], "little")  # byte of the tensors
+        check(first <= min(len(data), 100_000_000), f"a header of {first - 8} bytes in a file of {len(data)}")
+        header = json.loads(bytes(data[8:first]))
         header.pop("__metadata__", None)
-        first = end
-        for start, stop, dtype, shape, name in sorted((*e["data_offsets"], e["dtype"], e["shape"], n) for n, e in header.items()):
-            check(dtype in [*_DTYPES], f"tensor {name} has dtype {dtype}")
-            check(all(type(v) is int and 0 <= v < 2**63 for v in (start, stop, *shape)), f"tensor {name} has no natural shape or offsets")
-            dtype, count, begin, end = _DTYPES[dtype], math.prod(shape), end, first + stop
-            check(first + start == begin and end - begin == count * dtype.itemsize, f"tensor {name} is at {start}..{stop}")
-            check(end <= len(data), f"tensor {name} ends at byte {end} of {len(data)}")
-            tensors[name] = torch.frombuffer(data[begin:end], dtype=dtype).view(shape) if count else torch.empty(shape, dtype=dtype)
-        check(end == len(data), f"{len(data) - end} bytes too many")
+        end = 0  # of the tensors so far
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            (start, stop), shape = entry["data_offsets"], entry["shape"]
+            check(entry["dtype"] in _DTYPES, f"tensor {name} has dtype {entry['dtype']}")
+            whole = all(type(v) is int and 0 <= v < 2**63 for v in (start, stop, *shape))
+            check(whole, f"tensor {name} has no natural shape or offsets")
+            dtype, count = _DTYPES[entry["dtype"]], math.prod(shape)
+            right = start == end and stop - start == count * dtype.itemsize and first + stop <= len(data)
+            check(right, f"tensor {name} of shape {shape} is at {start}..{stop} of {len(data) - first}")
+            raw, end = data[first + start : first + stop], stop
+            tensors[name] = torch.frombuffer(raw, dtype=dtype).view(shape) if count else torch.empty(shape, dtype=dtype)
+        check(first + end == len(data), f"{len(data) - first - end} bytes too many")
     except OSError as e:
         raise ValueError(f"{path}: {e.strerror}") from None
     except ValueError as e:
         raise ValueError(f"{path}: not a whole safetensors file: {e}") from None
-    except (KeyError, TypeError, AttributeError, RuntimeError) as e:  # also RecursionError, and torch's of absurd shapes
+    except (KeyError, TypeError, AttributeError, RuntimeError) as e:  # RecursionError, too, and absurd shapes
         raise ValueError(f"{path}: not a whole safetensors file: unreadable header ({type(e).__name__})") from None
     return tensors
 
 
 def read_checkpoint(folder):
-    """{name: tensor}, memory-mapped, of model.safetensors, or else of the shards that model.safetensors.index.json names."""
+    """{name: tensor}, memory-mapped, of model.safetensors, or else of the shards in model.safetensors.index.json."""
     folder, state = Path(folder), {}
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.exists() or not index.exists():
@@ -1069,20 +972,17 @@ def read_checkpoint(folder):
         raise ValueError(f"{index}: expected a weight_map from tensors to files in its folder ({e})") from None
     for shard in sorted(set(shard_of.values())):
         for name, v in read_safetensors(folder / shard).items():
-            check(shard_of.get(name) == shard, f"{folder / shard}: tensor {name} is here, but {index.name} names {shard_of.get(name)}")
+            where = shard_of.get(name)
+            check(where == shard, f"{folder / shard}: tensor {name} is here, but {index.name} names {where}")
             state[name] = v
     for name in sorted(shard_of.keys() - state.keys()):
         raise ValueError(f"{folder / shard_of[name]}: tensor {name} is missing, {index.name} says it is here")
     return state
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def main():
-    sys.modules.setdefault("model", sys.modules["__main__"])  # for measure.py's import: this file, not a second copy of it
+    sys.modules.setdefault("model", sys.modules["__main__"])  # measure.py imports this file, not a second copy
     from tests import measure
-
     measure.main()
 
 

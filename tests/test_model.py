@@ -500,6 +500,26 @@ def test_a_refused_forward_leaves_the_cache_as_it_was():
     torch.testing.assert_close(model(ids[:, 12:20], cache=cache), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_step_moves_the_states_with_gradients_too():
+    model, ids, cache = build(), torch.arange(8)[None], Cache(SMALL, 1, 8)
+    steps = [model(ids[:, i : i + 1], cache=cache) for i in range(8)]
+    torch.testing.assert_close(torch.cat(steps, 1), model(ids), rtol=1e-4, atol=1e-5)
+
+
+def test_no_prefilled_prompt_is_kept_for_nothing(monkeypatch):
+    """Prompt 0 is done after the two samples that begin together; the others run out of samples."""
+    seen, start = [], Sampler.start
+
+    def watched(self):
+        busy = start(self)
+        seen.append((len(self.prefilled), len(self.waiting)))
+        return busy
+    monkeypatch.setattr(Sampler, "start", watched)
+    generate(build(), [[1, 2], [3, 4], [5, 6]], max_new_tokens=4, samples=3, slots=4,
+             admit=lambda i, j: "done" if (i, j) == (0, 2) else "go")
+    assert seen[-1] == (0, 0) and all(kept <= waiting for kept, waiting in seen)
+
+
 def test_training_after_inference_mode():
     model, ids = build(), torch.arange(36)[None]
     with torch.inference_mode():  # what it leaves in caches must not reach autograd

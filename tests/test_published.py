@@ -142,7 +142,7 @@ def rewrite(path, change):
     ({"mamba_d_ssm": 21}, "mamba_d_ssm 21 is not"), ({"mamba_d_ssm": "20"}, "mamba_d_ssm is '20', expected a whole number"),
     ({"hidden_size": 0}, "hidden_size is 0"), ({"hidden_size": True}, "hidden_size is True"), ({"hidden_size": 10**30}, "hidden_size is 1000"),
     ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"), ({"rms_norm_eps": -1}, "rms_norm_eps not below"),
-    ({"mamba_n_heads": None, "head_dim": None, "mamba_d_head": "auto"}, "field head_dim, mamba_n_heads is missing"),
+    ({"mamba_n_heads": None, "head_dim": None, "mamba_d_head": "auto"}, "field mamba_n_heads is missing"),
     ({"mamba_rms_norm": 1}, "mamba_rms_norm is 1, expected true or false"),
     ({"ssm_multipliers": [1, 1]}, r"ssm_multipliers is \(1, 1\), expected 5 numbers"), ({"mlp_multipliers": 3}, "mlp_multipliers is 3"),
     ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"), ({"head_dim": 5}, "head_dim 5"),
