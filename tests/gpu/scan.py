@@ -32,6 +32,7 @@ def others(c, tokens, batches, bandwidth):
     for name, run, size in parts(c, torch.bfloat16, DEV, tokens, batches):
         took = milliseconds(run, DEV)
         put("part", name=name, ms=took, share=size / bandwidth * 1e3 / took)
+        put_kernels("part kernel", run, bandwidth, {"_conv_kernel": size}, top=5, part=name)
 
 
 def main():
@@ -49,7 +50,7 @@ def main():
         return
     for chunk in (256, 512):
         name = f"ours, chunk {chunk}"
-        stage(name, scan, name, ours(chunk=chunk), "7B", TOKENS[0], False, *limits)
+        stage(name, scan, name, ours(chunk=chunk), "7B", TOKENS[0], False, *limits, chunk, detail=True)
     for (name, function), t, packed in itertools.product(found.items(), TOKENS, (False, True)):
         detail = t == TOKENS[0] and not packed
         stage(f"{name}, {t}", scan, name, function, "7B", t, packed, *limits, detail=detail)

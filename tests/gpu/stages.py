@@ -67,5 +67,4 @@ def stage(name, function, *args, **kwargs):
     except Exception as e:
         traceback.print_exc()
         put("FAILED", part=name, error=f"{type(e).__name__}: {str(e)[:300]}", seconds=time.time() - start)
-    if not DRY:
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()
