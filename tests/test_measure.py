@@ -394,10 +394,13 @@ def test_scripts_of_a_gpu_day(tmp_path):
     done = subprocess.run([sys.executable, folder / "check.py"], **options)
     results = [json.loads(row) for row in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert done.returncode == 0 and not [row for row in results if row["kind"] == "FAILED"], done.stderr
-    by_kind = {row["kind"]: row for row in results}
-    assert by_kind["long"]["y"] == "same bits"
-    assert by_kind["int32"]["same"] and by_kind["graphs"]["same_tokens"]
-    assert all(row["y"] < 0.01 for row in results if row["kind"].endswith(" error"))
+    kinds = ("long", "graphs", "set aside", "scan error", "conv error", "step error")
+    rows = {kind: [row for row in results if row["kind"] == kind] for kind in kinds}
+    assert [row["y"] for row in rows["long"]] == 2 * ["same bits"]
+    assert [row["same_tokens"] for row in rows["graphs"]] == [True, True]
+    assert rows["set aside"][0]["waiting"] > 0 and rows["set aside"][0]["whole"]
+    assert all(row["worst_logprob_against_trainer"] < 1e-4 for row in rows["graphs"] + rows["set aside"])
+    assert all(row["y"] < 0.01 for kind in kinds[-3:] for row in rows[kind])
     script = "import decoding, scan, train, warm"
     imports = subprocess.run([sys.executable, "-c", script], **options | {"cwd": folder})
     assert imports.returncode == 0, imports.stderr
