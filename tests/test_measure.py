@@ -1,5 +1,6 @@
 """What a configuration costs: the formulas against numbers worked by hand and against what torch counts; both commands."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -383,6 +384,18 @@ def test_bench_leaves_the_cpu_alone_where_there_is_a_gpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
         measure.main()
     assert ran == ["large_model", "small_model"]
+
+
+def test_shares_of_the_kernels(monkeypatch, tmp_path):
+    """Bytes and milliseconds of all calls together: 3 GB at 1 TB/s are 3 ms of the 4 that two calls took."""
+    monkeypatch.syspath_prepend(Path(__file__).parent / "gpu")
+    stages = importlib.import_module("stages")
+    monkeypatch.setattr(stages, "OUT", tmp_path)
+    monkeypatch.setattr(stages, "kernel_times", lambda run: {"_dcb_kernel": (4.0, 2), "fill": (1.0, 1)})
+    stages.put_kernels("kernel", None, 1e12, {"_dcb_kernel": 3e9})
+    rows = [json.loads(row) for row in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [row.get("of_copy") for row in rows] == [0.75, None, None]
+    assert rows[0]["calls"] == 2 and rows[-1] == {"kind": "kernels", "sum_ms": 5, "launches": 3}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="takes minutes there; gpu_day.sh runs it")

@@ -122,8 +122,7 @@ def set_aside(net, prompts, new):
     def counting(sampler, length):
         grow(sampler, length)
         waiting.append(len(sampler.aside))
-    patches = patch.object(model, "free_bytes", lambda _: room), patch.object(model.Sampler, "grow", counting)
-    with patches[0], patches[1]:
+    with patch("model.free_bytes", lambda device: room), patch.object(model.Sampler, "grow", counting):
         traces, worst = sampled(net, prompts, new, len(prompts))
     whole = all(len(tokens) == new for tokens in traces)
     put("set aside", waiting=max(waiting), whole=whole, worst_logprob_against_trainer=worst)

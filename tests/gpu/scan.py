@@ -47,8 +47,8 @@ def main():
     if DRY:  # a CPU launches none of them
         return
     for chunk in (256, 512):
-        stage(f"chunk {chunk}", scan, f"ours, chunk {chunk}", ours(chunk=chunk), "7B", TOKENS[0], False, *limits,
-              chunk, detail=True)
+        name = f"ours, chunk {chunk}"
+        stage(name, scan, name, ours(chunk=chunk), "7B", 32768, False, *limits, chunk, detail=True)
     for (name, function), t, packed in itertools.product(found.items(), TOKENS, (False, True)):
         stage(f"{name}, {t}", scan, name, function, "7B", t, packed, *limits,
               detail=not packed and t == TOKENS[0])
