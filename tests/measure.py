@@ -10,15 +10,15 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 
 from model import CHUNK, PRESETS, Cache, Decoder, FalconH1, FalconH1Config, draw, generate, prefill
-from ssm_scan import causal_conv1d, chunk_of, ssd_scan, ssd_step
+from ssm_scan import causal_conv1d, chunk_of, ssd_scan
 from tests.peers import peers
-from train_sft import make_optimizer, shares, target_logprobs
+from train_sft import make_optimizer, shares, target_logprobs, tokens_of_chunk
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. The scan against its definition
@@ -221,19 +221,32 @@ def scan_work(t, h, p, n, width):
 
 
 def kernel_bytes(t, h, p, n, l, g=1):
-    """{pass: {kernel: bytes}} in 16 bits, each operand moved once: t tokens in chunks of l, one row.
+    """{pass: {kernel: bytes of all its calls}}, each operand moved once: a row of t tokens, chunks of l.
 
         x  2 t h p    x, y, or a gradient of them    s   2 (t / l) h p n   the states that enter the chunks
         bc 2 t n g    B, C, or a gradient of them    cb  2 t l g           C B^T: of its 128 x 128 tiles,
-                                                                           those on and below the diagonal"""
-    tiles = max(1, l // 128)
-    x, s, bc = 2 * t * h * p, 2 * t * h * p * n // l, 2 * t * n * g
+        f  4 t h      a float32 of token and head                          those on and below the diagonal
+
+    f counts where there is little else. Decays: the step; dt, a pair for c, and two for each boundary, which
+    stand 64 tokens apart. ddt: sums over rows and columns of the triangle's tiles of 64, half of l / 64 + 1
+    each; F and E of n / 128 tiles; diagonal, dt, ddt."""
+    tiles, edges = max(1, l // 128), max(1, l // 64)
+    x, s, bc, f = 2 * t * h * p, 2 * t * h * p * n // l, 2 * t * n * g, 4 * t * h
     cb = 2 * t * l * g * (tiles + 1) // (2 * tiles)
-    scan = 2 * x + s + bc + cb
-    forward = {"_cb_kernel": 2 * bc + cb, "_states_kernel": x + bc + s, "_scan_kernel": scan}
-    backward = {"_states_kernel": x + bc + 2 * s, "_scan_kernel": scan, "_dcb_kernel": 2 * (x + cb),
-                "_dbc_kernel": 2 * (x + s + cb + 3 * bc)}  # runs for C and for B
-    return {"forward": forward, "backward": backward}
+    both = {"_decays_kernel": f * (4 + 2 * (edges + 1)), "_scan_kernel": 2 * x + s + bc + cb}
+    forward = {"_cb_kernel": 2 * bc + cb, "_states_kernel": x + bc + s}
+    backward = {"_states_kernel": x + bc + 2 * s,
+                "_dcb_kernel": 2 * (x + cb),  # a call for the diagonal, one for what lies below
+                "_dbc_kernel": 2 * (x + s + cb + 3 * bc),  # a call for C, one for B
+                "_ddt_kernel": f * (edges + 1 + 2 * max(1, n // 128) + 3)}
+    return {"forward": both | forward, "backward": both | backward}
+
+
+def step_kernel_bytes(c, slots, length, dtype):
+    """{kernel: bytes} of a decoding step, all layers: keys and values are read, states read and written."""
+    size = cache_bytes(c, slots, length, dtype)
+    return {"_attend_kernel": size["kv"], "_conv_step_kernel": 2 * size["conv"],
+            "_step_kernel": 2 * size["ssm"]}
 
 
 def flops_per_token(c, context):
@@ -292,21 +305,29 @@ def block_bytes(c, device="cuda"):
     return size + (20 if c.mamba_rms_norm else 12) * I + 4 * (5 * I + 2 * h * l + I * n // l + g * l + 2 * g * n + 7 * h + 2 * I + 4 * g * n)
 
 
+def loss_bytes(c, tokens, device):
+    """The most bytes that the head's loss holds at a time, see train_sft.tokens_of_chunk: for the logits of a
+    chunk in the forward pass, or in the backward pass for them and the head's float32 gradient (V, d)."""
+    V, d = c.vocab_size, c.hidden_size
+    logits = V * min(tokens, tokens_of_chunk(V, torch.device(device)))
+    forward, backward = (10, 8) if device == "cuda" else (8, 4)  # bytes a number
+    return max(forward * logits, backward * logits + 4 * V * d)
+
+
 def training_bytes(c, tokens, ranks=1, device="cuda", recompute=False):
     """{part: bytes} on each rank when a step of train_sft.py needs most: one row of `tokens` tokens for every rank; float32 parameters,
     gradients and two moments, each rank a slice. With recompute, activation checkpointing, all blocks but one keep their input only.
 
         gathered     what is whole on every rank for a while, where FSDP2 is at work: weights and gradients of the embedding and the
                      head until the backward pass is over, and of two blocks, one at work and one on its way
-        at work      beside the activations, the most of what is needed at the head: the logits of a chunk, some in two dtypes, and the
-                     head's gradient; in the last block: its gradients, of the MLP's products above all, and where recomputed itself;
+        at work      beside the activations, the most of what is needed at the head: loss_bytes; in the
+                     last block: its gradients, of the MLP's products above all, and where recomputed itself;
                      in the first block: the same and all gradients, which have come as activations went"""
-    parts, w, vocab, layers = parameters(c), 2 if device == "cuda" else 4, c.vocab_size, c.num_hidden_layers
+    parts, w, layers = parameters(c), 2 if device == "cuda" else 4, c.num_hidden_layers
     total, outer = sum(parts.values()), parts["embedding"] + parts["head"]
-    logits = vocab * max(1, min(tokens, 2**25 // vocab))
-    head = max((2 * w + 4 if w == 2 else 8) * logits, (2 * w + 4 if w == 2 else 4) * logits + (4 + w) * vocab * c.hidden_size)
     block, products, whole = block_bytes(c, device) * tokens, 3 * w * c.intermediate_size * tokens, device == "cuda" or ranks > 1
     kept = layers * w * c.hidden_size * tokens if recompute else layers * block
+    head = loss_bytes(c, tokens, device)
     work = max(head, recompute * block + products, block + products + 4 * total / ranks - kept)
     return {"parameters": 4 * total / ranks, "moments": 8 * total / ranks, "gathered": whole * 2 * w * (outer + 2 * (total - outer) / layers),
             "activations": kept, "at work": work}
@@ -451,7 +472,8 @@ def plan(name, c, ranks, cp, context, device):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 6. The speed of the model
+# 6. The speed of the model. Floors: 6 (training) or 2 operations per weight and token at the measured rate of
+# matrix products; for decoding also the bytes of decoding_floor. In a CPU's caches a model can be faster.
 
 SMALL = FalconH1Config(
     vocab_size=512, hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
@@ -548,10 +570,9 @@ def large_model(c, device, dtype=torch.bfloat16, length=32768, batches=(1, 4, 16
     """The same for a model with random weights of dtype on one GPU. A batch that does not fit is skipped.
     Training is forward and backward of one row with activation checkpointing of blocks."""
     torch.manual_seed(0)
-    torch.set_default_dtype(dtype)
     with torch.device(device):
-        model = FalconH1(c)
-    torch.set_default_dtype(torch.float32)
+        model = FalconH1(c).to(dtype)
+    model.model.recompute = True
     bandwidth, rate = floors(device)
     flops, ids = flops_per_token(c, length), torch.randint(c.vocab_size, (1, length), device=device)
     print(f"{torch.cuda.get_device_name() if device == 'cuda' else 'cpu'}, torch {torch.__version__}, {dtype}, {sum(parameters(c).values()):,} "
@@ -564,24 +585,20 @@ def large_model(c, device, dtype=torch.bfloat16, length=32768, batches=(1, 4, 16
             print_row(name, tokens, floor, medians([run], device, rounds), [peak], note)
         except torch.OutOfMemoryError as e:
             print_row(name, tokens, floor, note=f"does not fit: {str(e).splitlines()[0]}")
-        if device == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
 
     def train():
-        model.model.recompute = True
-
-        def run():
-            model.zero_grad()
-            (-target_logprobs(model, ids, ids)[0].mean()).backward()
-        return run
+        model.zero_grad()
+        (-target_logprobs(model, ids, ids)[0].mean()).backward()
 
     for context, batch in itertools.product(contexts, batches):
         floor = decoding_floor(c, batch, context, dtype, bandwidth, rate)
-        name = f"decoding, batch {batch}, context {context:,d}"
-        attempt(name, batch, floor, lambda: decoding_step(model, batch, context))
+        attempt(f"decoding, batch {batch}, context {context:,d}", batch, floor,
+                lambda: decoding_step(model, batch, context))
     attempt(f"prefill 1 x {length:,d}", length, length * flops["blocks"] / rate, lambda: lambda: prefill(model, ids.tolist()))
-    attempt(f"training 1 x {length:,d}", length, 3 * length * (flops["blocks"] + flops["head"]) / rate, train,
-            note=f"with attention and scan the share is {sum(flops.values()) / (flops['blocks'] + flops['head']):.2f} times that")
+    products = flops["blocks"] + flops["head"]
+    attempt(f"training 1 x {length:,d}", length, 3 * length * products / rate, lambda: train,
+            note=f"with attention and scan the share is {sum(flops.values()) / products:.2f} times that")
 
 
 def parts(c, dtype, device, tokens, batches=(1, 16, 256)):
@@ -596,55 +613,13 @@ def parts(c, dtype, device, tokens, batches=(1, 16, 256)):
         logits = torch.randn(batch, c.vocab_size, dtype=dtype, device=device)
         u = torch.rand(batch, dtype=torch.float64, device=device)
         yield f"draw, batch {batch}, top-p {top_p}", lambda: draw(logits, u, 0.85, top_p), logits.nbytes
-    del leaves, runs
-    for batch in batches:
-        sizes = (c.mamba_n_heads, c.mamba_d_head, c.mamba_n_groups, c.mamba_d_state)
-        inputs = random_inputs(batch, 1, *sizes, states=batch, device=device)
-        state, dt, A = (inputs[k].detach() for k in ("initial_states", "dt", "A"))
-        x, B, C = (inputs[k][:, 0].detach().to(dtype) for k in "xBC")
-        step = partial(ssd_step, state, x, F.softplus(dt[:, 0]), A, B, C)
-        yield f"step of the scan, batch {batch}", torch.no_grad()(step), 2 * state.nbytes  # read and written
-    # AdamW over as many blocks as fit, 16 bytes a parameter with gradient and moments; a fifth stays free.
-    one, two = (sum(parameters(replace(c, num_hidden_layers=layers)).values()) for layers in (1, 2))
-    room = 0.8 * torch.cuda.mem_get_info()[0] / 16 if device == "cuda" else one
-    layers = min(c.num_hidden_layers, max(1, 1 + int((room - one) // (two - one))))
     with torch.device(device):
-        model = FalconH1(replace(c, num_hidden_layers=layers))
+        model = FalconH1(replace(c, num_hidden_layers=2))  # 1.1 billion parameters at the 7B shape
     for p in model.parameters():
         p.grad = torch.ones_like(p)
-    count = one + (layers - 1) * (two - one)
+    count = sum(parameters(model.config).values())
     step = make_optimizer(model, 1e-5, 0.01).step
     yield f"AdamW, {count:,} parameters", step, 28 * count  # 16 bytes read; all but the gradient written
-
-
-def parts_speed(c, device, dtype=torch.bfloat16, tokens=32768, batches=(1, 16, 256)):
-    """Times of the scan's kernels and of `parts`, next to the bytes that each must move."""
-    def row(name, ms, size):
-        share = f"{size / ms / 1e6:8.1f} GB/s {1e5 * size / bandwidth / ms:4.0f} %" if size else ""
-        print(f"  {name:60s} {ms:9.3f} ms {share}".rstrip(), flush=True)
-
-    bandwidth, (h, p, n) = floors(device)[0], (c.mamba_n_heads, c.mamba_d_head, c.mamba_d_state)
-    print(f"parts, on a row of {tokens:,d} tokens, and their share of a copy's {bandwidth / 1e9:.0f} GB/s")
-    inputs = scan_inputs(tokens, h, p, n, dtype, device)
-    for part, run in passes(lambda *leaves: ours()(*leaves, (0, tokens)), inputs).items():
-        for kernel, (ms, calls) in kernel_times(run).items():
-            size = kernel_bytes(tokens, h, p, n, CHUNK)[part].get(kernel)
-            row(f"scan, {part}, {kernel[:32]} x {calls}", ms, size)
-    for name, run, size in parts(c, dtype, device, tokens, batches):
-        row(name, milliseconds(run, device), size)
-
-
-def model_speed():
-    """`python model.py --bench`: the 7B shape where there is a GPU, else a small model. Floors: 6 (training)
-    or 2 operations per weight and token at the measured rate of matrix products; for decoding also the bytes
-    of decoding_floor. A model that fits the CPU's caches can read faster than memory."""
-    if torch.cuda.is_available():
-        large_model(PRESETS["7b"], "cuda")
-        torch.cuda.empty_cache()
-        parts_speed(PRESETS["7b"], "cuda")
-    else:
-        small_model()
-        print("  7b in bfloat16, its decoding, prefill, training, kernels, draw and AdamW: needs a GPU")
 
 
 def main():
@@ -665,8 +640,10 @@ def main():
     heads = (PRESETS[name].num_attention_heads, PRESETS[name].mamba_n_heads) if args.plan else ()
     if min(args.gpus, args.cp, args.context) < 1 or any(n % args.cp for n in (args.gpus, args.context, *heads)):
         parser.error(f"--cp {args.cp}: must divide --gpus, --context and the model's heads {heads}, all above 0")
-    if args.bench:
-        model_speed()
+    if args.bench and torch.cuda.is_available():
+        large_model(PRESETS["7b"], "cuda")
+    elif args.bench:
+        small_model()
     elif args.plan:
         print("\n".join(plan(name, PRESETS[name], args.gpus, args.cp, args.context, args.device)))
     else:

@@ -32,27 +32,26 @@ def others(c, tokens, batches, bandwidth):
     for name, run, size in parts(c, torch.bfloat16, DEV, tokens, batches):
         took = milliseconds(run, DEV)
         put("part", name=name, ms=took, share=size / bandwidth * 1e3 / took)
+        put_kernels("part kernel", run, bandwidth, {"_conv_kernel": size}, top=5, part=name)
 
 
 def main():
-    bandwidth, rate = floors(DEV)
-    device = "cpu" if DRY else torch.cuda.get_device_name()
-    put("floors", device=device, copy_gb_s=bandwidth / 1e9, matrix_tflop_s=rate / 1e12)
-    limits = (bandwidth, rate)
+    limits, device = floors(DEV), "cpu" if DRY else torch.cuda.get_device_name()
+    put("floors", device=device, copy_gb_s=limits[0] / 1e9, matrix_tflop_s=limits[1] / 1e12)
     for shape, t, packed in itertools.product(SHAPES, TOKENS, (False, True)):
-        detail = not packed and shape != "0.5B"
-        stage(f"ours, {shape}, {t}", scan, "ours", ours(), shape, t, packed, *limits, detail=detail)
+        stage(f"ours, {shape}, {t}", scan, "ours", ours(), shape, t, packed, *limits,
+              detail=not packed and shape != "0.5B")
     sizes = (PRESETS["tiny"], 300, (2,)) if DRY else (PRESETS["7b"], 32768, (1, 16, 256))
-    stage("other parts", others, *sizes, bandwidth)
+    stage("other parts", others, *sizes, limits[0])
     found = peers()
     if DRY:  # a CPU launches none of them
         return
     for chunk in (256, 512):
         name = f"ours, chunk {chunk}"
-        stage(name, scan, name, ours(chunk=chunk), "7B", TOKENS[0], False, *limits)
+        stage(name, scan, name, ours(chunk=chunk), "7B", 32768, False, *limits, chunk, detail=True)
     for (name, function), t, packed in itertools.product(found.items(), TOKENS, (False, True)):
-        detail = t == TOKENS[0] and not packed
-        stage(f"{name}, {t}", scan, name, function, "7B", t, packed, *limits, detail=detail)
+        stage(f"{name}, {t}", scan, name, function, "7B", t, packed, *limits,
+              detail=not packed and t == TOKENS[0])
 
 
 if __name__ == "__main__":

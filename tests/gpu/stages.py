@@ -49,13 +49,13 @@ def put_kernels(kind, run, bandwidth=None, sizes=None, top=15, **fields):
         size = (sizes or {}).get(name)
         share = size / bandwidth / ms * 1e3 if size else None
         put(kind, name=name[:90], ms=ms, calls=calls, of_copy=share, **fields)
-    times, calls = zip(*kernels.values()) if kernels else ((), ())
-    put(f"{kind}s", sum_ms=sum(times), launches=sum(calls), **fields)
+    ms, launches = (sum(column) for column in zip((0, 0), *kernels.values()))
+    put(f"{kind}s", sum_ms=ms, launches=launches, **fields)
 
 
 def error(a, b):
-    a, b = a.detach(), b.detach()
-    return float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30))
+    a, b = a.detach().double(), b.detach().double()
+    return float((a - b).norm() / b.norm().clamp(min=1e-30))
 
 
 def stage(name, function, *args, **kwargs):
@@ -67,5 +67,4 @@ def stage(name, function, *args, **kwargs):
     except Exception as e:
         traceback.print_exc()
         put("FAILED", part=name, error=f"{type(e).__name__}: {str(e)[:300]}", seconds=time.time() - start)
-    if not DRY:
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()

@@ -18,10 +18,9 @@ from tests.measure import PEAK, floors, flops_per_token, parameters
 def row(t, vocab, seed, packed):
     """Random tokens; packed, documents of lognormal lengths, others in every step, as real data has them."""
     r, cu = np.random.default_rng(seed), [0]
-    while packed and cu[-1] < t:
-        cu.append(min(t, cu[-1] + int(np.clip(r.lognormal(8, 1), 64, t))))
+    while cu[-1] < t:
+        cu.append(min(t, cu[-1] + int(np.clip(r.lognormal(8, 1), 64, t))) if packed else t)
     ids = r.integers(0, vocab, t)
-    cu = cu if packed else [0, t]
     return Pack(ids, np.roll(ids, -1), np.ones(t, np.float32), np.array(cu, np.int32), [])
 
 

@@ -63,8 +63,7 @@ def run_all(limit):
             process.wait(max(1, begin + limit - time.time()))
         except subprocess.TimeoutExpired:
             process.kill()
-            process.wait()
-        put("warm", job=job, rc=process.returncode, by=time.time() - begin)
+        put("warm", job=job, rc=process.wait(), by=time.time() - begin)
 
 
 if __name__ == "__main__":

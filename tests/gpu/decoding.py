@@ -1,0 +1,53 @@
+"""Decoding at the 7B shape: a step against the bytes it must move, its kernels; generate(); prefill.
+python tests/gpu/decoding.py"""
+
+from stages import DEV, DRY, put, put_kernels, seconds, stage
+
+import torch
+
+from model import PRESETS, FalconH1, generate, prefill
+from tests.measure import (decoding_floor, decoding_step, floors, flops_per_token, milliseconds,
+                           step_kernel_bytes)
+
+
+def one_step(model, batch, context, limits, detail):
+    run = decoding_step(model, batch, context)
+    first, second = seconds(run)[0], seconds(run)[0]  # compiles; is recorded
+    took = milliseconds(run, DEV)
+    floor = decoding_floor(model.config, batch, context, torch.bfloat16, *limits) * 1e3
+    put("decode", batch=batch, context=context, ms=took, floor_ms=floor, share=floor / took,
+        tokens_s=batch / took * 1e3, first_s=first, second_s=second)
+    if detail:
+        sizes = step_kernel_bytes(model.config, batch, context, torch.bfloat16)
+        put_kernels("decode kernel", run, limits[0], sizes, batch=batch, context=context)
+
+
+def whole_generation(model, slots, new):
+    prompts = [[1 + i, 2, 3] for i in range(slots)]
+    took, _ = seconds(lambda: generate(model, prompts, max_new_tokens=new, temperature=0.85, slots=slots))
+    put("generate", slots=slots, new=new, seconds=took, tokens_s=slots * new / took)
+
+
+def reading(model, t, rate):
+    prefill(model, [[1] * t])
+    took, _ = seconds(lambda: prefill(model, [[1] * t]))
+    put("prefill", tokens=t, seconds=took, share=t * flops_per_token(model.config, t)["blocks"] / rate / took)
+
+
+def main():
+    torch.manual_seed(0)
+    with torch.device(DEV):
+        model = FalconH1(PRESETS["tiny" if DRY else "7b"]).to(torch.bfloat16)
+    limits = floors(DEV)
+    shapes = [(1, 512), (64, 512), (256, 512), (1, 16384), (16, 16384), (64, 16384)]
+    for batch, context in [(2, 32)] if DRY else shapes:
+        detail = DRY or (batch, context) in ((1, 512), (64, 512), (64, 16384))
+        stage(f"decode {batch} x {context}", one_step, model, batch, context, limits, detail)
+    for slots, new in [(1, 8)] if DRY else [(1, 300), (64, 300)]:  # the cache grows once
+        stage(f"generate, {slots} slots", whole_generation, model, slots, new)
+    for t in (64,) if DRY else (4096, 32768):
+        stage(f"prefill {t}", reading, model, t, limits[1])
+
+
+if __name__ == "__main__":
+    main()
