@@ -18,7 +18,7 @@ from model import check  # noqa: E402
 
 def gradient(model, packs, ranks):
     total = t.weight_of(packs)
-    loss = ranks.all_sum([t.backward_all(model, packs, ranks, lambda row: t.sft_loss(model, row, total))])[0]
+    loss = float(ranks.all_sum(t.backward_all(model, packs, ranks, lambda row: t.sft_loss(model, row, total))))
     whole = [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in model.parameters()]
     return loss, {name: g for (name, _), g in zip(model.named_parameters(), whole)}
 

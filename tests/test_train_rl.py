@@ -3,11 +3,12 @@
 import json
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from tests.test_train_sft import dying, killed_and_resumed, refused, run
+from tests.test_train_sft import dying, killed_and_resumed, model_of_a_gpu, refused, run, traffic_of
 
 import data
 import eval as ev
@@ -138,6 +139,17 @@ def test_rows_do_not_change_the_gradient(setting, normalise):
     _, whole, _ = gradient(model, groups, normalise=normalise)
     _, split, _ = gradient(model, groups, normalise=normalise, pack_tokens=25)
     assert (whole - split).norm() / whole.norm() < 1e-6
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_step_waits_for_the_gpu_once(rows, monkeypatch):
+    model, args, stats = model_of_a_gpu(), r.Args(pack_tokens=200), r.new_stats("meta")
+    ids = np.arange(100, dtype=np.int32)
+    groups = [[r.Rollout(ids, ids >= 10, [-1.0] * 90, score, score > 0) for score in (0.0, 1.0)] for _ in range(rows)]
+    step = partial(r.train_step, model, NoStep(), groups, args, 0, train_sft.Ranks(), stats)
+    traffic = traffic_of(step, monkeypatch)
+    assert traffic.reads == 1  # loss and norm; the statistics are read when they are logged
+    assert traffic.copies == 2 * rows  # ids and targets; what the loss knows of its tokens
 
 
 def test_the_stop_token_is_learned_and_the_prompt_is_not(setting):

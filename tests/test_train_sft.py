@@ -7,15 +7,19 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import data
+import ssm_scan
 import train_sft as t
 from model import PRESETS, FalconH1, document_table, read_safetensors
 from tests.measure import peak_bytes
@@ -117,34 +121,86 @@ def test_add_product_adds_in_float32(device, dtype):
     assert total.tolist() == [[513 + 2**-14, 17], [33, 2]]
 
 
-class Copies(TorchDispatchMode):
-    """Counts copies from the CPU to another device. "meta" stands in for a GPU."""
+class Traffic(TorchDispatchMode):
+    """What passes between the host and a GPU, for which "meta" stands in. copies: to the GPU. reads: from it, for
+    which the host waits; an operator whose result has a shape that only the GPU knows cannot run at all. created:
+    (operator, numbers) of each tensor that is new there, neither a view nor changed in place."""
 
-    count = 0
+    def __init__(self):
+        super().__init__()
+        self.copies, self.reads, self.created = 0, 0, []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = [v for v in tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)]
+        there = any(v.is_meta for v in given)
+        copies = function is torch.ops.aten._to_copy.default
+        if there and copies and kwargs.get("device") == torch.device("cpu"):
+            self.reads += 1
+            return torch.ones(args[0].shape, dtype=args[0].dtype)
+        if there and function is torch.ops.aten._local_scalar_dense.default:
+            self.reads += 1
+            return 1.0
         out = function(*args, **(kwargs or {}))
-        if function in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
-            source = args[function is torch.ops.aten.copy_.default]
-            self.count += source.device.type == "cpu" and out.device.type != "cpu"
+        owned = {v.untyped_storage()._cdata for v in given}
+        new = [v for v in tree_leaves(out) if isinstance(v, torch.Tensor) and v.is_meta]
+        new = [v for v in new if v.untyped_storage()._cdata not in owned]
+        self.created += [(function.__name__, v.numel()) for v in new]
+        if function is torch.ops.aten.copy_.default:
+            self.copies += args[0].is_meta and not args[1].is_meta
+        else:
+            self.copies += copies and not there and len(new)
         return out
 
 
-def test_a_row_goes_to_the_device_in_few_copies():
+def traffic_of(step, monkeypatch):
+    """Of a step, when the tables of its rows have been made. Operators are a GPU's: kernels do not run on "meta"."""
+    monkeypatch.setattr(ssm_scan, "_backend", lambda name, x: "triton")
+    with Traffic():
+        step()
+    with Traffic() as traffic:
+        step()
+    return traffic
+
+
+def model_of_a_gpu(layers=3):
     with torch.device("meta"):
-        model = FalconH1(PRESETS["tiny"])
-    ids, cu = np.arange(40), np.array([0, 7, 19, 40], np.int32)
-    row = data.Pack(ids, ids, np.ones(40, np.float32), cu, [])
+        return FalconH1(replace(PRESETS["tiny"], num_hidden_layers=layers)).to(torch.bfloat16)
 
-    def copies():
-        with Copies() as counter:
-            t.sft_loss(model, row, 1.0).backward()
-        return counter.count
 
-    copies()  # ssm_scan.py makes its tables
-    assert copies() == 2  # ids and targets, weights
+def three_documents():
+    ids, cu = np.arange(200), np.array([0, 70, 120, 200], np.int32)
+    return data.Pack(ids, ids, np.ones(200, np.float32), cu, [])
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_step_waits_for_the_gpu_once(rows, monkeypatch):
+    model, packs = model_of_a_gpu(), [three_documents() for _ in range(rows)]
+    optimizer = torch.optim.SGD(model.parameters())
+    traffic = traffic_of(lambda: t.train_step(model, optimizer, packs, 0, 1.0, t.Ranks()), monkeypatch)
+    assert traffic.reads == 1  # loss and norm
+    assert traffic.copies == 2 * rows  # ids and targets; weights
     document_table.cache_clear()
-    assert copies() == 3  # and what attention and RoPE know of these documents
+    with Traffic() as traffic:
+        t.train_step(model, optimizer, packs, 0, 1.0, t.Ranks())
+    assert traffic.reads == 1 and traffic.copies == 2 * rows + 1  # and what attention and RoPE know of documents
+
+
+def test_a_held_out_loss_is_read_once(monkeypatch):
+    model, sample = model_of_a_gpu(), data.Sample(np.arange(200), np.arange(200) > 9, 1.0, "math")
+    run = partial(t.held_out_loss, model, [sample] * 3, t.Args(pack_tokens=200), t.Ranks())
+    traffic = traffic_of(run, monkeypatch)
+    assert (traffic.reads, traffic.copies) == (1, 2 * 3)
+
+
+def test_a_block_creates_no_more_tensors_than_it_did(monkeypatch):
+    """At least as large as the hidden states, forward and backward; those inside of kernels are not seen."""
+    def large(layers):
+        model = model_of_a_gpu(layers)
+        step = partial(t.train_step, model, torch.optim.SGD(model.parameters()), [three_documents()], 0, 1.0, t.Ranks())
+        return Counter(name for name, n in traffic_of(step, monkeypatch).created if n >= 200 * 96)
+
+    two_blocks = large(3) - large(1)
+    assert two_blocks.total() <= 2 * 118, two_blocks
 
 
 class Sliced:
@@ -190,7 +246,8 @@ def test_negative_targets_give_zero_and_no_gradient(targets):
 def gradients(model, packs, rank=0, world=1):
     model.zero_grad()
     total = float(sum(row.weights.sum() for row in packs))
-    loss = sum(t.backward_all(model, packs, t.Ranks(r, world), lambda row: t.sft_loss(model, row, total)) for r in range(world))
+    loss = sum(float(t.backward_all(model, packs, t.Ranks(r, world), lambda row: t.sft_loss(model, row, total)))
+               for r in range(world))
     return loss, torch.cat([p.grad.flatten() for p in model.parameters()]) / world
 
 
