@@ -556,11 +556,12 @@ def backward_all(model, packs, ranks, loss_of):
     """Accumulate the gradient of sum over all packs of loss_of(pack); this rank takes its team's share, see Ranks.own.
 
     Returns this rank's part of the sum, float64, on the device; the parts add up. FSDP averages over ranks, so each
-    loss is scaled by their number; only the last pass reduces."""
+    loss is scaled by their number. Every pass reduces gradients to each rank's slice: whole, until the last pass,
+    they would take 4 bytes a parameter. Replicas exchange their slices after the last."""
     own, total = ranks.own(packs), 0
     for i, row in enumerate(own):
         if dist.is_initialized():
-            model.set_requires_gradient_sync(i == len(own) - 1)
+            model.set_requires_all_reduce(i == len(own) - 1)
         loss = loss_of(row)
         (loss * ranks.world).backward()
         total += loss.detach().double()

@@ -259,6 +259,13 @@ def test_ranks_sample_and_reward_like_one(start, tmp_path, whole_run, ranks, fla
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-4, abs=1e-6) and two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
 
 
+def test_each_rank_holds_one_copy_to_sample_from(start, tmp_path):
+    args = (*rl_args(start), "--steps", 2, "--out", tmp_path / "run")
+    status, out, err = run("tests/copies_held.py", "train_rl", 1, *args, ranks=2)
+    assert status == 0, err
+    assert out.count("made 1 copies") == 2  # refreshed in place after each step
+
+
 def test_a_killed_rank_leaves_a_run_that_goes_on(start, tmp_path, whole_run):
     out, program = tmp_path / "run", tmp_path / "program.py"
     program.write_text(dying("train_rl.py", rl_args(start), out, "log of step 3", rank=1))

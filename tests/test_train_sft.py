@@ -230,6 +230,13 @@ def test_a_rank_that_does_not_sample_keeps_no_copy(monkeypatch):
     assert {v.gathered for v in state.values()} == {3}  # it takes part, or the others would wait for ever
 
 
+def test_training_holds_no_copy_of_the_model(sft_file, tmp_path):
+    args = ("--data", sft_file, "--out", tmp_path / "run", *SMALL_RUN, "--steps", 3, "--eval-every", 1)
+    status, out, err = run("tests/copies_held.py", "train_sft", 0, *args, ranks=2)
+    assert status == 0, err
+    assert "rank 0 made 3 copies" in out and "rank 1 made 0 copies" in out  # rank 0 alone samples
+
+
 @pytest.mark.parametrize("targets", [[3, -1, 5, -7], [-1, -1, -1, -1]])
 def test_negative_targets_give_zero_and_no_gradient(targets):
     torch.manual_seed(0)
