@@ -615,8 +615,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
 
 def add_product(total, a, b):
-    """total += a b, total in float32. On a GPU, cuBLAS adds a product of bf16 matrices to float32 directly:
-    8 bytes of traffic per number. A product in bf16, added afterwards, would be rounded and take 12."""
+    """total += a b, in total's float32: cuBLAS alone can add a product of bf16 matrices without rounding it first."""
     if total.is_cuda and a.dtype != total.dtype:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
@@ -624,15 +623,12 @@ def add_product(total, a, b):
 
 
 def tokens_of_chunk(vocab, device):
-    """How many tokens' logits are in work at a time: 2^25 numbers (128 MB) on a CPU, at most 2^28 on a GPU.
+    """How many tokens' logits are in work at a time: 2^25 numbers (128 MB) on a CPU. On a GPU at most 2^28, of
+    10 bytes each (product in bf16, logits and softmax in float32): 2.7 GB, 2,048 tokens at 130,048 words.
 
-    Memory, GPU: a number takes 10 bytes in the forward pass (product in bf16, logits and softmax in float32),
-    8 in the backward pass (product, logits, their gradient in bf16). 2^28 take 2.7 GB: 2,048 tokens at
-    130,048 words.
-    Time, GPU: each chunk reads and writes the weight's gradient once, 8 V d bytes for a vocabulary of V
-    words. The four products with the weight have 8 chunk V d operations. At 3 TB/s and 800 TFLOP/s the ratio
-    of times is 267 / chunk: 13% at 2,048 tokens, 7% at 4,096. Larger chunks gain little. Multiples of 128
-    fill the products' tiles."""
+    Each chunk adds to the weight's gradient, 8 vocab d bytes of traffic beside 8 chunk vocab d operations. At
+    3 TB/s and 800 TFLOP/s that takes 267 / chunk of the products' time: 13% at 2,048 tokens, 7% at 4,096.
+    Multiples of 128 fill the products' tiles."""
     if device.type == "cpu":
         return max(1, 2**25 // vocab)
     return min(4096, max(128, 2**28 // vocab // 128 * 128))

@@ -2,20 +2,23 @@
 
 import json
 import math
+import weakref
 from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from tests.measure import cache_bytes, parameters
 from tests.test_train_sft import dying, killed_and_resumed, model_of_a_gpu, refused, run, traffic_of
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import data
 import eval as ev
 import train_rl as r
 import train_sft
-from model import PRESETS, FalconH1
-from model import generate
+from model import PRESETS, FalconH1, Running, Sampler, Trace, generate
 
 
 def test_advantages_by_hand():
@@ -247,6 +250,52 @@ def test_evaluation_samples_in_the_dtype_of_rl(tmp_path, monkeypatch):
     assert ev.load(tmp_path, "cuda", "float32")[0] == (torch.float32, "cuda")
     with pytest.raises(ValueError, match="--dtype float16: not one of auto, float32, bfloat16"):
         ev.check_args(ev.Args(dtype="float16"))
+
+
+class Held(TorchDispatchMode):
+    """The bytes of all tensors on "meta" that are alive; they may be at most `room`."""
+
+    def __init__(self, room):
+        super().__init__()
+        self.now, self.room = 0, room
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        given = {v.untyped_storage()._cdata for v in tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)}
+        for v in tree_leaves(out):
+            if isinstance(v, torch.Tensor) and v.is_meta and v.untyped_storage()._cdata not in given:
+                self.change(v.untyped_storage().nbytes())
+                weakref.finalize(v.untyped_storage(), self.change, -v.untyped_storage().nbytes())
+        return out
+
+    def change(self, nbytes):
+        self.now += nbytes
+        assert self.now <= self.room
+
+
+def test_sampling_at_7b_stays_inside_80_gb(monkeypatch):
+    """The README's command for GRPO on eight GPUs of 80 GB: 16 of 128 prompts a rank, 16 traces of each, all of which
+    grow to 49,152 tokens. The rank also holds a copy in bf16, and of weights and two moments its eighth in float32."""
+    c = PRESETS["7b"]
+    n = sum(parameters(c).values())
+    held = Held(80 * 10**9 - 2 * n - 12 * n // 8)
+    monkeypatch.setattr("model.free_bytes", lambda device: held.room - held.now)
+    with torch.device("meta"):
+        model = FalconH1(c).to(torch.bfloat16)
+    with held:
+        sampler = Sampler(model, [[1] * 300] * 16, 16, 0, 300 + 49152 - 1, 0, None, None)
+        slots, sizes = len(sampler.slots), []
+        assert sum(cache_bytes(c, slots, 512, torch.bfloat16).values()) < held.room / 2
+        assert sum(cache_bytes(c, slots + 1, 512, torch.bfloat16).values()) > held.room / 2
+        sampler.waiting, sampler.slots = {}, [Running(Trace(0, i), [], None) for i in range(slots)]
+        while (length := sampler.cache.k.shape[3]) < sampler.longest:
+            sizes.append((len(sampler.slots), length))
+            for running in sampler.slots:
+                running.ids = [1] * (length + 1)
+            sampler.fit()
+    assert (slots, sizes[0]) == (164, (164, 512)) and sizes[2] == (164, 2048)  # then some are set aside
+    assert sampler.cache.k.shape[3] == 49451 and len(sampler.slots) == 12
+    assert len(sampler.slots) + len(sampler.aside) == slots
 
 
 @pytest.mark.parametrize(("ranks", "flags"), [(2, ()), (3, ("--cp", 3, "--checkpoint-activations"))])
