@@ -308,7 +308,7 @@ def train_step(model, optimizer, groups, args, lr, ranks, stats):
 
 
 def new_stats(device="cpu"):
-    """What a step gathers. Each row adds to sums and mismatch_max on the device; the host reads them once, in record_of."""
+    """What a step gathers. Rows add to sums and mismatch_max on the device; record_of reads them."""
     return {"samples": [], "groups": 0, "all_right": 0, "all_wrong": 0, "calls": 0, "cached": 0, "age": 0.0, "t_sample": 0.0,
             "t_score": 0.0, "t_update": 0.0, "sums": torch.zeros(7, dtype=torch.float64, device=device),
             "mismatch_max": torch.zeros((), device=device)}
@@ -329,7 +329,8 @@ def record_of(stats, loss, norm, lr, ranks):
         "all_right": stats["all_right"] / n, "all_wrong": stats["all_wrong"] / n,
         "calls": stats["calls"], "cached": stats["cached"], "age": stats["age"],
         "entropy": entropy / tokens, "clip_low": low / tokens, "clip_high": high / tokens, "kl": kl / tokens,
-        "mismatch": off / tokens, "mismatch_max": max(ranks.all_values(float(stats["mismatch_max"]))), "capped": capped / tokens,
+        "mismatch": off / tokens, "mismatch_max": max(ranks.all_values(float(stats["mismatch_max"]))),
+        "capped": capped / tokens,
         "length": mean(x["length"] for x in s), "length_right": mean(x["length"] for x in s if x["correct"]),
         "length_wrong": mean(x["length"] for x in s if not x["correct"]), "truncated": mean(x["truncated"] for x in s),
         "mixed": mean(x["mixed"] for x in s), "unparsed": mean(x["reason"] in UNPARSED for x in s),

@@ -11,10 +11,10 @@ ranks. Every rank knows the whole batch, so the loss is divided by the weight of
 computed: each token weighs the same, on whichever rank and in whichever row it stands (the paper's "balanced data-parallel
 token normalisation"), and ranks or --pack-tokens change the result by rounding only.
 
-An interrupted run continues where it was when the same command is given again: on a CPU bit for bit. On a GPU the
-backward pass of flash attention adds with atomics, so that any two runs differ in rounding. Nothing in training draws
-from a random generator that has a state: data order, problems and samples are functions of (seed, position), so a
-checkpoint is weights, optimiser, step and positions.
+An interrupted run continues where it was when the same command is given again: on a CPU bit for bit. On a GPU
+the backward pass of flash attention adds with atomics, so that any two runs differ in rounding. Nothing in
+training draws from a random generator that has a state: data order, problems and samples are functions of
+(seed, position), so a checkpoint is weights, optimiser, step and positions.
 
     OUT/run.json      arguments, versions, hardware, commit        OUT/trainer/step-N/   what a resumed run needs
     OUT/log.jsonl     one object a step                            OUT/model/            the model in the published format
@@ -298,12 +298,14 @@ class ContextParallel:
     def to_heads(self, x, part):
         """x (1, s, places, ...), all of this rank's tokens -> this rank's places of all tokens, split into (1, n s, ..., ...)."""
         index, sizes = part
-        wanted = x.squeeze(0).index_select(1, index.flatten()).unflatten(1, index.shape).movedim(1, 0)  # (n, s, own, ...)
+        wanted = x.squeeze(0).index_select(1, index.flatten()).unflatten(1, index.shape)
+        wanted = wanted.movedim(1, 0)  # (n, s, own, ...)
         return _AllToAll.apply(wanted, self.group).flatten(0, 1)[None].split(sizes, 2)
 
     def to_tokens(self, y):
         """y (1, n s, own heads, ...) -> (1, s, heads, ...)."""
-        return _AllToAll.apply(y.squeeze(0).unflatten(0, (self.size, -1)), self.group).movedim(0, 1).flatten(1, 2)[None]
+        y = y.squeeze(0).unflatten(0, (self.size, -1))  # a view, and so is its gradient
+        return _AllToAll.apply(y, self.group).movedim(0, 1).flatten(1, 2)[None]
 
     def own_weights(self, weight, bias, A, D):
         """Convolution weights of this rank's channels, A and D of its heads."""
@@ -553,11 +555,11 @@ def update(model, optimizer, loss, lr, clip):
 
 
 def backward_all(model, packs, ranks, loss_of):
-    """Accumulate the gradient of sum over all packs of loss_of(pack); this rank takes its team's share, see Ranks.own.
+    """Accumulate the gradient of the sum of loss_of(pack); this rank takes its team's share, see Ranks.own.
 
-    Returns this rank's part of the sum, float64, on the device; the parts add up. FSDP averages over ranks, so each
-    loss is scaled by their number. Every pass reduces gradients to each rank's slice: whole, until the last pass,
-    they would take 4 bytes a parameter. Replicas exchange their slices after the last."""
+    Returns this rank's part of the sum, float64, on the device; the parts add up. FSDP averages over ranks,
+    so each loss is scaled by their number. Every pass reduces gradients to each rank's slice: kept whole until
+    the last pass, they would take 4 bytes per parameter. Replicas exchange their slices in the last."""
     own, total = ranks.own(packs), 0
     for i, row in enumerate(own):
         if dist.is_initialized():
@@ -615,7 +617,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
 
 def add_product(total, a, b):
-    """total += a b, in total's float32: cuBLAS alone can add a product of bf16 matrices without rounding it first."""
+    """total += a b, total in float32. On a GPU, cuBLAS adds a product of bf16 matrices without rounding it."""
     if total.is_cuda and a.dtype != total.dtype:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
@@ -623,7 +625,7 @@ def add_product(total, a, b):
 
 
 def tokens_of_chunk(vocab, device):
-    """How many tokens' logits are in work at a time: 2^25 numbers (128 MB) on a CPU. On a GPU at most 2^28, of
+    """How many tokens' logits are in work at a time: 2^25 numbers (128 MB) on a CPU; on a GPU up to 2^28, of
     10 bytes each (product in bf16, logits and softmax in float32): 2.7 GB, 2,048 tokens at 130,048 words.
 
     Each chunk adds to the weight's gradient, 8 vocab d bytes of traffic beside 8 chunk vocab d operations. At

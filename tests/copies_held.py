@@ -1,5 +1,5 @@
-"""A short run of train_sft or train_rl on the ranks that torchrun started, in which every rank counts, before each
-update, the whole copies of the model that it holds; for test_train_sft.py and test_train_rl.py.
+"""A short run of train_sft or train_rl on the ranks that torchrun started. Before each update every rank
+counts the whole copies of the model that it holds. For test_train_sft.py and test_train_rl.py.
 
     torchrun --nproc-per-node 2 tests/copies_held.py train_sft 0 --out FOLDER ...
 """

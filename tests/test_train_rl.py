@@ -148,7 +148,8 @@ def test_rows_do_not_change_the_gradient(setting, normalise):
 def test_a_step_waits_for_the_gpu_once(rows, monkeypatch):
     model, args, stats = model_of_a_gpu(), r.Args(pack_tokens=200), r.new_stats("meta")
     ids = np.arange(100, dtype=np.int32)
-    groups = [[r.Rollout(ids, ids >= 10, [-1.0] * 90, score, score > 0) for score in (0.0, 1.0)] for _ in range(rows)]
+    right, wrong = (r.Rollout(ids, ids >= 10, [-1.0] * 90, float(score), score) for score in (True, False))
+    groups = [[replace(right), replace(wrong)] for _ in range(rows)]
     step = partial(r.train_step, model, NoStep(), groups, args, 0, train_sft.Ranks(), stats)
     traffic = traffic_of(step, monkeypatch)
     assert traffic.reads == 1  # loss and norm; the statistics are read when they are logged
@@ -261,7 +262,8 @@ class Held(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        given = {v.untyped_storage()._cdata for v in tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)}
+        given = [v for v in tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)]
+        given = {v.untyped_storage()._cdata for v in given}
         for v in tree_leaves(out):
             if isinstance(v, torch.Tensor) and v.is_meta and v.untyped_storage()._cdata not in given:
                 self.change(v.untyped_storage().nbytes())
@@ -274,8 +276,9 @@ class Held(TorchDispatchMode):
 
 
 def test_sampling_at_7b_stays_inside_80_gb(monkeypatch):
-    """The README's command for GRPO on eight GPUs of 80 GB: 16 of 128 prompts a rank, 16 traces of each, all of which
-    grow to 49,152 tokens. The rank also holds a copy in bf16, and of weights and two moments its eighth in float32."""
+    """The README's command for GRPO on eight GPUs of 80 GB: 16 of 128 prompts a rank, 16 traces of each, all
+    of which grow to 49,152 tokens. Beside them lie the copy in bf16, and in float32 an eighth of weights and
+    moments."""
     c = PRESETS["7b"]
     n = sum(parameters(c).values())
     held = Held(80 * 10**9 - 2 * n - 12 * n // 8)

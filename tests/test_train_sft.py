@@ -122,9 +122,9 @@ def test_add_product_adds_in_float32(device, dtype):
 
 
 class Traffic(TorchDispatchMode):
-    """What passes between the host and a GPU, for which "meta" stands in. copies: to the GPU. reads: from it, for
-    which the host waits; an operator whose result has a shape that only the GPU knows cannot run at all. created:
-    (operator, numbers) of each tensor that is new there, neither a view nor changed in place."""
+    """What passes between the host and a GPU, for which "meta" stands in. copies: to the GPU. reads: from it,
+    for which the host waits; an operator whose result has a shape that only the GPU knows cannot run at all.
+    created: (operator, numbers) of each tensor that is new there, neither a view nor changed in place."""
 
     def __init__(self):
         super().__init__()
@@ -153,7 +153,7 @@ class Traffic(TorchDispatchMode):
 
 
 def traffic_of(step, monkeypatch):
-    """Of a step, when the tables of its rows have been made. Operators are a GPU's: kernels do not run on "meta"."""
+    """Of a step, when the tables of its rows have been made. Operators are a GPU's; "meta" runs no kernel."""
     monkeypatch.setattr(ssm_scan, "_backend", lambda name, x: "triton")
     with Traffic():
         step()
@@ -182,7 +182,8 @@ def test_a_step_waits_for_the_gpu_once(rows, monkeypatch):
     document_table.cache_clear()
     with Traffic() as traffic:
         t.train_step(model, optimizer, packs, 0, 1.0, t.Ranks())
-    assert traffic.reads == 1 and traffic.copies == 2 * rows + 1  # and what attention and RoPE know of documents
+    assert traffic.reads == 1
+    assert traffic.copies == 2 * rows + 1  # and what attention and RoPE know of these documents
 
 
 def test_a_held_out_loss_is_read_once(monkeypatch):
@@ -196,7 +197,8 @@ def test_a_block_creates_no_more_tensors_than_it_did(monkeypatch):
     """At least as large as the hidden states, forward and backward; those inside of kernels are not seen."""
     def large(layers):
         model = model_of_a_gpu(layers)
-        step = partial(t.train_step, model, torch.optim.SGD(model.parameters()), [three_documents()], 0, 1.0, t.Ranks())
+        optimizer, packs = torch.optim.SGD(model.parameters()), [three_documents()]
+        step = partial(t.train_step, model, optimizer, packs, 0, 1.0, t.Ranks())
         return Counter(name for name, n in traffic_of(step, monkeypatch).created if n >= 200 * 96)
 
     two_blocks = large(3) - large(1)
@@ -253,8 +255,8 @@ def test_negative_targets_give_zero_and_no_gradient(targets):
 def gradients(model, packs, rank=0, world=1):
     model.zero_grad()
     total = float(sum(row.weights.sum() for row in packs))
-    loss = sum(float(t.backward_all(model, packs, t.Ranks(r, world), lambda row: t.sft_loss(model, row, total)))
-               for r in range(world))
+    ranks = [t.Ranks(r, world) for r in range(world)]
+    loss = sum(float(t.backward_all(model, packs, r, lambda row: t.sft_loss(model, row, total))) for r in ranks)
     return loss, torch.cat([p.grad.flatten() for p in model.parameters()]) / world
 
 
