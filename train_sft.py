@@ -558,8 +558,8 @@ def backward_all(model, packs, ranks, loss_of):
     """Accumulate the gradient of the sum of loss_of(pack); this rank takes its team's share, see Ranks.own.
 
     Returns this rank's part of the sum, float64, on the device; the parts add up. FSDP averages over ranks,
-    so each loss is scaled by their number. Every pass reduces gradients to each rank's slice: kept whole until
-    the last pass, they would take 4 bytes per parameter. Replicas exchange their slices in the last."""
+    so each loss is scaled by their number. Every pass reduces gradients to each rank's slice: kept whole
+    until the last pass, they would take 4 bytes per parameter. Replicas exchange their slices in the last."""
     own, total = ranks.own(packs), 0
     for i, row in enumerate(own):
         if dist.is_initialized():
@@ -617,7 +617,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
 
 def add_product(total, a, b):
-    """total += a b, total in float32. On a GPU, cuBLAS adds a product of bf16 matrices without rounding it."""
+    """total += a b, total in float32. On a GPU, cuBLAS adds a product in bf16 without rounding it."""
     if total.is_cuda and a.dtype != total.dtype:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:

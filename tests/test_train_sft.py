@@ -256,7 +256,9 @@ def gradients(model, packs, rank=0, world=1):
     model.zero_grad()
     total = float(sum(row.weights.sum() for row in packs))
     ranks = [t.Ranks(r, world) for r in range(world)]
-    loss = sum(float(t.backward_all(model, packs, r, lambda row: t.sft_loss(model, row, total))) for r in ranks)
+    def loss_of(row):
+        return t.sft_loss(model, row, total)
+    loss = sum(float(t.backward_all(model, packs, r, loss_of)) for r in ranks)
     return loss, torch.cat([p.grad.flatten() for p in model.parameters()]) / world
 
 
