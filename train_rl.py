@@ -26,7 +26,6 @@ G = 16, temperature 0.85, clip (0.2, 0.28), TIS cap 2, beta = 0 and gamma = 0 ar
 To copy this file, also take train_sft.py, model.py, decode.py, ssm_scan.py, data.py, deepconf.py and eval.py.
 """
 
-import math
 import os
 import sys
 import time
@@ -44,6 +43,7 @@ import train_sft
 from data import flag
 from eval import check_code, check_gold, format_ok, mixed_scripts, open_judge, reply_text, verify
 from model import check, generate
+from ssm_scan import to_device
 
 
 @dataclass
@@ -266,11 +266,11 @@ def grpo_loss(model, row, args, positives, old=None, stats=None):
     """Loss of one Pack, and its log-probabilities (t,); old (t,) are the trainer's before the first update, None then.
 
         sum over tokens of weight * TIS * policy_term   -   mu * sum over tokens of correct answers of log p / their number"""
-    device = next(model.parameters()).device
+    values = [pack_values(row, v) for v in (
+        lambda r: r.sampler, lambda r: r.advantage, lambda r: r.token_weight, lambda r: r.correct)]
+    sampler, advantage, weight, correct = to_device(values, next(model.parameters()).device)
     new, entropy = train_sft.pack_logprobs(model, row, args.temperature)
     old = new.detach() if old is None else old
-    sampler, advantage, weight, correct = (pack_values(row, v).to(device) for v in (
-        lambda r: r.sampler, lambda r: r.advantage, lambda r: r.token_weight, lambda r: r.correct))
     tis = tis_weight(old, sampler, args.tis_cap)
     loss = (weight * tis * policy_term(new, old, advantage, args.clip_low, args.clip_high)).sum()
     loss = loss - args.positive_weight * (correct * new).sum() / max(1, positives)
@@ -279,8 +279,8 @@ def grpo_loss(model, row, args, positives, old=None, stats=None):
         sums = (real, entropy * real, real & (rho < 1 - args.clip_low) & (advantage < 0),
                 real & (rho > 1 + args.clip_high) & (advantage > 0), k3(new.detach(), old) * real, off * real,
                 real & (torch.exp(old - sampler) > args.tis_cap))
-        stats["sums"] += np.array([float(v.sum()) for v in sums])
-        stats["mismatch_max"] = max(stats["mismatch_max"], float((off * real).max()))
+        stats["sums"] += torch.stack(sums).sum(1, dtype=torch.float64)
+        stats["mismatch_max"] = torch.maximum(stats["mismatch_max"], (off * real).max())
     return loss, new.detach()
 
 
@@ -298,9 +298,8 @@ def train_step(model, optimizer, groups, args, lr, ranks, stats):
             loss, new = grpo_loss(model, row, args, positives, old.get(id(row)), stats)
             old.setdefault(id(row), new)
             return loss
-        loss = ranks.all_sum([train_sft.backward_all(model, packs, ranks, loss_of)])[0]
-        check(math.isfinite(loss), f"the loss is {loss}")
-        norm = train_sft.update(model, optimizer, lr, args.clip)
+        loss = train_sft.backward_all(model, packs, ranks, loss_of)
+        loss, norm = train_sft.update(model, optimizer, ranks.all_sum(loss), lr, args.clip)
     return loss, norm
 
 
@@ -308,9 +307,11 @@ def train_step(model, optimizer, groups, args, lr, ranks, stats):
 # 5. The loop
 
 
-def new_stats():
+def new_stats(device="cpu"):
+    """What a step gathers. Rows add to sums and mismatch_max on the device; record_of reads them."""
     return {"samples": [], "groups": 0, "all_right": 0, "all_wrong": 0, "calls": 0, "cached": 0, "age": 0.0, "t_sample": 0.0,
-            "t_score": 0.0, "t_update": 0.0, "sums": np.zeros(7), "mismatch_max": 0.0}
+            "t_score": 0.0, "t_update": 0.0, "sums": torch.zeros(7, dtype=torch.float64, device=device),
+            "mismatch_max": torch.zeros((), device=device)}
 
 
 def record_of(stats, loss, norm, lr, ranks):
@@ -319,7 +320,7 @@ def record_of(stats, loss, norm, lr, ranks):
         values = list(values)
         return float(np.mean(values)) if values else 0.0
     s, n = stats["samples"], max(1, stats["groups"])
-    tokens, entropy, low, high, kl, off, capped = ranks.all_sum((stats["sums"] / ranks.cp).tolist())
+    tokens, entropy, low, high, kl, off, capped = ranks.all_sum(stats["sums"] / ranks.cp).tolist()
     domains = sorted({x["domain"] for x in s})
     return {
         "loss": loss, "reward": mean(x["score"] for x in s), "reward_std": float(np.std([x["score"] for x in s] or [0])),
@@ -328,7 +329,8 @@ def record_of(stats, loss, norm, lr, ranks):
         "all_right": stats["all_right"] / n, "all_wrong": stats["all_wrong"] / n,
         "calls": stats["calls"], "cached": stats["cached"], "age": stats["age"],
         "entropy": entropy / tokens, "clip_low": low / tokens, "clip_high": high / tokens, "kl": kl / tokens,
-        "mismatch": off / tokens, "mismatch_max": max(ranks.all_values(stats["mismatch_max"])), "capped": capped / tokens,
+        "mismatch": off / tokens, "mismatch_max": max(ranks.all_values(float(stats["mismatch_max"]))),
+        "capped": capped / tokens,
         "length": mean(x["length"] for x in s), "length_right": mean(x["length"] for x in s if x["correct"]),
         "length_wrong": mean(x["length"] for x in s if not x["correct"]), "truncated": mean(x["truncated"] for x in s),
         "mixed": mean(x["mixed"] for x in s), "unparsed": mean(x["reason"] in UNPARSED for x in s),
@@ -394,7 +396,7 @@ def main():
         if state is not None and run.logged < state["step"]:  # it was killed between saving and logging
             run.write(state["step"], args.steps, state["record"], SHOWN)
         for step in range(state["step"] if state else 0, args.steps):
-            start, stats, first = time.time(), new_stats(), prompts.position
+            start, stats, first = time.time(), new_stats(ranks.device), prompts.position
             if step % args.eval_every == 0:
                 check_verifier()
             lr = args.lr * min(1, (step + 1) / max(1, args.warmup_steps))

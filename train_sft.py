@@ -11,9 +11,10 @@ ranks. Every rank knows the whole batch, so the loss is divided by the weight of
 computed: each token weighs the same, on whichever rank and in whichever row it stands (the paper's "balanced data-parallel
 token normalisation"), and ranks or --pack-tokens change the result by rounding only.
 
-An interrupted run continues where it was when the same command is given again, bit for bit. Nothing in training draws from a
-random generator that has a state: data order, problems and samples are functions of (seed, position), so a checkpoint is
-weights, optimiser, step and positions.
+An interrupted run continues where it was when the same command is given again: on a CPU bit for bit. On a GPU
+the backward pass of flash attention adds with atomics, so that any two runs differ in rounding. Nothing in
+training draws from a random generator that has a state: data order, problems and samples are functions of
+(seed, position), so a checkpoint is weights, optimiser, step and positions.
 
     OUT/run.json      arguments, versions, hardware, commit        OUT/trainer/step-N/   what a resumed run needs
     OUT/log.jsonl     one object a step                            OUT/model/            the model in the published format
@@ -109,11 +110,10 @@ class Ranks:
         return packs[self.rank // self.cp :: self.teams]
 
     def all_sum(self, values):
-        """Sum of a list of floats over the ranks."""
-        t = torch.tensor(values, dtype=torch.float64, device=self.device)
+        """Sum of a tensor over the ranks, in place and where it lies: the host does not wait for a GPU."""
         if self.world > 1:
-            dist.all_reduce(t)
-        return t.tolist()
+            dist.all_reduce(values)
+        return values
 
     def gather(self, objects, group=None):
         """Rank r has made objects[r], objects[r + world], ...; returns the whole list on every rank."""
@@ -298,12 +298,14 @@ class ContextParallel:
     def to_heads(self, x, part):
         """x (1, s, places, ...), all of this rank's tokens -> this rank's places of all tokens, split into (1, n s, ..., ...)."""
         index, sizes = part
-        wanted = x[0].index_select(1, index.flatten()).unflatten(1, index.shape).movedim(1, 0)  # (n, s, own, ...)
+        wanted = x.squeeze(0).index_select(1, index.flatten()).unflatten(1, index.shape)
+        wanted = wanted.movedim(1, 0)  # (n, s, own, ...)
         return _AllToAll.apply(wanted, self.group).flatten(0, 1)[None].split(sizes, 2)
 
     def to_tokens(self, y):
         """y (1, n s, own heads, ...) -> (1, s, heads, ...)."""
-        return _AllToAll.apply(y[0].unflatten(0, (self.size, -1)), self.group).movedim(0, 1).flatten(1, 2)[None]
+        y = y.squeeze(0).unflatten(0, (self.size, -1))  # a view, and so is its gradient
+        return _AllToAll.apply(y, self.group).movedim(0, 1).flatten(1, 2)[None]
 
     def own_weights(self, weight, bias, A, D):
         """Convolution weights of this rank's channels, A and D of its heads."""
@@ -536,28 +538,35 @@ def make_optimizer(model, lr, weight_decay):
     return torch.optim.AdamW(groups, lr=lr, fused=True)
 
 
-def update(model, optimizer, lr, clip):
-    """Clip, step, clear; returns the gradient's norm before clipping. The norm is of the whole gradient, over all ranks."""
+def update(model, optimizer, loss, lr, clip):
+    """Clip, step, clear; returns the loss and the gradient's norm before clipping, over all ranks.
+
+    Both are read here, at once: nowhere else in a step does the host wait for a GPU."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-    norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    loss, norm = torch.stack([loss, norm.double()]).tolist()
+    check(math.isfinite(loss), f"the loss is {loss}")
     check(math.isfinite(norm), f"the gradient's norm is {norm}")
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad()
-    return norm
+    return loss, norm
 
 
 def backward_all(model, packs, ranks, loss_of):
-    """Accumulate the gradient of sum over all packs of loss_of(pack); this rank takes its team's share, see Ranks.own. Returns its
-    part of the loss; the parts add up. FSDP averages over ranks, so each loss is scaled by their number; only the last pass reduces."""
-    own, total = ranks.own(packs), 0.0
+    """Accumulate the gradient of the sum of loss_of(pack); this rank takes its team's share, see Ranks.own.
+
+    Returns this rank's part of the sum, float64, on the device; the parts add up. FSDP averages over ranks,
+    so each loss is scaled by their number. Every pass reduces gradients to each rank's slice: kept whole
+    until the last pass, they would take 4 bytes per parameter. Replicas exchange their slices in the last."""
+    own, total = ranks.own(packs), 0
     for i, row in enumerate(own):
         if dist.is_initialized():
-            model.set_requires_gradient_sync(i == len(own) - 1)
+            model.set_requires_all_reduce(i == len(own) - 1)
         loss = loss_of(row)
         (loss * ranks.world).backward()
-        total += float(loss.detach())
+        total += loss.detach().double()
     return total / ranks.cp
 
 
@@ -608,8 +617,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
 
 def add_product(total, a, b):
-    """total += a b, total in float32. On a GPU, cuBLAS adds a product of bf16 matrices to float32 directly:
-    8 bytes of traffic per number. A product in bf16, added afterwards, would be rounded and take 12."""
+    """total += a b, total in float32. On a GPU, cuBLAS adds a product in bf16 without rounding it."""
     if total.is_cuda and a.dtype != total.dtype:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
@@ -617,15 +625,12 @@ def add_product(total, a, b):
 
 
 def tokens_of_chunk(vocab, device):
-    """How many tokens' logits are in work at a time: 2^25 numbers (128 MB) on a CPU, at most 2^28 on a GPU.
+    """How many tokens' logits are in work at a time: 2^25 numbers (128 MB) on a CPU; on a GPU up to 2^28, of
+    10 bytes each (product in bf16, logits and softmax in float32): 2.7 GB, 2,048 tokens at 130,048 words.
 
-    Memory, GPU: a number takes 10 bytes in the forward pass (product in bf16, logits and softmax in float32),
-    8 in the backward pass (product, logits, their gradient in bf16). 2^28 take 2.7 GB: 2,048 tokens at
-    130,048 words.
-    Time, GPU: each chunk reads and writes the weight's gradient once, 8 V d bytes for a vocabulary of V
-    words. The four products with the weight have 8 chunk V d operations. At 3 TB/s and 800 TFLOP/s the ratio
-    of times is 267 / chunk: 13% at 2,048 tokens, 7% at 4,096. Larger chunks gain little. Multiples of 128
-    fill the products' tiles."""
+    Each chunk adds to the weight's gradient, 8 vocab d bytes of traffic beside 8 chunk vocab d operations. At
+    3 TB/s and 800 TFLOP/s that takes 267 / chunk of the products' time: 13% at 2,048 tokens, 7% at 4,096.
+    Multiples of 128 fill the products' tiles."""
     if device.type == "cpu":
         return max(1, 2**25 // vocab)
     return min(4096, max(128, 2**28 // vocab // 128 * 128))
@@ -687,9 +692,8 @@ def weight_of(packs):
 def train_step(model, optimizer, packs, lr, clip, ranks):
     """One update on a global batch of packs; returns its loss and the gradient's norm."""
     total = weight_of(packs)
-    loss = ranks.all_sum([backward_all(model, packs, ranks, lambda row: sft_loss(model, row, total))])[0]
-    check(math.isfinite(loss), f"the loss is {loss}")
-    return loss, update(model, optimizer, lr, clip)
+    loss = backward_all(model, packs, ranks, lambda row: sft_loss(model, row, total))
+    return update(model, optimizer, ranks.all_sum(loss), lr, clip)
 
 
 @torch.no_grad()
@@ -697,7 +701,8 @@ def held_out_loss(model, samples, args, ranks):
     """Mean loss per token over samples that are not trained on, in nats, weighted as in training."""
     packs = data.pack(samples, args.pack_tokens, ranks.teams)
     total = weight_of(packs)
-    return ranks.all_sum([sum(float(sft_loss(model, row, total)) for row in ranks.own(packs)) / ranks.cp])[0]
+    loss = sum(sft_loss(model, row, total).double() for row in ranks.own(packs))
+    return float(ranks.all_sum(loss / ranks.cp))
 
 
 def sample_text(model, tokenizer, sample, max_new_tokens=200):

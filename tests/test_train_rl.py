@@ -2,19 +2,23 @@
 
 import json
 import math
+import weakref
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from tests.test_train_sft import dying, killed_and_resumed, refused, run
+from tests.measure import cache_bytes, parameters
+from tests.test_train_sft import dying, killed_and_resumed, model_of_a_gpu, refused, run, traffic_of
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import data
 import eval as ev
 import train_rl as r
 import train_sft
-from model import PRESETS, FalconH1
-from model import generate
+from model import PRESETS, FalconH1, Running, Sampler, Trace, generate
 
 
 def test_advantages_by_hand():
@@ -140,6 +144,18 @@ def test_rows_do_not_change_the_gradient(setting, normalise):
     assert (whole - split).norm() / whole.norm() < 1e-6
 
 
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_step_waits_for_the_gpu_once(rows, monkeypatch):
+    model, args, stats = model_of_a_gpu(), r.Args(pack_tokens=200), r.new_stats("meta")
+    ids = np.arange(100, dtype=np.int32)
+    right, wrong = (r.Rollout(ids, ids >= 10, [-1.0] * 90, float(score), score) for score in (True, False))
+    groups = [[replace(right), replace(wrong)] for _ in range(rows)]
+    step = partial(r.train_step, model, NoStep(), groups, args, 0, train_sft.Ranks(), stats)
+    traffic = traffic_of(step, monkeypatch)
+    assert traffic.reads == 1  # loss and norm; the statistics are read when they are logged
+    assert traffic.copies == 2 * rows  # ids and targets; what the loss knows of its tokens
+
+
 def test_the_stop_token_is_learned_and_the_prompt_is_not(setting):
     rollout = setting[1][0][0]
     assert rollout.mask.sum() == len(rollout.sampler) and rollout.mask[-1] and not rollout.mask[0]
@@ -237,6 +253,54 @@ def test_evaluation_samples_in_the_dtype_of_rl(tmp_path, monkeypatch):
         ev.check_args(ev.Args(dtype="float16"))
 
 
+class Held(TorchDispatchMode):
+    """The bytes of all tensors on "meta" that are alive; they may be at most `room`."""
+
+    def __init__(self, room):
+        super().__init__()
+        self.now, self.room = 0, room
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        given = [v for v in tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)]
+        given = {v.untyped_storage()._cdata for v in given}
+        for v in tree_leaves(out):
+            if isinstance(v, torch.Tensor) and v.is_meta and v.untyped_storage()._cdata not in given:
+                self.change(v.untyped_storage().nbytes())
+                weakref.finalize(v.untyped_storage(), self.change, -v.untyped_storage().nbytes())
+        return out
+
+    def change(self, nbytes):
+        self.now += nbytes
+        assert self.now <= self.room
+
+
+def test_sampling_at_7b_stays_inside_80_gb(monkeypatch):
+    """The README's command for GRPO on eight GPUs of 80 GB: 16 of 128 prompts a rank, 16 traces of each, all
+    of which grow to 49,152 tokens. Beside them lie the copy in bf16, and in float32 an eighth of weights and
+    moments."""
+    c = PRESETS["7b"]
+    n = sum(parameters(c).values())
+    held = Held(80 * 10**9 - 2 * n - 12 * n // 8)
+    monkeypatch.setattr("model.free_bytes", lambda device: held.room - held.now)
+    with torch.device("meta"):
+        model = FalconH1(c).to(torch.bfloat16)
+    with held:
+        sampler = Sampler(model, [[1] * 300] * 16, 16, 0, 300 + 49152 - 1, 0, None, None)
+        slots, sizes = len(sampler.slots), []
+        assert sum(cache_bytes(c, slots, 512, torch.bfloat16).values()) < held.room / 2
+        assert sum(cache_bytes(c, slots + 1, 512, torch.bfloat16).values()) > held.room / 2
+        sampler.waiting, sampler.slots = {}, [Running(Trace(0, i), [], None) for i in range(slots)]
+        while (length := sampler.cache.k.shape[3]) < sampler.longest:
+            sizes.append((len(sampler.slots), length))
+            for running in sampler.slots:
+                running.ids = [1] * (length + 1)
+            sampler.fit()
+    assert (slots, sizes[0]) == (164, (164, 512)) and sizes[2] == (164, 2048)  # then some are set aside
+    assert sampler.cache.k.shape[3] == 49451 and len(sampler.slots) == 12
+    assert len(sampler.slots) + len(sampler.aside) == slots
+
+
 @pytest.mark.parametrize(("ranks", "flags"), [(2, ()), (3, ("--cp", 3, "--checkpoint-activations"))])
 def test_ranks_sample_and_reward_like_one(start, tmp_path, whole_run, ranks, flags):
     status, _, err = run("train_rl.py", *rl_args(start), "--out", tmp_path / "run", *flags, ranks=ranks)
@@ -245,6 +309,13 @@ def test_ranks_sample_and_reward_like_one(start, tmp_path, whole_run, ranks, fla
     for name in ("reward", "correct", "all_right", "all_wrong", "length", "calls", "tokens"):
         assert two[name] == one[name], name
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-4, abs=1e-6) and two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
+
+
+def test_each_rank_holds_one_copy_to_sample_from(start, tmp_path):
+    args = (*rl_args(start), "--steps", 2, "--out", tmp_path / "run")
+    status, out, err = run("tests/copies_held.py", "train_rl", 1, *args, ranks=2)
+    assert status == 0, err
+    assert out.count("made 1 copies") == 2  # refreshed in place after each step
 
 
 def test_a_killed_rank_leaves_a_run_that_goes_on(start, tmp_path, whole_run):

@@ -7,13 +7,16 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import data
 import ssm_scan
@@ -118,35 +121,91 @@ def test_add_product_adds_in_float32(device, dtype):
     assert total.tolist() == [[513 + 2**-14, 17], [33, 2]]
 
 
-class Copies(TorchDispatchMode):
-    """Counts copies from the CPU to another device. "meta" stands in for a GPU."""
+class Traffic(TorchDispatchMode):
+    """What passes between the host and a GPU, for which "meta" stands in. copies: to the GPU. reads: from it,
+    for which the host waits; an operator whose result has a shape that only the GPU knows cannot run at all.
+    created: (operator, numbers) of each tensor that is new there, neither a view nor changed in place."""
 
-    count = 0
+    def __init__(self):
+        super().__init__()
+        self.copies, self.reads, self.created = 0, 0, []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = [v for v in tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)]
+        there = any(v.is_meta for v in given)
+        copies = function is torch.ops.aten._to_copy.default
+        if there and copies and kwargs.get("device") == torch.device("cpu"):
+            self.reads += 1
+            return torch.ones(args[0].shape, dtype=args[0].dtype)
+        if there and function is torch.ops.aten._local_scalar_dense.default:
+            self.reads += 1
+            return 1.0
         out = function(*args, **(kwargs or {}))
-        if function in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
-            source = args[function is torch.ops.aten.copy_.default]
-            self.count += source.device.type == "cpu" and out.device.type != "cpu"
+        owned = {v.untyped_storage()._cdata for v in given}
+        new = [v for v in tree_leaves(out) if isinstance(v, torch.Tensor) and v.is_meta]
+        new = [v for v in new if v.untyped_storage()._cdata not in owned]
+        self.created += [(function.__name__, v.numel()) for v in new]
+        if function is torch.ops.aten.copy_.default:
+            self.copies += args[0].is_meta and not args[1].is_meta
+        else:
+            self.copies += copies and not there and len(new)
         return out
 
 
-def test_a_row_goes_to_the_device_in_few_copies():
+def traffic_of(step, monkeypatch):
+    """Of a step, when the tables of its rows have been made. Operators are a GPU's; "meta" runs no kernel."""
+    monkeypatch.setattr(ssm_scan, "_backend", lambda name, x: "triton")
+    with Traffic():
+        step()
+    with Traffic() as traffic:
+        step()
+    return traffic
+
+
+def model_of_a_gpu(layers=3):
     with torch.device("meta"):
-        model = FalconH1(PRESETS["tiny"])
-    ids, cu = np.arange(40), np.array([0, 7, 19, 40], np.int32)
-    row = data.Pack(ids, ids, np.ones(40, np.float32), cu, [])
+        return FalconH1(replace(PRESETS["tiny"], num_hidden_layers=layers)).to(torch.bfloat16)
 
-    def copies():
-        with Copies() as counter:
-            t.sft_loss(model, row, 1.0).backward()
-        return counter.count
 
-    for table in (document_table, ssm_scan._chunk_rows, ssm_scan._last_tokens):
+def three_documents():
+    ids, cu = np.arange(200), np.array([0, 70, 120, 200], np.int32)
+    return data.Pack(ids, ids, np.ones(200, np.float32), cu, [])
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_step_waits_for_the_gpu_once(rows, monkeypatch):
+    model, packs = model_of_a_gpu(), [three_documents() for _ in range(rows)]
+    optimizer = torch.optim.SGD(model.parameters())
+    traffic = traffic_of(lambda: t.train_step(model, optimizer, packs, 0, 1.0, t.Ranks()), monkeypatch)
+    assert traffic.reads == 1  # loss and norm
+    assert traffic.copies == 2 * rows  # ids and targets; weights
+    for table in (document_table, ssm_scan.chunk_table, ssm_scan._last_tokens):
         table.cache_clear()
-    # ids and targets, weights; and what attention, the scan and the convolution know of these documents
-    assert copies() == 2 + 3
-    assert copies() == 2
+    with Traffic() as traffic:
+        t.train_step(model, optimizer, packs, 0, 1.0, t.Ranks())
+    assert traffic.reads == 1
+    # And what attention and the convolution's last inputs know of these documents. The table of chunks, two more copies, is made
+    # inside of operators, which "meta" does not run.
+    assert traffic.copies == 2 * rows + 2
+
+
+def test_a_held_out_loss_is_read_once(monkeypatch):
+    model, sample = model_of_a_gpu(), data.Sample(np.arange(200), np.arange(200) > 9, 1.0, "math")
+    run = partial(t.held_out_loss, model, [sample] * 3, t.Args(pack_tokens=200), t.Ranks())
+    traffic = traffic_of(run, monkeypatch)
+    assert (traffic.reads, traffic.copies) == (1, 2 * 3)
+
+
+def test_a_block_creates_no_more_tensors_than_it_did(monkeypatch):
+    """At least as large as the hidden states, forward and backward; those inside of kernels are not seen."""
+    def large(layers):
+        model = model_of_a_gpu(layers)
+        optimizer, packs = torch.optim.SGD(model.parameters()), [three_documents()]
+        step = partial(t.train_step, model, optimizer, packs, 0, 1.0, t.Ranks())
+        return Counter(name for name, n in traffic_of(step, monkeypatch).created if n >= 200 * 96)
+
+    two_blocks = large(3) - large(1)
+    assert two_blocks.total() <= 2 * 118, two_blocks
 
 
 class Sliced:
@@ -176,6 +235,13 @@ def test_a_rank_that_does_not_sample_keeps_no_copy(monkeypatch):
     assert {v.gathered for v in state.values()} == {3}  # it takes part, or the others would wait for ever
 
 
+def test_training_holds_no_copy_of_the_model(sft_file, tmp_path):
+    args = ("--data", sft_file, "--out", tmp_path / "run", *SMALL_RUN, "--steps", 3, "--eval-every", 1)
+    status, out, err = run("tests/copies_held.py", "train_sft", 0, *args, ranks=2)
+    assert status == 0, err
+    assert "rank 0 made 3 copies" in out and "rank 1 made 0 copies" in out  # rank 0 alone samples
+
+
 @pytest.mark.parametrize("targets", [[3, -1, 5, -7], [-1, -1, -1, -1]])
 def test_negative_targets_give_zero_and_no_gradient(targets):
     torch.manual_seed(0)
@@ -192,7 +258,10 @@ def test_negative_targets_give_zero_and_no_gradient(targets):
 def gradients(model, packs, rank=0, world=1):
     model.zero_grad()
     total = float(sum(row.weights.sum() for row in packs))
-    loss = sum(t.backward_all(model, packs, t.Ranks(r, world), lambda row: t.sft_loss(model, row, total)) for r in range(world))
+    ranks = [t.Ranks(r, world) for r in range(world)]
+    def loss_of(row):
+        return t.sft_loss(model, row, total)
+    loss = sum(float(t.backward_all(model, packs, r, loss_of)) for r in ranks)
     return loss, torch.cat([p.grad.flatten() for p in model.parameters()]) / world
 
 
