@@ -481,10 +481,9 @@ def _states_kernel(value, key, before, after, start, length, first, initial, sta
     tokens = (tl.load(start + end - 1) + tl.load(length + end - 1) - token).to(tl.int32)
     # All chunks but a sequence's last one are full: one loop over its tokens, whose loads run ahead across chunks. What a chunk
     # needs once, its decay and the state before it, is loaded a chunk ahead by hand.
-    parts, ahead, entry = (tokens + BL - 1) // BL, H, H * P * N
-    head = begin * H + h
+    parts, ahead = (tokens + BL - 1) // BL, -H if REVERSED else H
+    head = (end - 1 if REVERSED else begin) * H + h
     if REVERSED:
-        head, ahead, entry = (end - 1) * H + h, -H, -H * P * N
         S_before = tl.load(entering + head * P * N + place, mask=inside, other=0.0)
     keep = tl.load(after + head * R * L + L - 1)  # 2^(c_l)
     for count in range(0, parts):
@@ -493,11 +492,11 @@ def _states_kernel(value, key, before, after, start, length, first, initial, sta
         if (count == 0) | (part % PER_CHUNK == (PER_CHUNK - 1 if REVERSED else 0)):  # a chunk begins
             tl.store(states + head * P * N + place, S, mask=inside)
             S *= keep
-            more = parts - count > PER_CHUNK
-            keep = tl.load(after + (head + ahead) * R * L + L - 1, mask=more, other=0.0)
+            coming = tl.where(parts - count > PER_CHUNK, head + ahead, head)
+            keep = tl.load(after + coming * R * L + L - 1)
             if REVERSED:
                 tl.store(crossing + head * TILES + tile, tl.sum(S * S_before.to(tl.float32)))
-                S_before = tl.load(entering + head * P * N + entry + place, mask=inside & more, other=0.0)
+                S_before = tl.load(entering + coming * P * N + place, mask=inside, other=0.0)
         within, at, real = part % PER_CHUNK * BL + j, token + part * BL, j < tokens - part * BL
         weight = tl.load(after + head * R * L + within) if REVERSED else tl.load(before + (head * R + R - 1) * L + within)
         v = _load(value + at * s_v + h * P, p[:, None], j[None, :], s_v, real[None, :], in_p)  # (BP, BL)
@@ -599,11 +598,13 @@ def _dcb_kernel(x, dy, cb, dt, c, low, before, after, start, length, dcb, row, c
             if DIAGONAL:
                 tl.store(diagonal + head * L + i, tl.sum(tl.where(i[:, None] == j[None, :], q, 0.0), 1))
                 ci, ci_low = _pair(c + head * L, low, i)
-                q *= _decay(ci[:, None], ci_low[:, None], ci[None, :], ci_low[None, :]) * tl.load(dt + head * L + i)[None, :]
+                q *= _decay(ci[:, None], ci_low[:, None], ci[None, :], ci_low[None, :])
+                q *= tl.load(dt + head * L + i)[None, :]
                 q = tl.where(i[:, None] >= j[None, :], q, 0.0)
             else:
                 edge = (head * R + down * (BM // EDGE)) * L
-                q *= tl.load(after + edge + i)[:, None] * tl.load(before + edge + j)[None, :]
+                q *= tl.load(after + edge + i)[:, None]
+                q *= tl.load(before + edge + j)[None, :]
             acc += q
             q *= below
             tl.store(row + (head * SIDE + across) * L + i, tl.sum(q, 1))
