@@ -692,7 +692,8 @@ def _tiling(l, p, n, dtype, shared_memory):
     big = shared_memory >= 200_000 and dtype.itemsize == 2 and p <= 128
     full = dtype.itemsize == 4  # products of float32 run on no tensor core, and need their registers for themselves
     options = dict(num_warps=8, num_stages=3) if big else dict(num_warps=4, num_stages=2)
-    side, edge = min(128 if big else 64, l), min(64, l)  # of a tile of the chunk's triangle; from boundary to boundary
+    edge = min(32 if full else 64, l)  # from one boundary of before and after to the next
+    side = min(128, l) if big else edge  # of a tile of the chunk's triangle
     bp, bn, step = _power(p), _power(n), min(64 if big else 32, l)
     return {
         "decays": dict(EDGE=edge, BH=4, num_warps=4),
@@ -828,6 +829,10 @@ _ssd.register_autograd(_ssd_gradients, setup_context=_ssd_setup)
 
 def _scan_triton(x, dt, B, C, A, D, S, cu, chunk_size, want_final=True):
     """x (tokens, h, p) in its own dtype, dt (tokens, h) float32 -> y with D x in it, final states."""
+    shared, (p, n) = _shared_memory(x), (x.shape[2], B.shape[2])
+    _expect(p <= 256 and n <= 1024, "x, B", f"p = {p}, n = {n}", 'at most 256 and 1024, or backend="torch"')
+    _expect(not shared or shared >= 99 * 1024, "backend", f'"triton" on a GPU with {shared // 1024} KB of shared memory for a block',
+            'at least 99 KB (Ampere and newer), or backend="torch"')
     longest = min(chunk_size, 1024, max(end - start for start, end in zip(cu, cu[1:])))  # a program of _decays_kernel holds a chunk
     l = max(16, 1 << (longest - 1).bit_length())
     x, B, C = (v if v[0].is_contiguous() else v.contiguous() for v in (x, B, C))
