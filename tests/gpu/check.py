@@ -117,12 +117,13 @@ def graphs(net, prompts, new, slots):
 def set_aside(net, prompts, new):
     """Memory in which three traces may outgrow 256 tokens, but not more: others wait and are read again."""
     cache = model.Cache(net.config, len(prompts), 256, dtype=net.lm_head.weight.dtype, device="meta")
-    room, waiting, grow = cache.bytes_to_grow(3, 512), [], model.Sampler.grow
+    room, waiting, original = cache.bytes_to_grow(3, 512), [], model.Sampler.set_aside
 
     def counting(sampler, length):
-        grow(sampler, length)
+        slots = original(sampler, length)
         waiting.append(len(sampler.aside))
-    with patch("model.free_bytes", lambda device: room), patch.object(model.Sampler, "grow", counting):
+        return slots
+    with patch("model.free_bytes", lambda device: room), patch.object(model.Sampler, "set_aside", counting):
         traces, worst = sampled(net, prompts, new, len(prompts))
     whole = all(len(tokens) == new for tokens in traces)
     put("set aside", waiting=max(waiting), whole=whole, worst_logprob_against_trainer=worst)
