@@ -9,8 +9,8 @@ weights every loop by its trips, and gives per kernel the largest of four times 
     issue     instructions of all warps / (132 * 4 * 1.755e9 per second): a scheduler issues one per clock
     bytes     every operand moved once / 3.0e12 bytes per second, which copies were measured to reach
     tensor    operations of the products, whole tiles / 798e12 per second, measured for products of 8,192
-    serial    of one program, where a sequence is a chain: 2 clocks per instruction of a warp that is alone on its scheduler, the
-              clocks of its products (4,096 operations each), 60 for each wait, and 900 for each load that nothing runs ahead of
+    serial    of one program, where a sequence is a chain (states): 2 clocks per instruction of a warp that is alone on its scheduler,
+              the clocks of its products, 4,096 operations each, and 60 clocks for each wait
 """
 
 import argparse
@@ -33,6 +33,7 @@ from triton.compiler import ASTSource
 
 import decode
 import ssm_scan as s
+from model import CHUNK
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED = {80: 163, 90: 227, 120: 99}  # KB of shared memory that a block may take
@@ -166,7 +167,7 @@ def executed(listing, trips, branch=1.0):
 def workload(name, c, l):
     """Programs, trips of their loops, share of a loop's branch, bytes moved, and operations, of the kernels that are modelled.
 
-    Letters as in GPU papers: x one tensor (tokens, h, p), states all chunks' states, bc one of B and C, cb its tiles of 128."""
+    x stands for one tensor (tokens, h, p), states for those of all chunks, bc for one of B and C, cb for its tiles of 128."""
     t, h, p, n = TOKENS, SIZES["H"], SIZES["P"], SIZES["N"]
     x, states, bc, cb = 2 * t * h * p, 2 * t // l * h * p * n, 2 * t * n, 2 * t * (l + 128) // 2
     reversed_ = name.endswith("reversed")
@@ -223,15 +224,14 @@ def model(l):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("capability", type=int, choices=SHARED)
-    parser.add_argument("--chunk", type=int, default=512, metavar="N", help="tokens of a chunk; model.CHUNK is 512")
     parser.add_argument("--model", action="store_true", help="the table of times, for 90")
     args = parser.parse_args()
     if not args.model:
-        for name, (kernel, constants, options) in jobs(args.capability, args.chunk).items():
+        for name, (kernel, constants, options) in jobs(args.capability, CHUNK).items():
             binary = compiled(kernel, args.capability, constants, **options)
             print(json.dumps(report(name, binary, args.capability)), flush=True)
         return
-    rows, sums = model(args.chunk)
+    rows, sums = model(CHUNK)
     for name, times in rows.items():
         print(f"{name:16s}", "  ".join(f"{key} {ms:.3f}" for key, ms in times.items()), f"  largest {max(times.values()):.3f} ms")
     print(json.dumps({key: round(v, 4) for key, v in sums.items()}))
