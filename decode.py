@@ -245,8 +245,8 @@ def attend_step(q, k, v, cos, sin, lengths, keys, values, *, key_multiplier=1.0)
     q, k, v, cos, sin = (x.contiguous() for x in (q, k, v, cos, sin))
     span, bd = span_of(length, slots * hkv), _power(hd)
     splits = triton.cdiv(length, span)
-    part = torch.empty(slots, hq, splits, hd, device=q.device)
-    lse = torch.empty(slots, hq, splits, device=q.device)
+    part = torch.empty(slots, hq, splits, hd, dtype=torch.float32, device=q.device)
+    lse = torch.empty(slots, hq, splits, dtype=torch.float32, device=q.device)
     y = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     scale = hd**-0.5 * 1.4426950408889634  # 1 / ln 2: scores are exponents of 2
     # A tile has 16 KB of keys and 16 KB of values: an H100's multiprocessor has room for five programs.

@@ -603,7 +603,7 @@ class Cache:
         self.k = torch.zeros(n, slots, c.num_key_value_heads, length, c.head_dim, dtype=dtype, device=device)
         self.v = torch.zeros_like(self.k)
         self.conv = self.k.new_zeros(n, slots, c.mamba_d_conv - 1, sum(c.mamba_widths[1:4])).mT
-        self.ssm = torch.zeros(n, slots, c.mamba_n_heads, c.mamba_d_head, c.mamba_d_state, device=device)
+        self.ssm = torch.zeros(n, slots, c.mamba_n_heads, c.mamba_d_head, c.mamba_d_state, dtype=torch.float32, device=device)
         self.lengths = torch.zeros(slots, dtype=torch.long, device=device)
         self.used = 0
         self.fused = self.at = self.mask = None  # of the forward pass that runs, see extend

@@ -739,9 +739,10 @@ def _plan(x, dt, B, A, cu, l):
     edge = tiles["decays"]["EDGE"]
     r = l // edge + 1
     shapes = dict(c=(2, k, h, l), dt=(k, h, l), before=(k, h, r, l), after=(k, h, r, l))
-    decays = {name: torch.empty(*shape, device=x.device) for name, shape in shapes.items()}
+    decays = {name: torch.empty(*shape, dtype=torch.float32, device=x.device) for name, shape in shapes.items()}
     sizes = dict(H=h, G=g, P=p, N=n, L=l, R=r, EDGE=edge)
-    plan = _Plan(k, len(cu) - 1, tiles, dict(start=table.start, length=table.length, first=table.first, A=A, low=k * h * l, **decays, **sizes))
+    given = dict(start=table.start, length=table.length, first=table.first, A=A, low=k * h * l, **decays, **sizes)
+    plan = _Plan(k, len(cu) - 1, tiles, given)
     plan.launch(_decays_kernel, "decays", plan.count("decays", ("H", "BH")) * k, step=dt, s_dt=dt.stride(0))
     return plan
 
@@ -755,7 +756,7 @@ def _ssd(x: torch.Tensor, dt: torch.Tensor, B: torch.Tensor, C: torch.Tensor, A:
     (h, p), (g, n), plan = x.shape[1:], B.shape[1:], _plan(x, dt, B, A, cu, l)
     y, states = torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty(plan.k, h, p, n, dtype=x.dtype, device=x.device)
     cb = torch.empty(plan.k, g, l, l, dtype=x.dtype, device=x.device)
-    final = torch.empty(plan.s if want_final else 0, h, p, n, device=x.device)
+    final = torch.empty(plan.s if want_final else 0, h, p, n, dtype=torch.float32, device=x.device)
     s_x, s_b, s_c = x.stride(0), B.stride(0), C.stride(0)
     plan.launch(_cb_kernel, "cb", plan.count("cb", ("L", "BM"), ("L", "BM")) * g * plan.k, query=C, key=B, cb=cb, s_q=s_c, s_k=s_b)
     plan.launch(_states_kernel, "states", plan.count("states", ("P", "BP"), ("N", "BN")) * h * plan.s, value=x, key=B, initial=S,
@@ -782,9 +783,9 @@ def _ssd_backward(dy: torch.Tensor, dfinal: torch.Tensor | None, x: torch.Tensor
     side, split, parts = plan.count("dcb", ("L", "BM")), plan.count("dbc", ("N", "BN")), plan.count("states", ("P", "BP"), ("N", "BN"))
     dx, ddt, dB, dC = (torch.empty(v.shape, dtype=v.dtype, device=x.device) for v in (x, dt, B, C))
     R, dcb = torch.empty_like(states), torch.empty_like(cb)
-    dinitial = torch.empty(plan.s if want_initial else 0, h, p, n, device=x.device)
+    dinitial = torch.empty(plan.s if want_initial else 0, h, p, n, dtype=torch.float32, device=x.device)
     shapes = dict(crossing=(parts,), diagonal=(l,), row=(side, l), col=(side, l), F=(split, l), E=(split, l))
-    sums = {name: torch.empty(plan.k, h, *shape, device=x.device) for name, shape in shapes.items()}
+    sums = {name: torch.empty(plan.k, h, *shape, dtype=torch.float32, device=x.device) for name, shape in shapes.items()}
     dA, dD = (torch.empty(plan.k, h, dtype=torch.float64, device=x.device) for _ in "AD")
     s_x, s_dy, s_b, s_c = x.stride(0), dy.stride(0), B.stride(0), C.stride(0)
     plan.launch(_states_kernel, "states", parts * h * plan.s, value=dy, key=C, initial=dfinal, states=R, entering=states,

@@ -507,6 +507,17 @@ def test_triton_gives_a_step_of_nothing_its_gradient(interpreter):
     torch.testing.assert_close(ours["dt"].grad, oracle["dt"].grad, rtol=1e-5, atol=1e-5)
 
 
+def test_triton_sums_in_float32_whatever_the_default_dtype(interpreter):
+    inputs = {k: v.to(DEVICE) for k, v in small(t=40).items()}
+    expected = s.ssd_scan(**inputs, dt_softplus=True, backend="triton")
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        y, S = s.ssd_scan(**inputs, dt_softplus=True, backend="triton")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(y, expected[0]) and torch.equal(S, expected[1])
+
+
 def test_triton_makes_states_only_where_they_are_wanted(interpreter, monkeypatch):
     inputs, shapes = {k: v.to(DEVICE).requires_grad_() for k, v in small(t=40).items()}, []
 
