@@ -170,9 +170,10 @@ def ssd_scan(x, dt, A, B, C, *, D=None, dt_bias=None, dt_softplus=False, initial
     with s = b, or the number of sequences when cu_seqlens (s + 1,) packs them along t and b = 1. Any t >= 1.
     Returns y (b, t, h, p) in x's dtype and the final states (s, h, p, n) in float32 (float64 for float64 inputs).
     Differentiable in every tensor. dt is positive, after softplus(dt + dt_bias) where asked for. chunk_size, the most
-    tokens per chunk, changes speed alone. backend None: "triton" on a GPU, "torch" elsewhere. Raises ValueError, naming
-    the argument, for wrong shapes, A >= 0 (on a GPU, where looking would stop the host, y is NaN), unsorted cu_seqlens,
-    a missing backend. Under torch.compile give cu_seqlens as a tuple."""
+    tokens per chunk, changes speed alone. backend None: "triton" on a GPU, "torch" elsewhere. return_final_states False
+    gives None for them, and no memory: at 7B they take 3 MB a sequence. Raises ValueError, naming the argument, for
+    wrong shapes, A >= 0 (on a GPU, where looking would stop the host, y is NaN), unsorted cu_seqlens, a missing backend.
+    Under torch.compile give cu_seqlens as a tuple."""
     backend = _backend(backend, x)
     _expect(x.dim() == 4 and x.shape[1] >= 1, "x", tuple(x.shape), "(b, t, h, p) with t >= 1")
     _expect(isinstance(chunk_size, int) and chunk_size >= 1, "chunk_size", chunk_size, "an integer >= 1")
@@ -659,7 +660,8 @@ def _ddt_kernel(row, col, diagonal, F, E, crossing, cb, dt, A, start, length, dd
     _, h, k = _program(1, H)
     num, token, head, j = tl.load(length + k).to(tl.int32), tl.load(start + k), k * H + h, tl.arange(0, L)
     inside, own_tile = j < num, j // (L // SIDE)
-    rows, cols, Fs, Es = (j * 0.0, j * 0.0, j * 0.0, j * 0.0)
+    zero = tl.zeros((L,), tl.float32)
+    rows, cols, Fs, Es = zero, zero, zero, zero
     for part in tl.static_range(SIDE):  # of the tiles that were computed
         rows += tl.load(row + (head * SIDE + part) * L + j, mask=inside & (part <= own_tile), other=0.0)
         computed = inside & (part >= own_tile) & (part * (L // SIDE) < num)
@@ -688,7 +690,7 @@ def _power(size):
 
 def _tiling(l, p, n, dtype, shared_memory):
     """Tile sizes and launch options of every kernel, for chunks of l tokens. In 16 bits, Hopper with its 227 KB of shared
-    memory for a block takes tiles of 128; float32, and Ampere, Ada and consumer Blackwell, from 99 KB, take 64."""
+    memory for a block takes tiles of 128; Ampere, Ada and consumer Blackwell, from 99 KB, take 64, and float32 takes 32."""
     big = shared_memory >= 200_000 and dtype.itemsize == 2 and p <= 128
     full = dtype.itemsize == 4  # products of float32 run on no tensor core, and need their registers for themselves
     options = dict(num_warps=8, num_stages=3) if big else dict(num_warps=4, num_stages=2)
@@ -984,7 +986,7 @@ def _conv_kernel(x, weight, dy, out, dweight, start, seq, cu, s_x, CHANNELS: con
     EXTRA: constexpr = 0 if dy is None else K - 1
     tile, _, block = _program(tl.cdiv(CHANNELS, BD), 1)
     d = tile * BD + tl.arange(0, BD)
-    in_d = (d < CHANNELS) | (CHANNELS % BD == 0)  # the compiler drops a mask that always holds
+    in_d = _inside(d, CHANNELS, BD)
     token, s = tl.load(start + block), tl.load(seq + block)
     first = token == tl.load(cu + s)
     left = tl.load(cu + s + 1) - token  # tokens from here to the end of the sequence

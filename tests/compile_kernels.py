@@ -34,6 +34,7 @@ from triton.compiler import ASTSource
 import decode
 import ssm_scan as s
 from model import CHUNK
+from tests.measure import kernel_bytes
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED = {80: 163, 90: 227, 120: 99}  # KB of shared memory that a block may take
@@ -99,10 +100,10 @@ def report(name, binary, capability):
             "narrow_loads": len(re.findall(r"\bLDG\S*\.[US](?:8|16)\b", listing))}
 
 
-def jobs(capability, l):
-    """{name: (kernel, constants, launch options)} at the 7B model's shape, for chunks of l tokens."""
-    tiles = s._tiling(l, SIZES["P"], SIZES["N"], torch.bfloat16, SHARED[capability] * 1024)
-    sizes = SIZES | dict(L=l, EDGE=tiles["decays"]["EDGE"], R=l // tiles["decays"]["EDGE"] + 1)
+def jobs(capability):
+    """{name: (kernel, constants, launch options)} at the 7B model's shape and with its chunks."""
+    tiles = s._tiling(CHUNK, SIZES["P"], SIZES["N"], torch.bfloat16, SHARED[capability] * 1024)
+    sizes = SIZES | dict(L=CHUNK, EDGE=tiles["decays"]["EDGE"], R=CHUNK // tiles["decays"]["EDGE"] + 1)
 
     def count(name, size, tile):
         return triton.cdiv(sizes[size], tiles[name][tile])
@@ -124,7 +125,7 @@ def jobs(capability, l):
     norm = dict(G=1, WIDTH=3072, BLOCK=4096, NORM=True, BEFORE=False, num_warps=16)
     attend = dict(HKV=2, ROWS=6, HD=128, BR=16, BD=128, BN=64, num_warps=4, num_stages=2)
     found |= {
-        "conv": (s._conv_kernel, conv | s._CONV_FORWARD | dict.fromkeys(("dy", "dhistory", "dweight"))),
+        "conv": (s._conv_kernel, conv | s._CONV_FORWARD | dict.fromkeys(("dy", "dweight"))),
         "conv backward": (s._conv_kernel, conv | s._CONV_BACKWARD),
         "step": (s._step_kernel, step | dict(RAW=False, dt_bias=None)),
         "step of the mixer": (s._step_kernel, step | dict(RAW=True)),
@@ -164,37 +165,31 @@ def executed(listing, trips, branch=1.0):
     return total
 
 
-def workload(name, c, l):
-    """Programs, trips of their loops, share of a loop's branch, bytes moved, and operations, of the kernels that are modelled.
-
-    x stands for one tensor (tokens, h, p), states for those of all chunks, bc for one of B and C, cb for its tiles of 128."""
-    t, h, p, n = TOKENS, SIZES["H"], SIZES["P"], SIZES["N"]
-    x, states, bc, cb = 2 * t * h * p, 2 * t // l * h * p * n, 2 * t * n, 2 * t * (l + 128) // 2
-    reversed_ = name.endswith("reversed")
-    if name.startswith("states"):
-        programs, parts = h * (p // c["BP"]) * (n // c["BN"]), t // c["BL"]
-        return programs, [parts], c["BL"] / l, x + bc + (1 + reversed_) * states, 2 * t * h * p * n
-    if name.startswith("scan"):
-        side = l // c["BM"]
-        return t // c["BM"] * h, [n // c["BK"], (side - 1) / 2], 1, 2 * x + states + bc + cb, 2 * t * h * p * (n + (l + c["BM"]) / 2)
-    if name.startswith("dcb"):  # bytes stand with the larger part; programs above the diagonal end at once
-        side = l // c["BM"]
-        diagonal = name == "dcb diagonal"
-        tiles = side if diagonal else side * (side - 1) / 2
-        return tiles * t // l, [h], 1, 0 if diagonal else 2 * x + 2 * cb, 2 * tiles * c["BM"] ** 2 * t // l * h * p
-    if name.startswith("dbc"):
-        side = l // c["BM"]
-        trips = [h, (side + 1) / 2 * c["BM"] / c["BL"]]
-        return t // c["BM"] * (n // c["BN"]), trips, 1, x + states + cb + 3 * bc, 2 * t * n * (h * p + (l + c["BM"]) / 2)
+def workload(name, c):
+    """Programs, trips of their loops, share of a loop's branch, bytes moved, and operations, of the kernels that are modelled."""
+    t, h, p, n, l = TOKENS, SIZES["H"], SIZES["P"], SIZES["N"], CHUNK
     if name.startswith("conv"):
         backward = name == "conv backward"
         trips = -(-(c["BT"] + backward * (c["K"] - 1)) // c["ROWS"])
         return t // c["BT"] * (c["CHANNELS"] // c["BD"]), [trips], 1, (2 + backward) * 2 * t * c["CHANNELS"], 0
+    kernel, *_ = name.split()
+    moved = kernel_bytes(t, h, p, n, l)["forward" if name in ("states", "scan") else "backward"][f"_{kernel}_kernel"]
+    if kernel == "states":
+        return h * (p // c["BP"]) * (n // c["BN"]), [t // c["BL"]], c["BL"] / l, moved, 2 * t * h * p * n
+    side = l // c["BM"]
+    if kernel == "scan":
+        return t // c["BM"] * h, [n // c["BK"], (side - 1) / 2], 1, moved, 2 * t * h * p * (n + (l + c["BM"]) / 2)
+    if kernel == "dcb":  # two launches, whose bytes stand with the first; programs above the diagonal end at once
+        diagonal = name == "dcb diagonal"
+        tiles = side if diagonal else side * (side - 1) / 2
+        return tiles * t // l, [h], 1, 0 if diagonal else moved, 2 * tiles * c["BM"] ** 2 * t // l * h * p
+    trips = [h, (side + 1) / 2 * c["BM"] / c["BL"]]  # dbc: moved is what both of its runs do
+    return t // c["BM"] * (n // c["BN"]), trips, 1, moved / 2, 2 * t * n * (h * p + (l + c["BM"]) / 2)
 
 
-def milliseconds(name, binary, c, options, l):
+def milliseconds(name, binary, c, options):
     """{issue, bytes, tensor, serial} of one kernel, see the top."""
-    programs, trips, branch, moved, operations = workload(name, c, l)
+    programs, trips, branch, moved, operations = workload(name, c)
     each = executed(instructions(binary), trips, branch)
     times = {"issue": programs * options["num_warps"] * each / (132 * 4 * CLOCK), "bytes": moved / 3.0e12, "tensor": operations / 798e12}
     if name.startswith("states"):
@@ -207,12 +202,12 @@ PARTS = {"states": "forward", "scan": "forward", "states reversed": "backward", 
          "dbc": "backward", "dbc reversed": "backward", "conv": "convolution", "conv backward": "convolution"}
 
 
-def model(l):
+def model():
     """(rows, sums): a dict of milliseconds per kernel on sm_90, and the sums of the largest ones. The two launches of dcb are one row."""
-    rows, found = {}, jobs(90, l)
+    rows, found = {}, jobs(90)
     for name in (*PARTS, "dcb diagonal"):
         kernel, constants, options = found[name]
-        rows[name] = milliseconds(name, compiled(kernel, 90, constants, **options), constants, options, l)
+        rows[name] = milliseconds(name, compiled(kernel, 90, constants, **options), constants, options)
     diagonal = rows.pop("dcb diagonal")
     rows["dcb"] = {key: v + diagonal[key] for key, v in rows["dcb"].items()}
     sums = dict.fromkeys(PARTS.values(), 0.0)
@@ -227,11 +222,11 @@ def main():
     parser.add_argument("--model", action="store_true", help="the table of times, for 90")
     args = parser.parse_args()
     if not args.model:
-        for name, (kernel, constants, options) in jobs(args.capability, CHUNK).items():
+        for name, (kernel, constants, options) in jobs(args.capability).items():
             binary = compiled(kernel, args.capability, constants, **options)
             print(json.dumps(report(name, binary, args.capability)), flush=True)
         return
-    rows, sums = model(CHUNK)
+    rows, sums = model()
     for name, times in rows.items():
         print(f"{name:16s}", "  ".join(f"{key} {ms:.3f}" for key, ms in times.items()), f"  largest {max(times.values()):.3f} ms")
     print(json.dumps({key: round(v, 4) for key, v in sums.items()}))

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import model as sampler
+import model as m
 from model import (PRESETS, Cache, Decoder, FalconH1, FalconH1Config, Sampler, attend, document_table, draw, generate, prefill,
                    read_safetensors, slots_that_fit, ssm_multipliers, write_safetensors)
 from tests.measure import peak_bytes
@@ -321,9 +321,9 @@ def test_where_memory_is_short_the_youngest_traces_wait(sizes, monkeypatch):
     expected = generate(model, PROMPTS, slots=6, **kind, **callbacks(undisturbed))
     sizes.clear()
     cache, read = Cache(SMALL, 6, 8), []
-    monkeypatch.setattr(sampler, "free_bytes", lambda device: 6 * 16 * 192)
+    monkeypatch.setattr(m, "free_bytes", lambda device: 6 * 16 * 192)
     assert cache.bytes_to_grow(6, 16) == 6 * 16 * 192 and cache.bytes_to_grow(2, 32) == 2 * (32 * 192 + 2272)
-    monkeypatch.setattr(sampler, "prefill", lambda m, prompts: read.extend(prompts) or prefill(m, prompts))
+    monkeypatch.setattr(m, "prefill", lambda model, prompts: read.extend(prompts) or prefill(model, prompts))
     traces = generate(model, PROMPTS, slots=6, **kind, **callbacks(disturbed))
     assert sizes == [(6, 16), (2, 32), (1, 64)]
     assert_same_traces(traces, expected)
@@ -336,7 +336,7 @@ def test_where_memory_is_short_the_youngest_traces_wait(sizes, monkeypatch):
         for (i, j), t in by_indices(expected).items():
             assert [x[2] for x in events if len(x) == 3 and x[:2] == (i, j)] == list(range(1, len(t.tokens) + 1))
         assert len([x for x in seen if x not in events]) == 11
-    monkeypatch.setattr(sampler, "free_bytes", lambda device: 16 * 192 - 1)
+    monkeypatch.setattr(m, "free_bytes", lambda device: 16 * 192 - 1)
     with pytest.raises(ValueError, match="one trace of 16 tokens does not fit into 3071 free bytes"):
         generate(model, [[1]], max_new_tokens=40)
 
