@@ -331,7 +331,7 @@ def methods(window, n_init, tau, same):
 
 
 def main(argv=None):
-    from eval import is_equivalent
+    from rewards import is_equivalent
 
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("traces", help="traces.jsonl, complete traces")

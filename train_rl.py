@@ -41,8 +41,9 @@ from tqdm import tqdm
 import data
 import train_sft
 from data import flag
-from eval import check_code, check_gold, format_ok, mixed_scripts, open_judge, reply_text, verify
+from eval import open_judge, reply_text
 from model import check, generate
+from rewards import check_code, check_gold, format_ok, mixed_scripts, verify
 from ssm_scan import to_device
 
 
