@@ -10,17 +10,22 @@ Terms
     warm-up            the first n_init traces, run to their end; the threshold s is a percentile of their lowest groups
     consensus          the best answer's share of the votes has reached tau: nothing more is sampled
 
-What differs from the authors' public code, which strays from their paper: the consensus stop is there; votes are weighted;
-stopping and voting use one number, so a stopped trace never votes; nothing is generated after the stop; answers are compared
-by equivalence; a confidence that is not finite is an error. What the paper leaves open, and is chosen here:
-    short traces   a trace shorter than the window is one group, known only at its end: it is never stopped, and votes if its
-                   mean reaches s. Dropping it, as the public code does, would lose the votes of the most concise answers.
+What differs from the authors' public code, which strays from their paper: the consensus stop is there; votes are
+weighted; stopping and voting use one number, so a stopped trace never votes; nothing is generated after the stop;
+answers are compared by equivalence; a confidence that is not finite is an error.
+
+What the paper leaves open, and is chosen here
+    short traces   a trace shorter than the window is one group, known only at its end: it is never stopped, and votes
+                   if its mean reaches s. Dropping it, as the public code does, loses the most concise answers' votes.
     ties           a group within TIE of s counts as reaching it: identical traces must not fail their own threshold.
-To copy this file, take nothing else (main() alone compares answers with eval.py).
+    no answer      such a trace counts in no percentile. Loops are confident: two of them among 16 warm-up traces would
+                   set a threshold that silences the other 14, and nobody would vote.
+    no voter       where the paper's algorithm returns nothing: if no warm-up trace has an answer, no trace is stopped
+                   and every completed one votes; if all voters have confidence 0, each has one vote.
+
+To copy this, nothing else is needed: numpy. The command above also takes data.py and rewards.py.
 """
 
-import argparse
-import json
 import math
 import sys
 from collections import deque
@@ -28,8 +33,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 1. Confidence of tokens, groups and traces
+# 1. Confidence of tokens, groups and traces ---------------------------------------------------------------------------
 
 
 def _finite(values, name):
@@ -85,8 +89,7 @@ def mean(conf):
     return float(_finite(conf, "conf").mean())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. Votes and filters
+# 2. Votes and filters -------------------------------------------------------------------------------------------------
 
 TIE = 1e-6  # nats; far below any difference that means something, far above the rounding of a mean
 
@@ -94,23 +97,26 @@ TIE = 1e-6  # nats; far below any difference that means something, far above the
 def vote(answers, weights=None, same=None):
     """Weighted vote -> (answer, its share of all weight); (None, 0.0) when nobody votes.
 
-    answers: None abstains. weights: non-negative, 1 each when None. same(a, b): whether two answers are one (default ==);
-    a group goes by its first member, and the first of equal groups wins."""
+    answers: None abstains. weights: non-negative, 1 each when None or when every voter's is 0. same(a, b): whether two
+    answers are one (default ==); it need be neither symmetric nor transitive: each answer joins the first group whose
+    first member it matches. A group goes by that member, and the first of equal groups wins."""
     same = same or (lambda a, b: a == b)
     weights = np.ones(len(answers)) if weights is None else np.asarray(weights, np.float64)
     if weights.shape != (len(answers),) or not (np.isfinite(weights) & (weights >= 0)).all():
         raise ValueError(f"weights: {weights}, expected {len(answers)} finite numbers that are not negative")
-    sums = []  # [answer, weight]
-    for answer, weight in zip(answers, weights):
-        if answer is not None:
-            group = next((g for g in sums if g[0] == answer or same(answer, g[0])), None)
-            if group is None:
-                sums.append(group := [answer, 0.0])
-            group[1] += float(weight)
-    if not sums:
+    votes = [(answer, float(weight)) for answer, weight in zip(answers, weights) if answer is not None]
+    if not votes:
         return None, 0.0
-    best, total = max(sums, key=lambda g: g[1]), sum(g[1] for g in sums)
-    return best[0], best[1] / total if total > 0 else 0.0
+    if not any(weight for _, weight in votes):
+        votes = [(answer, 1.0) for answer, _ in votes]
+    sums = []  # [answer, weight]
+    for answer, weight in votes:
+        group = next((g for g in sums if g[0] == answer or same(answer, g[0])), None)
+        if group is None:
+            sums.append(group := [answer, 0.0])
+        group[1] += weight
+    best = max(sums, key=lambda g: g[1])
+    return best[0], best[1] / sum(g[1] for g in sums)
 
 
 def stop_threshold(lowest, eta):
@@ -125,17 +131,30 @@ def keep_top(conf, eta):
     return np.asarray(conf, np.float64) >= stop_threshold(conf, eta) - TIE
 
 
+def check_tokens(traces):
+    """ValueError that names a trace without a token: it has no confidence, and no sampler makes one."""
+    for i, t in enumerate(traces):
+        if not len(t.confidences):
+            raise ValueError(f"trace {i}: it has no token, so no confidence; expected at least one")
+
+
 def offline(traces, *, eta=10, window=2048, measure=lowest_group, same=None):
     """All traces at hand: keep the eta percent that are most confident, then vote by confidence -> (answer, share).
 
+    Only traces with an answer are ranked; if there is none, nobody votes: (None, 0.0).
     traces: objects with .answer and .confidences. measure(conf, window) -> float."""
-    conf = np.array([measure(t.confidences, window) for t in traces])
+    check_tokens(traces)
+    answered = [t for t in traces if t.answer is not None]
+    if not answered:
+        return None, 0.0
+    conf = np.array([measure(t.confidences, window) for t in answered])
     keep = keep_top(conf, eta)
-    return vote([t.answer for t, k in zip(traces, keep) if k], conf[keep], same)
+    return vote([t.answer for t, k in zip(answered, keep) if k], conf[keep], same)
 
 
 def majority_at(traces, tokens, same=None):
     """What plain voting makes of the first traces that fit into a budget of tokens -> (answer, tokens used). At least one."""
+    check_tokens(traces)
     used, answers = 0, []
     for t in traces:
         if answers and used + len(t.confidences) > tokens:
@@ -151,13 +170,11 @@ def auroc(scores, correct):
     right, wrong = np.sort(scores[correct]), scores[~correct]
     if not len(right) or not len(wrong):
         return math.nan
-    above = len(right) - np.searchsorted(right, wrong, side="right")
-    ties = np.searchsorted(right, wrong, side="right") - np.searchsorted(right, wrong, side="left")
-    return float((above + ties / 2).mean() / len(right))
+    below, up_to = np.searchsorted(right, wrong, side="left"), np.searchsorted(right, wrong, side="right")
+    return float((len(right) - (below + up_to) / 2).mean() / len(right))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 3. Online: decide while sampling (Algorithm 2)
+# 3. Online: decide while sampling (Algorithm 2) -----------------------------------------------------------------------
 
 UNIT = 2**30  # running sums are integers of 2^-30 nats: adding and taking away again leaves no rounding behind
 
@@ -179,7 +196,9 @@ class Online:
 
     Its decisions follow from the traces' confidences and answers alone, not from when or in what order they run.
     budget: traces at most. n_init: warm-up traces. eta: percentage kept. tau: consensus, None for none. batch: traces that
-    start together after warm-up; consensus is looked at between batches. same: equality of answers."""
+    start together after warm-up; consensus is looked at between batches. same: equality of answers.
+
+    threshold: None during warm-up, then that of the warm-up traces with an answer; -inf, which stops nothing, if none has one."""
 
     def __init__(self, budget, *, n_init=16, eta=10, window=2048, tau=0.95, batch=1, same=None):
         for name, value in (("n_init", n_init), ("window", window), ("batch", batch), ("budget", budget)):
@@ -197,7 +216,8 @@ class Online:
         if index >= self.n_init and (index - self.n_init) % self.batch == 0:
             if any(i not in self.traces or not self.traces[i].ended for i in range(index)):
                 return "wait"
-            if self.tau is not None and self.result()[1] >= self.tau:
+            answer, share = self.result()
+            if self.tau is not None and answer is not None and share >= self.tau:
                 self.finished = True
                 return "done"
         return "go"
@@ -223,13 +243,16 @@ class Online:
 
     def finish(self, index, answer):
         """Trace `index` has ended; answer is None when it was stopped or has none."""
+        if index not in self.traces:
+            raise ValueError(f"trace {index}: it ended without a token; on_token must be told of every token first")
         trace = self.traces[index]
         if trace.lowest == math.inf:  # short: one group
             trace.lowest = trace.total / (len(trace.last) * UNIT)
         trace.ended, trace.answer = True, None if trace.stopped else answer
         warm = [self.traces[i] for i in range(self.n_init) if i in self.traces and self.traces[i].ended]
         if self.threshold is None and len(warm) == self.n_init:
-            self.threshold = stop_threshold([t.lowest for t in warm], self.eta)
+            lowest = [t.lowest for t in warm if t.answer is not None]
+            self.threshold = stop_threshold(lowest, self.eta) if lowest else -math.inf
 
     def result(self):
         """(answer, share) of the traces that ended and reach the threshold, weighted by their lowest group. Before the
@@ -264,8 +287,7 @@ def replay(traces, **settings):
     return online(sample, len(traces), **settings)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 4. python deepconf.py traces.jsonl
+# 4. python deepconf.py traces.jsonl -----------------------------------------------------------------------------------
 
 
 @dataclass
@@ -273,41 +295,41 @@ class Recorded:
     problem: str
     sample: int
     answer: object
-    correct: bool
+    correct: bool | None  # None: unknown
     confidences: list
 
 
 def read_traces(path):
     """traces.jsonl -> {problem: its traces in sample order}. ValueError names file, line and field."""
-    kinds = {"problem": str, "sample": int, "answer": (str, type(None)), "correct": bool, "confidences": list}
+    from data import read_records
+
+    kinds = {"problem": str, "sample": int, "answer": str | None, "correct": bool | None, "confidences": list}
     problems = {}
-    try:
-        with open(path, encoding="utf-8") as f:
-            lines = list(f)
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{path}: byte {e.start} is not UTF-8") from None
-    for number, line in enumerate(lines, 1):
-        where = f"{path}:{number}"
-        try:
-            record = json.loads(line)
-        except ValueError as e:
-            raise ValueError(f"{where}: not JSON: {e}") from None
+    for where, record in read_records(path):
         for name, kind in kinds.items():
-            if not isinstance(record, dict) or name not in record or not isinstance(record[name], kind):
-                raise ValueError(f"{where}: field {name}: missing or not {kind}")
+            if name not in record or not isinstance(record[name], kind):
+                raise ValueError(f"{where}: field {name}: missing or not {getattr(kind, '__name__', kind)}")
         try:
             _finite(record["confidences"], "confidences")
         except (ValueError, TypeError) as e:
-            raise ValueError(f"{where}: field confidences: {e}") from None
+            raise ValueError(f"{where}: field {e}") from None
         problems.setdefault(record["problem"], []).append(Recorded(**{name: record[name] for name in kinds}))
-    if not problems:
-        raise ValueError(f"{path}: no trace in it")
     return {name: sorted(traces, key=lambda t: t.sample) for name, traces in problems.items()}
 
 
-def is_right(answer, traces):
-    """Whether a voted answer is correct: the flag of a trace that gave it."""
-    return answer is not None and next(t.correct for t in traces if t.answer == answer)
+def is_right(answer, traces, same=None):
+    """Whether a voted answer is correct: True if a trace that gave it is right, False if none is or nobody voted.
+
+    None, unknown, if no trace that gave it has a known verdict. Traces that gave it word for word are asked first, the
+    others that gave the `same` answer only if no verdict on those is known: what is the same as a right answer need not
+    be right where `same` is not transitive (50 is 50%, and 50% is 0.5)."""
+    if answer is None:
+        return False
+    known = [t for t in traces if t.correct is not None and t.answer is not None]
+    verdicts = [t.correct for t in known if t.answer == answer]
+    if not verdicts and same:
+        verdicts = [t.correct for t in known if same(t.answer, answer)]
+    return any(verdicts) if verdicts else None
 
 
 def methods(window, n_init, tau, same):
@@ -330,36 +352,42 @@ def methods(window, n_init, tau, same):
     return table
 
 
+def show(problems, window, n_init, tau, same):
+    """Print the table of methods, and how far confidence tells right traces from wrong ones; unknown ones count nowhere."""
+    print("| method | accuracy % | stderr | tokens / majority | problems | unknown |\n" + "| --- " * 6 + "|")
+    whole = sum(len(t.confidences) for traces in problems.values() for t in traces)
+    for name, method in methods(window, n_init, tau, same).items():
+        results = [(traces, *method(traces)) for traces in problems.values()]
+        verdicts = [is_right(answer, traces, same) for traces, answer, _ in results]
+        right = np.array([verdict for verdict in verdicts if verdict is not None], float)
+        accuracy = stderr = math.nan
+        if len(right):
+            accuracy, stderr = 100 * right.mean(), 100 * right.std() / len(right) ** 0.5
+        tokens = sum(n for _, _, n in results) / whole
+        print(f"| {name} | {accuracy:.1f} | {stderr:.1f} | {tokens:.2f} | {len(right)} | {len(verdicts) - len(right)} |")
+    known = [t for traces in problems.values() for t in traces if t.correct is not None]
+    conf = np.array([lowest_group(t.confidences, window) for t in known])
+    correct = np.array([t.correct for t in known], bool)
+    right, wrong = (side.mean() if len(side) else math.nan for side in (conf[correct], conf[~correct]))
+    print(f"\nlowest group against correctness: AUROC {auroc(conf, correct):.3f}, "
+          f"mean of right traces {right:.3f}, of wrong ones {wrong:.3f}")
+
+
 def main(argv=None):
+    from data import Flags
     from rewards import is_equivalent
 
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = Flags(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("traces", help="traces.jsonl, complete traces")
     parser.add_argument("--window", type=int, default=16, help="tokens of a group (the paper: 2048)")
     parser.add_argument("--budget", type=int, default=32, help="traces of a problem to use")
     parser.add_argument("--n-init", type=int, default=16, help="warm-up traces")
     parser.add_argument("--tau", type=float, default=0.95, help="consensus")
-
-    def fail(message):  # like other bad input: one line and exit status 1
-        raise ValueError(message)
-
-    parser.error = fail
     try:
         args = parser.parse_args(argv)
         problems = {name: traces[: args.budget] for name, traces in read_traces(args.traces).items()}
         print(f"{len(problems)} problems, {args.budget} traces each, window {args.window}, consensus {args.tau}\n")
-        print("| method | accuracy % | stderr | tokens / majority |\n| --- | --- | --- | --- |")
-        whole = sum(len(t.confidences) for traces in problems.values() for t in traces)
-        for name, method in methods(args.window, args.n_init, args.tau, is_equivalent).items():
-            results = [(is_right(answer, traces), tokens) for traces in problems.values() for answer, tokens in [method(traces)]]
-            right = np.array([r for r, _ in results], float)
-            stderr = 100 * right.std() / len(right) ** 0.5
-            print(f"| {name} | {100 * right.mean():.1f} | {stderr:.1f} | {sum(n for _, n in results) / whole:.2f} |")
-        scores = [(lowest_group(t.confidences, args.window), t.correct) for traces in problems.values() for t in traces]
-        conf, correct = np.array([s for s, _ in scores]), np.array([c for _, c in scores])
-        print(f"\nlowest group against correctness: AUROC {auroc(conf, correct):.3f}, mean of right traces "
-              f"{conf[correct].mean() if correct.any() else math.nan:.3f}, of wrong ones "
-              f"{conf[~correct].mean() if not correct.all() else math.nan:.3f}")
+        show(problems, args.window, args.n_init, args.tau, is_equivalent)
     except (ValueError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
