@@ -10,7 +10,8 @@ Everything travels in files that a person can open, one JSON object a line:
 
     problems   {"id", "domain", "prompt", "answer"} and any further fields, kept ("tests", "choices", "solution", ...)
     sft        {"messages": [{"role", "content"}], "domain", "weight"}; reasoning stands between <think> and </think>
-    traces     {"problem", "text", "answer", "correct", "stop", ...}, one sampled reply a line, written by eval.py
+    traces     {"problem", "text", "answer", "correct", "stop", ...}, one sampled reply a line, written by eval.py;
+               correct is true, false, or null where nothing is known about the reply
 
 A *sample* is one tokenised conversation; a *document* is a sample inside a *pack*, a row of documents laid end to end
 that makes one forward pass; a *rollout* is a reply sampled from a model.
@@ -297,6 +298,12 @@ class Tokenizer:
             raise ValueError(f"{path}: {error}") from None
 
 
+def reply_text(ids, tokenizer):
+    """What a model wrote, without the token that ends it. ids: the tokens of a trace."""
+    ended = ids and ids[-1] in tokenizer.stop_ids
+    return tokenizer.decode(ids[:-1] if ended else ids)
+
+
 def short(value, limit=100):
     text = json.dumps(value)
     return text if len(text) <= limit else text[:limit] + "..."
@@ -462,13 +469,14 @@ def text_field(record, name, where):
 
 @dataclass
 class Problem:
-    """One question with a verifiable answer."""
+    """One question whose answer can be verified."""
 
     id: str
     domain: str  # "math", "code", "science", ...: how the answer is verified, and the unit of the mixture
     prompt: str
     answer: str  # the reference; "" where only tests decide
     extra: dict = field(default_factory=dict)  # further fields: "tests" and "entry_point" of code, "solution", "level"
+    where: str = field(default="", compare=False)  # "FILE, line 3", for errors
 
     def record(self):
         return {"id": self.id, "domain": self.domain, "prompt": self.prompt, "answer": self.answer, **self.extra}
@@ -489,19 +497,25 @@ def read_problems(path, limit=0, check_answer=None):
         AIME        problem (or question), answer: a number
         MMLU, ARC   question, choices (or options), answer (or answerKey): see parse_choices
 
-    check_answer raises ValueError at an answer which nothing could be compared with; where there are only tests, it is not called.
-    A problem without an id is named after its file and line. ValueError names file, line and field; also where two share an id."""
+    A problem without an id is named after its file and line.
+
+    check_answer(answer) raises ValueError if nothing can be compared with this answer. It is called only where nothing
+    else decides: not on a problem with choices or tests.
+
+    Raises:
+        ValueError that names file, line and field; also where two problems share an id.
+    """
     problems, seen = [], {}
     for where, record in read_records(path):
         problem = parse_problem(record, where)
         if problem.id in seen:
             raise ValueError(f"{where}: field id: {short(problem.id)} is also the id of {seen[problem.id]}")
         seen[problem.id] = where.rpartition(", ")[2]
-        try:
-            if check_answer is not None and problem.answer:
+        if check_answer and not (problem.extra.get("choices") or problem.extra.get("tests")):
+            try:
                 check_answer(problem.answer)
-        except ValueError as error:
-            raise ValueError(f"{where}: field answer: {error}") from None
+            except ValueError as error:
+                raise ValueError(f"{where}: field answer: {error}") from None
         problems.append(problem)
         if len(problems) == limit:
             break
@@ -530,7 +544,7 @@ def parse_problem(record, where):
         rest.pop("options", None)
         rest["choices"], answer = parse_choices(choices, row.get("answer"), where)
         row["prompt"] = with_choices(text_field(row, "prompt", where), rest["choices"])
-    return Problem(*(text_field(row, name, where) for name in ("id", "domain", "prompt")), answer.strip(), rest)
+    return Problem(*(text_field(row, name, where) for name in ("id", "domain", "prompt")), answer.strip(), rest, where)
 
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -696,9 +710,9 @@ def difficulty_weight(pass_rate):
 
 def why_not_sft(record):
     """The paper's filters (section 2) for one SFT record: the reason to drop it, or None. Judged is its last message; where
-    "correct" is there and False, the reply is known to be wrong."""
-    if record.get("correct") is False:
-        return "incorrect"
+    "correct" is there, it is the verdict on the reply: True, False, or None (unknown)."""
+    if not record.get("correct", True):
+        return "unknown verdict" if record["correct"] is None else "incorrect"
     _, opened, rest = record["messages"][-1]["content"].partition("<think>")
     reasoning, closed, reply = rest.partition("</think>")
     if not (opened and closed and reasoning.strip()):
@@ -730,9 +744,13 @@ def why_not_rl(problem_id, rollouts):
     What every rollout solves teaches nothing. What none solves is kept if it is merely long (a random tenth of those
     where every rollout ran out of tokens), and dropped where the rollouts agree on a wrong answer, as the reference
     answer is then the likelier culprit. problem_id decides the random tenth, so that a second run keeps the same problems.
-    rollouts: traces of this problem, dicts with "correct", "answer" (str or None) and "stop"; the paper takes 8."""
+    rollouts: traces of this problem, dicts with "correct", "answer" (str or None) and "stop"; the paper takes 8. Those of
+    unknown verdict ("correct" is None) count nowhere."""
     if not rollouts:
         return "no rollouts"
+    rollouts = [rollout for rollout in rollouts if rollout["correct"] is not None]
+    if not rollouts:
+        return "no known verdict"
     correct = sum(rollout["correct"] for rollout in rollouts)
     if correct == len(rollouts):
         return "solved by every rollout"
@@ -750,7 +768,7 @@ def why_not_rl(problem_id, rollouts):
 def read_rollouts(path, problems):
     """Traces of a file by problem: a dict id -> list of records, one entry for each of problems (possibly empty)."""
     rollouts = {problem.id: [] for problem in problems}
-    kinds = {"problem": str, "text": str, "correct": bool, "stop": str, "answer": str | None}
+    kinds = {"problem": str, "text": str, "correct": bool | None, "stop": str, "answer": str | None}
     for where, record in read_records(path):
         for name, kind in kinds.items():
             if name not in record or not isinstance(record[name], kind):
@@ -798,13 +816,18 @@ def from_solution(problem):
 
 
 def from_rollouts(path, problems):
-    """SFT records of sampled replies, weighted by their problem's pass rate. Unfinished replies count as incorrect."""
+    """SFT records of sampled replies, weighted by their problem's pass rate, that of its known verdicts.
+
+    Unfinished replies count as incorrect; an unknown verdict stays unknown ("correct" is None)."""
     rollouts = read_rollouts(path, problems)
     for problem in problems:
-        right = [rollout["correct"] and rollout["stop"] == "stop" for rollout in rollouts[problem.id]]
-        for rollout, correct in zip(rollouts[problem.id], right):
+        some = rollouts[problem.id]
+        verdicts = [None if one["correct"] is None else one["correct"] and one["stop"] == "stop" for one in some]
+        known = [verdict for verdict in verdicts if verdict is not None]
+        weight = difficulty_weight(sum(known) / max(1, len(known)))
+        for rollout, correct in zip(some, verdicts):
             reply = rollout["text"].removesuffix("<|end_of_text|>").removesuffix("<|im_end|>")  # render_chat adds it
-            yield sft_record(problem, reply, difficulty_weight(sum(right) / len(right))) | {"correct": correct}
+            yield sft_record(problem, reply, weight) | {"correct": correct}
 
 
 # 6. Samples -----------------------------------------------------------------------------------------------------------
@@ -1078,7 +1101,7 @@ class Loader:
         self.drawn = {domain: int(state["drawn"][domain]) for domain in self.drawn}
 
 
-# 9. Arguments and folders of runs, for the scripts that train and evaluate ---------------------------------------------
+# 9. What the scripts that train and evaluate share: arguments, folders of runs, a limit on unknown verdicts -------------
 
 
 def flag(default, text):
@@ -1148,6 +1171,25 @@ def open_run(out, identity, outputs, *, fresh, device, **about):
               "commit": commit}
     write_text(path, json.dumps({"identity": identity, **about}, indent=2) + "\n")
     return lock
+
+
+MOST_UNKNOWN = 0.02  # of all verdicts: so few cannot hide, or make, an effect that is worth reporting
+
+
+def check_unknown(reasons, verdicts):
+    """ValueError, with the reasons, most common first, if more than MOST_UNKNOWN of the verdicts are unknown.
+
+    Unknown verdicts come from causes outside the replies (no sandbox, a judge that is down, no memory). A few are left
+    out and counted; many mean that the run measures the machine and not the model.
+    reasons: Counter of the reasons of the unknown verdicts. verdicts: the number of all verdicts."""
+    unknown = reasons.total()
+    if unknown > MOST_UNKNOWN * verdicts:
+        raise ValueError(f"{unknown} of {verdicts} verdicts are unknown, more than {MOST_UNKNOWN:.0%}: {describe(reasons)}")
+
+
+def describe(reasons, most=5):
+    """The most common reasons of unknown verdicts, in one line."""
+    return "; ".join(f"{count} x {reason.removeprefix('unknown: ')}" for reason, count in reasons.most_common(most))
 
 
 # 10. Commands ---------------------------------------------------------------------------------------------------------

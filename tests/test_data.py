@@ -66,6 +66,13 @@ def test_decode_names_an_unknown_id(bad):
         TOKENIZER.decode([65, bad])
 
 
+def test_the_text_of_a_reply_is_without_the_token_that_ends_it():
+    end = TOKENIZER.stop_ids[0]
+    assert data.reply_text([*b"ab", end], TOKENIZER) == data.reply_text([*b"ab"], TOKENIZER) == "ab"
+    assert data.reply_text([end], TOKENIZER) == data.reply_text([], TOKENIZER) == ""
+    assert data.reply_text([end, 97], TOKENIZER) == "<|im_end|>a"  # only the last token ends it
+
+
 def test_tokenizer_survives_saving(tmp_path):
     TOKENIZER.save(tmp_path)
     again = data.Tokenizer.from_pretrained(tmp_path)
@@ -287,6 +294,19 @@ def test_broken_gzip(tmp_path, damage):
         data.read_problems(path)
 
 
+def test_an_answer_is_checked_only_where_nothing_else_decides(tmp_path):
+    def refuses(answer):
+        raise ValueError(f"{answer!r} cannot be read")
+    choice = {"question": "q", "choices": ["x", "y"], "answer": "A", "id": "choice"}
+    good = write(tmp_path / "good.jsonl", choice, HUMANEVAL, OURS | {"tests": [{"input": "1", "output": "1"}]})
+    problems = data.read_problems(good, 0, refuses)
+    assert [problem.where for problem in problems] == [f"{good}, line {n}" for n in (1, 2, 3)]
+    bad = write(tmp_path / "bad.jsonl", choice, OURS)
+    with pytest.raises(ValueError, match=r"bad\.jsonl, line 2: field answer: '2' cannot be read"):
+        data.read_problems(bad, 0, refuses)
+    assert len(data.read_problems(bad, 1, refuses)) == 1  # what is beyond the limit is not looked at
+
+
 value = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.lists(st.text(), max_size=2)
 line = st.binary(max_size=20) | st.dictionaries(
     st.sampled_from([*OURS, *GSM8K, *MATH, *HUMANEVAL, "tests"]), value, max_size=5
@@ -436,6 +456,10 @@ def test_sft_filters(reply, domain, reason):
     assert data.why_not_sft(record) == reason
     assert data.why_not_sft(record | {"correct": False}) == "incorrect"
     assert data.why_not_sft(record | {"correct": True}) == reason
+    assert data.why_not_sft(record | {"correct": None}) == "unknown verdict"
+
+
+UNKNOWN = [{"answer": "1", "correct": None, "stop": "stop"}]
 
 
 def rollouts(answers, gold="1", stop="stop"):
@@ -449,6 +473,8 @@ def rollouts(answers, gold="1", stop="stop"):
         (rollouts("12222222"), None), (rollouts("22223456"), "wrong majority"), (rollouts("22233345"), None),
         (rollouts([None] * 8), None), (rollouts([*"2222", *[None] * 4]), "wrong majority"),
         (rollouts([None] * 7, stop="length") + rollouts("2"), None),
+        (UNKNOWN * 8, "no known verdict"), (rollouts("1111") + UNKNOWN * 4, "solved by every rollout"),
+        (rollouts("12") + UNKNOWN * 6, None), (rollouts("2234") + UNKNOWN * 4, "wrong majority"),
     ],
 )
 def test_rl_filter(some, reason):
@@ -478,6 +504,27 @@ def test_curate_and_convert_rollouts(tmp_path, capsys):
     assert [(row["problem"], row["weight"]) for row in rows] == [("1", 1.0), ("1", 1.0), ("2", 1.0)]  # two of three came to an end
     assert rows[0]["messages"] == turns("1+1?", "<think>hm</think>\\boxed{2}") and rows[0]["correct"]
     assert "kept 3 of 7; dropped 4 incorrect" in capsys.readouterr().out
+
+
+def test_unknown_verdicts_count_in_no_pass_rate(tmp_path, capsys):
+    problems = write(tmp_path / "p.jsonl", OURS, OURS | {"id": "2"})
+    unknown = {"correct": None}
+    traces = write(tmp_path / "t.jsonl", trace("1", "2"), trace("1", "3"), *[trace("1", "2") | unknown] * 6, trace("2", "2") | unknown)
+    out = str(tmp_path / "out.jsonl")
+    assert data.main(["curate", str(traces), "--problems", str(problems), "--out", out]) == 0
+    assert "kept 1 of 2; dropped 1 no known verdict" in capsys.readouterr().out
+    assert data.main(["convert", str(traces), "--problems", str(problems), "--out", out]) == 0
+    assert "kept 1 of 9; dropped 7 unknown verdict, 1 incorrect" in capsys.readouterr().out
+    assert [record["weight"] for _, record in data.read_records(out)] == [1.0]  # one of two is right, not one of eight
+
+
+def test_many_unknown_verdicts_are_an_error_that_says_why():
+    reasons = data.Counter({"unknown: no sandbox": 1, "unknown: no memory": 2})
+    data.check_unknown(reasons, 150)  # 2% exactly
+    data.check_unknown(data.Counter(), 0)
+    with pytest.raises(ValueError) as error:
+        data.check_unknown(reasons, 149)
+    assert str(error.value) == "3 of 149 verdicts are unknown, more than 2%: 2 x no memory; 1 x no sandbox"
 
 
 @pytest.mark.parametrize(

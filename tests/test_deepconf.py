@@ -143,11 +143,11 @@ def lopsided(a, b):
 
 
 def test_votes_and_verdicts_survive_an_equality_that_is_none():
-    assert d.vote(["a", "b", "c"], same=lopsided) == ("a", pytest.approx(2 / 3)) and d.vote(["c", "b", "a"], same=lopsided)[1] == 1 / 3
+    assert d.vote(["a", "b", "c"], same=lopsided) == ("a", pytest.approx(2 / 3))
+    assert d.vote(["c", "b", "a"], same=lopsided) == ("c", pytest.approx(1 / 3))
     recorded = [d.Recorded("p", i, a, right, [1.0]) for i, (a, right) in enumerate([("a", False), ("b", True), (None, False)])]
-    for eta in (10, 90):
-        for name, method in d.methods(2, 2, 0.95, lopsided).items():
-            assert d.is_right(method(recorded)[0], recorded, lopsided) in (True, False), name
+    for name, method in d.methods(2, 2, 0.95, lopsided).items():
+        assert d.is_right(method(recorded)[0], recorded, lopsided) in (True, False), name
 
 
 def test_is_right_by_hand():
