@@ -487,7 +487,7 @@ PUBLIC = {"question": "prompt", "problem": "prompt", "unique_id": "id", "task_id
           "Answer": "answer"}
 
 
-def read_problems(path, limit=0, check_answer=None):
+def read_problems(path, limit=0, check=None):
     """The first limit problems (0: all) of a file, in our shape or a public one; what a line holds decides its shape.
 
         ours        id, domain, prompt, answer (or tests)
@@ -499,8 +499,7 @@ def read_problems(path, limit=0, check_answer=None):
 
     A problem without an id is named after its file and line.
 
-    check_answer(answer) raises ValueError if nothing can be compared with this answer. It is called only where nothing
-    else decides: not on a problem with choices or tests.
+    check(problem): raises ValueError, saying why, if no reply could be compared with the problem's answer.
 
     Raises:
         ValueError that names file, line and field; also where two problems share an id.
@@ -511,11 +510,11 @@ def read_problems(path, limit=0, check_answer=None):
         if problem.id in seen:
             raise ValueError(f"{where}: field id: {short(problem.id)} is also the id of {seen[problem.id]}")
         seen[problem.id] = where.rpartition(", ")[2]
-        if check_answer and not (problem.extra.get("choices") or problem.extra.get("tests")):
-            try:
-                check_answer(problem.answer)
-            except ValueError as error:
-                raise ValueError(f"{where}: field answer: {error}") from None
+        try:
+            if check is not None:
+                check(problem)
+        except ValueError as error:
+            raise ValueError(f"{where}: field answer: {error}") from None
         problems.append(problem)
         if len(problems) == limit:
             break
@@ -1176,15 +1175,15 @@ def open_run(out, identity, outputs, *, fresh, device, **about):
 MOST_UNKNOWN = 0.02  # of all verdicts: so few cannot hide, or make, an effect that is worth reporting
 
 
-def check_unknown(reasons, verdicts):
+def check_unknown(where, reasons, verdicts):
     """ValueError, with the reasons, most common first, if more than MOST_UNKNOWN of the verdicts are unknown.
 
     Unknown verdicts come from causes outside the replies (no sandbox, a judge that is down, no memory). A few are left
     out and counted; many mean that the run measures the machine and not the model.
-    reasons: Counter of the reasons of the unknown verdicts. verdicts: the number of all verdicts."""
+    where: what the message begins with. reasons: Counter of why verdicts are unknown. verdicts: the number of all."""
     unknown = reasons.total()
     if unknown > MOST_UNKNOWN * verdicts:
-        raise ValueError(f"{unknown} of {verdicts} verdicts are unknown, more than {MOST_UNKNOWN:.0%}: {describe(reasons)}")
+        raise ValueError(f"{where}: {unknown} of {verdicts} verdicts are unknown, more than {MOST_UNKNOWN:.0%}: {describe(reasons)}")
 
 
 def describe(reasons, most=5):

@@ -1,38 +1,36 @@
-r"""Evaluation: answers, how they are compared, pass@k, votes, DeepConf, and the report.
+r"""Evaluation: sample replies, judge them, vote on their answers, and report accuracy against tokens.
 
-    python eval.py                                          # the small CPU run: runs/tiny/sft and runs/tiny/rl, minutes
+    python eval.py                      # the small CPU run: runs/tiny/sft and runs/tiny/rl, minutes
     python eval.py --model FOLDER --problems FILE --out FOLDER --fresh --temperature 0.6 --top-p 0.95 \
-        --samples 512 --max-new-tokens 65536 --window 2048                             # the paper's setting (section 5)
-    torchrun --nproc-per-node 8 eval.py --model FOLDER      # problems dealt out to ranks; up to rounding the same traces
-    python eval.py --check FILE                             # can these problems be scored? Tries their own solutions
-    python eval.py --chat --model FOLDER                    # talk to a checkpoint; Ctrl-D ends
+        --samples 512 --max-new-tokens 65536 --window 2048      # the paper's setting (section 5)
+    torchrun --nproc-per-node 8 eval.py --model FOLDER   # problems shared out; the same traces up to rounding
+    python eval.py --check FILE         # can these problems be scored? Tries their own solutions
+    python eval.py --chat --model FOLDER                 # talk to a checkpoint; Ctrl-D ends
 
 What it writes to --out
-    traces.jsonl            every sampled reply, one a line, with its answer and confidences; traces-sft.jsonl the other
-                            checkpoint's, traces-low.jsonl and traces-high.jsonl those of DeepConf online
-    report.json, report.md  the table that is also printed at the end
+    traces.jsonl            every sampled reply, with answer, verdict and confidences; traces-sft.jsonl of the
+                            other checkpoint, traces-low.jsonl, traces-high.jsonl of DeepConf online
+    report.json, report.md  the table that is also printed; run.json: arguments, versions, hardware, commit
     accuracy.png            accuracy against tokens; training.png: the runs' log.jsonl. Both need matplotlib
-    run.json                arguments, versions, hardware, commit
 
-Methods (rows of the report), n samples a problem
+Methods (rows of the report), n samples per problem
     pass@1                   the mean over samples
     majority@n               one vote each
     majority@equal-tokens    as many votes as DeepConf LOW's tokens pay for: the fair comparison
     deepconf-offline@n       the most confident tenth votes
-    deepconf-low@n, -high@n  the same while generating: after 16 warm-up traces one is stopped when its confidence falls
-                             below the top 10% (LOW) or 90% (HIGH) of the warm-up's, and all of it when 95% agree.
-                             Run live, so tokens and seconds are measured, not simulated
+    deepconf-low@n, -high@n  the same while generating, so tokens and seconds are measured: after 16 warm-up
+                             traces, one is stopped when its confidence falls below the top 10% (LOW) or 90%
+                             (HIGH) of theirs, and all sampling when 95% of the votes agree
 
-Deviations from the paper (arXiv 2601.02346)
-- Its first tier compares strings and uses a computer algebra system, its second is a model. Here one parser of its own
-  evaluates both answers, rational numbers exactly and others to 1e-13, variables at three points: expressions that agree
-  there are the same but for a chance that can be neglected (Schwartz and Zippel, for polynomials). So it simplifies
-  nothing and cannot hang. It knows no calculus and never runs eval().
-- Its code rewards come from a service; here a sandbox of Linux's namespaces, limits and call filter, Python only.
-- Its 32768 tokens or more, temperature 0.6 and top-p 0.95 are flags; the defaults fit the small run.
+An unknown verdict (no sandbox, a judge that is down) says nothing about the reply: `correct` is null. pass@1
+is the mean over the other samples; a vote is right if a trace that gave its answer is known to be right.
+Problems without a known verdict are left out of a row's mean and counted in its last column. More than 2%
+unknown verdicts end the run, after the traces are written.
 
-To copy sections 1, 2, 3 and 5 (answers, code, estimators) nothing else is needed; to copy all, also take the other five files that
-it builds on: model.py, ssm_scan.py, data.py, deepconf.py, train_sft.py (ranks).
+Deviations from the paper (arXiv 2601.02346): 32768 tokens or more, temperature 0.6 and top-p 0.95 are flags;
+the defaults fit the small run. rewards.py and sandbox.py say how they differ from its verifiers.
+
+To copy this, also take all other scripts but train_rl.py.
 """
 
 import itertools
@@ -45,6 +43,7 @@ import time
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -57,16 +56,18 @@ import train_sft
 from data import flag
 from model import FalconH1, generate
 from rewards import (
-    Judge, check_code, check_gold, check_problem, chosen, extract_answer, extract_code, is_equivalent, verify,
+    check_code, check_problem, check_scorable, chosen, decided_by_tests, extract_answer, extract_code,
+    is_equivalent, open_judge, verify,
 )
+
+# 1. Verdicts ------------------------------------------------------------------------------------------------
 
 
 def verify_many(jobs, workers=0, progress=False, **settings):
     """Verdicts on (text, problem) pairs, in their order, several at once.
 
-    A thread for each does little but wait, so one that hangs keeps one of them, and no processor, until its limit.
-    workers: 0 is two for each processor. progress: whether to show a bar. settings: those of verify.
-    """
+    Threads only wait, for programs or a judge: the sandbox limits how many programs run at a time.
+    workers: 0 is two per core. progress: show a bar. settings: those of verify."""
     pool = ThreadPoolExecutor(workers or 2 * (os.cpu_count() or 1))
     try:
         verdicts = pool.map(lambda job: verify(*job, **settings), jobs)
@@ -75,23 +76,16 @@ def verify_many(jobs, workers=0, progress=False, **settings):
         pool.shutdown(cancel_futures=True)  # an error or Ctrl-C does not wait for thousands
 
 
-def open_judge(args):
-    """The Judge that --judge names, or None. It is tried here: an endpoint that is down is an error before any work."""
-    if not args.judge:
-        return None
-    return Judge(args.judge, args.judge_model, args.judge_cache, os.environ.get("OPENAI_API_KEY", ""))
-
-
 def check_file(path, unsafe=False):
     """Print how many problems of a file the verifier can score, and the first it cannot; ValueError if there are any."""
     counts, failed, notes = defaultdict(Counter), [], set()
     problems = data.read_problems(path)
     check_code(problems, path, unsafe)
-    for problem in tqdm(problems, "checking", leave=False, disable=all(problem.answer for problem in problems)):
+    for problem in tqdm(problems, "checking", leave=False, disable=not any(map(decided_by_tests, problems))):
         status, why = check_problem(problem, unsafe)
         counts[problem.domain][status] += 1
         if status == "failed":
-            failed.append(f"{problem.id}: {why}")
+            failed.append(f"{problem.where}: {problem.id}: {why}")
         elif why:
             notes.add(why)
     print("| domain     |   rows |  right | failed | not checked |\n|------------|--------|--------|--------|-------------|")
@@ -102,7 +96,7 @@ def check_file(path, unsafe=False):
         raise ValueError(f"{path}: {len(failed)} rows cannot be scored")
 
 
-# 5. Estimators --------------------------------------------------------------------------------------------------------
+# 2. Estimators ----------------------------------------------------------------------------------------------
 
 
 def pass_at_k(n, c, k):
@@ -110,9 +104,7 @@ def pass_at_k(n, c, k):
 
         1 - C(n-c, k) / C(n, k)                                            Chen et al. 2021, arXiv 2107.03374, eq. 1
 
-    Raises:
-        ValueError unless 0 <= c <= n and 1 <= k <= n.
-    """
+    ValueError unless 0 <= c <= n and 1 <= k <= n."""
     if not (0 <= c <= n and 1 <= k <= n):
         raise ValueError(f"pass@k needs 0 <= c <= n and 1 <= k <= n, got n={n}, c={c}, k={k}")
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
@@ -121,14 +113,13 @@ def pass_at_k(n, c, k):
 def mean_and_stderr(scores):
     """Mean over m problems and its standard error s / sqrt(m), s^2 = sum (x - mean)^2 / (m - 1); None for m = 1."""
     m = len(scores)
-    if m == 0:
+    if not m:
         raise ValueError("there are no problems to average over")
     mean = math.fsum(scores) / m
     return mean, math.sqrt(math.fsum((x - mean) ** 2 for x in scores) / (m - 1) / m) if m > 1 else None
 
 
-# 6. Sampling ----------------------------------------------------------------------------------------------------------
-
+# 3. Sampling ------------------------------------------------------------------------------------------------
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -143,25 +134,17 @@ def load(folder, device, dtype="auto"):
     return FalconH1.from_pretrained(folder, dtype=DTYPES[dtype], device=device), tokenizer
 
 
-def reply_text(trace, tokenizer):
-    """What a model wrote, without the token that ends it."""
-    ended = trace.tokens and trace.tokens[-1] in tokenizer.stop_ids
-    return tokenizer.decode(trace.tokens[:-1] if ended else trace.tokens)
-
-
 def write(model, tokenizer, chats, args, samples=1, admit=None, on_token=None, on_trace=None, progress=False):
     """model.generate() on conversations that end in a user's turn."""
     prompts = [data.render_chat(messages, tokenizer, generation_prompt=True)[0] for messages in chats]
-    return generate(
-        model, prompts, samples=samples, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
-        top_p=args.top_p, seed=args.seed, stop_ids=tokenizer.stop_ids, admit=admit, on_token=on_token,
-        on_trace=on_trace, progress=progress,
-    )
+    settings = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
+    return generate(model, prompts, samples=samples, stop_ids=tokenizer.stop_ids, admit=admit,
+                    on_token=on_token, on_trace=on_trace, progress=progress, **settings)
 
 
 def answer_of(text, problem):
     """What is voted on: the answer, the letter of the choice that it names, or for a problem with tests the code."""
-    if not problem.answer:
+    if decided_by_tests(problem):
         return (extract_code(text) or (None, None))[1]
     answer, choices = extract_answer(text), problem.extra.get("choices")
     named = chosen(answer, choices) if answer and choices else None
@@ -169,23 +152,21 @@ def answer_of(text, problem):
 
 
 def sample(model, tokenizer, problems, args, samples, ranks, judge, file, online=None):
-    """Sample replies to every problem, judge them and write them to `file` in --out. Rank r takes every world-th problem.
+    """Sample replies to every problem, judge them, write them to `file` in --out; each rank takes its share.
 
-    Args:
-        judge: None, or a Judge.
-        online: None, or a deepconf.Online for each problem. It decides during generation which traces start and which
-            stop early; what they hold until then is what they would hold without it.
-    Returns:
-        (groups, seconds): for each problem the records of its traces, as traces.jsonl holds them, and the wall time of
-        the slowest rank. All ranks get all groups.
-    """
+    judge: None, or a Judge. online: None, or a deepconf.Online per problem, which decides during generation
+    which traces start and which stop early; until then they hold what they would hold without it.
+
+    Returns (groups, seconds): each problem's records, as traces.jsonl holds them, on all ranks; and the wall
+    time of the slowest. ValueError if too many verdicts are unknown, after the file is written."""
 
     def record(trace, text, verdict):
         problem = problems[trace.prompt_index]
+        correct = None if verdict.score is None else verdict.score == 1
         return {
             "problem": problem.id, "domain": problem.domain, "gold": problem.answer, "sample": trace.sample_index,
             "seed": args.seed, "text": text, "tokens": len(trace.tokens), "answer": answer_of(text, problem),
-            "correct": verdict.score == 1, "reason": verdict.reason, "stop": trace.stop,
+            "correct": correct, "reason": verdict.reason, "stop": trace.stop,
             "confidences": [round(confidence, 4) for confidence in trace.confidences],
         }
 
@@ -198,75 +179,99 @@ def sample(model, tokenizer, problems, args, samples, ranks, judge, file, online
         return online[trace.prompt_index].on_token(trace.sample_index, trace.confidences[-1])
 
     def on_trace(trace):
-        online[trace.prompt_index].finish(
-            trace.sample_index, answer_of(reply_text(trace, tokenizer), problems[trace.prompt_index])
-        )
+        answer = answer_of(data.reply_text(trace.tokens, tokenizer), problems[trace.prompt_index])
+        online[trace.prompt_index].finish(trace.sample_index, answer)
 
     chats = [[{"role": "user", "content": problem.prompt}] for problem in problems]
     start = time.perf_counter()
     callbacks = (admit, on_token, on_trace) if online else (admit,)
     traces = write(model, tokenizer, chats, args, samples, *callbacks, progress=ranks.rank == 0)
     seconds = max(ranks.all_values(time.perf_counter() - start))
-    texts, groups = [reply_text(trace, tokenizer) for trace in traces], [[] for _ in problems]
+
+    texts = [data.reply_text(trace.tokens, tokenizer) for trace in traces]
     jobs = [(text, problems[trace.prompt_index]) for trace, text in zip(traces, texts)]
-    verdicts = verify_many(jobs, progress=ranks.rank == 0, judge=judge, unsafe=args.unsafe_local_execution)
+    verdicts = verify_many(jobs, progress=ranks.rank == 0, judge=judge, limit=args.code_tests, seed=args.seed,
+                           unsafe=args.unsafe_local_execution)
+    groups = [[] for _ in problems]
     for trace, text, verdict in zip(traces, texts, verdicts):
         groups[trace.prompt_index].append(record(trace, text, verdict))
     groups = ranks.gather(groups)
+
+    path = Path(args.out) / file
     if ranks.rank == 0:
-        data.write_jsonl(Path(args.out) / file, itertools.chain(*groups))
+        data.write_jsonl(path, itertools.chain(*groups))
+    ranks.gather([])  # the others wait: one that gave up now would end rank 0 while it writes
+    data.check_unknown(f"{path} holds every reply, but", unknown_reasons(groups), sum(map(len, groups)))
     return groups, seconds
-
-
-# 7. Methods -----------------------------------------------------------------------------------------------------------
-
-
-WARM_UP = 16  # traces before DeepConf online stops any (its paper, arXiv 2508.15260)
-BATCH = 4  # traces of a problem that start together after that; one by one halves the tokens per second and saves few
-
-
-def row(checkpoint, method, scores, tokens, seconds):
-    """A row of report.json. scores: one per problem, from 0 to 1; tokens, seconds: what all of them cost together."""
-    accuracy, stderr = mean_and_stderr(scores)
-    return {
-        "checkpoint": checkpoint, "method": method, "accuracy": accuracy, "stderr": stderr, "tokens": round(tokens),
-        "seconds": round(seconds, 2), "problems": len(scores),
-    }
 
 
 def count_tokens(groups):
     return sum(record["tokens"] for record in itertools.chain(*groups))
 
 
-def ballot(group):
-    """The traces of a problem as deepconf takes them, equivalent answers spelled alike: votes then compare plain text."""
-    spelling, traces = {}, []
-    for record in group:
-        answer = record["answer"]
-        if answer not in spelling:
-            others = () if record.get("gold") == "" else spelling.values()  # programs are the same if they are spelled the same
-            spelling[answer] = next((one for one in others if is_equivalent(answer, one)), answer)
-        traces.append(deepconf.Recorded(**{f.name: record[f.name] for f in fields(deepconf.Recorded)}))
-        traces[-1].answer = spelling[answer]
-    return traces
+def unknown_reasons(groups):
+    """Counter of why verdicts are unknown."""
+    return Counter(record["reason"] for record in itertools.chain(*groups) if record["correct"] is None)
 
 
-def majority_score(traces, m):
+# 4. Methods -------------------------------------------------------------------------------------------------
+
+WARM_UP = 16  # traces before DeepConf online stops any (its paper, arXiv 2508.15260)
+BATCH = 4  # traces of a problem that start together after that; one by one halves the tokens per second and saves few
+
+
+def row(checkpoint, method, scores, tokens, seconds):
+    """A row of report.json. scores: per problem, 0 to 1, or None (unknown). tokens, seconds: in total."""
+    known = [score for score in scores if score is not None]
+    accuracy, stderr = mean_and_stderr(known) if known else (None, None)
+    return {
+        "checkpoint": checkpoint, "method": method, "accuracy": accuracy, "stderr": stderr, "tokens": round(tokens),
+        "seconds": round(seconds, 2), "problems": len(known), "unknown": len(scores) - len(known),
+    }
+
+
+same_answer = lru_cache(maxsize=1 << 16)(is_equivalent)  # every method compares the same answers again
+
+
+def sameness(problem):
+    """When two answers are one vote; None: when they are the same text, as programs must be."""
+    return None if decided_by_tests(problem) else same_answer
+
+
+class Ballot:
+    """What is voted on: a problem's traces, and when two of their answers are the same."""
+
+    def __init__(self, problem, group):
+        names = [f.name for f in fields(deepconf.Recorded)]
+        self.traces = [deepconf.Recorded(**{name: record[name] for name in names}) for record in group]
+        self.same = sameness(problem)
+
+    def score(self, answer):
+        """Whether a voted answer is right: True, False, or None if that is unknown."""
+        return deepconf.is_right(answer, self.traces, self.same)
+
+
+def mean_known(scores):
+    """The mean of the scores that are known, None where none is."""
+    known = [score for score in scores if score is not None]
+    return sum(known) / len(known) if known else None
+
+
+def majority_score(ballot, m):
     """How often a majority of m traces is right: the mean over the n // m disjoint runs of m among a problem's n."""
-    runs = [traces[i : i + m] for i in range(0, len(traces) - m + 1, m)]
-    votes = [deepconf.vote([trace.answer for trace in run])[0] for run in runs]
-    return sum(deepconf.is_right(answer, traces) for answer in votes) / len(votes)
+    answers = [trace.answer for trace in ballot.traces]
+    runs = [answers[i : i + m] for i in range(0, len(answers) - m + 1, m)]
+    return mean_known([ballot.score(deepconf.vote(run, same=ballot.same)[0]) for run in runs])
 
 
 def calibration(ballots, window):
     """Whether confidence tells right traces from wrong ones; where it does not, a vote by confidence must fail.
 
-    Returns:
-        dict: "auroc", the chance that a right trace's lowest group confidence is above a wrong one's (0.5: it says
-        nothing), and its means over right and wrong traces; None where there are no such traces.
-    """
-    pooled = [(deepconf.lowest_group(t.confidences, window), t.correct) for t in itertools.chain(*ballots)]
-    lowest, correct = np.array([c for c, _ in pooled]), np.array([right for _, right in pooled])
+    A dict: "auroc", the chance that a right trace's lowest group confidence is above a wrong one's (0.5: it
+    says nothing), and its means over right and over wrong traces; None where there are no such traces."""
+    known = [trace for ballot in ballots for trace in ballot.traces if trace.correct is not None]
+    lowest = np.array([deepconf.lowest_group(trace.confidences, window) for trace in known])
+    correct = np.array([trace.correct for trace in known], bool)
     means = [float(lowest[side].mean()) if side.any() else None for side in (correct, ~correct)]
     auroc = None if None in means else deepconf.auroc(lowest, correct)
     return {"auroc": auroc, "confidence_right": means[0], "confidence_wrong": means[1]}
@@ -275,68 +280,82 @@ def calibration(ballots, window):
 def pass_row(name, groups, seconds):
     """pass@1 from n samples a problem. Its cost is that of one sample, a share 1/n of what was measured."""
     n = len(groups[0])
-    scores = [pass_at_k(n, sum(record["correct"] for record in group), 1) for group in groups]
+    scores = []
+    for group in groups:
+        known = [record["correct"] for record in group if record["correct"] is not None]
+        scores.append(pass_at_k(len(known), sum(known), 1) if known else None)
     return row(name, "pass@1", scores, count_tokens(groups) / n, seconds / n)
 
 
-def evaluate(name, model, tokenizer, problems, args, ranks, judge):
-    """All methods on one checkpoint.
+def sample_online(level, eta, model, tokenizer, problems, args, ranks, judge):
+    """DeepConf online: (answers, groups, seconds), each problem's voted answer and what sample() returns."""
+    settings = {"n_init": WARM_UP, "eta": eta, "window": args.window, "batch": BATCH}
+    online = [deepconf.Online(args.samples, **settings, same=sameness(problem)) for problem in problems]
+    file = f"traces-{level}.jsonl"
+    groups, seconds = sample(model, tokenizer, problems, args, args.samples, ranks, judge, file, online)
+    return ranks.gather([machine.result()[0] for machine in online]), groups, seconds
 
-    Returns:
-        (rows, calibration, curve): curve lists (tokens, accuracy) of the majority of 1, 2, 4, ... traces.
-    """
-    groups, seconds = sample(model, tokenizer, problems, args, args.samples, ranks, judge, "traces.jsonl")
-    n, tokens, ballots = args.samples, count_tokens(groups), [ballot(group) for group in groups]
+
+def evaluate(name, model, tokenizer, problems, args, ranks, judge):
+    """All methods on one checkpoint: (rows, calibration, curve, groups).
+
+    curve: (tokens, accuracy) of the majority of 1, 2, 4, ... traces; groups: these traces, as of sample()."""
+    n = args.samples
+    groups, seconds = sample(model, tokenizer, problems, args, n, ranks, judge, "traces.jsonl")
+    tokens = count_tokens(groups)
+    ballots = list(map(Ballot, problems, groups))
 
     def majority(m):
-        return [majority_score(traces, m) for traces in ballots]
+        return [majority_score(ballot, m) for ballot in ballots]
 
-    answers = [deepconf.offline(traces, eta=10, window=args.window)[0] for traces in ballots]
-    right = [float(deepconf.is_right(*pair)) for pair in zip(answers, ballots)]
+    votes = [deepconf.offline(b.traces, eta=10, window=args.window, same=b.same) for b in ballots]
+    scores = [b.score(answer) for b, (answer, _) in zip(ballots, votes)]
     rows = [
         pass_row(name, groups, seconds),
         row(name, f"majority@{n}", majority(n), tokens, seconds),
-        row(name, f"deepconf-offline@{n}", right, tokens, seconds),
+        row(name, f"deepconf-offline@{n}", scores, tokens, seconds),
     ]
     for level, eta in (("low", 10), ("high", 90)) if n > WARM_UP else ():
-        settings = {"n_init": WARM_UP, "eta": eta, "window": args.window, "batch": BATCH}
-        online = [deepconf.Online(n, **settings, same=is_equivalent if problem.answer else None) for problem in problems]
-        stopped, spent = sample(model, tokenizer, problems, args, n, ranks, judge, f"traces-{level}.jsonl", online)
-        answers = ranks.gather([machine.result()[0] for machine in online])
-        right = [float(deepconf.is_right(answer, ballot(group))) for answer, group in zip(answers, stopped)]
-        rows.append(row(name, f"deepconf-{level}@{n}", right, count_tokens(stopped), spent))
+        answers, stopped, spent = sample_online(level, eta, model, tokenizer, problems, args, ranks, judge)
+        scores = [b.score(answer) for b, answer in zip(map(Ballot, problems, stopped), answers)]
+        rows.append(row(name, f"deepconf-{level}@{n}", scores, count_tokens(stopped), spent))
         if level == "low":  # what plain voting makes of the tokens that LOW took for each problem
-            plain = [deepconf.majority_at(traces, count_tokens([group])) for traces, group in zip(ballots, stopped)]
-            right, used = [float(deepconf.is_right(a, t)) for (a, _), t in zip(plain, ballots)], sum(u for _, u in plain)
-            rows.insert(2, row(name, "majority@equal-tokens", right, used, seconds * used / tokens))
-    curve = [(tokens * m / n, sum(majority(m)) / len(problems)) for m in (2**i for i in range(n.bit_length()))]
-    return rows, calibration(ballots, args.window), curve
+            budgets = [count_tokens([group]) for group in stopped]
+            votes = [deepconf.majority_at(b.traces, most, b.same) for b, most in zip(ballots, budgets)]
+            scores = [b.score(answer) for b, (answer, _) in zip(ballots, votes)]
+            used = sum(count for _, count in votes)
+            rows.insert(2, row(name, "majority@equal-tokens", scores, used, seconds * used / tokens))
+    curve = [(tokens * m / n, mean_known(majority(m))) for m in (2**i for i in range(n.bit_length()))]
+    return rows, calibration(ballots, args.window), curve, groups
 
 
-# 8. The report --------------------------------------------------------------------------------------------------------
+# 5. The report ----------------------------------------------------------------------------------------------
 
 
 def table(rows):
     """A Markdown table whose columns also line up in a terminal."""
-    lines = ["| checkpoint | method                | accuracy % | stderr |     tokens | seconds | problems |"]
-    lines.append(re.sub("[^|]", "-", lines[0]))
+    head = "| checkpoint | method                | accuracy % | stderr |     tokens | seconds "
+    head += "| problems | unknown |"
+    lines = [head, re.sub("[^|]", "-", head)]
     for r in rows:
-        stderr = "-" if r["stderr"] is None else f"{100 * r['stderr']:.1f}"
+        accuracy, stderr = ("-" if x is None else f"{100 * x:.1f}" for x in (r["accuracy"], r["stderr"]))
         lines.append(
-            f"| {r['checkpoint']:10} | {r['method']:21} | {100 * r['accuracy']:10.1f} | {stderr:>6} "
-            f"| {r['tokens']:10,} | {r['seconds']:7.1f} | {r['problems']:8} |"
+            f"| {r['checkpoint']:10} | {r['method']:21} | {accuracy:>10} | {stderr:>6} "
+            f"| {r['tokens']:10,} | {r['seconds']:7.1f} | {r['problems']:8} | {r['unknown']:7} |"
         )
     return "\n".join(lines)
 
 
-def explain(name, measured):
-    """calibration() as a sentence."""
-    if measured["auroc"] is None:
-        return f"{name}: all traces are right, or all are wrong; confidence cannot tell them apart."
-    return (
-        f"{name}: lowest group confidence of right traces {measured['confidence_right']:.2f}, of wrong ones "
-        f"{measured['confidence_wrong']:.2f} on average; AUROC {measured['auroc']:.3f}."
-    )
+def explain(name, measured, groups):
+    """calibration(), and the unknown verdicts if there are any, in words."""
+    text = f"{name}: all known traces are right, or all are wrong; confidence cannot tell them apart.\n"
+    auroc, right, wrong = (measured[key] for key in ("auroc", "confidence_right", "confidence_wrong"))
+    if auroc is not None:
+        text = f"{name}: lowest group confidence of right traces {right:.2f}, of wrong ones {wrong:.2f} "
+        text += f"on average; AUROC {auroc:.3f}.\n"
+    if reasons := unknown_reasons(groups):
+        text += f"{reasons.total()} of {sum(map(len, groups))} verdicts unknown: {data.describe(reasons)}.\n"
+    return text
 
 
 def plot(out, rows, curve, logs):
@@ -348,9 +367,10 @@ def plot(out, rows, curve, logs):
         return
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    axes.plot(*zip(*[(tokens, 100 * accuracy) for tokens, accuracy in curve]), "o-", label="majority of 1, 2, 4, ...")
+    points = np.array([(tokens, 100 * accuracy) for tokens, accuracy in curve if accuracy is not None])
+    axes.plot(*points.reshape(-1, 2).T, "o-", label="majority of 1, 2, 4, ...")  # reshape: none may be known
     for r in rows:
-        if "deepconf" in r["method"]:
+        if "deepconf" in r["method"] and r["accuracy"] is not None:
             axes.errorbar(r["tokens"], 100 * r["accuracy"], 100 * (r["stderr"] or 0), fmt="s", label=r["method"])
     axes.set(xlabel="generated tokens, all problems", ylabel="accuracy, %")
     axes.legend()
@@ -372,7 +392,7 @@ def save_figure(figure, path):
     temporary.replace(path)
 
 
-# 9. The command line --------------------------------------------------------------------------------------------------
+# 6. The command line ----------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -388,14 +408,13 @@ class Args:
     window: int = flag(16, "tokens of a confidence group, for traces of some 100 tokens; the paper: 2048")
     seed: int = flag(0, "of sampling")
     device: str = flag("", "cpu or cuda; empty: cuda where there is one")
-    dtype: str = flag(
-        "auto",
-        "of weights and activations: float32, bfloat16, or auto: on a GPU bfloat16, as RL samples, on a CPU what is "
-        "stored. bfloat16 halves memory and uses a GPU's tensor cores; it rounds, so a seed gives other traces",
-    )
+    dtype: str = flag("auto", "float32, bfloat16 (half the memory; it rounds, so a seed gives other traces), "
+                      "or auto: on a GPU bfloat16, as in RL, on a CPU what is stored")
     fresh: bool = flag(False, "replace what another evaluation left in --out")
     check: str = flag("", "only check that the verifier finds the solutions in this file of problems right")
-    judge: str = flag("", "chat endpoint, http://host:8000/v1, of a model that compares answers in words; key: OPENAI_API_KEY")
+    code_tests: int = flag(0, "tests of a code problem to run, a random sample of them; 0: all")
+    judge: str = flag("", "chat endpoint, http://host:8000/v1, of a model that compares answers in words; "
+                      "key: OPENAI_API_KEY")
     judge_model: str = flag("judge", "its name there")
     judge_cache: str = flag("runs/judge.jsonl", "file of its verdicts")
     unsafe_local_execution: bool = flag(False, "run programs of the model even where they cannot be isolated")
@@ -403,7 +422,7 @@ class Args:
 
 
 def check_args(args):
-    for name, least in {"limit": 0, "samples": 1, "max_new_tokens": 1, "window": 1}.items():
+    for name, least in {"limit": 0, "code_tests": 0, "samples": 1, "max_new_tokens": 1, "window": 1}.items():
         if getattr(args, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
     if not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1:
@@ -427,26 +446,28 @@ def checkpoint_name(folder):
 def run(args):
     folders = [args.model] if args.model else ["runs/tiny/sft/model", "runs/tiny/rl/model"]
     ranks = train_sft.start_ranks(args.device)
-    problems = data.read_problems(args.problems, args.limit, None if args.judge else check_gold)
+    problems = data.read_problems(args.problems, args.limit, partial(check_scorable, judge=args.judge))
     check_code(problems, args.problems, args.unsafe_local_execution, quiet=ranks.rank > 0)
     judge = open_judge(args)
     loaded = [(checkpoint_name(folder), *load(folder, ranks.device, args.dtype)) for folder in folders]
     identity = {name: value for name, value in asdict(args).items() if name not in ("out", "fresh", "chat", "check")}
     ranks.gather([])  # here all ranks could load what they need: only now may --fresh delete anything
     if ranks.rank == 0:
-        _lock = data.open_run(args.out, identity, OUTPUTS, fresh=args.fresh, device=ranks.device, ranks=ranks.world)  # until the end
+        about = {"device": ranks.device, "ranks": ranks.world}
+        _lock = data.open_run(args.out, identity, OUTPUTS, fresh=args.fresh, **about)  # held until the end
         print(" ".join(f"{name}={value}" for name, value in asdict(args).items()))
-    out, rows = Path(args.out), []
+    out = Path(args.out)
+    rows = []
     for name, model, tokenizer in loaded[:-1]:
-        groups, seconds = sample(model, tokenizer, problems, args, min(4, args.samples), ranks, judge, f"traces-{name}.jsonl")
+        few = min(4, args.samples)
+        groups, seconds = sample(model, tokenizer, problems, args, few, ranks, judge, f"traces-{name}.jsonl")
         rows.append(pass_row(name, groups, seconds))
     name, model, tokenizer = loaded[-1]
-    more, measured, curve = evaluate(name, model, tokenizer, problems, args, ranks, judge)
+    more, measured, curve, groups = evaluate(name, model, tokenizer, problems, args, ranks, judge)
     if ranks.rank != 0:
         return
     rows += more
-
-    report = f"{table(rows)}\n\n{explain(name, measured)}\n"
+    report = f"{table(rows)}\n\n{explain(name, measured, groups)}"
     data.write_text(out / "report.json", json.dumps({"rows": rows, "calibration": measured}, indent=1) + "\n")
     data.write_text(out / "report.md", f"# Evaluation on {args.problems}\n\n{report}")
     logs = {checkpoint_name(folder): Path(folder).parent / "log.jsonl" for folder in folders}
@@ -454,8 +475,6 @@ def run(args):
     example = json.loads((out / "traces.jsonl").open().readline())
     print(f"\n{problems[0].prompt}\n{example['text']}\nanswer {example['answer']}, correct: {example['correct']}\n")
     print(report)
-    if judge:
-        print(f"the judge's verdicts on this rank: {dict(judge.counts)}, unknown because of {dict(judge.reasons)}")
 
 
 def chat(args):
@@ -465,7 +484,7 @@ def chat(args):
 
     def stream(trace):
         nonlocal shown
-        text = reply_text(trace, tokenizer)
+        text = data.reply_text(trace.tokens, tokenizer)
         if not text.endswith("\ufffd"):  # the bytes of an unfinished character wait for the rest
             print(text[len(shown) :], end="", flush=True)
             shown = text
@@ -481,7 +500,7 @@ def chat(args):
             messages.append({"role": "user", "content": question})
             shown = ""
             trace = write(model, tokenizer, [messages], args, on_token=stream)[0]
-            messages.append({"role": "assistant", "content": reply_text(trace, tokenizer)})
+            messages.append({"role": "assistant", "content": data.reply_text(trace.tokens, tokenizer)})
             print()
 
 

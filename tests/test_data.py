@@ -294,17 +294,16 @@ def test_broken_gzip(tmp_path, damage):
         data.read_problems(path)
 
 
-def test_an_answer_is_checked_only_where_nothing_else_decides(tmp_path):
-    def refuses(answer):
-        raise ValueError(f"{answer!r} cannot be read")
+def test_a_problem_that_cannot_be_scored_is_named_by_its_line(tmp_path):
+    def check(problem):
+        if not problem.extra.get("choices"):
+            raise ValueError(f"{problem.answer!r} cannot be read")
     choice = {"question": "q", "choices": ["x", "y"], "answer": "A", "id": "choice"}
-    good = write(tmp_path / "good.jsonl", choice, HUMANEVAL, OURS | {"tests": [{"input": "1", "output": "1"}]})
-    problems = data.read_problems(good, 0, refuses)
-    assert [problem.where for problem in problems] == [f"{good}, line {n}" for n in (1, 2, 3)]
     bad = write(tmp_path / "bad.jsonl", choice, OURS)
     with pytest.raises(ValueError, match=r"bad\.jsonl, line 2: field answer: '2' cannot be read"):
-        data.read_problems(bad, 0, refuses)
-    assert len(data.read_problems(bad, 1, refuses)) == 1  # what is beyond the limit is not looked at
+        data.read_problems(bad, 0, check)
+    assert len(data.read_problems(bad, 1, check)) == 1  # what is beyond the limit is not looked at
+    assert [problem.where for problem in data.read_problems(bad)] == [f"{bad}, line {n}" for n in (1, 2)]
 
 
 value = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.lists(st.text(), max_size=2)
@@ -520,11 +519,11 @@ def test_unknown_verdicts_count_in_no_pass_rate(tmp_path, capsys):
 
 def test_many_unknown_verdicts_are_an_error_that_says_why():
     reasons = data.Counter({"unknown: no sandbox": 1, "unknown: no memory": 2})
-    data.check_unknown(reasons, 150)  # 2% exactly
-    data.check_unknown(data.Counter(), 0)
+    data.check_unknown("x", reasons, 150)  # 2% exactly
+    data.check_unknown("x", data.Counter(), 0)
     with pytest.raises(ValueError) as error:
-        data.check_unknown(reasons, 149)
-    assert str(error.value) == "3 of 149 verdicts are unknown, more than 2%: 2 x no memory; 1 x no sandbox"
+        data.check_unknown("x", reasons, 149)
+    assert str(error.value) == "x: 3 of 149 verdicts are unknown, more than 2%: 2 x no memory; 1 x no sandbox"
 
 
 @pytest.mark.parametrize(

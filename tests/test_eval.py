@@ -1,4 +1,4 @@
-"""Tests of eval.py: answers, estimators, and an evaluation from end to end with a stand-in for the model."""
+"""Tests of eval.py: estimators, methods, and an evaluation from end to end with a stand-in for the model."""
 
 import itertools
 import json
@@ -16,9 +16,14 @@ from hypothesis import strategies as st
 from tests.test_train_sft import ROOT, run
 
 import data
+import deepconf
 import eval as ev
+import rewards
+import sandbox
 from model import PRESETS, FalconH1
 
+MISSING = [f"{name}: {why}" for name, why in sandbox.sandbox_layers().items() if why != "on"]
+needs_sandbox = pytest.mark.skipif(bool(MISSING), reason=f"no isolation here: {MISSING}")
 PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the machine may be busy
 
 # Finding the answer ---------------------------------------------------------------------------------------------------
@@ -54,13 +59,13 @@ PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow]) 
     ],
 )
 def test_extract_answer(text, answer):
-    assert ev.extract_answer(text) == answer
+    assert rewards.extract_answer(text) == answer
 
 
 def test_extract_answer_takes_linear_time():
     start = time.perf_counter()
-    assert ev.extract_answer(r"\boxed{" * 30_000) is None
-    assert ev.extract_answer("#### 1\n" * 30_000 + "#### 7") == "7"
+    assert rewards.extract_answer(r"\boxed{" * 30_000) is None
+    assert rewards.extract_answer("#### 1\n" * 30_000 + "#### 7") == "7"
     assert time.perf_counter() - start < 2
 
 
@@ -310,8 +315,8 @@ e^{x^3} == \exp(x^3)
 @pytest.mark.parametrize("line", SAME)
 def test_the_same(line):
     a, b = line.split(" == ")
-    assert ev.is_equivalent(a, b)
-    assert ev.is_equivalent(b, a)
+    assert rewards.is_equivalent(a, b)
+    assert rewards.is_equivalent(b, a)
 
 
 OTHER = r"""
@@ -512,15 +517,15 @@ f(x)=x != x^2
 @pytest.mark.parametrize("line", OTHER)
 def test_not_the_same(line):
     a, _, b = line.partition(" != ")
-    assert not ev.is_equivalent(a, b)
-    assert not ev.is_equivalent(b, a)
+    assert not rewards.is_equivalent(a, b)
+    assert not rewards.is_equivalent(b, a)
 
 
 @pytest.mark.parametrize("blank", ["", " ", "$", r"\!", ".", "\\", r"\ ", None])
 def test_blank_answers_equal_nothing(blank):
-    assert not ev.is_equivalent(blank, "")
-    assert not ev.is_equivalent(blank, "1")
-    assert not ev.is_equivalent(blank, blank or " ")
+    assert not rewards.is_equivalent(blank, "")
+    assert not rewards.is_equivalent(blank, "1")
+    assert not rewards.is_equivalent(blank, blank or " ")
 
 
 HOSTILE = [
@@ -539,11 +544,11 @@ HOSTILE = [
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
 def test_hostile_text_is_another_answer_and_takes_no_time(text):
     start = time.perf_counter()
-    ev.extract_answer(text)
-    ev.extract_answer(rf"\boxed{{{text}}}")
-    assert not ev.is_equivalent(text, "17")
-    assert not ev.is_equivalent("17", text)
-    assert not ev.is_equivalent(text, text + " + 19")
+    rewards.extract_answer(text)
+    rewards.extract_answer(rf"\boxed{{{text}}}")
+    assert not rewards.is_equivalent(text, "17")
+    assert not rewards.is_equivalent("17", text)
+    assert not rewards.is_equivalent(text, text + " + 19")
     assert time.process_time() - start < 0.5
 
 
@@ -555,8 +560,8 @@ LATEX = st.lists(st.sampled_from([*"0123456789xyieE+-*/^_(){}[]|,.;:=<>!%&$ ~'²
 @PATIENT
 @given(st.one_of(LATEX, st.text()), LATEX)
 def test_any_two_texts_can_be_compared(a, b):
-    assert ev.is_equivalent(a, b) == ev.is_equivalent(b, a)
-    assert ev.is_equivalent(a, a) == bool(ev.tokenize(a.strip().rstrip(".")))
+    assert rewards.is_equivalent(a, b) == rewards.is_equivalent(b, a)
+    assert rewards.is_equivalent(a, a) == bool(rewards.tokenize(a.strip().rstrip(".")))
 
 
 @PATIENT
@@ -564,8 +569,8 @@ def test_any_two_texts_can_be_compared(a, b):
 def test_a_fraction_is_read_in_every_spelling(x):
     p, q = x.numerator, x.denominator
     for text in (f"{p}/{q}", rf"\frac{{{p}}}{{{q}}}", rf"\left(\tfrac{{{-p}}}{{{-q}}}\right)", f"{p:,} / {q:,}"):
-        assert ev.is_equivalent(text, f"{p}/{q}")
-        assert not ev.is_equivalent(text, f"{p + 1}/{q}")
+        assert rewards.is_equivalent(text, f"{p}/{q}")
+        assert not rewards.is_equivalent(text, f"{p + 1}/{q}")
 
 
 POLYNOMIAL = st.lists(st.integers(-9, 9), min_size=1, max_size=5)
@@ -585,7 +590,7 @@ def test_polynomials_are_the_same_if_their_coefficients_are(a, b):
         return list(itertools.dropwhile(lambda c: c == 0, coefficients))
 
     expanded = " + ".join(f"({c})x^{len(b) - 1 - i}" for i, c in enumerate(b))
-    assert ev.is_equivalent(horner(a), expanded) == (stripped(a) == stripped(b))
+    assert rewards.is_equivalent(horner(a), expanded) == (stripped(a) == stripped(b))
 
 
 LEAVES = st.integers(0, 20).map(lambda n: (str(n), float(n))) | st.sampled_from([(r"\pi", math.pi), ("e", math.e)])
@@ -612,14 +617,14 @@ SHAPES = {
 )
 def test_functions_have_the_values_that_python_gives(expression):
     text, expected = expression
-    (kind, values), _, _ = ev.read(text, True, ev.Fraction(1, 100))
+    (kind, values), _, _ = rewards.read(text, True, rewards.Fraction(1, 100))
     assert kind == "number"
-    assert [complex(x) for x in values] == [pytest.approx(complex(expected), rel=1e-9, abs=1e-9)] * ev.POINTS
+    assert [complex(x) for x in values] == [pytest.approx(complex(expected), rel=1e-9, abs=1e-9)] * rewards.POINTS
 
 
 def test_check_gold_accepts_what_can_be_compared():
     for gold in ("42", r"\text{east}", r"(-\infty, 0]", "10:30", "no real solution", r"1 \pm \sqrt{19}", r"\$36"):
-        ev.check_gold(gold)
+        rewards.check_gold(gold)
 
 
 @pytest.mark.parametrize(
@@ -639,7 +644,7 @@ def test_check_gold_accepts_what_can_be_compared():
 )
 def test_check_gold_says_what_is_wrong(gold, why):
     with pytest.raises(ValueError, match=why):
-        ev.check_gold(gold)
+        rewards.check_gold(gold)
 
 
 # Estimators -----------------------------------------------------------------------------------------------------------
@@ -744,7 +749,7 @@ def test_report_of_the_script(place, capsys):
         "pass@1", "majority@32", "majority@equal-tokens", "deepconf-offline@32", "deepconf-low@32", "deepconf-high@32"
     ]
     assert {r["checkpoint"] for r in report["rows"]} == {"rl"}
-    assert {r["problems"] for r in report["rows"]} == {3}
+    assert {r["problems"] for r in report["rows"]} == {3} and {r["unknown"] for r in report["rows"]} == {0}
     each = LENGTH + len(r"\boxed{5}") + 1
     assert rows["pass@1"]["accuracy"] == pytest.approx((1 + 1 / 2 + 0) / 3)
     assert rows["pass@1"]["tokens"] == 3 * each
@@ -769,6 +774,78 @@ def test_report_of_the_script(place, capsys):
     }
     assert ev.table(report["rows"]) in Path("out/report.md").read_text()
     assert ev.table(report["rows"]) in capsys.readouterr().out
+
+
+def unknown_at(monkeypatch, *calls):
+    """The verdicts of these calls of verify, counted from 0, are unknown."""
+    count = itertools.count()
+
+    def verify(text, problem, **settings):
+        i = next(count)
+        if i in calls:
+            return rewards.Verdict(None, f"unknown: {'no sandbox' if i % 2 else 'no memory'}")
+        return rewards.verify(text, problem, **settings)
+
+    monkeypatch.setattr(ev, "verify", verify)
+    monkeypatch.setattr(ev, "ThreadPoolExecutor", lambda workers: OneThread())
+
+
+class OneThread:
+    """A pool whose jobs run in their order."""
+
+    map = staticmethod(map)
+
+    def shutdown(self, **_):
+        pass
+
+
+def test_few_unknown_verdicts_are_left_out_and_counted(place, capsys, monkeypatch):
+    unknown_at(monkeypatch, 32)  # the first sample of split, a wrong 8: 1 of 96
+    assert ev.main(ARGV) == 0
+    out = capsys.readouterr().out
+    rows = {r["method"]: r for r in json.loads(Path("out/report.json").read_text())["rows"]}
+    assert rows["pass@1"]["accuracy"] == pytest.approx((1 + 16 / 31 + 0) / 3)
+    assert rows["majority@32"]["accuracy"] == pytest.approx(1 / 3)  # of 16 and 16 the first wins: an 8, known to be wrong
+    assert {(r["problems"], r["unknown"]) for r in rows.values()} == {(3, 0)}
+    assert "1 of 96 verdicts unknown: 1 x no memory." in out and "1 of 96" in Path("out/report.md").read_text()
+    traces = [json.loads(line) for line in Path("out/traces.jsonl").read_text().splitlines()]
+    assert [t["correct"] for t in traces[31:34]] == [True, None, True]
+    assert traces[32]["reason"] == "unknown: no memory" and traces[32]["answer"] == "8"
+    assert deepconf.main(["out/traces.jsonl", "--window", "4"]) == 0  # and curation reads them as well
+    assert data.main(["curate", "out/traces.jsonl", "--problems", "problems.jsonl", "--out", "kept.jsonl"]) == 0
+    assert [problem.id for problem in data.read_problems("kept.jsonl")] == ["split"]
+
+
+def test_a_vote_for_an_answer_of_unknown_verdict(place, capsys, monkeypatch):
+    # The most confident trace of one problem is alone with its answer, and its verdict is unknown.
+    monkeypatch.setitem(SCRIPT, "lonely", lambda i: ("3", 9.0) if i == 96 else (str(100 + i), 1.0))
+    problems = [{"id": name, "domain": "math", "prompt": name, "answer": "5"} for name in ("easy", "lonely")]
+    data.write_jsonl("problems.jsonl", problems)
+    unknown_at(monkeypatch, 97 + 96)
+    monkeypatch.setattr(ev, "WARM_UP", 97)  # without DeepConf online
+    assert ev.main([*ARGV, "--samples", "97"]) == 0
+    rows = {r["method"]: r for r in json.loads(Path("out/report.json").read_text())["rows"]}
+    offline = rows["deepconf-offline@97"]
+    assert (offline["accuracy"], offline["problems"], offline["unknown"]) == (1.0, 1, 1)
+    assert (rows["majority@97"]["accuracy"], rows["majority@97"]["problems"]) == (0.5, 2)
+    assert "| deepconf-offline@97   |      100.0 |      - |" in capsys.readouterr().out
+
+
+def test_many_unknown_verdicts_end_the_evaluation_after_its_traces_are_written(place, capsys, monkeypatch):
+    unknown_at(monkeypatch, 0, 1, 3)
+    assert ev.main(ARGV) == 1
+    why = "3 of 96 verdicts are unknown, more than 2%: 2 x no sandbox; 1 x no memory"
+    assert capsys.readouterr().err.splitlines()[-1] == f"error: out/traces.jsonl holds every reply, but: {why}"
+    assert [trace["correct"] for _, trace in data.read_records("out/traces.jsonl")][:4] == [None, None, True, None]
+    assert not Path("out/report.json").exists()
+
+
+def test_two_spellings_of_one_answer_are_one_vote_and_one_verdict(place, monkeypatch):
+    """1/2 comes first but is less confident: DeepConf votes for 0.5, whose group plain voting calls 1/2."""
+    monkeypatch.setitem(SCRIPT, "easy", lambda i: ("1/2", 1.0) if i < 8 else ("0.5", 3.0))
+    data.write_jsonl("problems.jsonl", [{"id": "a", "domain": "math", "prompt": "easy", "answer": "0.5"}])
+    assert ev.main(ARGV) == 0
+    assert {r["accuracy"] for r in json.loads(Path("out/report.json").read_text())["rows"]} == {1.0}
 
 
 def test_the_default_evaluates_both_checkpoints(place):
@@ -889,12 +966,15 @@ RANKS = f"""
 import os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 import eval as ev
+import rewards
 
 def fail(*args, **settings):
     time.sleep(0.5)  # the other rank waits for this one by now
     raise ValueError("this rank fails")
 
-ev.extract_answer = lambda text: str(len(text) % 3)
+ev.extract_answer = rewards.extract_answer = lambda text: str(len(text) % 3)
+if "UNKNOWN" in os.environ:
+    ev.verify = lambda text, problem, **settings: rewards.Verdict(None, "unknown: no sandbox")
 if "FAIL" in os.environ and os.environ["RANK"] == "1":
     setattr(ev, os.environ["FAIL"], fail)
 sys.exit(ev.main())
@@ -902,7 +982,8 @@ sys.exit(ev.main())
 
 
 def test_two_ranks_evaluate_like_one(babbler, monkeypatch):
-    monkeypatch.setattr(ev, "extract_answer", lambda text: str(len(text) % 3))
+    for module in (ev, rewards):
+        monkeypatch.setattr(module, "extract_answer", lambda text: str(len(text) % 3))
     assert ev.main(babbler) == 0
     Path("ranks.py").write_text(RANKS)
     status, out, err = run(Path("ranks.py").resolve(), *babbler, "--out", "two", ranks=2)
@@ -933,7 +1014,17 @@ def test_an_error_on_one_rank_ends_all(babbler, where, flags):
     assert {path: path.read_bytes() for path in Path("out").iterdir()} == before
 
 
-def test_a_real_model_from_end_to_end(babbler):
+def test_unknown_verdicts_end_two_ranks_after_the_traces_are_written(babbler):
+    Path("ranks.py").write_text(RANKS)
+    status, _, err = run(Path("ranks.py").resolve(), *babbler, ranks=2, UNKNOWN="1")
+    assert status == 1
+    assert err.count("error: out/traces.jsonl holds every reply, but: 60 of 60 verdicts are unknown, more than 2%: 60 x no sandbox\n") == 1
+    assert len(Path("out/traces.jsonl").read_text().splitlines()) == 60
+
+
+def test_a_real_model_from_end_to_end(babbler, monkeypatch):
+    # It never answers, and traces without an answer set no threshold: DeepConf is told that it does.
+    monkeypatch.setattr(ev, "extract_answer", lambda text: str(len(text) % 3))
     assert ev.main(babbler) == 0
     rows = json.loads(Path("out/report.json").read_text())["rows"]
     assert [r["accuracy"] for r in rows] == [0] * 6  # it babbles
@@ -951,13 +1042,16 @@ def test_a_real_model_from_end_to_end(babbler):
 # Methods --------------------------------------------------------------------------------------------------------------
 
 
-def ballot(*answers, gold="1", confidences=(1.0,)):
-    return ev.ballot(
-        [
-            {"problem": "p", "sample": i, "answer": a, "correct": ev.is_equivalent(a, gold), "confidences": [*confidences]}
-            for i, a in enumerate(answers)
-        ]
-    )
+PROBLEM = data.Problem("p", "math", "p", "1")
+
+
+def ballot(*answers, gold="1", confidences=(1.0,), unknown=()):
+    """The answers' ballot; unknown: indices of those of unknown verdict."""
+    verdicts = [None if i in unknown else rewards.is_equivalent(a, gold) for i, a in enumerate(answers)]
+    return ev.Ballot(PROBLEM, [
+        {"problem": "p", "sample": i, "answer": answer, "correct": correct, "confidences": [*confidences]}
+        for i, (answer, correct) in enumerate(zip(answers, verdicts))
+    ])
 
 
 def test_majority_score_by_hand():
@@ -970,13 +1064,45 @@ def test_majority_score_by_hand():
     assert ev.majority_score(ballot(None, None), 2) == 0
 
 
+def test_majority_score_with_unknown_verdicts():
+    assert ev.majority_score(ballot("1", "1.0", "2", unknown=[0]), 3) == 1  # 1 is the same as 1.0, which is known
+    assert ev.majority_score(ballot("3", "3", "2", unknown=[0, 1]), 3) is None
+    assert ev.majority_score(ballot("3", "1", "2", unknown=[0]), 1) == 0.5  # the mean of the two that are known
+
+
+def test_programs_are_the_same_only_word_for_word():
+    code = data.Problem("c", "code", "p", "", {"tests": [{"input": "", "output": "1"}]})
+    rows = [
+        {"problem": "c", "sample": i, "answer": answer, "correct": i > 0, "confidences": [1.0]}
+        for i, answer in enumerate(["1", "1.0", "1.0"])
+    ]
+    assert ev.majority_score(ev.Ballot(code, rows), 3) == 1  # 1.0 has two votes and is right
+
+
+def test_row_leaves_out_and_counts_what_is_unknown():
+    row = ev.row("rl", "m", [1, None, 0, None], 10, 1.0)
+    assert (row["accuracy"], row["stderr"], row["problems"], row["unknown"]) == (0.5, 0.5, 2, 2)
+    row = ev.row("rl", "m", [None], 10, 1.0)
+    assert (row["accuracy"], row["stderr"], row["problems"], row["unknown"]) == (None, None, 0, 1)
+    assert "|          - |      - |" in ev.table([row])
+
+
+def test_pass_row_is_the_mean_over_known_samples():
+    group = [{"correct": correct, "tokens": 5} for correct in (True, False, None, True)]
+    row = ev.pass_row("rl", [group, [{"correct": None, "tokens": 5}] * 4], 8.0)
+    assert row["accuracy"] == pytest.approx(2 / 3) and (row["problems"], row["unknown"]) == (1, 1)
+    assert (row["tokens"], row["seconds"]) == (10, 2.0)  # unknown samples cost as much
+
+
 def test_calibration_by_hand():
     # Windows of two: right traces' lowest groups 1.5 and 3.5, the wrong one's 2.5. One of two pairs is in order.
     right, other, wrong = ballot("1", confidences=(2, 1, 3)), ballot("1", confidences=(3, 4)), ballot("2", confidences=(2, 3))
+    unknown = ballot("1", confidences=(9, 9), unknown=[0])
     expected = {"auroc": 0.5, "confidence_right": 2.5, "confidence_wrong": 2.5}
-    assert ev.calibration([right, other + wrong], 2) == expected
+    assert ev.calibration([right, other, wrong, unknown], 2) == expected
     assert ev.calibration([right], 2) == {"auroc": None, "confidence_right": 1.5, "confidence_wrong": None}
-    assert "cannot tell" in ev.explain("rl", ev.calibration([right], 2))
+    assert "cannot tell" in ev.explain("rl", ev.calibration([right], 2), [])
+    assert ev.calibration([unknown], 2) == {"auroc": None, "confidence_right": None, "confidence_wrong": None}
 
 
 LOG = [{"step": 1, "loss": 1.0, "reward": 0.1}, {"step": 2, "loss": 0.9, "reward": 0.2}]
@@ -997,3 +1123,50 @@ def test_plots(place):
     assert ev.main(ARGV) == 0
     assert {path.name for path in Path("out").glob("*.png")} == {"accuracy.png", "training.png"}
     assert Path("out/training.png").read_bytes().startswith(b"\x89PNG")
+
+
+# Code ---------------------------------------------------------------------------------------------------------
+
+
+@needs_sandbox
+def test_an_evaluation_with_code(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ev, "generate", scripted_generate)
+    monkeypatch.setattr(ev, "load", lambda folder, device, dtype: (None, data.Tokenizer.byte_level()))
+    codes = itertools.cycle(["print(input())", "print(7)", "print(input())"])  # by sample: right, wrong, right, right, ...
+    fence = "\n```python\n{}\n```\n"
+    monkeypatch.setitem(SCRIPT, "program", lambda i: (fence.format(["print(input())", "print(7)"][i % 3 == 1]), 1.0))
+    problems = [
+        {"id": "a", "domain": "math", "prompt": "easy", "answer": "5"},
+        {"id": "b", "domain": "code", "prompt": "program", "tests": [{"input": "1", "output": "1"}]},
+    ]
+    data.write_jsonl("problems.jsonl", problems)
+    assert ev.main([*ARGV, "--samples", "18"]) == 0, capsys.readouterr().err
+    assert "sandbox: user namespace: on, " in capsys.readouterr().out
+    rows = {r["method"]: r["accuracy"] for r in json.loads(Path("out/report.json").read_text())["rows"]}
+    assert rows["pass@1"] == pytest.approx((1 + 2 / 3) / 2) and rows["majority@18"] == rows["deepconf-low@18"] == 1
+    traces = [json.loads(line) for line in Path("out/traces.jsonl").read_text().splitlines()]
+    for trace, code in zip(traces[18:], codes):
+        assert (trace["answer"], trace["gold"], trace["correct"]) == (code + "\n", "", code != "print(7)")
+        assert trace["reason"] == ("passed" if trace["correct"] else "wrong output in test 1")
+    assert {trace["reason"] for trace in traces if trace["gold"]} <= {"right", "wrong", "no answer"}
+
+
+@pytest.mark.parametrize(
+    ("tests", "message"), [([{"input": 1}], "problems.jsonl: problem b: field tests: test 1 has neither"), ("x", "must define check")]
+)
+def test_unknown_tests_are_an_error_before_sampling(tmp_path, monkeypatch, capsys, tests, message):
+    monkeypatch.chdir(tmp_path)
+    data.write_jsonl("problems.jsonl", [{"id": "b", "domain": "code", "prompt": "p", "tests": tests}])
+    assert ev.main(ARGV) == 1 and message in capsys.readouterr().err
+
+
+@needs_sandbox
+def test_check_of_solutions(tmp_path, capsys):
+    check = "def check(candidate):\n    assert candidate(2) == 4"
+    rows = [{"task_id": str(i), "prompt": "def f(x):\n", "test": check, "entry_point": "f", "canonical_solution": f"    return {body}\n"}
+            for i, body in enumerate(["2 * x", "x * x", "x"])]
+    data.write_jsonl(tmp_path / "code.jsonl", rows)
+    assert ev.main(["--check", str(tmp_path / "code.jsonl")]) == 1
+    out = capsys.readouterr().out
+    assert "| code       |      3 |      2 |      1 |           0 |" in out and "2: wrong output in test 1" in out
