@@ -7,29 +7,34 @@ One step: sample G traces of each prompt until enough groups carry signal (backf
 on exactly the tokens that were sampled, stop token included, at the temperature they were sampled with.
 
 What is logged, by name
-    reward, reward_std      mean and spread over everything sampled, before groups are chosen; correct, well_formed: its parts
+    reward, reward_std      mean and spread of known rewards, before groups are chosen; correct: its main part
     all_right, all_wrong    share of sampled groups without signal for that reason
     calls, cached, age      sampling calls of the step, groups taken from the cache, their mean age in steps
     entropy                 of the trainer's distribution, from the logits, nats per token
-    clip_low, clip_high     share of tokens where the clipped term is the active one (0 at one update per batch)
+    clip_low, clip_high     share of tokens whose clipped term is the active one (0 at one update per batch)
     kl                      mean k3 estimate of KL(old || new), nats per token
-    mismatch, mismatch_max  |p_trainer - p_sampler| of the sampled tokens; capped: share of tokens that TIS caps
-    length, length_right, length_wrong, truncated   tokens a trace, share that ran out of tokens
-    mixed                   mean share of letters in scripts that the prompt does not use
-    unparsed, timeouts, killed, unknown   shares of the verdicts: no answer or code; its program's time was up, or it broke
-                            another limit; the judge gave no clear verdict
-    t_sample, t_score, t_update   seconds; t_score: waiting for verdicts after sampling; t_verify: of all verdicts, many at once
+    mismatch, mismatch_max  |p_trainer - p_sampler| of sampled tokens; capped: share of them that TIS caps
+    length, length_right, length_wrong, truncated   tokens per trace, share that ran out of tokens
+    well_formed, mixed      share in the format; mean share of letters in scripts that the prompt does not use
+    unparsed, timeouts, killed, unknown   shares of the verdicts: no answer or code; the program's time was
+                            up, or it broke another limit; nothing is known (no sandbox, a judge is down)
+    t_sample, t_score, t_update   seconds; t_score: waiting for verdicts afterwards; t_verify: of all verdicts
 
-Deviations from the paper: the weight of the cross-entropy on positives (0.1), the cache's size and age and the format penalty
-are not given there, nor is the language penalty's; groups without signal are dropped altogether. The paper's
-G = 16, temperature 0.85, clip (0.2, 0.28), TIS cap 2, beta = 0 and gamma = 0 are kept.
-To copy this file, also take train_sft.py, model.py, decode.py, ssm_scan.py, data.py, deepconf.py and eval.py.
+A reply of unknown verdict counts nowhere: not in its group, in training, in means of rewards. More than 2% of
+them in the whole run end it; the same command continues from the last checkpoint once the cause is gone.
+
+Deviations from the paper: it gives neither the weight of the cross-entropy on positives (0.1) nor the size and
+age of the cache nor the penalties; groups without signal are dropped altogether. Its G = 16, temperature 0.85,
+clip (0.2, 0.28), TIS cap 2, beta = 0 and gamma = 0 are kept.
+
+To copy this, also take all other scripts but eval.py.
 """
 
 import os
 import sys
 import time
 import zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -41,9 +46,8 @@ from tqdm import tqdm
 import data
 import train_sft
 from data import flag
-from eval import open_judge, reply_text
 from model import check, generate
-from rewards import check_code, check_gold, format_ok, mixed_scripts, verify
+from rewards import check_code, check_scorable, format_ok, mixed_scripts, open_judge, verify
 from ssm_scan import to_device
 
 
@@ -67,6 +71,7 @@ class Args:
     normalise: str = flag("sequence", "sequence: mean over each answer, then over answers (paper); token: over all tokens (DAPO)")
     format_penalty: float = flag(0.1, "taken off an answer that is not <think>reasoning</think>answer")
     language_penalty: float = flag(0.1, "taken off an answer whose letters are all in scripts that its prompt does not use; of fewer a share")
+    code_tests: int = flag(0, "tests of a code problem to run, a random sample, another in each step; 0: all")
     judge: str = flag("", "chat endpoint, http://host:8000/v1, of a model that compares answers in words; key: OPENAI_API_KEY")
     judge_model: str = flag("judge", "its name there")
     judge_cache: str = flag("runs/judge.jsonl", "file of its verdicts")
@@ -90,8 +95,7 @@ class Args:
     fresh: bool = flag(False, "start over, deleting what --out holds of an earlier run")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 1. The formulas. Tensors of token terms are (t,), masked by weights that are 0 where nothing was sampled.
+# 1. The formulas. Tensors of token terms are (t,), masked by weights that are 0 where nothing was sampled. --
 
 
 def advantages(rewards, gate=1e-4):
@@ -130,16 +134,26 @@ def token_weights(lengths, normalise):
     return [1 / (len(lengths) * length) for length in lengths]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. Rewards
+# 2. Rewards -------------------------------------------------------------------------------------------------
+
+# The penalties add up to less (see load). So a right reply with all of them beats a wrong one without, and a
+# group's rewards span this much exactly if some are right and some wrong: style alone is no signal.
+SIGNAL = 0.5
+
 
 def reward(verdict, text, ended, prompt, args):
-    """Score of one trace and its parts: the verdict's 1 or 0, less args.format_penalty for leaving the format
-    <think>reasoning</think>answer or for not ending, less args.language_penalty times the share of letters in scripts that the
-    prompt does not use. text: without the token that ended it."""
+    """Score of one trace and its parts; None for an unknown verdict. text: without the token that ended it.
+
+        score = verdict - format_penalty * (not well_formed) - language_penalty * mixed
+
+    well_formed: it ended, and is <think>reasoning</think>answer. mixed: share of letters in scripts that the
+    prompt does not use."""
     well_formed, mixed = ended and format_ok(text), mixed_scripts(text, prompt)
-    return {"score": verdict.score - args.format_penalty * (not well_formed) - args.language_penalty * mixed, "correct": verdict.score == 1,
-            "well_formed": well_formed, "mixed": mixed, "reason": verdict.reason, "t_verdict": verdict.seconds}
+    penalty = args.format_penalty * (not well_formed) + args.language_penalty * mixed
+    known = verdict.score is not None
+    return {"score": verdict.score - penalty if known else None,
+            "correct": verdict.score == 1 if known else None, "well_formed": well_formed, "mixed": mixed,
+            "reason": verdict.reason, "t_verdict": verdict.seconds}
 
 
 UNPARSED, KILLED = ("no answer", "no code"), ("memory limit", "output limit", "died")
@@ -152,9 +166,7 @@ def check_verifier():
         check(verify(text, data.Problem("canary", "math", "", gold)).score == right, f"the verifier is broken: {text!r} against {gold!r}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 3. Rollouts
-
+# 3. Rollouts ------------------------------------------------------------------------------------------------
 
 @dataclass
 class Rollout:
@@ -195,12 +207,13 @@ class Prompts:
 
 def sample_groups(sampler, pairs, tokenizer, verifier, args, seed, ranks, stats):
     """Sample and score args.group traces for each (problem, prompt). Every rank samples its share of the prompts, then all
-    hold all groups, in the order of the prompts: a list of lists of Rollout. verifier(text, problem) -> Verdict."""
+    hold all groups, in the order of the prompts: lists of Rollout, without those of unknown verdict.
+    verifier(text, problem) -> Verdict."""
     start = time.time()
     def own(i, sample):
         return "go" if i % ranks.world == ranks.rank else "done"
     def judged(trace):  # in threads: programs and judges take their time while sampling goes on
-        problem, text = pairs[trace.prompt_index][0], reply_text(trace, tokenizer)
+        problem, text = pairs[trace.prompt_index][0], data.reply_text(trace.tokens, tokenizer)
         return text, verifier(text, problem)
     pool, verdicts = ThreadPoolExecutor(2 * (os.cpu_count() or 1)), {}
     try:
@@ -216,7 +229,8 @@ def sample_groups(sampler, pairs, tokenizer, verifier, args, seed, ranks, stats)
             text, verdict = verdicts[trace.prompt_index, trace.sample_index].result()
             score = reward(verdict, text, trace.stop == "stop", problem.prompt, args)
             group, samples = made[trace.prompt_index]
-            group.append(new_rollout(prompt, trace, score))
+            if score["score"] is not None:
+                group.append(new_rollout(prompt, trace, score))
             samples.append({**score, "length": len(trace.tokens), "truncated": trace.stop == "length", "text": text,
                             "prompt": problem.prompt, "gold": problem.answer, "domain": problem.domain})
     finally:
@@ -237,11 +251,11 @@ def collect(sampler, prompts, cache, step, tokenizer, verifier, args, ranks, sta
         seed = args.seed * 1_000_003 + step * 1_009 + stats["calls"]  # another stream for every call of the run
         stats["calls"] += 1
         for group in sample_groups(sampler, prompts.take(args.prompts), tokenizer, verifier, args, seed, ranks, stats):
-            values = advantages([r.score for r in group])
+            values = advantages([r.score for r in group], SIGNAL)
             stats["groups"] += 1
             if values is None:
-                stats["all_right"] += all(r.correct for r in group)
-                stats["all_wrong"] += not any(r.correct for r in group)
+                stats["all_right"] += len(group) > 1 and all(r.correct for r in group)
+                stats["all_wrong"] += len(group) > 1 and not any(r.correct for r in group)
                 continue
             for r, value in zip(group, values):
                 r.advantage = float(value)
@@ -251,9 +265,7 @@ def collect(sampler, prompts, cache, step, tokenizer, verifier, args, ranks, sta
     return [group for _, group in chosen[: args.prompts]]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 4. The update
-
+# 4. The update ----------------------------------------------------------------------------------------------
 
 def pack_values(row, value):
     """(t,) float32 of a Pack: value(rollout) -> one number, or one per sampled token, at the positions that predict them."""
@@ -304,9 +316,7 @@ def train_step(model, optimizer, groups, args, lr, ranks, stats):
     return loss, norm
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 5. The loop
-
+# 5. The loop ------------------------------------------------------------------------------------------------
 
 def new_stats(device="cpu"):
     """What a step gathers. Rows add to sums and mismatch_max on the device; record_of reads them."""
@@ -318,27 +328,30 @@ def new_stats(device="cpu"):
 def record_of(stats, loss, norm, lr, ranks):
     """The log's fields (see the top) from what a step gathered."""
     def mean(values):
-        values = list(values)
-        return float(np.mean(values)) if values else 0.0
+        return float(np.mean(list(values) or [0]))
     s, n = stats["samples"], max(1, stats["groups"])
-    tokens, entropy, low, high, kl, off, capped = ranks.all_sum(stats["sums"] / ranks.cp).tolist()
+    known = [x for x in s if x["correct"] is not None]
+    rewards = [x["score"] for x in known]
     domains = sorted({x["domain"] for x in s})
+    by_domain = {f"reward_{d}": mean(x["score"] for x in known if x["domain"] == d) for d in domains}
+    tokens, *sums = ranks.all_sum(stats["sums"] / ranks.cp).tolist()
+    names = ("entropy", "clip_low", "clip_high", "kl", "mismatch", "capped")  # in grpo_loss's order
     return {
-        "loss": loss, "reward": mean(x["score"] for x in s), "reward_std": float(np.std([x["score"] for x in s] or [0])),
-        "correct": mean(x["correct"] for x in s), "well_formed": mean(x["well_formed"] for x in s),
-        **{f"reward_{d}": mean(x["score"] for x in s if x["domain"] == d) for d in domains if len(domains) > 1},
+        "loss": loss, "reward": mean(rewards), "reward_std": float(np.std(rewards or [0])),
+        "correct": mean(x["correct"] for x in known), **(by_domain if len(domains) > 1 else {}),
         "all_right": stats["all_right"] / n, "all_wrong": stats["all_wrong"] / n,
         "calls": stats["calls"], "cached": stats["cached"], "age": stats["age"],
-        "entropy": entropy / tokens, "clip_low": low / tokens, "clip_high": high / tokens, "kl": kl / tokens,
-        "mismatch": off / tokens, "mismatch_max": max(ranks.all_values(float(stats["mismatch_max"]))),
-        "capped": capped / tokens,
-        "length": mean(x["length"] for x in s), "length_right": mean(x["length"] for x in s if x["correct"]),
-        "length_wrong": mean(x["length"] for x in s if not x["correct"]), "truncated": mean(x["truncated"] for x in s),
-        "mixed": mean(x["mixed"] for x in s), "unparsed": mean(x["reason"] in UNPARSED for x in s),
-        "timeouts": mean(x["reason"] == "time limit" for x in s), "killed": mean(x["reason"].split(":")[0] in KILLED for x in s),
-        "unknown": mean(x["reason"].startswith("unknown") for x in s), "t_verify": float(sum(x["t_verdict"] for x in s)),
-        "grad_norm": norm, "lr": lr, "tokens": int(tokens),
-        "sampled": sum(x["length"] for x in s), **{k: round(stats[k], 3) for k in ("t_sample", "t_score", "t_update")},
+        **{name: total / tokens for name, total in zip(names, sums)},
+        "mismatch_max": max(ranks.all_values(float(stats["mismatch_max"]))),
+        **{name: mean(x[name] for x in s) for name in ("well_formed", "mixed", "length", "truncated")},
+        "length_right": mean(x["length"] for x in known if x["correct"]),
+        "length_wrong": mean(x["length"] for x in known if not x["correct"]),
+        "unparsed": mean(x["reason"] in UNPARSED for x in s),
+        "timeouts": mean(x["reason"] == "time limit" for x in s),
+        "killed": mean(x["reason"].split(":")[0] in KILLED for x in s),
+        "unknown": mean(x["correct"] is None for x in s), "t_verify": float(sum(x["t_verdict"] for x in s)),
+        "grad_norm": norm, "lr": lr, "tokens": int(tokens), "sampled": sum(x["length"] for x in s),
+        **{k: round(stats[k], 3) for k in ("t_sample", "t_score", "t_update")},
     }
 
 
@@ -349,20 +362,33 @@ def print_samples(samples):
             tqdm.write(f"{label}: {shown['prompt']} (gold {shown['gold']}, score {shown['score']:g}) {shown['text']!r}", file=sys.stdout)
 
 
+def count_verdicts(verdicts, samples, last):
+    """The run's {"all": count, "unknown": {reason: count}} after a step. ValueError at too many unknown."""
+    count = verdicts["all"] + len(samples)
+    unknown = Counter(verdicts["unknown"]) + Counter(x["reason"] for x in samples if x["correct"] is None)
+    if last or count >= 100:  # 1 of the first 10 says little
+        data.check_unknown("the run so far", unknown, count)
+    return {"all": count, "unknown": unknown}
+
+
 SHOWN = ("reward", "correct", "entropy", "mismatch", "length", "calls", "cached", "grad_norm", "t_sample", "t_update")
 
 
 def load(args, ranks):
     train_sft.check_at_least(1, args, "steps", "prompts", "max_new_tokens", "updates", "max_calls", "save_every", "eval_every")
-    train_sft.check_at_least(0, args, "slots", "warmup_steps", "cache", "cache_age", "limit", "seed", "lr", "weight_decay", "clip", "clip_low",
-                             "clip_high", "tis_cap", "positive_weight", "format_penalty", "language_penalty")
+    train_sft.check_at_least(0, args, "slots", "warmup_steps", "cache", "cache_age", "limit", "seed", "lr",
+                             "weight_decay", "clip", "clip_low", "clip_high", "tis_cap", "positive_weight",
+                             "format_penalty", "language_penalty", "code_tests")
     check(args.group >= 2, f"--group {args.group}: one answer has nothing to be compared with, give at least 2")
     check(args.temperature > 0, f"--temperature {args.temperature}: must be above 0, or all answers are the same")
     token_weights([1], args.normalise)
+    check(args.format_penalty + args.language_penalty < SIGNAL,
+          f"--format-penalty plus --language-penalty must be below {SIGNAL}, or style could beat being right")
     check_verifier()
-    problems = data.read_problems(args.problems, args.limit, None if args.judge else check_gold)
+    problems = data.read_problems(args.problems, args.limit, partial(check_scorable, judge=args.judge))
     check_code(problems, args.problems, args.unsafe_local_execution, quiet=ranks.rank > 0)
-    verifier = partial(verify, judge=open_judge(args), unsafe=args.unsafe_local_execution)
+    settings = {"limit": args.code_tests, "unsafe": args.unsafe_local_execution}
+    verifier = partial(verify, judge=open_judge(args), **settings)
     tokenizer = train_sft.load_tokenizer(args.init)
     return tokenizer, train_sft.shard(train_sft.load_model(args.init), ranks, args.checkpoint_activations, args.compile), problems, verifier
 
@@ -389,6 +415,7 @@ def main():
     state = run.resume(model, optimizer, tokenizer)
     prompts = Prompts(problems, tokenizer, args.seed, state["position"] if state else 0)
     cache = from_json(state["cache"]) if state else []
+    verdicts = state["verdicts"] if state else {"all": 0, "unknown": {}}
     sampler = train_sft.whole_copy(model)
     if ranks.rank == 0 and state is None:
         print("  ".join(f"{k}={v}" for k, v in asdict(args).items()))
@@ -401,10 +428,16 @@ def main():
             if step % args.eval_every == 0:
                 check_verifier()
             lr = args.lr * min(1, (step + 1) / max(1, args.warmup_steps))
+            verify_step = partial(verifier, seed=args.seed * 1_000_003 + step)  # of --code-tests
             try:
-                groups = collect(sampler, prompts, cache, step, tokenizer, verifier, args, ranks, stats)
-                check(groups, f"none of {stats['groups']} groups carries any signal (all right {stats['all_right']}, all wrong "
-                      f"{stats['all_wrong']}): the problems are too easy or too hard for this model, or the verifier cannot read its answers")
+                groups = collect(sampler, prompts, cache, step, tokenizer, verify_step, args, ranks, stats)
+                if ranks.rank == 0 and stats["samples"] and not any(x["correct"] for x in stats["samples"]):
+                    tqdm.write(f"step {step + 1}: none of {len(stats['samples'])} answers is right; look at them "
+                               "(--eval-every 1) and at the problems (eval.py --check FILE)", file=sys.stdout)
+                verdicts = count_verdicts(verdicts, stats["samples"], last=step + 1 == args.steps)
+                check(groups, f"none of {stats['groups']} groups carries any signal (all right "
+                      f"{stats['all_right']}, all wrong {stats['all_wrong']}, others too little known): problems "
+                      "are too easy or too hard for this model, or the verifier cannot read its answers")
                 before = time.time()
                 loss, norm = train_step(model, optimizer, groups, args, lr, ranks, stats)
             except ValueError as e:
@@ -414,7 +447,8 @@ def main():
             stats["t_update"] = time.time() - before
             record = {**record_of(stats, loss, norm, lr, ranks), "seconds": round(time.time() - start, 3)}
             if step + 1 == args.steps or (step + 1) % args.save_every == 0:
-                run.save(step + 1, model, optimizer, tokenizer, {"position": prompts.position, "cache": to_json(cache), "record": record})
+                saved = {"position": prompts.position, "cache": to_json(cache), "verdicts": verdicts}
+                run.save(step + 1, model, optimizer, tokenizer, {**saved, "record": record})
             if ranks.rank == 0 and (step + 1) % args.eval_every == 0:
                 print_samples(stats["samples"])
             run.write(step + 1, args.steps, record, SHOWN)

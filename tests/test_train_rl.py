@@ -5,6 +5,7 @@ import math
 import weakref
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ from torch.utils._pytree import tree_leaves
 
 import data
 import eval as ev
+import rewards
+import sandbox
 import train_rl as r
 import train_sft
 from model import PRESETS, FalconH1, Running, Sampler, Trace, generate
@@ -26,6 +29,16 @@ def test_advantages_by_hand():
     assert r.advantages([1, 0, 0, 0]) == pytest.approx([math.sqrt(3)] + [-1 / math.sqrt(3)] * 3, abs=1e-5)
     assert r.advantages([1, 1, 1]) is None and r.advantages([0.5]) is None
     assert r.advantages([0.3, 0.3 + 1e-9]) is None  # rounding is no signal
+
+
+def test_style_alone_is_no_signal_and_one_right_answer_is():
+    # Penalties of 0.3 and 0.15: below 0.5 together. All right, from none of them to both: 1, 0.7, 0.55.
+    assert r.advantages([1, 1, 0.7, 0.55], r.SIGNAL) is None
+    assert r.advantages([0, 0, -0.3, -0.45], r.SIGNAL) is None  # all wrong
+    # One right with both penalties among wrong ones without: 0.55 against 0, mean 0.1375, std 0.238.
+    assert r.advantages([0.55, 0, 0, 0], r.SIGNAL) == pytest.approx([math.sqrt(3)] + [-1 / math.sqrt(3)] * 3, abs=1e-4)
+    assert r.advantages([0.501, 0, 0], r.SIGNAL) is not None and r.advantages([0.499, 0, 0], r.SIGNAL) is None
+    assert r.advantages([1.0], r.SIGNAL) is None and r.advantages([], r.SIGNAL) is None  # too little is known
 
 
 def test_policy_term_by_hand():
@@ -65,6 +78,11 @@ def test_reward(text, ended, correct, well_formed):
     assert score["score"] == pytest.approx(correct - 0.1 * (not well_formed))
 
 
+def test_reward_of_an_unknown_verdict():
+    score = r.reward(rewards.Verdict(None, "unknown: no sandbox"), "<think>x</think>\\boxed{42}", True, "How much?", r.Args())
+    assert (score["score"], score["correct"], score["well_formed"]) == (None, None, True)
+
+
 def test_reward_of_mixed_scripts():
     text = "<think>так надо</think>\\boxed{42}"  # seven letters of Cyrillic, none else outside of commands
     score = r.reward(r.verify(text, data.Problem("1", "math", "q?", "42")), text, True, "How much?", r.Args(language_penalty=0.5))
@@ -75,7 +93,7 @@ def test_reward_of_mixed_scripts():
 def test_a_broken_verifier_is_noticed(monkeypatch):
     r.check_verifier()
     for answer in (True, False):
-        monkeypatch.setattr("eval.is_equivalent", lambda a, b, answer=answer: answer)
+        monkeypatch.setattr("rewards.is_equivalent", lambda a, b, answer=answer: answer)
         with pytest.raises(ValueError, match="verifier is broken"):
             r.check_verifier()
 
@@ -174,6 +192,56 @@ def test_cache_survives_json(setting):
         assert (a.advantage, a.score, a.correct) == (b.advantage, b.score, b.correct)
 
 
+def sampled(monkeypatch, *groups, **settings):
+    """sample_groups() on scripted verdicts, a list of them for each prompt: its groups, and the stats."""
+    tokenizer, texts = data.Tokenizer.byte_level(), iter(range(100))
+    traces = [Trace(i, j, tokenizer.encode(f"{next(texts)}"), [0.0], stop="stop") for i, group in enumerate(groups) for j in range(len(group))]
+    flat = [verdict for group in groups for verdict in group]
+    monkeypatch.setattr(r, "generate", lambda *_, on_trace, **__: [on_trace(trace) for trace in traces] and traces)
+    pairs = [(data.Problem(str(i), "math", "1?", "1"), [1, 2]) for i in range(len(groups))]
+    stats = r.new_stats()
+    args = r.Args(group=len(groups[0]), format_penalty=0.0, **settings)
+    return r.sample_groups(None, pairs, tokenizer, lambda text, problem: flat[int(text)], args, 0, train_sft.Ranks(), stats), stats
+
+
+RIGHT, WRONG, UNKNOWN = (rewards.Verdict(score, reason) for score, reason in ((1.0, "right"), (0.0, "wrong"), (None, "unknown: down")))
+
+
+def test_unknown_verdicts_are_in_no_group_and_in_no_mean(monkeypatch):
+    groups, stats = sampled(monkeypatch, [RIGHT, UNKNOWN, WRONG, WRONG], [UNKNOWN, UNKNOWN, UNKNOWN, RIGHT], [UNKNOWN] * 4)
+    assert [[x.score for x in group] for group in groups] == [[1, 0, 0], [1], []]
+    stats["sums"][0] = 1
+    record = r.record_of(stats, 0.0, 0.0, 0.0, train_sft.Ranks())
+    assert record["reward"] == record["correct"] == 0.5 and record["reward_std"] == 0.5  # 1, 0, 0, 1
+    assert record["unknown"] == 8 / 12 and record["length"] == 17 / 12  # of all: ten with one digit, 10 and 11... as text
+    assert record["length_right"] == record["length_wrong"] == 1
+
+
+def test_groups_with_fewer_than_two_known_verdicts_have_no_signal(monkeypatch):
+    scripted = [[RIGHT, UNKNOWN, WRONG], [UNKNOWN, UNKNOWN, RIGHT], [UNKNOWN] * 3, [RIGHT, RIGHT, UNKNOWN], [WRONG, WRONG, UNKNOWN]]
+    groups, _ = sampled(monkeypatch, *scripted)
+    monkeypatch.setattr(r, "sample_groups", lambda *_: groups)
+    stats, args = r.new_stats(), r.Args(prompts=5, group=3, max_calls=1)
+    chosen = r.collect(None, r.Prompts([data.Problem("1", "math", "1?", "1")], data.Tokenizer.byte_level(), 0), [], 0, None, None, args,
+                       train_sft.Ranks(), stats)
+    assert [[x.advantage for x in group] for group in chosen] == [pytest.approx([1, -1], abs=1e-5)]  # the known pair of the first
+    assert (stats["groups"], stats["all_right"], stats["all_wrong"]) == (5, 1, 1)
+
+
+def test_many_unknown_verdicts_end_the_run():
+    def samples(known, unknown, reason="unknown: down"):
+        return [{"correct": True, "reason": "right"}] * known + [{"correct": None, "reason": reason}] * unknown
+    start = {"all": 0, "unknown": {}}
+    assert r.count_verdicts(start, samples(9, 1), last=False) == {"all": 10, "unknown": {"unknown: down": 1}}  # too few to tell
+    with pytest.raises(ValueError, match="the run so far: 1 of 10 verdicts are unknown, more than 2%: 1 x down"):
+        r.count_verdicts(start, samples(9, 1), last=True)
+    counted = r.count_verdicts(start, samples(98, 2), last=False)  # 2% are not more than 2%
+    counted = r.count_verdicts(json.loads(json.dumps(counted)), samples(98, 1), last=False)  # 3 of 199
+    with pytest.raises(ValueError, match="5 of 200 verdicts are unknown, more than 2%: 3 x down; 2 x full"):
+        r.count_verdicts(counted, samples(-1, 2, "unknown: full") + samples(0, 0), last=False)
+    assert start == {"all": 0, "unknown": {}} and counted["all"] == 199  # what is being saved does not change
+
+
 def test_backfill_and_the_bounded_cache(monkeypatch):
     """Every third group has signal; 4 are wanted, 6 prompts a call: two calls, nothing over; then from the cache."""
     class Source:
@@ -251,6 +319,47 @@ def test_evaluation_samples_in_the_dtype_of_rl(tmp_path, monkeypatch):
     assert ev.load(tmp_path, "cuda", "float32")[0] == (torch.float32, "cuda")
     with pytest.raises(ValueError, match="--dtype float16: not one of auto, float32, bfloat16"):
         ev.check_args(ev.Args(dtype="float16"))
+
+
+MISSING = [f"{name}: {why}" for name, why in sandbox.sandbox_layers().items() if why != "on"]
+needs_sandbox = pytest.mark.skipif(bool(MISSING), reason=f"no isolation here: {MISSING}")
+ADD = [{"input": "1 2\n", "output": "3\n"}, {"input": "10 20", "output": "30"}]
+
+
+def reply(code):
+    return f"<think>Hm.</think>Here it is.\n```python\n{code}\n```\n"
+
+
+@needs_sandbox
+def test_reward_of_code():
+    problem = data.Problem("1", "code", "Add.", "", {"tests": ADD})
+    for code, correct in (("print(sum(map(int, input().split())))", True), ("print(3)", False)):
+        text = reply(code).strip() + "<|im_end|>"
+        verdict = rewards.verify_code(text.removesuffix("<|im_end|>"), problem)
+        score = r.reward(verdict, text.removesuffix("<|im_end|>"), True, "Add.", r.Args())
+        assert (score["score"], score["correct"], score["well_formed"]) == (float(correct), correct, True)
+    score = r.reward(rewards.verify("no", problem), "no", True, "Add.", r.Args())
+    assert (score["score"], score["correct"], score["reason"]) == (-0.1, False, "no code")
+
+
+@needs_sandbox
+def test_training_rewards_code_and_answers_side_by_side(monkeypatch):
+    tokenizer = data.Tokenizer.byte_level()
+    problems = [data.Problem("1", "code", "Add.", "", {"tests": ADD}), data.Problem("2", "math", "1+1?", "2")]
+    right, wrong = reply("print(sum(map(int, input().split())))").strip(), reply("print(3)").strip()
+    texts = [[wrong, right], ["<think>x</think>\\boxed{2}", right]]
+    traces = [
+        SimpleNamespace(prompt_index=i, sample_index=j, stop="stop", tokens=[*tokenizer.encode(text), tokenizer.stop_ids[0]], logprobs=[])
+        for i, some in enumerate(texts)
+        for j, text in enumerate(some)
+    ]
+    monkeypatch.setattr(r, "generate", lambda *_, on_trace, **__: [on_trace(trace) for trace in traces] and traces)
+    args = r.Args(group=2, format_penalty=0.0)
+    pairs = [(problem, tokenizer.encode(problem.prompt)) for problem in problems]
+    ranks, stats = train_sft.Ranks(), r.new_stats()
+    groups = r.sample_groups(None, pairs, tokenizer, rewards.verify, args, 0, ranks, stats)
+    assert [[rollout.score for rollout in group] for group in groups] == [[0, 1], [1, 0]]
+    assert [sample["correct"] for sample in stats["samples"]] == [False, True, True, False]
 
 
 class Held(TorchDispatchMode):
