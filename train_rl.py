@@ -23,9 +23,9 @@ What is logged, by name
 A reply of unknown verdict counts nowhere: not in its group, in training, in means of rewards. More than 2% of
 them in the whole run end it; the same command continues from the last checkpoint once the cause is gone.
 
-Deviations from the paper: it gives neither the weight of the cross-entropy on positives (0.1) nor the size and
-age of the cache nor the penalties; groups without signal are dropped altogether. Its G = 16, temperature 0.85,
-clip (0.2, 0.28), TIS cap 2, beta = 0 and gamma = 0 are kept.
+Deviations from the paper: it gives neither the weight of the cross-entropy on positives (0.1) nor the cache's
+size and age nor the penalties. Groups without signal are dropped altogether. Kept: G = 16, temperature 0.85,
+clip (0.2, 0.28), TIS cap 2, beta = 0 and gamma = 0.
 
 To copy this, also take all other scripts but eval.py.
 """
@@ -150,9 +150,8 @@ def reward(verdict, text, ended, prompt, args):
     prompt does not use."""
     well_formed, mixed = ended and format_ok(text), mixed_scripts(text, prompt)
     penalty = args.format_penalty * (not well_formed) + args.language_penalty * mixed
-    known = verdict.score is not None
-    return {"score": verdict.score - penalty if known else None,
-            "correct": verdict.score == 1 if known else None, "well_formed": well_formed, "mixed": mixed,
+    score, correct = (None, None) if verdict.score is None else (verdict.score - penalty, verdict.score == 1)
+    return {"score": score, "correct": correct, "well_formed": well_formed, "mixed": mixed,
             "reason": verdict.reason, "t_verdict": verdict.seconds}
 
 
@@ -432,11 +431,11 @@ def main():
             try:
                 groups = collect(sampler, prompts, cache, step, tokenizer, verify_step, args, ranks, stats)
                 if ranks.rank == 0 and stats["samples"] and not any(x["correct"] for x in stats["samples"]):
-                    tqdm.write(f"step {step + 1}: none of {len(stats['samples'])} answers is right; look at them "
-                               "(--eval-every 1) and at the problems (eval.py --check FILE)", file=sys.stdout)
+                    tqdm.write(f"step {step + 1}: none of {len(stats['samples'])} answers is right; look at "
+                               "them (--eval-every 1), at the problems (eval.py --check FILE)", file=sys.stdout)
                 verdicts = count_verdicts(verdicts, stats["samples"], last=step + 1 == args.steps)
                 check(groups, f"none of {stats['groups']} groups carries any signal (all right "
-                      f"{stats['all_right']}, all wrong {stats['all_wrong']}, others too little known): problems "
+                      f"{stats['all_right']}, all wrong {stats['all_wrong']}, others hardly known): the problems "
                       "are too easy or too hard for this model, or the verifier cannot read its answers")
                 before = time.time()
                 loss, norm = train_step(model, optimizer, groups, args, lr, ranks, stats)

@@ -1,6 +1,5 @@
 """Tests of eval.py's verifier of code: what passes, what does not, and programs that try everything else."""
 
-import itertools
 import json
 import os
 import resource
@@ -8,7 +7,6 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -16,9 +14,6 @@ from hypothesis import strategies as st
 
 import data
 import eval as ev
-import train_rl
-import train_sft
-from tests import test_eval
 
 MISSING = [f"{name}: {why}" for name, why in ev.sandbox_layers().items() if why != "on"]
 needs_sandbox = pytest.mark.skipif(bool(MISSING), reason=f"no isolation here: {MISSING}")
