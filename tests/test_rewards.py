@@ -362,6 +362,17 @@ def test_what_is_no_verdict_is_unknown_and_an_error_at_the_start(server, tmp_pat
         rewards.Judge(server.url, "m", **QUICK)
 
 
+def test_an_error_without_a_word_is_unknown_too(server, monkeypatch):
+    def fails(body):
+        raise ValueError
+
+    judge = rewards.Judge(server.url, "m", **QUICK)
+    with monkeypatch.context() as patch:
+        patch.setattr(judge, "post", fails)
+        assert judge.verdict("q", "a", "a") == "unknown: " and judge.counts == {"unknown": 1}
+    assert judge.verdict("q", "a", "a") == "right"
+
+
 def test_an_endpoint_that_recovers(server):
     judge = rewards.Judge(server.url, "m", **QUICK)
     server.moods = [500]
