@@ -10,8 +10,8 @@ Everything travels in files that a person can open, one JSON object a line:
 
     problems   {"id", "domain", "prompt", "answer"} and any further fields, kept ("tests", "choices", "solution", ...)
     sft        {"messages": [{"role", "content"}], "domain", "weight"}; reasoning stands between <think> and </think>
-    traces     {"problem", "text", "answer", "correct", "stop", ...}, one sampled reply a line, written by eval.py;
-               correct is true, false, or null where nothing is known about the reply
+    traces     {"problem", "text", "answer", "correct", "stop", ...}, one sampled reply a line, written by
+               eval.py; correct is true, false, or null (unknown)
 
 A *sample* is one tokenised conversation; a *document* is a sample inside a *pack*, a row of documents laid end to end
 that makes one forward pass; a *rollout* is a reply sampled from a model.
@@ -543,7 +543,8 @@ def parse_problem(record, where):
         rest.pop("options", None)
         rest["choices"], answer = parse_choices(choices, row.get("answer"), where)
         row["prompt"] = with_choices(text_field(row, "prompt", where), rest["choices"])
-    return Problem(*(text_field(row, name, where) for name in ("id", "domain", "prompt")), answer.strip(), rest, where)
+    named = [text_field(row, name, where) for name in ("id", "domain", "prompt")]
+    return Problem(*named, answer.strip(), rest, where)
 
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -743,8 +744,8 @@ def why_not_rl(problem_id, rollouts):
     What every rollout solves teaches nothing. What none solves is kept if it is merely long (a random tenth of those
     where every rollout ran out of tokens), and dropped where the rollouts agree on a wrong answer, as the reference
     answer is then the likelier culprit. problem_id decides the random tenth, so that a second run keeps the same problems.
-    rollouts: traces of this problem, dicts with "correct", "answer" (str or None) and "stop"; the paper takes 8. Those of
-    unknown verdict ("correct" is None) count nowhere."""
+    rollouts: traces of this problem, dicts with "correct", "answer" (str or None) and "stop"; the paper takes
+    8. Those of unknown verdict ("correct" is None) count nowhere."""
     if not rollouts:
         return "no rollouts"
     rollouts = [rollout for rollout in rollouts if rollout["correct"] is not None]
@@ -821,7 +822,7 @@ def from_rollouts(path, problems):
     rollouts = read_rollouts(path, problems)
     for problem in problems:
         some = rollouts[problem.id]
-        verdicts = [None if one["correct"] is None else one["correct"] and one["stop"] == "stop" for one in some]
+        verdicts = [one["correct"] and one["stop"] == "stop" for one in some]  # None stays None
         known = [verdict for verdict in verdicts if verdict is not None]
         weight = difficulty_weight(sum(known) / max(1, len(known)))
         for rollout, correct in zip(some, verdicts):
@@ -1100,7 +1101,7 @@ class Loader:
         self.drawn = {domain: int(state["drawn"][domain]) for domain in self.drawn}
 
 
-# 9. What the scripts that train and evaluate share: arguments, folders of runs, a limit on unknown verdicts -------------
+# 9. For the scripts that train and evaluate: arguments, folders of runs, a limit on unknown verdicts --------
 
 
 def flag(default, text):
@@ -1178,17 +1179,18 @@ MOST_UNKNOWN = 0.02  # of all verdicts: so few cannot hide, or make, an effect t
 def check_unknown(where, reasons, verdicts):
     """ValueError, with the reasons, most common first, if more than MOST_UNKNOWN of the verdicts are unknown.
 
-    Unknown verdicts come from causes outside the replies (no sandbox, a judge that is down, no memory). A few are left
-    out and counted; many mean that the run measures the machine and not the model.
-    where: what the message begins with. reasons: Counter of why verdicts are unknown. verdicts: the number of all."""
-    unknown = reasons.total()
-    if unknown > MOST_UNKNOWN * verdicts:
-        raise ValueError(f"{where}: {unknown} of {verdicts} verdicts are unknown, more than {MOST_UNKNOWN:.0%}: {describe(reasons)}")
+    Unknown verdicts have causes outside the replies (no sandbox, a judge that is down, no memory). A few are
+    left out and counted; many mean that the run measures the machine and not the model.
+    where: begins the message. reasons: Counter of why verdicts are unknown. verdicts: how many in all."""
+    if reasons.total() > MOST_UNKNOWN * verdicts:
+        counts = f"{reasons.total()} of {verdicts} verdicts are unknown, more than {MOST_UNKNOWN:.0%}"
+        raise ValueError(f"{where}: {counts}: {describe(reasons)}")
 
 
 def describe(reasons, most=5):
     """The most common reasons of unknown verdicts, in one line."""
-    return "; ".join(f"{count} x {reason.removeprefix('unknown: ')}" for reason, count in reasons.most_common(most))
+    counts = reasons.most_common(most)
+    return "; ".join(f"{count} x {reason.removeprefix('unknown: ')}" for reason, count in counts)
 
 
 # 10. Commands ---------------------------------------------------------------------------------------------------------

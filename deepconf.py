@@ -10,18 +10,18 @@ Terms
     warm-up            the first n_init traces, run to their end; the threshold s is a percentile of their lowest groups
     consensus          the best answer's share of the votes has reached tau: nothing more is sampled
 
-What differs from the authors' public code, which strays from their paper: the consensus stop is there; votes are
-weighted; stopping and voting use one number, so a stopped trace never votes; nothing is generated after the stop;
-answers are compared by equivalence; a confidence that is not finite is an error.
+What differs from the authors' public code, which strays from their paper: the consensus stop is there; votes
+are weighted; stopping and voting use one number, so a stopped trace never votes; nothing is generated after
+the stop; answers are compared by equivalence; a confidence that is not finite is an error.
 
 What the paper leaves open, and is chosen here
-    short traces   a trace shorter than the window is one group, known only at its end: it is never stopped, and votes
-                   if its mean reaches s. Dropping it, as the public code does, loses the most concise answers' votes.
-    ties           a group within TIE of s counts as reaching it: identical traces must not fail their own threshold.
-    no answer      such a trace counts in no percentile. Loops are confident: two of them among 16 warm-up traces would
-                   set a threshold that silences the other 14, and nobody would vote.
-    no voter       where the paper's algorithm returns nothing: if no warm-up trace has an answer, no trace is stopped
-                   and every completed one votes; if all voters have confidence 0, each has one vote.
+    short traces   a trace shorter than the window is one group, known only at its end: never stopped, it
+                   votes if its mean reaches s. Dropping it, as the public code does, loses concise answers.
+    ties           a group within TIE of s counts as reaching it: identical traces pass their own threshold.
+    no answer      such a trace counts in no percentile. Loops are confident: two of them among 16 warm-ups
+                   would set a threshold that silences the other 14, and nobody would vote.
+    no voter       where the paper's algorithm returns nothing: if no warm-up has an answer, none is stopped
+                   and every completed trace votes; if all voters have confidence 0, each has one vote.
 
 To copy this, nothing else is needed: numpy. The command above also takes data.py and rewards.py.
 """
@@ -33,7 +33,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-# 1. Confidence of tokens, groups and traces ---------------------------------------------------------------------------
+# 1. Confidence of tokens, groups and traces -----------------------------------------------------------------
 
 
 def _finite(values, name):
@@ -89,7 +89,7 @@ def mean(conf):
     return float(_finite(conf, "conf").mean())
 
 
-# 2. Votes and filters -------------------------------------------------------------------------------------------------
+# 2. Votes and filters ---------------------------------------------------------------------------------------
 
 TIE = 1e-6  # nats; far below any difference that means something, far above the rounding of a mean
 
@@ -97,9 +97,9 @@ TIE = 1e-6  # nats; far below any difference that means something, far above the
 def vote(answers, weights=None, same=None):
     """Weighted vote -> (answer, its share of all weight); (None, 0.0) when nobody votes.
 
-    answers: None abstains. weights: non-negative, 1 each when None or when every voter's is 0. same(a, b): whether two
-    answers are one (default ==); it need be neither symmetric nor transitive: each answer joins the first group whose
-    first member it matches. A group goes by that member, and the first of equal groups wins."""
+    answers: None abstains. weights: not negative; 1 each if None, or if every voter's is 0. same(a, b): whether
+    two answers are one (default ==); it need not be symmetric or transitive: an answer joins the first group
+    whose first member it matches. A group goes by that member, and the first of equal groups wins."""
     same = same or (lambda a, b: a == b)
     weights = np.ones(len(answers)) if weights is None else np.asarray(weights, np.float64)
     if weights.shape != (len(answers),) or not (np.isfinite(weights) & (weights >= 0)).all():
@@ -174,7 +174,7 @@ def auroc(scores, correct):
     return float((len(right) - (below + up_to) / 2).mean() / len(right))
 
 
-# 3. Online: decide while sampling (Algorithm 2) -----------------------------------------------------------------------
+# 3. Online: decide while sampling (Algorithm 2) -------------------------------------------------------------
 
 UNIT = 2**30  # running sums are integers of 2^-30 nats: adding and taking away again leaves no rounding behind
 
@@ -198,7 +198,7 @@ class Online:
     budget: traces at most. n_init: warm-up traces. eta: percentage kept. tau: consensus, None for none. batch: traces that
     start together after warm-up; consensus is looked at between batches. same: equality of answers.
 
-    threshold: None during warm-up, then that of the warm-up traces with an answer; -inf, which stops nothing, if none has one."""
+    threshold: None during warm-up; then of the warm-ups with an answer, or -inf, which stops nothing."""
 
     def __init__(self, budget, *, n_init=16, eta=10, window=2048, tau=0.95, batch=1, same=None):
         for name, value in (("n_init", n_init), ("window", window), ("batch", batch), ("budget", budget)):
@@ -244,7 +244,7 @@ class Online:
     def finish(self, index, answer):
         """Trace `index` has ended; answer is None when it was stopped or has none."""
         if index not in self.traces:
-            raise ValueError(f"trace {index}: it ended without a token; on_token must be told of every token first")
+            raise ValueError(f"trace {index}: it ended without a token; on_token must see each token first")
         trace = self.traces[index]
         if trace.lowest == math.inf:  # short: one group
             trace.lowest = trace.total / (len(trace.last) * UNIT)
@@ -287,7 +287,7 @@ def replay(traces, **settings):
     return online(sample, len(traces), **settings)
 
 
-# 4. python deepconf.py traces.jsonl -----------------------------------------------------------------------------------
+# 4. python deepconf.py traces.jsonl -------------------------------------------------------------------------
 
 
 @dataclass
@@ -318,11 +318,11 @@ def read_traces(path):
 
 
 def is_right(answer, traces, same=None):
-    """Whether a voted answer is correct: True if a trace that gave it is right, False if none is or nobody voted.
+    """Whether a voted answer is right: True if a trace that gave it is, False if none is or nobody voted,
+    None (unknown) if the verdict on no trace that gave it is known.
 
-    None, unknown, if no trace that gave it has a known verdict. Traces that gave it word for word are asked first, the
-    others that gave the `same` answer only if no verdict on those is known: what is the same as a right answer need not
-    be right where `same` is not transitive (50 is 50%, and 50% is 0.5)."""
+    Traces that gave it word for word are asked first, others with the `same` answer only if no verdict on
+    those is known: `same` need not be transitive. 50 is 50%, 50% is 0.5, but if 0.5 is right, 50 is wrong."""
     if answer is None:
         return False
     known = [t for t in traces if t.correct is not None and t.answer is not None]
@@ -353,7 +353,7 @@ def methods(window, n_init, tau, same):
 
 
 def show(problems, window, n_init, tau, same):
-    """Print the table of methods, and how far confidence tells right traces from wrong ones; unknown ones count nowhere."""
+    """Print the table of methods, and how far confidence tells right traces from wrong ones."""
     print("| method | accuracy % | stderr | tokens / majority | problems | unknown |\n" + "| --- " * 6 + "|")
     whole = sum(len(t.confidences) for traces in problems.values() for t in traces)
     for name, method in methods(window, n_init, tau, same).items():
@@ -363,8 +363,8 @@ def show(problems, window, n_init, tau, same):
         accuracy = stderr = math.nan
         if len(right):
             accuracy, stderr = 100 * right.mean(), 100 * right.std() / len(right) ** 0.5
-        tokens = sum(n for _, _, n in results) / whole
-        print(f"| {name} | {accuracy:.1f} | {stderr:.1f} | {tokens:.2f} | {len(right)} | {len(verdicts) - len(right)} |")
+        tokens, unknown = sum(n for _, _, n in results) / whole, len(verdicts) - len(right)
+        print(f"| {name} | {accuracy:.1f} | {stderr:.1f} | {tokens:.2f} | {len(right)} | {unknown} |")
     known = [t for traces in problems.values() for t in traces if t.correct is not None]
     conf = np.array([lowest_group(t.confidences, window) for t in known])
     correct = np.array([t.correct for t in known], bool)

@@ -432,10 +432,10 @@ def main():
                 groups = collect(sampler, prompts, cache, step, tokenizer, verify_step, args, ranks, stats)
                 if ranks.rank == 0 and stats["samples"] and not any(x["correct"] for x in stats["samples"]):
                     tqdm.write(f"step {step + 1}: none of {len(stats['samples'])} answers is right; look at "
-                               "them (--eval-every 1), at the problems (eval.py --check FILE)", file=sys.stdout)
+                               "them (--eval-every 1) and problems (eval.py --check FILE)", file=sys.stdout)
                 verdicts = count_verdicts(verdicts, stats["samples"], last=step + 1 == args.steps)
                 check(groups, f"none of {stats['groups']} groups carries any signal (all right "
-                      f"{stats['all_right']}, all wrong {stats['all_wrong']}, others hardly known): the problems "
+                      f"{stats['all_right']}, all wrong {stats['all_wrong']}, others unknown): the problems "
                       "are too easy or too hard for this model, or the verifier cannot read its answers")
                 before = time.time()
                 loss, norm = train_step(model, optimizer, groups, args, lr, ranks, stats)

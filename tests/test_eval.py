@@ -1170,3 +1170,27 @@ def test_check_of_solutions(tmp_path, capsys):
     assert ev.main(["--check", str(tmp_path / "code.jsonl")]) == 1
     out = capsys.readouterr().out
     assert "| code       |      3 |      2 |      1 |           0 |" in out and "2: wrong output in test 1" in out
+
+
+def test_tests_are_sampled_as_the_flags_say(place, monkeypatch):
+    given = []
+    monkeypatch.setattr(ev, "check_code", lambda *_, **__: None)
+    monkeypatch.setattr(ev, "verify", lambda text, problem, **settings: given.append(settings) or rewards.Verdict(1.0, "passed"))
+    rows = [{"id": "a", "domain": "code", "prompt": "easy", "tests": [{"input": "1", "output": "1"}] * 9}]
+    data.write_jsonl("problems.jsonl", rows)
+    assert ev.main([*ARGV, "--samples", "2", "--code-tests", "3", "--seed", "7"]) == 0
+    assert given == [{"judge": None, "limit": 3, "seed": 7, "unsafe": False}] * 2
+    assert ev.main([*ARGV, "--samples", "2", "--fresh"]) == 0 and given[-1]["limit"] == 0  # all tests
+
+
+@needs_sandbox
+def test_a_problem_is_refused_only_if_nothing_could_score_it(place, capsys):
+    unreadable = {"id": "a", "domain": "math", "prompt": "easy", "answer": r"\frac{1}{"}
+    data.write_jsonl("problems.jsonl", [unreadable | {"tests": [{"input": "1", "output": "1"}]}])
+    assert ev.main([*ARGV, "--samples", "2"]) == 0
+    data.write_jsonl("problems.jsonl", [unreadable])
+    assert ev.main([*ARGV, "--samples", "3", "--fresh"]) == 1
+    assert "error: problems.jsonl, line 1: field answer: " in capsys.readouterr().err
+    assert ev.main(["--check", "problems.jsonl"]) == 1
+    out = capsys.readouterr().out
+    assert "problems.jsonl, line 1: a: " in out and "frac{1}{" in out

@@ -495,4 +495,4 @@ def test_a_step_without_a_right_answer_says_so_once(start, tmp_path, monkeypatch
     assert train_sft.run_main(r.main) == 1
     out, err = capsys.readouterr()
     assert out.count("step 1: none of 48 answers is right; look at") == 1
-    assert "none of 8 groups carries any signal (all right 0, all wrong 8, others hardly known)" in err
+    assert "none of 8 groups carries any signal (all right 0, all wrong 8, others unknown)" in err
