@@ -97,7 +97,7 @@ TIE = 1e-6  # nats; far below any difference that means something, far above the
 def vote(answers, weights=None, same=None):
     """Weighted vote -> (answer, its share of all weight); (None, 0.0) when nobody votes.
 
-    answers: None abstains. weights: not negative; 1 each if None, or if every voter's is 0. same(a, b): whether
+    answers: None abstains. weights: not negative; 1 each if None or if every voter's is 0. same(a, b): whether
     two answers are one (default ==); it need not be symmetric or transitive: an answer joins the first group
     whose first member it matches. A group goes by that member, and the first of equal groups wins."""
     same = same or (lambda a, b: a == b)

@@ -94,11 +94,12 @@ SOBER = [trace("7" if i % 2 else "8", 2 + i / 10, 4) for i in range(14)]  # the 
 
 
 def test_two_confident_loops_among_sixteen_silence_nobody():
-    # Ranked are the 14 with an answer, 3.0, 3.05, ..., 3.65: of these the top tenth, from index 11.7 on: 3.6 and 3.65.
+    # Ranked are the 14 with an answer, 3.0, 3.05, ..., 3.65; the top tenth, from index 11.7 on: 3.6 and 3.65.
     answer, share = d.offline([*SOBER, *LOOPS], eta=10, window=2)
     assert (answer, share) == ("7", pytest.approx(3.65 / 7.25))
     assert d.offline(LOOPS, eta=10, window=2) == (None, 0.0)  # nobody has an answer
-    m = d.replay([*LOOPS, *SOBER, trace("7", 3.5, 3.5), trace("9", 9, 9)], n_init=16, eta=10, window=2, tau=None)
+    more = [trace("7", 3.5, 3.5), trace("9", 9, 9)]
+    m = d.replay([*LOOPS, *SOBER, *more], n_init=16, eta=10, window=2, tau=None)
     assert m.threshold == pytest.approx(3.585)  # 70% of the way from 3.55 to 3.6
     assert m.tokens == 18 * 2  # the 17th is stopped, at its second token; its 7 is no vote
     assert m.result() == ("9", pytest.approx(9 / 16.25))
@@ -106,7 +107,8 @@ def test_two_confident_loops_among_sixteen_silence_nobody():
 
 def test_a_warm_up_without_answers_stops_nothing():
     warm = [trace(None, 9, 9)] * 2
-    m = d.replay([*warm, trace("a", 1, 1, 1), trace("a", 2), trace("b", 9, 9)], n_init=2, eta=10, window=2, tau=None)
+    more = [trace("a", 1, 1, 1), trace("a", 2), trace("b", 9, 9)]
+    m = d.replay([*warm, *more], n_init=2, eta=10, window=2, tau=None)
     assert m.threshold == -math.inf and m.tokens == 4 + 3 + 1 + 2  # none is stopped, all vote: a 1 + 2, b 9
     assert m.result() == ("b", pytest.approx(9 / 12))
     m = d.replay([*warm, trace(None, 1), trace("a", 1), trace("b", 1)], n_init=2, eta=10, window=2, tau=0.95)
@@ -125,7 +127,8 @@ def test_voters_without_confidence_have_one_vote_each():
 def test_a_trace_below_the_threshold_everywhere():
     warm = [trace("a", 4, 4)] * 2
     m = d.replay([*warm, trace("b", 1, 1, 1, 1)], n_init=2, eta=10, window=2, tau=None)
-    assert m.tokens == 4 + 2 and m.traces[2].stopped and m.result() == ("a", 1.0)  # stopped at its first full window
+    assert m.tokens == 4 + 2 and m.traces[2].stopped  # at its first full window
+    assert m.result() == ("a", 1.0)
     assert d.offline([*warm, trace("b", 1, 1)], eta=10, window=2) == ("a", 1.0)
 
 
@@ -145,7 +148,8 @@ def lopsided(a, b):
 def test_votes_and_verdicts_survive_an_equality_that_is_none():
     assert d.vote(["a", "b", "c"], same=lopsided) == ("a", pytest.approx(2 / 3))
     assert d.vote(["c", "b", "a"], same=lopsided) == ("c", pytest.approx(1 / 3))
-    recorded = [d.Recorded("p", i, a, right, [1.0]) for i, (a, right) in enumerate([("a", False), ("b", True), (None, False)])]
+    rows = [("a", False), ("b", True), (None, False)]
+    recorded = [d.Recorded("p", i, answer, right, [1.0]) for i, (answer, right) in enumerate(rows)]
     for name, method in d.methods(2, 2, 0.95, lopsided).items():
         assert d.is_right(method(recorded)[0], recorded, lopsided) in (True, False), name
 
@@ -156,7 +160,8 @@ def test_is_right_by_hand():
     same = {("0.5", "1/2"), ("50%", "0.5"), ("50%", "50")}
     def alike(a, b):
         return (a, b) in same or (b, a) in same
-    assert d.is_right("1/2", traces(("1/2", True))) is True and d.is_right(None, traces((None, None))) is False
+    assert d.is_right("1/2", traces(("1/2", True))) is True
+    assert d.is_right(None, traces((None, None))) is False  # nobody voted
     assert d.is_right("x", traces(("x", None), ("x", True), ("y", False))) is True  # one verdict is known
     assert d.is_right("x", traces(("x", None), ("y", True))) is None  # none is
     assert d.is_right("1/2", traces(("1/2", None), ("0.5", True)), alike) is True  # one on the same answer is
@@ -165,14 +170,16 @@ def test_is_right_by_hand():
 
 
 confidence = st.just(0.0) | st.floats(1 / 64, 20, width=32)  # what is smaller vanishes in the machine's units
-traces_of = st.lists(st.tuples(st.sampled_from(["a", "b", None]), st.lists(confidence, min_size=1, max_size=12)),
-                     min_size=3, max_size=12)
+one = st.tuples(st.sampled_from(["a", "b", None]), st.lists(confidence, min_size=1, max_size=12))
+traces_of = st.lists(one, min_size=3, max_size=12)
 
 
 def poll(votes):
     """(answer, share) of [(answer, weight)]: the oracle's own count."""
     sums = {}
-    for answer, weight in votes if any(weight for _, weight in votes) else [(answer, 1) for answer, _ in votes]:
+    if not any(weight for _, weight in votes):
+        votes = [(answer, 1) for answer, _ in votes]
+    for answer, weight in votes:
         sums[answer] = sums.get(answer, 0) + weight
     best = max(sums, key=sums.get, default=None)
     return best, sums[best] / sum(sums.values()) if sums else 0.0
@@ -197,7 +204,8 @@ def test_online_against_the_rules(rows, window, eta, tau):
         tokens += low[0] if low and i >= 2 else len(conf)
         if not low and answer is not None:
             votes.append((answer, min(means(conf))))
-    machine = d.replay([trace(answer, *conf) for answer, conf in rows], n_init=2, eta=eta, window=window, tau=tau)
+    traces = [trace(answer, *conf) for answer, conf in rows]
+    machine = d.replay(traces, n_init=2, eta=eta, window=window, tau=tau)
     assert machine.tokens == tokens
     assert machine.result() == (poll(votes)[0], pytest.approx(poll(votes)[1], abs=1e-6))
 
@@ -221,20 +229,23 @@ def test_command_line(tmp_path, capsys):
 
 def test_command_line_with_unknown_verdicts(tmp_path, capsys):
     path = tmp_path / "traces.jsonl"
-    rows = [("known", "1/2", True)] * 2 + [("known", "0.5", None)] * 3 + [("unknown", "7", None)] * 3  # 0.5 wins, and is 1/2
-    path.write_text("".join(json.dumps({"problem": problem, "sample": i, "answer": answer, "correct": correct, "confidences": [1.0]}) + "\n"
-                            for i, (problem, answer, correct) in enumerate(rows)))
+    rows = [("known", "1/2", True)] * 2 + [("known", "0.5", None)] * 3 + [("unknown", "7", None)] * 3
+    names = ("problem", "answer", "correct", "sample", "confidences")
+    records = [dict(zip(names, (*row, i, [1.0]))) for i, row in enumerate(rows)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
     assert d.main([str(path), "--window", "2"]) == 0
     out = capsys.readouterr().out
-    assert out.count("| 1 | 1 |\n") == 15 and "| majority | 100.0 | 0.0 | 1.00 | 1 | 1 |" in out  # every row leaves one out
+    assert "| majority | 100.0 | 0.0 | 1.00 | 1 | 1 |" in out  # 0.5 is 1/2, which is known
+    assert out.count("| 1 | 1 |\n") == 15  # every row leaves one problem out
     assert "AUROC nan, mean of right traces 1.000, of wrong ones nan" in out
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("", "empty"), ("{", "line 1: malformed JSON"), ('{"problem": "p"}', "line 1: field sample"), ("3", "line 1: 3 is not"),
+    ("", "empty"), ("{", "line 1: malformed JSON"), ("3", "line 1: 3 is not"),
+    ('{"problem": "p"}', "line 1: field sample"),
     ('{"problem":"p","sample":0,"answer":"1","correct":1,"confidences":[1]}', "line 1: field correct"),
-    ('{"problem":"p","sample":0,"answer":"1","correct":true,"confidences":[NaN]}', "line 1: field confidences: value 0 is nan"),
-    ('{"problem":"p","sample":0,"answer":"1","correct":true,"confidences":[]}', "line 1: field confidences: shape (0,)"),
+    ('{"problem":"p","sample":0,"answer":"1","correct":true,"confidences":[NaN]}', "field confidences: value 0 is nan"),
+    ('{"problem":"p","sample":0,"answer":"1","correct":true,"confidences":[]}', "field confidences: shape (0,)"),
 ])
 def test_malformed_traces(tmp_path, capsys, text, message):
     path = tmp_path / "traces.jsonl"

@@ -805,14 +805,16 @@ def test_few_unknown_verdicts_are_left_out_and_counted(place, capsys, monkeypatc
     out = capsys.readouterr().out
     rows = {r["method"]: r for r in json.loads(Path("out/report.json").read_text())["rows"]}
     assert rows["pass@1"]["accuracy"] == pytest.approx((1 + 16 / 31 + 0) / 3)
-    assert rows["majority@32"]["accuracy"] == pytest.approx(1 / 3)  # of 16 and 16 the first wins: an 8, known to be wrong
+    assert rows["majority@32"]["accuracy"] == pytest.approx(1 / 3)  # 8 comes first, and is known to be wrong
     assert {(r["problems"], r["unknown"]) for r in rows.values()} == {(3, 0)}
-    assert "1 of 96 verdicts unknown: 1 x no memory." in out and "1 of 96" in Path("out/report.md").read_text()
+    for text in (out, Path("out/report.md").read_text()):
+        assert "1 of 96 verdicts unknown: 1 x no memory." in text
     traces = [json.loads(line) for line in Path("out/traces.jsonl").read_text().splitlines()]
     assert [t["correct"] for t in traces[31:34]] == [True, None, True]
     assert traces[32]["reason"] == "unknown: no memory" and traces[32]["answer"] == "8"
     assert deepconf.main(["out/traces.jsonl", "--window", "4"]) == 0  # and curation reads them as well
-    assert data.main(["curate", "out/traces.jsonl", "--problems", "problems.jsonl", "--out", "kept.jsonl"]) == 0
+    argv = ["curate", "out/traces.jsonl", "--problems", "problems.jsonl", "--out", "kept.jsonl"]
+    assert data.main(argv) == 0
     assert [problem.id for problem in data.read_problems("kept.jsonl")] == ["split"]
 
 
@@ -835,8 +837,10 @@ def test_many_unknown_verdicts_end_the_evaluation_after_its_traces_are_written(p
     unknown_at(monkeypatch, 0, 1, 3)
     assert ev.main(ARGV) == 1
     why = "3 of 96 verdicts are unknown, more than 2%: 2 x no sandbox; 1 x no memory"
-    assert capsys.readouterr().err.splitlines()[-1] == f"error: out/traces.jsonl holds every reply, but: {why}"
-    assert [trace["correct"] for _, trace in data.read_records("out/traces.jsonl")][:4] == [None, None, True, None]
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == f"error: out/traces.jsonl holds every reply, but: {why}"
+    traces = [trace for _, trace in data.read_records("out/traces.jsonl")]
+    assert len(traces) == 96 and [trace["correct"] for trace in traces[:4]] == [None, None, True, None]
     assert not Path("out/report.json").exists()
 
 
@@ -1018,7 +1022,8 @@ def test_unknown_verdicts_end_two_ranks_after_the_traces_are_written(babbler):
     Path("ranks.py").write_text(RANKS)
     status, _, err = run(Path("ranks.py").resolve(), *babbler, ranks=2, UNKNOWN="1")
     assert status == 1
-    assert err.count("error: out/traces.jsonl holds every reply, but: 60 of 60 verdicts are unknown, more than 2%: 60 x no sandbox\n") == 1
+    why = "60 of 60 verdicts are unknown, more than 2%: 60 x no sandbox"
+    assert err.count(f"error: out/traces.jsonl holds every reply, but: {why}\n") == 1
     assert len(Path("out/traces.jsonl").read_text().splitlines()) == 60
 
 
@@ -1065,9 +1070,9 @@ def test_majority_score_by_hand():
 
 
 def test_majority_score_with_unknown_verdicts():
-    assert ev.majority_score(ballot("1", "1.0", "2", unknown=[0]), 3) == 1  # 1 is the same as 1.0, which is known
+    assert ev.majority_score(ballot("1", "1.0", "2", unknown=[0]), 3) == 1  # 1 is 1.0, which is known
     assert ev.majority_score(ballot("3", "3", "2", unknown=[0, 1]), 3) is None
-    assert ev.majority_score(ballot("3", "1", "2", unknown=[0]), 1) == 0.5  # the mean of the two that are known
+    assert ev.majority_score(ballot("3", "1", "2", unknown=[0]), 1) == 0.5  # of two that are known
 
 
 def test_programs_are_the_same_only_word_for_word():
@@ -1125,7 +1130,7 @@ def test_plots(place):
     assert Path("out/training.png").read_bytes().startswith(b"\x89PNG")
 
 
-# Code ---------------------------------------------------------------------------------------------------------
+# Code ---------------------------------------------------------------------------------------------------
 
 
 @needs_sandbox
@@ -1175,7 +1180,12 @@ def test_check_of_solutions(tmp_path, capsys):
 def test_tests_are_sampled_as_the_flags_say(place, monkeypatch):
     given = []
     monkeypatch.setattr(ev, "check_code", lambda *_, **__: None)
-    monkeypatch.setattr(ev, "verify", lambda text, problem, **settings: given.append(settings) or rewards.Verdict(1.0, "passed"))
+
+    def verify(text, problem, **settings):
+        given.append(settings)
+        return rewards.Verdict(1.0, "passed")
+
+    monkeypatch.setattr(ev, "verify", verify)
     rows = [{"id": "a", "domain": "code", "prompt": "easy", "tests": [{"input": "1", "output": "1"}] * 9}]
     data.write_jsonl("problems.jsonl", rows)
     assert ev.main([*ARGV, "--samples", "2", "--code-tests", "3", "--seed", "7"]) == 0

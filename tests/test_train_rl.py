@@ -36,7 +36,8 @@ def test_style_alone_is_no_signal_and_one_right_answer_is():
     assert r.advantages([1, 1, 0.7, 0.55], r.SIGNAL) is None
     assert r.advantages([0, 0, -0.3, -0.45], r.SIGNAL) is None  # all wrong
     # One right with both penalties among wrong ones without: 0.55 against 0, mean 0.1375, std 0.238.
-    assert r.advantages([0.55, 0, 0, 0], r.SIGNAL) == pytest.approx([math.sqrt(3)] + [-1 / math.sqrt(3)] * 3, abs=1e-4)
+    expected = [math.sqrt(3)] + [-1 / math.sqrt(3)] * 3
+    assert r.advantages([0.55, 0, 0, 0], r.SIGNAL) == pytest.approx(expected, abs=1e-4)
     assert r.advantages([0.501, 0, 0], r.SIGNAL) is not None and r.advantages([0.499, 0, 0], r.SIGNAL) is None
     assert r.advantages([1.0], r.SIGNAL) is None and r.advantages([], r.SIGNAL) is None  # too little is known
 
@@ -79,7 +80,8 @@ def test_reward(text, ended, correct, well_formed):
 
 
 def test_reward_of_an_unknown_verdict():
-    score = r.reward(rewards.Verdict(None, "unknown: no sandbox"), "<think>x</think>\\boxed{42}", True, "How much?", r.Args())
+    verdict = rewards.Verdict(None, "unknown: no sandbox")
+    score = r.reward(verdict, "<think>x</think>\\boxed{42}", True, "How much?", r.Args())
     assert (score["score"], score["correct"], score["well_formed"]) == (None, None, True)
 
 
@@ -194,46 +196,59 @@ def test_cache_survives_json(setting):
 
 def sampled(monkeypatch, *groups, **settings):
     """sample_groups() on scripted verdicts, a list of them for each prompt: its groups, and the stats."""
-    tokenizer, texts = data.Tokenizer.byte_level(), iter(range(100))
-    traces = [Trace(i, j, tokenizer.encode(f"{next(texts)}"), [0.0], stop="stop") for i, group in enumerate(groups) for j in range(len(group))]
-    flat = [verdict for group in groups for verdict in group]
+    tokenizer, traces, flat = data.Tokenizer.byte_level(), [], []
+    for i, group in enumerate(groups):
+        for j, verdict in enumerate(group):  # a reply's text is the place of its verdict
+            traces.append(Trace(i, j, tokenizer.encode(str(len(flat))), [0.0], stop="stop"))
+            flat.append(verdict)
     monkeypatch.setattr(r, "generate", lambda *_, on_trace, **__: [on_trace(trace) for trace in traces] and traces)
     pairs = [(data.Problem(str(i), "math", "1?", "1"), [1, 2]) for i in range(len(groups))]
     stats = r.new_stats()
     args = r.Args(group=len(groups[0]), format_penalty=0.0, **settings)
-    return r.sample_groups(None, pairs, tokenizer, lambda text, problem: flat[int(text)], args, 0, train_sft.Ranks(), stats), stats
+    ranks = train_sft.Ranks()
+
+    def verifier(text, problem):
+        return flat[int(text)]
+
+    return r.sample_groups(None, pairs, tokenizer, verifier, args, 0, ranks, stats), stats
 
 
-RIGHT, WRONG, UNKNOWN = (rewards.Verdict(score, reason) for score, reason in ((1.0, "right"), (0.0, "wrong"), (None, "unknown: down")))
+RIGHT, WRONG = rewards.Verdict(1.0, "right"), rewards.Verdict(0.0, "wrong")
+UNKNOWN = rewards.Verdict(None, "unknown: down")
 
 
 def test_unknown_verdicts_are_in_no_group_and_in_no_mean(monkeypatch):
-    groups, stats = sampled(monkeypatch, [RIGHT, UNKNOWN, WRONG, WRONG], [UNKNOWN, UNKNOWN, UNKNOWN, RIGHT], [UNKNOWN] * 4)
+    scripted = [[RIGHT, UNKNOWN, WRONG, WRONG], [UNKNOWN, UNKNOWN, UNKNOWN, RIGHT], [UNKNOWN] * 4]
+    groups, stats = sampled(monkeypatch, *scripted)
     assert [[x.score for x in group] for group in groups] == [[1, 0, 0], [1], []]
     stats["sums"][0] = 1
     record = r.record_of(stats, 0.0, 0.0, 0.0, train_sft.Ranks())
     assert record["reward"] == record["correct"] == 0.5 and record["reward_std"] == 0.5  # 1, 0, 0, 1
-    assert record["unknown"] == 8 / 12 and record["length"] == pytest.approx(14 / 12)  # of all: 0 to 9, and 10 and 11
+    assert record["unknown"] == 8 / 12
+    assert record["length"] == pytest.approx(14 / 12)  # of all: the texts are 0 to 11
     assert record["length_right"] == record["length_wrong"] == 1
 
 
 def test_groups_with_fewer_than_two_known_verdicts_have_no_signal(monkeypatch):
-    scripted = [[RIGHT, UNKNOWN, WRONG], [UNKNOWN, UNKNOWN, RIGHT], [UNKNOWN] * 3, [RIGHT, RIGHT, UNKNOWN], [WRONG, WRONG, UNKNOWN]]
-    groups, _ = sampled(monkeypatch, *scripted)
+    unknown = [[UNKNOWN, UNKNOWN, RIGHT], [UNKNOWN] * 3]
+    known = [[RIGHT, UNKNOWN, WRONG], [RIGHT, RIGHT, UNKNOWN], [WRONG, WRONG, UNKNOWN]]
+    groups, _ = sampled(monkeypatch, *unknown, *known)
     monkeypatch.setattr(r, "sample_groups", lambda *_: groups)
     stats, args = r.new_stats(), r.Args(prompts=5, group=3, max_calls=1)
-    chosen = r.collect(None, r.Prompts([data.Problem("1", "math", "1?", "1")], data.Tokenizer.byte_level(), 0), [], 0, None, None, args,
-                       train_sft.Ranks(), stats)
-    assert [[x.advantage for x in group] for group in chosen] == [pytest.approx([1, -1], abs=1e-5)]  # the known pair of the first
+    prompts = r.Prompts([data.Problem("1", "math", "1?", "1")], data.Tokenizer.byte_level(), 0)
+    chosen = r.collect(None, prompts, [], 0, None, None, args, train_sft.Ranks(), stats)
+    assert [[x.advantage for x in group] for group in chosen] == [pytest.approx([1, -1], abs=1e-5)]
     assert (stats["groups"], stats["all_right"], stats["all_wrong"]) == (5, 1, 1)
 
 
 def test_many_unknown_verdicts_end_the_run():
     def samples(known, unknown, reason="unknown: down"):
-        return [{"correct": True, "reason": "right"}] * known + [{"correct": None, "reason": reason}] * unknown
+        right, lost = {"correct": True, "reason": "right"}, {"correct": None, "reason": reason}
+        return [right] * known + [lost] * unknown
     start = {"all": 0, "unknown": {}}
-    assert r.count_verdicts(start, samples(9, 1), last=False) == {"all": 10, "unknown": {"unknown: down": 1}}  # too few to tell
-    with pytest.raises(ValueError, match="the run so far: 1 of 10 verdicts are unknown, more than 2%: 1 x down"):
+    counted = r.count_verdicts(start, samples(9, 1), last=False)  # too few to tell
+    assert counted == {"all": 10, "unknown": {"unknown: down": 1}}
+    with pytest.raises(ValueError, match="so far: 1 of 10 verdicts are unknown, more than 2%: 1 x down"):
         r.count_verdicts(start, samples(9, 1), last=True)
     counted = r.count_verdicts(start, samples(98, 2), last=False)  # 2% are not more than 2%
     counted = r.count_verdicts(json.loads(json.dumps(counted)), samples(98, 1), last=False)  # 3 of 199
@@ -411,7 +426,8 @@ def test_sampling_at_7b_stays_inside_80_gb(monkeypatch):
 
 
 def test_counts_of_verdicts_and_samples_of_tests_survive_a_resume(start, tmp_path, monkeypatch, capsys):
-    """One verdict of step 1 is unknown, then all of step 3: the run stops. Resumed, it knows of the one, and takes step 3's tests again."""
+    """One verdict of step 1 is unknown, then all of step 3: the run stops. Resumed, it knows of the one, and
+    takes step 3's tests again."""
     seeds, down = [], []
 
     def verify(text, problem, **settings):
@@ -430,14 +446,16 @@ def test_counts_of_verdicts_and_samples_of_tests_survive_a_resume(start, tmp_pat
 
     down.append(2)
     error = refused(r.main, args, monkeypatch, capsys)
-    assert "step 3, prompts" in error and "the run so far: " in error and "holds what was saved before" in error
+    for part in ("step 3, prompts", "the run so far: ", "holds what was saved before"):
+        assert part in error
     before = len(seeds) - seeds.count(2)
     assert set(seeds) == {0, 1, 2} and state(2) == {"all": before, "unknown": {"unknown: down": 1}}
     down.clear()
     seeds[:] = [-1]
     monkeypatch.setattr("sys.argv", ["script", *map(str, args)])
     assert train_sft.run_main(r.main) == 0 and "continuing after step 2" in capsys.readouterr().out
-    assert set(seeds) == {-1, 2, 3} and state(4) == {"all": before + len(seeds) - 1, "unknown": {"unknown: down": 1}}
+    assert set(seeds) == {-1, 2, 3}
+    assert state(4) == {"all": before + len(seeds) - 1, "unknown": {"unknown: down": 1}}
     log = [json.loads(line) for line in open(tmp_path / "run/log.jsonl")]
     assert [record["unknown"] > 0 for record in log] == [True, False, False, False]
 
@@ -475,7 +493,7 @@ def test_a_killed_rank_leaves_a_run_that_goes_on(start, tmp_path, whole_run):
     (("--group", 1), "--group 1"), (("--temperature", 0), "--temperature 0"), (("--normalise", "x"), "sequence or token"),
     (("--slots", -1), "--slots -1: must be at least 0"),
     (("--init", "nowhere"), "nowhere"), (("--problems", "{bad}"), "field answer"), (("--problems", "{hard}"), "carries any signal"),
-    (("--format-penalty", 0.3, "--language-penalty", 0.2), "--format-penalty plus --language-penalty must be below 0.5"),
+    (("--format-penalty", 0.3, "--language-penalty", 0.2), "plus --language-penalty must be below 0.5"),
     (("--code-tests", -1), "--code-tests -1: must be at least 0"),
     (("--lr", 1e30, "--max-calls", 6), "step 2, prompts "), (("--init", "{small}"), "the model room for 271 only")])
 def test_bad_input_is_one_line(start, tmp_path, args, message, monkeypatch, capsys):
@@ -489,7 +507,8 @@ def test_bad_input_is_one_line(start, tmp_path, args, message, monkeypatch, caps
 
 
 def test_a_step_without_a_right_answer_says_so_once(start, tmp_path, monkeypatch, capsys):
-    (tmp_path / "hard.jsonl").write_text(json.dumps({"id": "1", "domain": "math", "prompt": "1?", "answer": "123456789"}) + "\n")
+    hard = {"id": "1", "domain": "math", "prompt": "1?", "answer": "123456789"}
+    data.write_jsonl(tmp_path / "hard.jsonl", [hard])
     args = (*rl_args(start), "--max-calls", 2, "--problems", tmp_path / "hard.jsonl", "--out", tmp_path / "run")
     monkeypatch.setattr("sys.argv", ["script", *map(str, args)])
     assert train_sft.run_main(r.main) == 1
