@@ -95,8 +95,8 @@ class Args:
     fresh: bool = flag(False, "start over, deleting what --out holds of an earlier run")
 
 
-# 1. The formulas. Tensors of token terms are (t,), masked by weights that are 0 where nothing was sampled. --
-
+# 1. The formulas --------------------------------------------------------------------------------------------
+# Tensors of token terms are (t,), masked by weights that are 0 where nothing was sampled.
 
 def advantages(rewards, gate=1e-4):
     """A_i = (R_i - mean) / (std + 1e-6) over the G rewards of one prompt (population std). Returns (G,) float64, or None when
@@ -430,7 +430,7 @@ def main():
             verify_step = partial(verifier, seed=args.seed * 1_000_003 + step)  # of --code-tests
             try:
                 groups = collect(sampler, prompts, cache, step, tokenizer, verify_step, args, ranks, stats)
-                if ranks.rank == 0 and stats["samples"] and not any(x["correct"] for x in stats["samples"]):
+                if ranks.rank == 0 and {x["correct"] for x in stats["samples"]} - {None} == {False}:
                     tqdm.write(f"step {step + 1}: none of {len(stats['samples'])} answers is right; look at "
                                "them (--eval-every 1) and problems (eval.py --check FILE)", file=sys.stdout)
                 verdicts = count_verdicts(verdicts, stats["samples"], last=step + 1 == args.steps)
