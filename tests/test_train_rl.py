@@ -241,6 +241,19 @@ def test_groups_with_fewer_than_two_known_verdicts_have_no_signal(monkeypatch):
     assert (stats["groups"], stats["all_right"], stats["all_wrong"]) == (5, 1, 1)
 
 
+def test_groups_that_differ_in_style_alone_are_dropped(monkeypatch):
+    def group(*scores):
+        ids, mask = np.zeros(2, np.int32), np.array([False, True])
+        return [r.Rollout(ids, mask, [0.0], score, score >= 0.5) for score in scores]
+    groups = [group(1, 0.8), group(0, -0.2), group(0.8, 0)]  # all right, all wrong, one right with both penalties
+    monkeypatch.setattr(r, "sample_groups", lambda *_: groups)
+    stats, args = r.new_stats(), r.Args(prompts=3, group=2, max_calls=1)
+    prompts = r.Prompts([data.Problem("1", "math", "1?", "1")], data.Tokenizer.byte_level(), 0)
+    chosen = r.collect(None, prompts, [], 0, None, None, args, train_sft.Ranks(), stats)
+    assert [[x.score for x in some] for some in chosen] == [[0.8, 0]]
+    assert (stats["groups"], stats["all_right"], stats["all_wrong"]) == (3, 1, 1)
+
+
 def test_many_unknown_verdicts_end_the_run():
     def samples(known, unknown, reason="unknown: down"):
         right, lost = {"correct": True, "reason": "right"}, {"correct": None, "reason": reason}
