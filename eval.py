@@ -56,9 +56,10 @@ import train_sft
 from data import flag
 from model import FalconH1, generate
 from rewards import (
-    check_code, check_problem, check_scorable, chosen, decided_by_tests, extract_answer, extract_code,
-    is_equivalent, open_judge, verify,
+    check_code, check_scorable, chosen, decided_by_tests, extract_answer, extract_code, is_equivalent, is_right,
+    open_judge, verify,
 )
+from sandbox import run_code
 
 # 1. Verdicts ------------------------------------------------------------------------------------------------
 
@@ -74,6 +75,32 @@ def verify_many(jobs, workers=0, progress=False, **settings):
         return list(tqdm(verdicts, "verifying", len(jobs), leave=False, disable=not (progress and jobs)))
     finally:
         pool.shutdown(cancel_futures=True)  # an error or Ctrl-C does not wait for thousands
+
+
+def check_problem(problem, unsafe=False):
+    """("right", None) if a problem's own solution is found right, else "failed" or "not checked", and why."""
+    solution = problem.extra.get("solution")
+    if decided_by_tests(problem):
+        if not isinstance(solution, str):
+            return "not checked", "code without a solution: only its tests were read"
+        entry_point = problem.extra.get("entry_point", "")
+        start = problem.prompt if entry_point else ""  # HumanEval's solutions continue the prompt
+        tests = problem.extra.get("tests")
+        verdict = run_code(start + solution, tests, entry_point=entry_point, prompt=start, unsafe=unsafe)
+        status = {1: "right", 0: "failed", None: "not checked"}[verdict.score]
+        return status, None if status == "right" else verdict.reason
+
+    try:
+        check_scorable(problem)
+    except ValueError as error:
+        if problem.domain == "math":
+            return "failed", str(error)
+        return "not checked", "answers in words: they need --judge"
+    answer = extract_answer(solution) if isinstance(solution, str) else None
+    answer = answer or problem.answer  # GSM8K's solutions have no box
+    if is_right(answer, problem):
+        return "right", None
+    return "failed", f"its solution answers {answer!r}, its answer is {problem.answer!r}"
 
 
 def check_file(path, unsafe=False):

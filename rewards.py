@@ -22,13 +22,14 @@ Deviations from the paper (arXiv 2601.02346)
 Standard library only. To copy this file, also take sandbox.py.
 """
 
-import cmath
+import decimal
 import hashlib
 import http.client
 import itertools
 import json
 import math
 import os
+import random
 import re
 import string
 import threading
@@ -36,12 +37,13 @@ import time
 import unicodedata
 import urllib.error
 import urllib.request
-import zlib
 from collections import Counter
 from dataclasses import dataclass, field
+from decimal import Decimal
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 from sandbox import Verdict, check_tests, require_sandbox, run_code
 
@@ -82,194 +84,392 @@ def extract_answer(text):
     return answer.strip() or None
 
 
-# 2. The same answer: characters -> tokens -> values -------------------------------------------------------------------
-# A model writes whatever it likes, and a reward must not hang or raise on it: length, nesting, items and exact numbers
-# are bounded (nesting by Python's own limit of 1000 frames, some 80 brackets). An answer beyond a bound, or outside the
-# grammar, equals only one of the very same tokens.
+# 2. The same answer: LaTeX -> plain text -> tokens -> values ------------------------------------------------
+# A model writes whatever it likes, and a reward must neither hang nor raise: characters, items, bits and
+# nesting (by Python's limit of 1000 frames, some 80 brackets) are bounded. An answer beyond a bound, outside
+# the grammar or without a value equals only an answer of the same plain text.
 
 MAX_CHARS = 1000  # the longest reference answers in use have some 150
 MAX_ITEMS = 100  # of a list, set or matrix: comparing sets is quadratic
-MAX_BITS = 4096  # of an exact numerator or denominator: 2^4000 and 500! fit
-POINTS = 3  # expressions in variables are the same if they agree at this many points
+MAX_BITS = 1 << 16  # of an exact numerator, half of it of a denominator: 5000! and 1/2023! fit
+MAX_FACTORIAL = 5000
+POINTS = 16  # where expressions in variables are compared
+ENOUGH = 3  # points at which both must have a value
 
 
 class Unreadable(ValueError):
-    """An answer outside the grammar, beyond a bound, or without a value."""
+    """An answer outside the grammar or beyond a bound."""
 
 
-SEPARATOR = r",\\!\s*|\{,\}|\\,|\\\s|~"  # of thousands; a bare comma is one too, but may separate items as well
-TOKEN = re.compile(
-    rf"""\\(?P<bar>left|right)\s*(?:\||\\vert(?![A-Za-z]))
-       |(?P<skip>\s+|\\[!,;:()\[\]\s]|\\\Z|~|\$|\\(?:left|right)(?![A-Za-z])\.?
-               |\\(?:[bB]igg?[lrm]?|displaystyle|q?quad|vec)(?![A-Za-z]))
-       |\\(?:text(?:bf|it|rm)?|mbox|math(?:rm|bf|it)|operatorname)\s*\{{(?P<text>[^{{}}]*)\}}
-       |(?P<degree>\^\s*\\circ(?![a-z])|\^\s*\{{\s*\\circ\s*\}}|\\degree(?![a-z])|°)
-        (?:\s*(?:\\(?:text|mathrm)\s*\{{\s*)?(?P<thermometer>[CF])(?![A-Za-z])(?:\s*\}})?)?
-       |(?P<digits>[0-9]*\.[0-9]*)\\(?:overline|bar)\s*\{{(?P<cycle>[0-9]+)\}}
-       |(?P<thousands>[1-9][0-9]{{0,2}}(?:(?:{SEPARATOR}|,)[0-9]{{3}})+(?![0-9])(?:\.[0-9]+)?)
-       |(?P<number>[0-9]+\.[0-9]+[eE][+-]?[0-9]{{1,2}}|[0-9]+(?:\.[0-9]*)?|\.[0-9]+)
-       |(?P<name>[A-Za-z]_(?:[A-Za-z0-9]|\{{[A-Za-z0-9]+\}})|\\mathbb\s*(?:[A-Z]|\{{[A-Z]\}}))
-       |(?P<log>\\log\s*_\s*(?=[0-9]))
-       |_(?P<base>[0-9]+|\{{[0-9]+\}})
-       |\\(?P<matrix>begin|end)\s*\{{(?:[bp]?matrix|array)\}}(?:\{{[lcr|\s]*\}})?
-       |(?P<word>[A-Za-z]+)
-       |(?P<symbol>\\[A-Za-z]+|\\.|\*\*|<=|>=|!=|.)""",
-    re.VERBOSE | re.DOTALL,
-)
+# 2a. To plain text, by one table of rewrites. "..." is text, `;;` ends a row of a matrix.
+
+TEXT = r"\\(?:text(?:bf|it|rm|sf|tt|up|normal)?|mathrm|mathsf|[hm]box|emph|operatorname\*?)\s*\{([^{}]*)\}"
+LOOK = r"""boldsymbol mathbf mathit bm pmb boxed fbox framebox underline displaystyle textstyle scriptstyle limits
+    bf it rm sf tt em bfseries boldmath tiny scriptsize footnotesize small normalsize large Large LARGE huge Huge
+    left right [bB]igg?[lrm]? q?quad thinspace enspace vec text(?:bf|it|rm|sf|tt|up|normal)? mathrm mathsf
+    [hm]box emph""".split()
 SPELLINGS = {
-    "*": r"\cdot \times × · ⋅", "/": r"\div ÷", "-": "− –", "^": "**", "±": r"\pm", "∓": r"\mp", "%": r"\%",
+    "*": r"\cdot \times \ast · × ⋅ ∗", "/": r"\div ÷ ⁄", "-": "− – —", "±": r"\pm", "∓": r"\mp", "%": r"\%",
     "<": r"\lt", "<=": r"\le \leq \leqslant ≤", ">": r"\gt", ">=": r"\ge \geq \geqslant ≥", "!=": r"\ne \neq ≠",
-    "∈": r"\in", "∪": r"\cup", "∅": r"\emptyset \varnothing", "∞": r"\infty inf infinity", "π": r"\pi pi",
-    "(": r"\langle \lparen", ")": r"\rangle \rparen", r"\{": r"\lbrace", r"\}": r"\rbrace", ",": "; or and",
-    r"\frac": r"\dfrac \tfrac \cfrac", r"\sqrt": "sqrt √", r"\binom": r"\dbinom \tbinom", "|": r"\vert",
-    r"\lfloor": "⌊", r"\rfloor": "⌋", r"\lceil": "⌈", r"\rceil": "⌉",
+    "∈": r"\in", "∪": r"\cup", "∅": r"\emptyset \varnothing", "∞": r"\infty", "π": r"\pi", "°": r"\degree",
+    "(": r"\langle \lparen ⟨", ")": r"\rangle \rparen ⟩", r"\{": r"\lbrace", r"\}": r"\rbrace",
+    "|": r"\vert \mid", "[": r"\lbrack", "]": r"\rbrack", ":": r"\colon ∶", r"\sqrt": "√", "^": "**",
+    r"\frac": r"\dfrac \tfrac \cfrac \sfrac \nicefrac", r"\binom": r"\dbinom \tbinom", r"\lfloor": "⌊",
+    r"\rfloor": "⌋", r"\lceil": "⌈", r"\rceil": "⌉", '"dollar"': r"\$", '"euro"': "€", '"sterling"': "£",
+    '"cent"': "¢",
 }
 SPELLING = {other: one for one, others in SPELLINGS.items() for other in others.split()}
-GREEK = r"\\(?:alpha|beta|gamma|delta|epsilon|theta|lambda|mu|nu|rho|sigma|tau|phi|varphi|psi|omega)"
-TRIGONOMETRIC = {
-    r"\sin": cmath.sin, r"\cos": cmath.cos, r"\tan": cmath.tan, r"\cot": lambda x: 1 / cmath.tan(x),
-    r"\sec": lambda x: 1 / cmath.cos(x), r"\csc": lambda x: 1 / cmath.sin(x),
-}
-FUNCTIONS = {
-    **TRIGONOMETRIC, r"\arcsin": cmath.asin, r"\arccos": cmath.acos, r"\arctan": cmath.atan,
-    r"\arccot": lambda x: cmath.atan(1 / x), r"\arcsec": lambda x: cmath.acos(1 / x),
-    r"\arccsc": lambda x: cmath.asin(1 / x), r"\sinh": cmath.sinh, r"\cosh": cmath.cosh, r"\tanh": cmath.tanh,
-    r"\exp": cmath.exp, r"\ln": lambda x: ln(x), r"\log": lambda x: ln(x), r"\lg": lambda x: ln(x) / math.log(10),
-}
-CURRENCIES = {r"\$": "dollar", "£": "pound sterling", "€": "euro"}  # a bare $ is LaTeX's
-UNITS = {
-    "mm": "millimeter", "cm": "centimeter", "m": "meter", "km": "kilometer", "in": "inch inches", "ft": "foot feet",
-    "yd": "yard", "mi": "mile", "g": "gram", "kg": "kilogram", "lb": "pound", "oz": "ounce", "s": "second sec",
-    "min": "minute", "h": "hour hr", "day": "", "week": "", "year": "", "cent": "", "dollar": "", "degree": "",
-}
+NUMERALS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen
+    sixteen seventeen eighteen nineteen twenty""".split()
+UNITS = """millimeter mm millimetre; centimeter cm centimetre; meter m metre; kilometer km kilometre; nanometer nm;
+    milligram mg; gram g; kilogram kg; ton tonne; second s sec; minute min; hour h hr; day; week; month; year yr;
+    milliliter mL ml; liter L l litre; gallon gal; inch in inches; foot ft feet; yard yd; mile mi; pound lb; ounce oz;
+    hertz Hz; kilohertz kHz; megahertz MHz; electronvolt eV; kiloelectronvolt keV; megaelectronvolt MeV; joule J;
+    kilojoule kJ; newton N; watt W; kilowatt kW; pascal Pa; volt V; ampere A; mole mol; kelvin K; radian rad; degree °;
+    cent; dollar usd; euro; sterling"""
+UNITS = {spelling: line.split()[0] for line in UNITS.split(";") for spelling in line.split()}
+UNIT = "|".join(sorted(UNITS, key=len, reverse=True))
 SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
-ONES = "one two three four five six seven eight nine".split()
-TEENS = "zero ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
-TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-NUMBER_WORDS = dict(zip(ONES + TEENS + TENS, [*range(1, 10), 0, *range(10, 20), *range(20, 100, 10)]))
-NUMBER_WORD = re.compile(
-    rf"\b(?:(?:{'|'.join(TENS)})[ -](?:{'|'.join(ONES)})|{'|'.join(NUMBER_WORDS)})\b", re.IGNORECASE
-)
-UNIT = {
-    spelling + plural: unit
-    for unit, others in UNITS.items()
-    for spelling in (unit, *others.split())
-    for plural in ("", "s" * (len(spelling) > 1))
+ORDINARY = {"yes", "no", "not", "odd", "even", "true", "false", "none", "all", "any", "per"}  # words in any case
+
+
+def _text(match):
+    r"""The content of \text{}: mathematics if it holds a digit, a command, or only one letter in brackets."""
+    content = match[1].strip()
+    formula = re.search(r"[0-9$\\]|^\W*$|^\(.\)$", content)
+    return f" {content} " if formula else f' "{content}" '
+
+
+def _words(match):
+    """Quotes around each word: of a quoted text, and around letters if they are a word, which is to say four or
+    more with a small vowel. Other letters are products of variables; commands stay."""
+    text = match[1]
+    if text in FUNCTIONS:
+        return f"\\{text} "
+    if text is not None:
+        pieces = re.findall(r"°[CF]|[^\W\d_](?:[\w'.-]*[^\W_])?|[0-9]+|[^\s.]", text)
+        return " ".join(f'"{piece}"' if re.search(r"[^\W\d_]", piece) else piece for piece in pieces)
+    letters = match[0]
+    is_word = re.fullmatch(r"[A-Za-z]*[aeiouy][A-Za-z]*", letters) and len(letters) > 3 and letters not in WORDS
+    return f'"{letters}"' if is_word or letters.casefold() in ORDINARY else letters
+
+
+def _repeating_decimal(match):
+    r"""0.1\overline{6} as (1/10+6/90)."""
+    digits, cycle = match[1], match[2] or match[3]
+    nines = "9" * len(cycle) + "0" * len(digits.partition(".")[2])
+    return f"(0{digits}0+{cycle}/{nines})"
+
+
+REWRITES = [
+    # exponents and fractions of Unicode, full-width digits, quotation marks, rows of a matrix
+    (r"[⁰¹²³⁴-⁹⁻]+", lambda m: f"^{{{unicodedata.normalize('NFKC', m[0])}}}"),
+    (r"[¼-¾⅐-⅞]", lambda m: " " + unicodedata.normalize("NFKC", m[0])),
+    (r"[^\x00-\x7f]+", lambda m: unicodedata.normalize("NFKC", m[0])),
+    (r'["“”]', ""),
+    (r"\\\\(?:\s*\[[^\]]*\])?|\\(?:cr|tabularnewline)(?![A-Za-z])", ";;"),
+    # Markdown, but 2**3**2 is a power; mathematics within text
+    (r"(?<![\w)}])(\*\*?|__|`+)(?=\S)(.+?)(?<=\S)\1(?![\w(])", r"\2"),
+    (r"\\[()\[\]]|(?<!\\)\$", " "),
+    # a segment has two ends in any order; the names of angles, vectors and arcs go by the order of their letters
+    (r"\\overline\s*\{([A-Z]{2})\}", r" \1 "),
+    (r"\\(angle|triangle|overrightarrow|vec|widehat)\s*\{?\s*([A-Z]{2,4})\b\s*\}?", r" N_{\1\2} "),
+    (r"\\mathbb\s*(?:R|\{\s*R\s*\})", r"(-\\infty,\\infty)"),
+    # thousands: any separator but a bare comma, which may separate items as well
+    (r"(?<![0-9._^])([1-9][0-9]{0,2}(?:(?:,\s*\\!\s*|\{,\}|\\[, ]|\\thinspace |~|_)[0-9]{3})+)(?![0-9])",
+     lambda m: re.sub("[^0-9]", "", m[1])),
+    (r"(?<![0-9.,/^_])([1-9][0-9]{0,2}(?: [0-9]{3})+)(?![0-9/])", lambda m: m[1].replace(" ", "")),
+    # the look
+    (r"\\(begin|end)\s*\{(?:[bp]?matrix|smallmatrix|array)\*?\}(?:\{[lcr|\s]*\})?", r"\\\1 "),
+    (r"\\[hv]space\*?\s*\{[^{}]*\}|\\(?:text)?color\s*\{[^{}]*\}|\\[,;:!> ]|~|\\\Z|\\(?:left|right)\s*\.", " "),
+    (r"\\(l|r)(?:eft|ight)\s*(?:\||\\vert(?![A-Za-z]))", r" \\\1vert "),
+    # numerals; text, where a lone e, i or d is mathematics however it is set
+    (rf"(?i:\b({'|'.join(NUMERALS)})\b(?!-))", lambda m: str(NUMERALS.index(m[0].lower()))),
+    (r"\\(?:mathrm|text|textrm|operatorname)\s*\{\s*([eid])\s*\}", r" \1 "),
+    *3 * [(TEXT, _text)],
+    (rf"\\(?:{'|'.join(LOOK)})(?![A-Za-z])", " "),
+    # decimals that repeat, fractions without braces, mixed numbers, times of day
+    (r"([0-9]*\.[0-9]*)\\(?:overline|bar|dot)\s*(?:\{([0-9]+)\}|([0-9]))(?![0-9])", _repeating_decimal),
+    (r"\\([dtc]?frac|[dt]?binom)\s*([0-9])\s*([0-9])(?![0-9])", r"\\\1{\2}{\3}"),
+    (r"(?<![0-9.,^_/])([0-9]+)\s+([0-9]+)/([0-9]+)(?![0-9.])", r"(\1+\2/\3)"),
+    (r"(?<![A-Za-z0-9.,^_/])([0-9]+)\s*\\[dtc]?frac\s*\{?\s*([0-9]+)\s*\}\s*\{?\s*([0-9]+)\s*\}?", r"(\1+\2/\3)"),
+    (r'(?i)(?<=[0-9])\s+"?([ap])\.?\s?m\b\.?"?|(?<=[0-9])"?([ap])\.\s?m\.?"?', r' "\1\2m" '),
+    # signs, and words in their place
+    (r"\\[A-Za-z]+|\\[%$]|[^\x00-\x7f]|\*\*", lambda m: SPELLING.get(m[0], m[0])),
+    (r'\^\s*(?:\\circ(?![a-z])|\{\s*\\circ\s*\})|"degrees?"', "°"),
+    (r'°\s*"?([CF])"?(?![A-Za-z])', r'"°\1"'),
+    (r'"(?:percent|per cent)"|(?<![A-Za-z"])percent\b', "%"),
+    (r'"\s*(?:and|or)\s*"|(?<![A-Za-z"])(?:and|or)\b(?![A-Za-z"])', ","),
+    (r"\\log\s*_\s*([0-9])", r"\\log_{\1}"),  # \log_23 is log 3 to the base 2
+    # units: $5 is 5 dollars, 5cm is a length, 5mg a product and 5 mg a mass, 5 m a product and 5 m/s a speed
+    (r'"(dollar|euro|sterling)"\s*([0-9][0-9.,]*)', r'\2 "\1" '),
+    (r'(?<=[0-9)}])\s*"?([kM]?)"?\s*\\Omega', r' "\1ohm" '),
+    (r"\b(mph|kph|kmph)\b", lambda m: {"mph": "mi/h"}.get(m[0], "km/h")),
+    (r'(?<=[0-9)}])\s*(mm|cm|km|kg|ft|lb|oz)(?![A-Za-z])', r' "\1"'),
+    (rf'(?<=[0-9)}}])\s+((?:{UNIT})(?<=[A-Za-z]{{2}}))(?![A-Za-z])', r' "\1"'),
+    (rf"(?<=[0-9)}}])\s+({UNIT})(?=/(?:{UNIT})(?:\^\{{?[0-9]\}}?)?\s*$)", r' "\1"'),
+    (rf'"/({UNIT})(?![A-Za-z])', r'"/"\1"'),
+    # words
+    (r'"([^"]*)"|\\?[A-Za-z]+', _words),
+    (r'"(?:square|sq)" "(\w+)"|"(\w+)" "squared"', r'"\1\2"^2'),
+    (r'"cubic" "(\w+)"|"(\w+)" "cubed"', r'"\1\2"^3'),
+    (r'\s*"per"\s*', "/"),
+    (r'(?<=["0-9])\s+"(?:a|an|the|of|in(?=" ")|each|total)"', ""),
+    (r"^[\s,]+|(?:[\s,;:]|(?<!\.)\.|;;)+$", ""),
+]
+REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in REWRITES]
+
+
+@lru_cache(maxsize=4096)
+def plain(answer):
+    r"""An answer without what only changes its look, in one notation. 5\sqrt2 ≈ 7.07 says 5\sqrt2, x ≈ 7 says 7."""
+    before, *after = re.split(r"\\approx(?![A-Za-z])|≈", answer)
+    answer = after[0] if after and re.fullmatch(r"[\s$]*[A-Za-z]?\s*", before) else before
+    for pattern, replacement in REWRITES:
+        answer = pattern.sub(replacement, answer)
+    return answer
+
+
+# 2b. Numbers: a Fraction as long as it is rational, else a Decimal of 50 digits, behind a sine or tangent a float. A sum
+# that cancels to less than its rounding is an exact 0: sqrt(2) - sqrt(2) is 0, and e^{-40} is not. An ArithmeticError
+# or a ValueError stands for no value. There are no complex numbers: i is a variable like any other.
+
+TRAPS = [decimal.InvalidOperation, decimal.DivisionByZero, decimal.Overflow, decimal.Underflow]
+DIGITS = decimal.Context(prec=50, traps=TRAPS)
+ROUNDING = {Fraction: 0, Decimal: Decimal("1e-40"), float: 1e-13}  # what errors may add up to, relative
+PI = Decimal("3.14159265358979323846264338327950288419716939937511")
+E = Decimal("2.71828182845904523536028747135266249775724709369996")
+RADIANS = DIGITS.divide(PI, 180)  # of a degree
+CONSTANTS = {"π": PI, "e": E, "∞": Decimal("Infinity")}
+
+
+def alike(x, y):
+    """Two numbers in the less exact of their types."""
+    if type(x) is type(y):
+        return x, y
+    if float in (type(x), type(y)):
+        return float(x), float(y)
+    return [Decimal(z.numerator) / z.denominator if type(z) is Fraction else z for z in (x, y)]
+
+
+def add(x, y):
+    x, y = alike(x, y)
+    lost = abs(x + y) < max(abs(x), abs(y)) * ROUNDING[type(x)]
+    return Fraction(0) if lost else x + y
+
+
+def multiply(x, y):
+    x, y = alike(x, y)
+    return x * y
+
+
+def divide(x, y):
+    return multiply(x, 1 / y)
+
+
+def power(x, y):
+    """x ** y, exact where it is rational; an odd root of a negative number is the real one."""
+    p, q = (y.numerator, y.denominator) if type(y) is Fraction else (0, 0)
+    if x < 0 and q > 1 and q % 2:
+        return (-1) ** p * power(-x, y)
+    root = exact_root(x, q) if q and type(x) is Fraction else None
+    if root is not None:
+        if abs(p) * max(abs(root.numerator), root.denominator).bit_length() > 2 * MAX_BITS:
+            raise OverflowError
+        return root**p
+    x, y = alike(alike(x, E)[0], y)
+    return math.pow(x, y) if type(x) is float else x**y
+
+
+def exact_root(x, q):
+    """The q-th root of a fraction, None where that is irrational."""
+    if q == 1 or x < 0 or q > 64:
+        return x if q == 1 else None
+    root = Fraction(round(x.numerator ** (1 / q)), round(x.denominator ** (1 / q)))
+    return root if root**q == x else None
+
+
+def logarithm(x):
+    return alike(x, E)[0].ln() if type(x) is not float else math.log(x)
+
+
+FUNCTIONS = {
+    "sin": math.sin, "cos": math.cos, "tan": math.tan, "cot": lambda x: 1 / math.tan(x), "arcsin": math.asin,
+    "sec": lambda x: 1 / math.cos(x), "csc": lambda x: 1 / math.sin(x), "arccos": math.acos, "arctan": math.atan,
+    "sinh": math.sinh, "cosh": math.cosh, "exp": lambda x: power(E, x), "ln": logarithm, "log": logarithm,
+    "lg": lambda x: divide(logarithm(x), logarithm(Fraction(10))),
 }
 
 
-def tokenize(answer, thousands=True):
-    """A list of (kind, text), kind one of number, name, text, base, op. Any text at all becomes tokens.
+def floor(x):
+    """Of a number that is nearly an integer: that integer, which rounding may have missed."""
+    nearly = type(x) is not Fraction and abs(x - round(x)) < 1e-9
+    return Fraction(round(x) if nearly else math.floor(x))
 
-    thousands says how `1,234` is read: as one number, or as the two that a comma may also separate. Between brackets it
-    is always two: points and intervals are more common there than numbers above 999.
-    """
-    tokens, brackets, at = [], 0, 0
-    answer = answer.replace("²", "^2").replace("³", "^3")
-    while match := TOKEN.match(answer, at):
-        kind, text, at = match.lastgroup, match[0], match.end()
-        if kind == "thousands":
-            if "," in re.sub(SEPARATOR, "", text) and (brackets or not thousands):
-                text = text[: text.index(",")]
-                at = match.start() + len(text)
-            tokens.append(("number", re.sub(rf"{SEPARATOR}|,", "", text)))
-        elif kind == "text":
-            tokens += text_tokens(match["text"])
-        elif kind == "cycle":
-            tokens.append(("number", str(repeating_decimal(match["digits"], match["cycle"]))))
-        elif kind == "log":  # \log_23 is log 3 to the base 2
-            tokens += [("function", r"\log"), ("op", "_")]
-        elif kind in ("number", "name", "base"):
-            tokens.append((kind, re.sub(r"[{}\s]", "", text).lstrip("_")))
-        elif kind == "word":
-            tokens += word_tokens(text)
-        elif kind != "skip":
-            text = SPELLING.get(text, text)
-            if kind in ("degree", "thermometer"):
-                text = "°" + (match["thermometer"] or "")
-            elif kind in ("matrix", "bar"):
-                text = match[kind]
-            brackets += (text in ("(", "[", r"\{")) - (text in (")", "]", r"\}"))
-            name = text in ("π", "∞") or re.fullmatch(GREEK, text)
-            tokens.append(("function" if text in FUNCTIONS else "name" if name else "op", text))
+
+def factorial(n):
+    if n > MAX_FACTORIAL or n != int(n):
+        raise ValueError
+    return Fraction(math.factorial(int(n)))
+
+
+def binomial(n, k):
+    """n (n - 1) ... (n - k + 1) / k!"""
+    if type(n) is Fraction and 0 <= k <= 100 and k == int(k):
+        return math.prod((n - i for i in range(int(k))), start=Fraction(1)) / math.factorial(int(k))
+    return factorial(n) / (factorial(k) * factorial(n - k))
+
+
+def close(x, y):
+    """Whether two numbers are the same, but for rounding where one is not exact."""
+    x, y = alike(x, y)
+    least = 1e-15 if type(x) is float else 0  # 1 - cos^2 x may have lost all digits but those
+    return x == y or abs(x - y) < max(min(abs(x), abs(y)) * ROUNDING[type(x)], least)
+
+
+# An expression in variables has one value at each of POINTS points. What agrees at all of them is the same but for a
+# chance that can be neglected (Schwartz and Zippel, for polynomials).
+
+
+class Number(NamedTuple):
+    values: tuple  # one, or where a variable occurs one at each point; None is no value
+    units: frozenset = frozenset()  # of pairs: a name and an exponent
+    label: str = ""  # what it is the value of: of x = 5 it is x
+
+
+@lru_cache(maxsize=512)
+def values_of_name(name):
+    """A constant's value, or a variable's at every point, the same in every run: of each size as many below 0 as
+    above, small and large ones, fractions and integers, of these as many even as odd."""
+    if name in CONSTANTS:
+        return (CONSTANTS[name],)
+    draw = random.Random(f"values of {name}")
+    values = []
+    for i in range(POINTS // 4):
+        fractions = [Fraction(draw.randrange(1, 64, 2), 64), 1 + Fraction(draw.randrange(1, 64, 2), 8)]
+        integers = [2 * draw.randint(1, 6) + i // 2 % 2, draw.randint(14, 10 ** (3 + i // 2 * 4))]
+        values += [Fraction(size if i % 2 else -size) for size in fractions + integers]
+    draw.shuffle(values)
+    return tuple(values)
+
+
+def number(function, *operands, units=frozenset()):
+    """function of Numbers, at every point."""
+    if not all(isinstance(x, Number) for x in operands):
+        raise Unreadable("something else stands where a number should")
+    values = tuple(value_at(function, xs) for xs in zip(*broadcast(*(x.values for x in operands))))
+    return Number(values, frozenset().union(units, *(x.units for x in operands)))
+
+
+def broadcast(*columns):
+    count = max(map(len, columns))
+    return [column * count if len(column) == 1 else column for column in columns]
+
+
+def value_at(function, xs):
+    """function(*xs), None where that is too large or has no value: the root of -x at x = 2."""
+    if None in xs:
+        return None
+    try:
+        with decimal.localcontext(DIGITS):
+            value = function(*xs)
+    except (ArithmeticError, ValueError):
+        return None
+    bits = max(value.numerator.bit_length(), 2 * value.denominator.bit_length()) if type(value) is Fraction else 0
+    return value if bits <= MAX_BITS else None
+
+
+# 2c. Tokens: pairs (kind, text); the kind is number, name, text, function, base or op.
+
+GREEK = """alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta kappa lambda mu nu xi rho sigma tau
+    phi varphi chi psi omega Gamma Delta Theta Lambda Sigma Phi Psi Omega ell""".split()
+WORDS = {"sqrt": ("op", r"\sqrt"), "pi": ("name", "π"), "inf": ("name", "∞"), "infinity": ("name", "∞")}
+WORDS |= {name: ("function", name) for name in FUNCTIONS} | {name: ("name", name) for name in GREEK}
+TOKEN = re.compile(
+    r"""(?P<space>\s+)
+       |(?P<commas>[0-9]+(?:,[0-9]+)+(?:\.[0-9]+)?)
+       |(?P<number>[0-9]*\.[0-9]+[eE][+-]?[0-9]{1,3}(?![0-9.^])|[0-9]+(?:[eE][0-9]{1,3}|E[+-][0-9]{1,3})(?![0-9.^])
+           |[0-9]+\.?[0-9]*|\.[0-9]+)
+       |(?P<name>[A-Za-z]'*_(?:[A-Za-z0-9]|\{[^{}]*\})|[A-Za-z]'+|\\mathbb\s*(?:[A-Z]|\{\s*[A-Z]\s*\}))
+       |(?P<base>_(?:[0-9]+|\{\s*[0-9]+\s*\}))
+       |"(?P<text>[^"]*)"
+       |(?P<word>[A-Za-zμ]+)
+       |(?P<op>\\[A-Za-z]+|\\.|<=|>=|!=|;;|\.\.\.|!!|.)""",
+    re.VERBOSE | re.DOTALL,
+)
+
+
+def tokenize(text):
+    """The tokens of a plain text. Any text at all becomes tokens."""
+    tokens = []
+    brackets = 0
+    for match in TOKEN.finditer(text):
+        kind = match.lastgroup
+        found = match[kind]
+        brackets += (found in ("(", "[", r"\{")) - (found in (")", "]", r"\}"))
+        if kind == "commas":
+            # Between brackets a comma separates items: points and intervals are more common there than thousands.
+            thousands = not brackets and re.fullmatch(r"[1-9][0-9]{0,2}(,[0-9]{3})+(\.[0-9]+)?", found)
+            parts = [found.replace(",", "")] if thousands else found.split(",")
+            tokens += [token for part in parts for token in [("op", ","), ("number", part)]][1:]
+        elif kind == "word" and found not in WORDS:
+            tokens += [("name", letter) for letter in found]
+        elif kind in ("name", "base"):
+            tokens.append((kind, re.sub(r'[{}\s"]', "", found).lstrip("_")))
+        elif kind in ("word", "op"):
+            word = {"π": "pi", "∞": "inf"}.get(found) or found.removeprefix("\\") * (len(found) > 1)
+            tokens.append(WORDS.get(word, ("op", found)))
+        elif kind != "space":
+            tokens.append((kind, found))
     return tokens
 
 
-def repeating_decimal(digits, cycle):
-    r"""0.1\overline{6}: the digits 0.1 and then the cycle 6 for ever."""
-    decimals = len(digits.partition(".")[2])
-    return Fraction(f"0{digits}0") + Fraction(int(cycle), (10 ** len(cycle) - 1) * 10**decimals)
+# 2d. Values, and the grammar that reads them. A value is a Number or one of
+#
+#     ("tuple", brackets, [value, ...])        a point, an interval, a ratio, a matrix as a tuple of rows
+#     ("list", [value, ...])                   without order, but what is there twice counts twice
+#     ("set", [value, ...])                    without order, each once
+#     ("union", [value, ...])                  of intervals
+#     ("equation", Number)                     what is 0, divided by its first value
+#     ("word", text)
 
-
-def word_tokens(word):
-    r"""Letters outside \text{}: a constant, a function, a unit, a word of four letters or more; else variables."""
-    if word in SPELLING:
-        return tokenize(SPELLING[word])
-    if "\\" + word in FUNCTIONS:
-        return [("function", "\\" + word)]
-    if re.fullmatch(GREEK, "\\" + word):
-        return [("name", "\\" + word)]
-    if len(word) > 3 or len(word) > 1 and word in UNIT:
-        return [("text", word.casefold())]
-    return [("name", letter) for letter in word]
-
-
-def text_tokens(text):
-    r"""What stands in \text{}: mathematics if it holds a digit or is one letter, as in (C); else a word or a unit."""
-    if re.search("[0-9]", text) or len(text.strip(" ().")) < 2:
-        return tokenize(text.strip(" ."))
-    text = " ".join(text.casefold().split())
-    if "\\" + text in FUNCTIONS:
-        return [("function", "\\" + text)]
-    sign = {"and": ",", "or": ",", "percent": "%"}.get(text)
-    return [("op", sign) if sign else ("text", text)]
-
-
-SIGNS = ("+", "-", "±", "∓")
 RELATIONS = ("=", "<", "<=", ">", ">=", "!=", "∈")
-CLOSING = {"(": (")", "]"), "[": (")", "]"), "{": ("}",), r"\{": (r"\}",)}
-FENCES = {
-    "|": ("|", abs), r"\lvert": (r"\rvert", abs), "left": ("right", abs),
-    r"\lfloor": (r"\rfloor", lambda x: floor(x)), r"\lceil": (r"\rceil", lambda x: -floor(-x)),
+# How strongly operators bind. What stands side by side is a product, "", and words after a number are its unit.
+STRENGTH = dict.fromkeys(RELATIONS, 4) | {
+    ";;": 1, "&": 2, ",": 3, r"\over": 5, r"\choose": 5, "∪": 6, ":": 7, "+": 8, "-": 8, "": 9, "*": 9, "/": 9,
+    "unit": 9, "^": 11, "!": 12, "%": 12, "°": 12, "base": 12,
 }
-
-
-DEGREE = ("degree", "1")
-POSTFIXES = {"!", "%", "°", "°C", "°F", *CURRENCIES}
-FACTORS = {"(", "[", "{", r"\frac", r"\sqrt", r"\binom", "begin", *FENCES}  # what a factor may start with
+SIGN = 10  # -x^2 is -(x^2), and -2 * 3 is (-2) * 3
+CLOSING = {
+    "(": [")", "]"], "[": [")", "]"], "{": ["}"], r"\{": [r"\}"], "|": ["|"], r"\lvert": [r"\rvert"],
+    r"\lfloor": [r"\rfloor"], r"\lceil": [r"\rceil"], r"\begin": [r"\end"],
+}
+BINARY = {
+    "+": add, "-": lambda x, y: add(x, -y), "/": divide, r"\over": divide, r"\frac": divide, "^": power,
+    r"\choose": binomial, r"\binom": binomial,
+}
+UNARY = {
+    "!": factorial, "||": abs, r"\lvert\rvert": abs, r"\lfloor\rfloor": floor,
+    r"\lceil\rceil": lambda x: -floor(-x),
+}
+DEGREE = ("degree", 1)
+PERCENT = ("%", 1)
+NO_UNITS = {"not", "or", "and", "more", "less", "least", "most", "than", "to", "over", "under", "if", "no"}
+# What only names a value, by its tokens (n and N: a small and a capital name, t: text, F: function, d: number):
+# x, AB, f(2), |AB|, an angle, words. And what may be meant so: sin A, x + y, xy.
+NAMED = re.compile(r"t+|n|N+|[nN]{1,2}\([^()]*\)|n?\\angle[nN]|[\[|]N+[\]|]|\((?:[nN],)+[nN]\)")
+MEANT = re.compile(r"F[nN]+|F\([nN]+\)|[nN]+(?:[+*-]?[nN]+)+")
 
 
 class Parser:
-    r"""Recursive descent that computes as it reads. A value is one of
+    """Precedence climbing that computes as it reads. percent: what % multiplies by. lenient: whether x + y = 42 means
+    42, as in a prediction, and is not the line x + y = 42, as in a gold."""
 
-    ("number", [x, ...])           x at each point: an exact Fraction as long as it is rational, else float or complex
-    ("tuple", brackets, [value, ...])         a point, an interval, a matrix as a tuple of rows
-    ("bag", [value, ...])                     a set or a bare list, without order; what is there twice counts once
-    ("union", [value, ...])                   of intervals
-    ("relation", signs, [value, ...], names)  names: of each value, whether just a name stands there: x, f(x), (x, y)
-    ("word", text)
-
-    The grammar, a rule a method:
-
-    answer   item ("," item)*
-    item     union (relation union)*
-    union    sum ("∪" sum)*
-    sum      product (sign product)*
-    product  unary ((("*" | "/") unary) | power | unit)*
-    unary    sign unary | power
-    power    postfix ("^" unary)?
-    postfix  primary ("!" | "%" | "°" | currency | base)*
-    primary  number | name | word | bracket answer bracket | \frac argument argument | \sqrt[sum] argument | matrix
-             | \binom argument argument | function | "|" sum "|" | currency unary
-    function name ("_" argument)? ("^" argument)? (bracket | sign? power power*)
-    """
-
-    def __init__(self, tokens, either, percent):
-        self.tokens, self.at = [*tokens, ("end", "")], 0
-        self.sign = {"+": 1, "-": -1, "±": either, "∓": -either}  # either: 1 or -1, what ± means this time
-        self.percent = percent  # what % multiplies by
-        self.units, self.met = set(), set()  # units and signs met on the way
-        self.degree = None  # what ° multiplies by; None outside sines: a unit
+    def __init__(self, text, percent, lenient):
+        self.tokens = [*tokenize(text), ("end", "")]
+        self.at = 0
+        self.percent = percent
+        self.lenient = lenient
         self.bars = False  # whether the next | closes one
 
     @property
@@ -280,384 +480,305 @@ class Parser:
     def op(self):
         return self.tokens[self.at][1] if self.kind == "op" else None
 
-    def take(self, *expected):
-        text = self.tokens[self.at][1]
-        if expected and self.op not in expected:
-            raise Unreadable(f"expected {' or '.join(expected)}, found {text or 'the end'}")
-        self.met.add(text)
+    def take(self):
         self.at += 1
-        return text
-
-    def chain(self, rule, operators):
-        """rule (operator rule)*, as the operators and the values."""
-        found, values = [], [rule()]
-        while self.op in operators:
-            found.append(self.take())
-            values.append(rule())
-        if len(values) > MAX_ITEMS:
-            raise Unreadable(f"more than {MAX_ITEMS} items")
-        return found, values
+        return self.tokens[self.at - 1][1]
 
     def answer(self):
-        value = bag(self.chain(self.item, [","])[1])
+        value = self.expression()
         if self.kind != "end":
             raise Unreadable(f"cannot read on from {self.take()!r}")
         return value
 
-    def item(self):
-        while self.op == ",":  # "a, b, and c"
-            self.take()
+    def expression(self, least=0):
+        """An operand, and all operators after it that bind at least so strongly."""
         start = self.at
-        relations, members = self.chain(self.union, RELATIONS)
-        if not relations:
-            return members[0]
-        names = [True]
-        for kind, text in self.tokens[start : self.at]:
-            if text in RELATIONS:
-                names.append(True)
-            elif not (kind == "name" and text not in ("π", "∞") or text in ("(", ")", ",")):
-                names[-1] = False
-        return members[1] if relations == ["∈"] and names[0] else ("relation", relations, members, names)
-
-    def union(self):
-        members = self.chain(self.sum, ["∪"])[1]
-        return ("union", members) if len(members) > 1 else members[0]
-
-    def sum(self):
-        signs, terms = self.chain(self.product, SIGNS)
-        total = terms[0]
-        for sign, term in zip(signs, terms[1:]):
-            total = number(lambda x, y, sign=self.sign[sign]: x + sign * y, total, term)
-        return total
-
-    def product(self):
-        result = self.unary()
-        while True:
-            if self.op in ("*", "/"):
-                division = self.take() == "/"
-                factor = self.unary()
-                result = number(lambda x, y: x / y, result, factor) if division else times(result, factor)
-            elif self.starts_factor():
-                result = times(result, self.power())
-            elif self.kind == "text":
-                result = self.unit(result)
+        value = self.operand()
+        while (operator := self.operator()) is not None and STRENGTH[operator] >= least:
+            if operator == "unit":
+                value = self.unit(value)
+            elif operator in UNARY:
+                value = number(UNARY[self.take()], value)
+            elif operator == "%":
+                self.at += 1
+                value = number(multiply, value, constant(self.percent), units={PERCENT})
+            elif operator in ("°", "base"):  # 2516_8 is 2516 with a unit, and so is 90°
+                text = self.take()
+                value = number(lambda x: x, value, units={DEGREE if text == "°" else ("base", int(text))})
+            elif operator in RELATIONS:
+                signs, values = self.chain(value, RELATIONS)
+                value = relation(signs, values, self.labels(start))
+            elif operator in (",", "∪", ":", "&", ";;"):
+                value = collection(operator, self.chain(value, (operator,))[1])
             else:
-                return result
-
-    def starts_factor(self):
-        if self.kind == "number":  # "2 3" and "x2" are not meant as products
-            return self.tokens[self.at - 1][0] == "op"
-        if self.op == "|":
-            return not self.bars
-        return self.kind in ("name", "function") or self.op in FACTORS
-
-    def unit(self, value):
-        """`million`, `cm`, `square inches`, `inches^2`. A word that is no known unit (5 apples) is passed over."""
-        *words, unit = self.take().replace("/", " per ").strip(".").split()
-        if {*words, unit} & {"not", "or", "more", "less", "least", "most", "than"}:
-            raise Unreadable(f"{unit} after a number")
-        exponent = constant({"square": 2, "sq": 2, "cubic": 3}.get(words[-1] if words else "", 1))
-        if self.op == "^":
-            self.take()
-            exponent = number(lambda x: x, self.argument())
-        self.units |= {(UNIT[word], "1") for word in words if word in UNIT}
-        if unit in UNIT:
-            self.units.add((UNIT[unit], str(exponent[1][0])))
-        scale = math.prod(SCALES.get(word, 1) for word in (*words, unit))
-        return number(lambda x: x * scale, value)
-
-    def unary(self):
-        if self.op in SIGNS:
-            sign = self.sign[self.take()]
-            return number(lambda x: sign * x, self.unary())
-        return self.power()
-
-    def power(self):
-        base = self.postfix()
-        if self.op != "^":
-            return base
-        self.take()
-        return number(power, base, self.unary())
-
-    def postfix(self):
-        value = self.primary()
-        while self.op in POSTFIXES or self.kind == "base" and self.tokens[self.at - 1][0] == "number":
-            kind, mark = self.kind, self.take()
-            if mark == "!":
-                double = self.op == "!"  # 5!! is 5 * 3 * 1, and not (5!)!
-                self.at += double
-                value = number(lambda x, step=1 + double: factorial(x, step), value)
-            elif mark == "%":
-                value = number(lambda x: x * self.percent, value)
-            elif mark == "°" and self.degree is not None:
-                value = number(lambda x: x * self.degree, value)
-            elif kind == "base":  # 2516_8 is 2516 with a unit, and so are 90°, 20°C and 5€
-                self.units.add(("base", mark))
-            else:
-                self.units |= {(CURRENCIES.get(mark, mark), "1")} | ({DEGREE} if "°" in mark else set())
+                self.at += operator != ""
+                other = self.expression(STRENGTH[operator] + (operator != "^"))
+                value = times(value, other) if operator in ("", "*") else number(BINARY[operator], value, other)
         return value
 
-    def primary(self):
-        kind, text = self.kind, self.take()
+    def chain(self, value, operators):
+        """The rest of value (operator value)*, as the operators and the values."""
+        found = []
+        values = [value]
+        while self.op in operators:
+            found.append(self.take())
+            while found[-1] == "," == self.op:  # "a, b, and c"
+                self.at += 1
+            if self.op != r"\end":
+                values.append(self.expression(STRENGTH[found[-1]] + 1))
+        if len(values) > MAX_ITEMS:
+            raise Unreadable(f"more than {MAX_ITEMS} items")
+        return found, values
+
+    def operator(self):
+        """The operator that comes next: "" for a product without a sign, None where an expression ends."""
+        kind, text = self.tokens[self.at]
+        if kind in ("text", "base"):
+            return "unit" if kind == "text" else "base"
+        if kind == "op" and text in STRENGTH:
+            return text
+        if kind == "number":  # "2 3" and "x2" are not meant as products, (x)2 and n2^{n-1} are
+            before = self.tokens[self.at - 1][0]
+            return "" if before == "op" or before == "name" and self.tokens[self.at + 1] == ("op", "^") else None
+        starts = kind in ("name", "function") or text in CLOSING or text in (r"\frac", r"\binom", r"\sqrt")
+        return "" if starts and not (text == "|" and self.bars) else None
+
+    def operand(self):
+        kind = self.kind
+        text = self.take()
         if kind == "number":
-            return self.mixed_number(text)
-        if kind == "name":
-            return ("number", [value_of_name(text, point) for point in range(POINTS)])
+            return constant(text)
+        if kind == "name" or kind == "text" and len(text) == 1:
+            return Number(values_of_name(text))
         if kind == "text":
-            return ("word", text)
-        if kind == "op" and text in CLOSING:
-            return self.bracket(text)
-        if text == r"\frac":
-            return number(lambda x, y: x / y, self.argument(), self.argument())
-        if text == r"\binom":
-            return number(binomial, self.argument(), self.argument())
-        if text == r"\sqrt":
-            return self.root()
-        if text == "begin":
-            return self.matrix()
+            words = [text]
+            while self.kind == "text":
+                words.append(self.take())
+            return ("word", " ".join(map(fold, words)))
         if kind == "function":
             return self.function(text)
-        if text in FENCES:
-            return self.fenced(text)
-        if text in CURRENCIES:
-            self.units.add((CURRENCIES[text], "1"))
-            return self.unary()
+        if text in CLOSING:
+            return self.bracket(text)
+        if text in (r"\frac", r"\binom"):
+            return number(BINARY[text], self.operand(), self.operand())
+        if text == r"\sqrt":
+            index = self.bracket(self.take()) if self.op == "[" else constant(2)
+            # \sqrt12 is meant as the root of 12, whatever LaTeX makes of it
+            return number(lambda x, n: power(x, 1 / n), self.operand(), index)
+        if text in ("+", "-", r"\angle", r"\triangle"):
+            value = self.expression(SIGN)
+            return times(constant(-1), value) if text == "-" else value
         if text == "∅":
-            return ("bag", [])
-        raise Unreadable(f"cannot read {text!r}" if text else "ends too early")
+            return ("set", [])
+        raise Unreadable(f"cannot read {text!r}" if text else "it ends too early")
 
-    def mixed_number(self, text):
-        r"""A number; 1\frac{4}{5} and 1 4/5 mean 1 + 4/5."""
-        value = constant(text)
-        (kind, first), (_, over), (_, second) = [*self.tokens[self.at :], ("", ""), ("", "")][:3]
-        if text.isdigit() and kind == "number" and over == "/" and first.isdigit() and second.isdigit():
-            self.at += 3
-            return number(lambda x: x + Fraction(int(first), int(second)), value)
-        if text.isdigit() and first == r"\frac":
-            fraction = self.primary()
-            mixed = fraction[1] == fraction[1][:1] * POINTS and isinstance(fraction[1][0], Fraction)
-            return number(lambda x, y: x + y if mixed else x * y, value, fraction)
-        return value
-
-    def argument(self):
-        r"""Of a command: a group in braces, else one digit (\frac43 is four thirds), letter or command."""
-        kind, text = self.tokens[self.at]
-        if kind == "number" and len(text) > 1:
-            self.tokens[self.at] = (kind, text[1:])
-            return constant(text[0])
-        return constant(self.take()) if kind == "number" else self.primary()
-
-    def root(self):
-        index = constant(2)
-        if self.op == "[":
-            self.take()
-            index = self.sum()
-            self.take("]")
-        # \sqrt12 is meant as the root of 12, whatever LaTeX makes of it
-        radicand = constant(self.take()) if self.kind == "number" else self.primary()
-        return number(lambda x, n: power(x, 1 / n), radicand, index)
+    def bracket(self, opening):
+        """A group, tuple, set, matrix or function of brackets. |x| closes at the next bar: |x|y|z| is a product."""
+        bars = self.bars
+        self.bars = opening == "|"
+        inside = ("list", []) if self.op in CLOSING[opening] else self.expression()
+        if self.op not in CLOSING[opening]:
+            raise Unreadable(f"nothing closes {opening}")
+        brackets = opening + self.take()
+        self.bars = bars
+        items = inside[1] if inside[0] == "list" else [inside]
+        if brackets in UNARY:
+            return number(UNARY[brackets], inside)
+        if opening == r"\begin":
+            return inside if inside[1] == "matrix" else collection(";;", items)
+        if brackets == r"\{\}" or brackets == "{}" and len(items) > 1:
+            return gather("set", items)
+        if len(items) == 1 and brackets in ("()", "[]", "{}"):
+            return inside
+        if len(items) < 2:
+            raise Unreadable(f"too little in {brackets}")
+        return ("tuple", brackets, items)
 
     def function(self, name):
         r"""\sin x, \sin(x), \sin^2 x, \sin^{-1} x, \log_2 x. Without brackets, \sin 2x y + z is \sin(2xy) + z."""
-        formula, base, exponent = FUNCTIONS[name], None, constant(1)
-        if name == r"\log" and (self.kind == "base" or self.op == "_"):
-            base = constant(self.take()) if self.kind == "base" else self.take() and self.argument()
-        elif name == r"\log":  # to the base 10 or e, depending on whom one asks: as many times \ln as an unknown number
-            base = number(cmath.exp, ("number", [value_of_name(name, point) for point in range(POINTS)]))
+        # \log without a base is to the base 10 or e, depending on whom one asks: to an unknown one, a variable
+        base = number(abs, Number(values_of_name(r"\log")))
+        exponent = constant(1)
+        if self.kind == "base" or self.op == "_":
+            base = constant(self.take()) if self.kind == "base" else self.take() and self.operand()
         if self.op == "^":
-            self.take()
-            exponent = self.argument()
-        if exponent == constant(-1) and name in TRIGONOMETRIC:  # not 1/sin
-            formula, exponent = FUNCTIONS[name.replace("\\", r"\arc")], constant(1)
-        degree, self.degree = self.degree, math.pi / 180 if name in TRIGONOMETRIC else self.degree
-        value = self.function_argument()
-        self.degree = degree
-        value = number(formula, value)
-        if base is not None:
-            value = number(lambda x, b: x / ln(b), value, base)
+            self.at += 1
+            exponent = self.operand()
+        if exponent == constant(-1) and "arc" + name in FUNCTIONS:  # not 1/sin
+            name = "arc" + name
+            exponent = constant(1)
+        brackets = self.op in CLOSING
+        value = self.operand() if brackets else self.expression(SIGN)
+        while not brackets and self.operator() == "" and self.kind != "function" and self.op not in CLOSING:
+            value = times(value, self.expression(SIGN))
+        value = number(FUNCTIONS[name], in_radians(value))
+        if name == "log":
+            value = number(lambda x, b: divide(x, logarithm(b)), value, base)
         return value if exponent == constant(1) else number(power, value, exponent)
 
-    def function_argument(self):
-        if self.op in ("(", "[", "{"):
-            return self.primary()
-        sign = self.sign[self.take()] if self.op in SIGNS else 1
-        value = number(lambda x: sign * x, self.power())
-        while self.starts_factor() and self.kind != "function" and self.op not in ("(", "["):
-            value = times(value, self.power())
-        return value
+    def unit(self, value):
+        """value with the words after it: `million`, `cm`, `m/s^2`, anything else."""
+        units = set()
+        direction = 1  # -1 behind a /
+        while self.kind == "text":
+            name = unit_name(self.take())
+            if name in NO_UNITS:
+                raise Unreadable(f"{name} after a number")
+            exponent = Fraction(1)
+            if self.op == "^":
+                self.at += 1
+                (exponent,) = number(lambda x: x, self.operand()).values
+            if name in SCALES:
+                value = times(value, constant(SCALES[name]))
+            else:
+                units.add((name, exponent and direction * exponent))
+            if self.op in ("/", "*") and self.tokens[self.at + 1][0] == "text":
+                direction = -1 if self.take() == "/" else direction
+        return number(lambda x: x, value, units=units)
 
-    def fenced(self, opening):
-        r"""|x|, \lfloor x \rfloor. A plain | closes the one that is open: |x|y|z| is a product."""
-        closing, formula = FENCES[opening]
-        bars, self.bars = self.bars, opening == "|"
-        value = self.sum()
-        self.take(closing)
-        self.bars = bars
-        return number(formula, value)
-
-    def bracket(self, opening):
-        bars, self.bars = self.bars, False
-        items = [] if self.op in CLOSING[opening] else self.chain(self.item, [","])[1]
-        brackets = opening + self.take(*CLOSING[opening])
-        self.bars = bars
-        if opening == r"\{" or brackets == "{}" and len(items) > 1:
-            return bag(items)
-        if len(items) == 1 and brackets in ("()", "[]", "{}"):
-            return items[0]
-        if len(items) < 2:
-            raise Unreadable(f"too little between {opening} and {brackets[-1]}")
-        return ("tuple", brackets, items)
-
-    def matrix(self):
-        rows = []
-        while self.op != "end":
-            rows.append(("tuple", "row", self.chain(self.item, ["&"])[1]))
-            if self.op != "end":
-                self.take(r"\\")
-        self.take("end")
-        return ("tuple", "matrix", rows)
+    def labels(self, start):
+        """Of each member of the relation from there on its tokens, if they only name something, or else ""."""
+        texts = ""
+        marks = ""
+        for kind, text in self.tokens[start : self.at]:
+            mark = {"text": "t", "number": "d", "function": "F"}.get(kind, text)
+            if kind == "name":
+                mark = "d" if text in CONSTANTS else "N" if text.isupper() else "n"
+            texts += "\n" if text in RELATIONS else text
+            marks += "\n" if text in RELATIONS else mark
+        patterns = (NAMED, MEANT) if self.lenient else (NAMED,)
+        names = (any(pattern.fullmatch(mark) for pattern in patterns) for mark in marks.split("\n"))
+        return [text * name for text, name in zip(texts.split("\n"), names)]
 
 
-def number(function, *numbers):
-    """function of numbers, at every point."""
-    if any(value[0] != "number" for value in numbers):
-        raise Unreadable("something else stands where a number should")
-    results = [function(*xs) for xs in zip(*(value[1] for value in numbers))]
-    results = [x.real if isinstance(x, complex) and x.imag == 0 else x for x in results]
-    for x in results:
-        if isinstance(x, Fraction) and max(x.numerator.bit_length(), x.denominator.bit_length()) > MAX_BITS:
-            raise Unreadable("a number too large")
-    return ("number", results)
+def constant(x):
+    return Number((Fraction(x),))
 
 
 def times(a, b):
     """A product. A number times a matrix is the matrix of the products."""
-    if b[0] == "number" and a[0] == "tuple":
+    if isinstance(b, Number) and not isinstance(a, Number):
         a, b = b, a
     if b[0] == "tuple" and b[1] in ("matrix", "row"):
         return ("tuple", b[1], [times(a, entry) for entry in b[2]])
-    return number(lambda x, y: x * y, a, b)
+    return number(multiply, a, b)
 
 
-def constant(text):
-    return ("number", [Fraction(text)] * POINTS)
+def in_radians(value):
+    """Degrees as the number they stand for."""
+    if isinstance(value, Number) and DEGREE in value.units:
+        return number(multiply, Number(value.values), Number((RADIANS,)))
+    return value
 
 
-RADIAN = ("number", [math.pi / 180] * POINTS)  # of a degree
+def relation(signs, values, labels):
+    """x = 5 is 5, and so are 5 = x, x = 2 + 3 = 5 and 2 + 3 = 5; 41 = 42 is nothing. x > 3 is (3, ∞)."""
+    if set(signs) <= {">", ">="}:
+        signs = [sign.replace(">", "<") for sign in signs[::-1]]
+        values, labels = values[::-1], labels[::-1]
+    if signs == ["∈"] and labels[0]:
+        return values[1]
+    if set(signs) == {"="}:
+        sides = values[1:] if labels[0] else values[: len(values) - bool(labels[-1])]
+        if all(same(side, sides[0]) for side in sides):
+            return labelled(sides[0], labels[0] or labels[-1])
+        if len(values) > 2:
+            raise Unreadable("an equation of more than two sides")
+        return equation(number(BINARY["-"], values[0], values[-1]))
+    if set(signs) <= {"<", "<="} and list(map(bool, labels)) in ([True, False], [False, True], [False, True, False]):
+        label = "".join(labels)
+        infinity = Number(values_of_name("∞"))
+        left = "(" if labels[0] or signs[0] == "<" else "["
+        right = ")" if labels[-1] or signs[-1] == "<" else "]"
+        low = times(constant(-1), infinity) if labels[0] else values[0]
+        high = infinity if labels[-1] else values[-1]
+        return ("tuple", left + right, [labelled(low, label), labelled(high, label)])
+    raise Unreadable("a relation that gives no value")
 
 
-def value_of_name(name, point):
-    """A constant's value, or a variable's at this point."""
-    if name in (known := {"π": math.pi, "e": math.e, "i": 1j, "∞": math.inf}):
-        return known[name]
-    # Rational, so that polynomials are compared exactly; of both signs, so that x is not sqrt(x^2); an odd number over
-    # 4096, so that no root of a short equation is hit; below 4, so that e^{x^3} is no overflow; the same in every run.
-    sign = -1 if (zlib.crc32(name.encode()) + point) % 2 else 1
-    return sign * Fraction(zlib.crc32(f"{name} {point}".encode()) % 8192 * 2 + 1, 4096)
+def equation(difference):
+    """difference = 0, whatever it is multiplied by: y = 2x + 3 is 2y - 4x = 6."""
+    first = next((x for x in difference.values if x), None)
+    if first is None or all(x is None or close(x, first) for x in difference.values):
+        raise Unreadable("an equation without a variable")
+    return ("equation", number(divide, difference, Number((first,))))
 
 
-def power(base, exponent):
-    """base ** exponent: exact where it is rational; an odd root of a negative number is the real one."""
-    if isinstance(base, complex) or not isinstance(exponent, Fraction):
-        return complex(base) ** complex(exponent)
-    if isinstance(base, float) and base < 0 and exponent.denominator % 2:
-        return complex(-base) ** float(exponent) * (-1) ** exponent.numerator
-    if isinstance(base, float):
-        return complex(base) ** float(exponent)
-    p, q = exponent.numerator, exponent.denominator
-    if base < 0 and q > 1 and q % 2:
-        return power(-base, exponent) * (-1) ** p
-    root = base
-    if base > 0 and q > 1:
-        root = Fraction(round(base.numerator ** (1 / q)), round(base.denominator ** (1 / q)))
-    if q > 1 and (base < 0 or root**q != base):
-        return complex(base) ** float(exponent)
-    if abs(p) * max(root.numerator.bit_length(), root.denominator.bit_length()) > MAX_BITS:
-        raise Unreadable("a power too large")
-    return root**p
+def labelled(value, label):
+    """The value, and of a tuple its items, as those of a name."""
+    if value[0] == "tuple":
+        return ("tuple", value[1], [labelled(item, label) for item in value[2]])
+    return value._replace(label=label) if isinstance(value, Number) else value
 
 
-def ln(x):
-    if isinstance(x, Fraction) and x > 0:  # also of numbers that no float could hold
-        return math.log(x.numerator) - math.log(x.denominator)
-    return cmath.log(x)
+def collection(operator, values):
+    """What is made of values with an operator between them."""
+    if operator == ",":
+        return gather("list", values)
+    if operator == "∪":
+        return ("union", values)
+    if operator == ";;":
+        rows = [row if row[:2] == ("tuple", "row") else ("tuple", "row", [row]) for row in values]
+        return ("tuple", "matrix", rows)
+    return ("tuple", "row" if operator == "&" else operator, values)
 
 
-def floor(x):
-    """Of a float that is nearly an integer: that integer, which rounding has missed."""
-    if isinstance(x, float) and abs(x - round(x)) < 1e-9:
-        return Fraction(round(x))
-    return Fraction(math.floor(x))
-
-
-def factorial(n, step=1):
-    """n!, for step 2 n!!. Between the integers, where variables are, n! is Euler's gamma(n + 1)."""
-    if isinstance(n, Fraction) and n.denominator == 1 and 0 <= n <= 500:
-        return Fraction(math.prod(range(int(n), 0, -step)))
-    if isinstance(n, complex) or step > 1 or n == int(n) or abs(n) > 100:
-        raise Unreadable("a factorial of something else than 0 to 500")
-    return math.gamma(n + 1)
-
-
-def binomial(n, k):
-    """C(n, k) = n (n - 1) ... (n - k + 1) / k!, exactly where k is 0, 1, ..., 500."""
-    if not (isinstance(k, Fraction) and k.denominator == 1):
-        return factorial(n) / (factorial(k) * factorial(n - k))
-    bits = max(n.numerator.bit_length(), n.denominator.bit_length()) if isinstance(n, Fraction) else 1
-    if not 0 <= k <= 500 or k * bits > 2 * MAX_BITS:
-        raise Unreadable("a binomial coefficient too large")
-    return math.prod((n - i for i in range(int(k))), start=Fraction(1)) / math.factorial(int(k))
-
-
-def bag(items):
+def gather(kind, items):
+    """A list or a set of items. A list inside is taken apart, a set holds nothing twice, one item stands alone."""
     members = []
-    for member in itertools.chain(*(item[1] if item[0] == "bag" else [item] for item in items)):
-        if not any(same(member, other) for other in members):
+    for member in itertools.chain(*(item[1] if item[0] == "list" else [item] for item in items)):
+        if kind == "list" or not any(same(member, other) for other in members):
             members.append(member)
-    return members[0] if len(members) == 1 else ("bag", members)
+    return members[0] if len(members) == 1 else (kind, members)
 
 
-def close(a, b):
-    """Exact for rationals. A float operation errs by some 1e-16, so 1e-13 leaves room for hundreds of them."""
-    if isinstance(a, Fraction) and isinstance(b, Fraction) or not (cmath.isfinite(a) and cmath.isfinite(b)):
-        return a == b
-    return abs(complex(a) - complex(b)) <= 1e-13 * max(1, abs(a), abs(b))
+def fold(word):
+    """A word without its case, but for ABC."""
+    return word if word.isupper() and len(word) < 4 and word.casefold() not in ORDINARY else word.casefold()
+
+
+def unit_name(word):
+    """The name of a unit in any spelling: km and kilometres are kilometer. Other words lose case and plural."""
+    lower = word.casefold().replace(".", "")
+    if word in UNITS or lower in UNITS and len(lower) < 4:  # Mg is not mg
+        return UNITS.get(word, word)
+    singular = lower[:-1] if len(lower) > 3 and lower.endswith("s") else lower
+    return UNITS.get(lower) or UNITS.get(singular, singular)
+
+
+# 2e. The comparison
 
 
 def same(a, b):
-    """Whether two values of the Parser are the same answer."""
+    """Whether two values are the same answer."""
     match (a, b):
-        case (("number", xs), ("number", ys)):
-            return all(map(close, xs, ys))
+        case (Number(), Number()):
+            return same_number(a, b)
         case (("tuple", brackets, xs), ("tuple", others, ys)):
             return brackets == others and len(xs) == len(ys) and all(map(same, xs, ys))
-        case (("bag", xs), ("bag", ys)) | (("union", xs), ("union", ys)):
+        case (("list" | "set", xs), ("list" | "set", ys)) | (("union", xs), ("union", ys)):
             return same_in_any_order(xs, ys)
-        case (("relation", *_), ("relation", *_)):
-            return same_in_any_order(statements(*a[1:3]), statements(*b[1:3]))
-        case (("relation", relations, members, names), value) | (value, ("relation", relations, members, names)):
-            if value[0] == "tuple":
-                value_of_x = interval(relations, members, names)
-                if value_of_x:  # x > 3 answers (3, ∞)
-                    return same(value_of_x, value)
-            # x = 5 answers 5, and so do 5 = x, x = 2 + 3 = 5 and 2 + 3 = 5; 41 = 42 answers nothing
-            members = members[1:] if names[0] else members[:-1] if names[-1] else members
-            return set(relations) == {"="} and all(same(member, value) for member in members)
-        case (("bag", xs), ("union", ys)) | (("union", ys), ("bag", xs)):  # x < 1 or x > 3 answers (-∞, 1) ∪ (3, ∞)
-            return all(x[0] == "relation" for x in xs) and same_in_any_order(xs, ys)
+        case (("equation", x), ("equation", y)):
+            return same(x, y)
+        case (Number(label=label), ("equation", _)) if label:  # y = 2x + 3, with y as its label
+            return same(equation(number(BINARY["-"], Number(values_of_name(label)), a)), b)
+        case (("equation", _), Number()):
+            return b.label != "" and same(b, a)
     return a == b
 
 
-def interval(relations, members, names):
-    """The interval that x > 3 or 1 < x <= 3 says, None for other relations."""
-    if set(relations) <= {">", ">="}:
-        relations, members, names = [sign.replace(">", "<") for sign in relations[::-1]], members[::-1], names[::-1]
-    if not set(relations) <= {"<", "<="} or names not in ([True, False], [False, True], [False, True, False]):
-        return None
-    infinity = ("number", [math.inf] * POINTS)
-    low = ("(", number(lambda x: -x, infinity)) if names[0] else ("[" if relations[0] == "<=" else "(", members[0])
-    high = (")", infinity) if names[-1] else ("]" if relations[-1] == "<=" else ")", members[-1])
-    return ("tuple", low[0] + high[0], [low[1], high[1]])
+def same_number(a, b):
+    """Units that one side drops do not count. Beside a number without a unit, 90° is 90 and π/2."""
+    if not (a.units <= b.units or b.units <= a.units) or "" != a.label != b.label != "":
+        return False
+    degrees = a.units ^ b.units == {DEGREE}
+    return agree(a.values, b.values) or degrees and agree(in_radians(a).values, in_radians(b).values)
+
+
+def agree(xs, ys):
+    """Whether numbers, or expressions wherever both have a value, are the same."""
+    pairs = [pair for pair in zip(*broadcast(xs, ys)) if None not in pair]
+    return len(pairs) >= min(ENOUGH, max(len(xs), len(ys))) and all(close(x, y) for x, y in pairs)
 
 
 def same_in_any_order(xs, ys):
@@ -671,118 +792,77 @@ def same_in_any_order(xs, ys):
     return not rest
 
 
-def statements(relations, members):
-    """a < b >= c says a - b < 0 and c - b <= 0, whatever these are multiplied by: each is divided by its first value.
-
-    So y = 2x + 3 is 2y - 4x = 6. A relation without a variable (41 = 42) says nothing and equals none.
-    """
-    said = []
-    for op, left, right in zip(relations, members, members[1:]):
-        if op in (">", ">="):
-            op, left, right = op.replace(">", "<"), right, left
-        difference = number(lambda x, y: x - y, left, right)
-        if all(close(x, difference[1][0]) for x in difference[1]):
-            raise Unreadable("a relation without a variable")
-        scale = abs(difference[1][0]) if "<" in op else difference[1][0]
-        said.append(("tuple", op, [number(lambda x, scale=scale: x / scale, difference)]))
-    return said
-
-
 @lru_cache(maxsize=1024)  # of hostile answers, each may hold a hundred kilobytes
-def read(answer, thousands, percent):
-    """(values, units, whether a % was met) of an answer; raises Unreadable."""
-    exact, *rounded = re.split(r"\\approx(?![A-Za-z])|≈", answer.strip().rstrip("."))
-    # 5\sqrt2 ≈ 7.07 says 5\sqrt2, and x ≈ 7.07 says 7.07
-    text = rounded[0] if rounded and re.fullmatch(r"[\s$]*[A-Za-z]?\s*", exact) else exact
-    text = NUMBER_WORD.sub(lambda match: str(sum(map(NUMBER_WORDS.get, re.split("[ -]", match[0].lower())))), text)
-    words = " ".join(re.sub(r"\\(?:text(?:bf|it|rm)?|mbox)\s*\{([^{}]*)\}", r"\1", text).casefold().split()).rstrip(".")
-    as_words = ("word", words), frozenset(), False
-    if re.fullmatch(r"[a-z' -]*[a-z]{3}[a-z' -]*", words) and not {*words.split()} & {*SPELLING}:
-        return as_words
+def read(text, lenient=False, percent=Fraction(1, 100)):
+    """The value of a plain text; raises Unreadable. With a ± it is the list of both values."""
+    words = " ".join(map(fold, text.replace('"', " ").split()))
+    if re.fullmatch(r"""(?:"[^"]{2,}"|[\s'-])+""", text):
+        return ("word", words)
     try:
-        tokens = tokenize(text, thousands)
-        parser = Parser(tokens, 1, percent)
-        value = parser.answer()
-        if parser.met & {"±", "∓"}:  # 1 ± 2 is read twice
-            value = bag([value, Parser(tokens, -1, percent).answer()])
-        return value, frozenset(parser.units), "%" in parser.met
+        if not re.search("[±∓]", text):
+            return Parser(text, percent, lenient).answer()
+        upper = Parser(text.replace("±", "+").replace("∓", "-"), percent, lenient).answer()
+        lower = Parser(text.replace("±", "-").replace("∓", "+"), percent, lenient).answer()
     except (ArithmeticError, ValueError, RecursionError) as error:
-        if re.fullmatch(r"[a-z0-9][a-z0-9 .,:;'?!&-]*", words) and re.search("[a-z]{2}|:", words):
-            return as_words  # 10:30 p.m., a sentence, a name with a number
+        if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 .,:;'?!&-]*", words) and re.search("[A-Za-z]{2}|:", words):
+            return ("word", words)  # a sentence, a name with a number
         raise Unreadable(str(error)) from None
+    # of two lists or sets, what is the same in the same place stands once
+    kind = "set" if upper[0] == "set" else "list"
+    xs, ys = (value[1] if value[0] == kind else [value] for value in (upper, lower))
+    return gather(kind, [*xs, *(y for x, y in zip(xs, ys) if not same(x, y))])
 
 
 def is_equivalent(prediction, gold):
-    r"""Whether two answers are the same, as tokens or in value.
+    r"""Whether two answers are the same, as plain text or in value.
 
-    Numbers, roots, functions and expressions are compared by value, rationals exactly: nothing is rounded, and neither
-    0.333 nor 0.3333333333333 is 1/3, but 0.\overline{3} is. Others are known to 13 digits: 6.28 is not 2\pi. \log without
-    a base is \ln times a number that is not known, so that \log 8 is 3 \log 2, and \log 100 is not 2. Logarithms, roots
-    and powers have their principal values at negative points, where \ln x^2 is not 2 \ln x.
+    Numbers and expressions are compared by value, rationals exactly: nothing is rounded, 0.333 is not 1/3 and
+    6.28 is not 2\pi. Expressions are equal if they are wherever both are real, so \ln x^2 is 2 \ln x, but
+    \sqrt{x^2} is not x. \log without a base is \ln times a number that is not known.
 
-    Points, intervals and matrices keep their order and brackets; sets, bare lists, unions and the two values of \pm have
-    no order. `x = 5` answers `5`, `x > 5` answers (5, \infty), 5\sqrt2 \approx 7.07 answers 5\sqrt2. Units matter only
-    where both sides have one: 5 cm is 5 but not 5 m. Beside an answer without %, 50\% is both 0.5 and 50. (B) and `B. 12`
-    answer B. Words ignore case, variables do not.
+    Points, intervals and matrices keep their order and brackets, sets and bare lists have none. A name does not
+    count: x = 5 and f(2) = 5 answer 5. A unit counts only if both sides have one: 5 cm is 5 but not 5 m; 50\% is
+    0.5 and 50. (B) and `B. 12` answer B. Words ignore case, variables do not.
 
     Args:
         prediction, gold: text, or None (no answer was found), which equals nothing.
     Returns:
-        False also for anything blank, too long or unreadable. Takes milliseconds and never raises, whatever the texts.
+        False also for anything blank, too long or unreadable. Takes milliseconds and never raises.
     """
     if prediction is None or gold is None or max(len(prediction), len(gold)) > MAX_CHARS:
         return False
-    tokens, gold_tokens = (tokenize(answer.strip().rstrip(".")) for answer in (prediction, gold))
-    if not tokens or not gold_tokens:
+    texts = [plain(prediction), plain(gold)]
+    if not all(map(bare, texts)):
         return False
-    if tokens == gold_tokens or same_reading(prediction, gold, True) or same_reading(prediction, gold, False):
+    if bare(texts[0]) == bare(texts[1]):
         return True
-    # Where a letter is the answer to a multiple choice, (B) and `B. 12` answer B. Both ways, so that votes can be counted
-    letters = [option(prediction), option(gold)]
+    try:
+        percents = (Fraction(1, 100), Fraction(1)) if ("%" in texts[0]) != ("%" in texts[1]) else (Fraction(1, 100),)
+        if any(same(read(texts[0], True, percent), read(texts[1], False, percent)) for percent in percents):
+            return True
+    except (ArithmeticError, ValueError, RecursionError):
+        pass
+    letters = [option(prediction), option(gold)]  # either may be the choice, as votes are counted both ways
     return None not in letters and letters[0][0] == letters[1][0] and "" in (letters[0][1], letters[1][1])
 
 
-def same_reading(prediction, gold, thousands):
-    try:
-        (a, units, percent), (b, gold_units, gold_percent) = (
-            read(answer, thousands, Fraction(1, 100)) for answer in (prediction, gold)
-        )
-        if not (units <= gold_units or units >= gold_units):
-            return False
-        if same(a, b):
-            return True
-        if DEGREE in units ^ gold_units:  # 90° is 90, and it is π/2, too
-            sides = (a, units), (b, gold_units)
-            a, b = (times(x, RADIAN) if DEGREE in its and x[0] == "number" else x for x, its in sides)
-        if percent == gold_percent:
-            return same(a, b)
-        return same(read(prediction, thousands, Fraction(1))[0], read(gold, thousands, Fraction(1))[0])
-    except (ArithmeticError, ValueError):
-        return False
+def bare(text):
+    """A plain text without quotes, and without spaces but those between digits."""
+    return re.sub(r'"|(?<![0-9])\s+|\s+(?![0-9])', "", text)
 
 
 def check_gold(answer):
-    """Raises ValueError, saying why, where no prediction could be compared with this reference answer."""
-    if not isinstance(answer, str) or not answer.strip():
-        raise ValueError(f"an answer must be text that is not blank, found {answer!r}")
-    if len(answer) > MAX_CHARS:
-        raise ValueError(f"an answer may have {MAX_CHARS} characters, this one has {len(answer)}")
+    """ValueError, saying why, if no prediction could be compared with a reference answer."""
+    if not isinstance(answer, str) or not answer.strip() or len(answer) > MAX_CHARS:
+        raise ValueError(f"an answer must be text of 1 to {MAX_CHARS} characters, found {str(answer)[:80]!r}")
     try:
-        read(answer, True, Fraction(1, 100))
+        read(plain(answer))
     except Unreadable as error:
         raise ValueError(f"the answer {answer!r} cannot be checked: {error}") from None
 
 
 # 3. Choices -------------------------------------------------------------------------------------------------
 
-# What may surround a letter or a word: colours, fonts, boxes, $ $, \( \), \[ \], spaces, Markdown's * and `.
-MARKUP = re.compile(
-    r"""\\(?:text)?color\s*\{[^{}]*\}
-       |\\(?:text[a-z]*|math(?:rm|bf|it|sf|tt|normal)|boldsymbol|bm|[mhf]box|boxed)\s*\{([^{}]*)\}
-       |(?<!\\)(?:\\[()\[\]\ ,;:!]|\\(?:bf|rm|it|sf|tt|q?quad)(?![A-Za-z])|[$~`])
-       |(?<![\w*])\*{1,3}(?=[^\s*])|(?<=[^\s*])\*{1,3}(?![\w*])""",
-    re.VERBOSE,
-)
 OPTION = re.compile(
     r"""(?i:(?:(?:the|my|final|correct|right|best)\s+)*(?:answer|option|choice)(?:\s+is)?\b[\s:]*)*
         (?:[(\[{"“]\s*)*(?P<letter>[A-Za-z])
@@ -792,16 +872,11 @@ OPTION = re.compile(
 )
 WEAK_MARKS = ("", "-", "–", "—")  # `A mole` and `A - B` may be texts of their own, unlike `A. 12` and `A) 12`
 OTHER_OPTION = re.compile(r"(?<![A-Za-z])\(?[A-Z](?:[).:]|$)|(?:\b(?:or|and|not)\b|[/&,;])\s*\(?[A-Z]\b")
-FULL_WIDTH = {wide: wide - 0xFEE0 for wide in range(0xFF01, 0xFF5F)}  # （Ａ） is (A) on a Chinese keyboard
 
 
 def unwrapped(answer):
-    r"""An answer without markup: `(\text{A})` is `(A )`, `$\textbf{(A) }12$` is `(A)  12`."""
-    answer = answer.translate(FULL_WIDTH)
-    found = True
-    while found:  # from the innermost braces outwards
-        answer, found = MARKUP.subn(r"\1 ", answer)
-    return answer.strip()
+    r"""The words of an answer: `(\text{A})` is `(A)`, `$\textbf{(A) }12$` is `(A) 12`."""
+    return plain(answer).replace('"', "").strip()
 
 
 def option(answer):
@@ -988,7 +1063,7 @@ class Judge:
                 self.known[key] = verdict
                 if self.cache:
                     with open(self.cache, "a", encoding="utf-8") as file:
-                        file.write(json.dumps({"key": key, "verdict": verdict}) + "\n")
+                        file.write("\n" + json.dumps({"key": key, "verdict": verdict}))  # a line of its own after a crash
         return verdict
 
     def ask(self, prompt):
@@ -998,24 +1073,19 @@ class Judge:
         for attempt in range(self.retries + 1):
             time.sleep(self.wait * 2 ** (attempt - 1) if attempt else 0)
             try:
-                response = self.post(json.dumps(body).encode())
-                break
+                verdict = parse_verdict(content_of(self.post(json.dumps(body).encode())))
+                return "unknown: no clear verdict" if verdict == "unknown" else verdict
             except urllib.error.HTTPError as error:
                 error.close()
                 why = f"HTTP status {error.code}"
                 if error.code < 500 and error.code not in (408, 429):  # neither broken nor busy: it refuses
-                    return f"unknown: {why}"
+                    break
             except (OSError, http.client.HTTPException) as error:
                 why = f"{type(error).__name__}: {error}"
-            except ValueError as error:  # no URL, or a response without end
-                return f"unknown: {error}"
-        else:
-            return f"unknown: {why}"
-        try:
-            verdict = parse_verdict(json.loads(response)["choices"][0]["message"]["content"])
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            return "unknown: a response that is no chat completion"
-        return "unknown: no clear verdict" if verdict == "unknown" else verdict
+            except ValueError as error:  # no URL, a response without end, or no chat completion
+                why = str(error)
+                break
+        return f"unknown: {why}"
 
     def post(self, body):
         """The response's bytes. urlopen's timeout is per read, so a body that trickles has a deadline of its own."""
@@ -1035,16 +1105,21 @@ class Judge:
         return bytes(response)
 
 
+def content_of(response):
+    """The text of a chat completion."""
+    try:
+        return "" + json.loads(response)["choices"][0]["message"]["content"]  # a TypeError if it is no text
+    except (ValueError, LookupError, TypeError, RecursionError):
+        raise ValueError("a response that is no chat completion") from None
+
+
 def read_verdicts(path):
     """The verdicts in a Judge's file, key -> verdict. A line that a crash cut short does not count."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = path.read_text("utf-8", errors="replace") if path.exists() else ""
-    if text and not text.endswith("\n"):
-        with open(path, "a", encoding="utf-8") as file:  # the next verdict gets a line of its own
-            file.write("\n")
+    lines = path.read_text("utf-8", errors="replace").split("\n") if path.exists() else []
     verdicts = {}
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
@@ -1165,29 +1240,3 @@ def check_scorable(problem, judge=None):
     """ValueError, saying why, if neither tests, choices, a judge nor the answer can score a problem."""
     if not (judge or decided_by_tests(problem) or problem.extra.get("choices")):
         check_gold(problem.answer)
-
-
-def check_problem(problem, unsafe=False):
-    """("right", None) if a problem's own solution is found right, else "failed" or "not checked", and why."""
-    solution = problem.extra.get("solution")
-    if decided_by_tests(problem):
-        if not isinstance(solution, str):
-            return "not checked", "code without a solution: only its tests were read"
-        entry_point = problem.extra.get("entry_point", "")
-        start = problem.prompt if entry_point else ""  # HumanEval's solutions continue the prompt
-        tests = problem.extra.get("tests")
-        verdict = run_code(start + solution, tests, entry_point=entry_point, prompt=start, unsafe=unsafe)
-        status = {1: "right", 0: "failed", None: "not checked"}[verdict.score]
-        return status, None if status == "right" else verdict.reason
-
-    try:
-        check_scorable(problem)
-    except ValueError as error:
-        if problem.domain == "math":
-            return "failed", str(error)
-        return "not checked", "answers in words: they need --judge"
-    answer = extract_answer(solution) if isinstance(solution, str) else None
-    answer = answer or problem.answer  # GSM8K's solutions have no box
-    if is_right(answer, problem):
-        return "right", None
-    return "failed", f"its solution answers {answer!r}, its answer is {problem.answer!r}"

@@ -577,12 +577,12 @@ def test_check_problem(problem, verdict, monkeypatch):
     def run_code(source, tests, **settings):
         return Verdict({"good": 1.0, "bad": 0.0, "unknown": None}[source], source)
 
-    monkeypatch.setattr(rewards, "run_code", run_code)
-    assert rewards.check_problem(problem) == verdict
+    monkeypatch.setattr(ev, "run_code", run_code)
+    assert ev.check_problem(problem) == verdict
 
 
 def test_check_problem_says_what_cannot_be_read():
-    status, why = rewards.check_problem(data.Problem("1", "math", "q", r"\frac{"))
+    status, why = ev.check_problem(data.Problem("1", "math", "q", r"\frac{"))
     assert status == "failed" and "'\\\\frac{' cannot be checked" in why
 
 
