@@ -23,6 +23,7 @@ Standard library only. To copy this file, also take sandbox.py.
 """
 
 import decimal
+import functools
 import hashlib
 import http.client
 import itertools
@@ -41,7 +42,6 @@ from collections import Counter
 from dataclasses import dataclass, field
 from decimal import Decimal
 from fractions import Fraction
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -91,8 +91,8 @@ def extract_answer(text):
 
 MAX_CHARS = 1000  # the longest reference answers in use have some 150
 MAX_ITEMS = 100  # of a list, set or matrix: comparing sets is quadratic
-MAX_BITS = 1 << 16  # of an exact numerator, half of it of a denominator: 5000! and 1/2023! fit
-MAX_FACTORIAL = 5000
+MAX_BITS = 40_000  # of an exact numerator and denominator together: 3500! fits
+MAX_FACTORIAL = 3500
 POINTS = 16  # where expressions in variables are compared
 ENOUGH = 3  # points at which both must have a value
 
@@ -220,7 +220,7 @@ REWRITES = [
 REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in REWRITES]
 
 
-@lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=4096)
 def plain(answer):
     r"""An answer without what only changes its look, in one notation. 5\sqrt2 ≈ 7.07 says 5\sqrt2, x ≈ 7 says 7."""
     before, *after = re.split(r"\\approx(?![A-Za-z])|≈", answer)
@@ -230,32 +230,35 @@ def plain(answer):
     return answer
 
 
-# 2b. Numbers: a Fraction as long as it is rational, else a Decimal of 50 digits, behind a sine or tangent a float. A sum
-# that cancels to less than its rounding is an exact 0: sqrt(2) - sqrt(2) is 0, and e^{-40} is not. An ArithmeticError
-# or a ValueError stands for no value. There are no complex numbers: i is a variable like any other.
+# 2b. Numbers: a Fraction as long as it is rational, else a Decimal of 50 digits; behind a sine a float, with i complex.
+# A sum that cancels to less than its rounding is an exact 0: sqrt(2) - sqrt(2) is 0, and e^{-40} is not. An
+# ArithmeticError, a ValueError or, for what complex numbers do not have, a TypeError stands for no value.
 
 TRAPS = [decimal.InvalidOperation, decimal.DivisionByZero, decimal.Overflow, decimal.Underflow]
 DIGITS = decimal.Context(prec=50, traps=TRAPS)
-ROUNDING = {Fraction: 0, Decimal: Decimal("1e-40"), float: 1e-13}  # what errors may add up to, relative
+ROUNDING = {Fraction: 0, Decimal: Decimal("1e-40"), float: 1e-13, complex: 1e-13}  # what errors may add up to
 PI = Decimal("3.14159265358979323846264338327950288419716939937511")
 E = Decimal("2.71828182845904523536028747135266249775724709369996")
 RADIANS = DIGITS.divide(PI, 180)  # of a degree
-CONSTANTS = {"π": PI, "e": E, "∞": Decimal("Infinity")}
+CONSTANTS = {"π": PI, "e": E, "i": 1j, "∞": Decimal("Infinity")}
 
 
 def alike(x, y):
     """Two numbers in the less exact of their types."""
     if type(x) is type(y):
         return x, y
-    if float in (type(x), type(y)):
-        return float(x), float(y)
+    for kind in (complex, float):
+        if kind in (type(x), type(y)):
+            return kind(x), kind(y)
     return [Decimal(z.numerator) / z.denominator if type(z) is Fraction else z for z in (x, y)]
 
 
 def add(x, y):
     x, y = alike(x, y)
-    lost = abs(x + y) < max(abs(x), abs(y)) * ROUNDING[type(x)]
-    return Fraction(0) if lost else x + y
+    lost = max(abs(x), abs(y)) * ROUNDING[type(x)]
+    if type(x) is Decimal and 0 < min(abs(x), abs(y)) < lost:
+        raise ArithmeticError  # 10^400 pi + 1 must not be 10^400 pi
+    return Fraction(0) if abs(x + y) < lost else x + y
 
 
 def multiply(x, y):
@@ -269,6 +272,8 @@ def divide(x, y):
 
 def power(x, y):
     """x ** y, exact where it is rational; an odd root of a negative number is the real one."""
+    if complex in (type(x), type(y)):
+        return complex(x) ** complex(y)
     p, q = (y.numerator, y.denominator) if type(y) is Fraction else (0, 0)
     if x < 0 and q > 1 and q % 2:
         return (-1) ** p * power(-x, y)
@@ -296,9 +301,15 @@ def logarithm(x):
 FUNCTIONS = {
     "sin": math.sin, "cos": math.cos, "tan": math.tan, "cot": lambda x: 1 / math.tan(x), "arcsin": math.asin,
     "sec": lambda x: 1 / math.cos(x), "csc": lambda x: 1 / math.sin(x), "arccos": math.acos, "arctan": math.atan,
-    "sinh": math.sinh, "cosh": math.cosh, "exp": lambda x: power(E, x), "ln": logarithm, "log": logarithm,
+    "sinh": math.sinh, "cosh": math.cosh, "tanh": math.tanh, "exp": lambda x: power(E, x), "ln": logarithm, "log": logarithm,
     "lg": lambda x: divide(logarithm(x), logarithm(Fraction(10))),
 }
+
+
+def apply(name, x):
+    """A function of x, with the zeros that rounding misses: sin(pi)."""
+    y = FUNCTIONS[name](x)
+    return Fraction(0) if type(y) is float and abs(y) < 1e-15 * max(1, abs(float(x))) else y
 
 
 def floor(x):
@@ -323,7 +334,7 @@ def binomial(n, k):
 def close(x, y):
     """Whether two numbers are the same, but for rounding where one is not exact."""
     x, y = alike(x, y)
-    least = 1e-15 if type(x) is float else 0  # 1 - cos^2 x may have lost all digits but those
+    least = 1e-15 if type(x) in (float, complex) else 0  # 1 - cos^2 x may have lost all digits but those
     return x == y or abs(x - y) < max(min(abs(x), abs(y)) * ROUNDING[type(x)], least)
 
 
@@ -337,7 +348,7 @@ class Number(NamedTuple):
     label: str = ""  # what it is the value of: of x = 5 it is x
 
 
-@lru_cache(maxsize=512)
+@functools.lru_cache(maxsize=512)
 def values_of_name(name):
     """A constant's value, or a variable's at every point, the same in every run: of each size as many below 0 as
     above, small and large ones, fractions and integers, of these as many even as odd."""
@@ -347,7 +358,7 @@ def values_of_name(name):
     values = []
     for i in range(POINTS // 4):
         fractions = [Fraction(draw.randrange(1, 64, 2), 64), 1 + Fraction(draw.randrange(1, 64, 2), 8)]
-        integers = [2 * draw.randint(1, 6) + i // 2 % 2, draw.randint(14, 10 ** (3 + i // 2 * 4))]
+        integers = [2 * draw.randint(1, 6) + i // 2 % 2, draw.randint(14, 400 if i < 2 else 10**7)]
         values += [Fraction(size if i % 2 else -size) for size in fractions + integers]
     draw.shuffle(values)
     return tuple(values)
@@ -357,7 +368,9 @@ def number(function, *operands, units=frozenset()):
     """function of Numbers, at every point."""
     if not all(isinstance(x, Number) for x in operands):
         raise Unreadable("something else stands where a number should")
-    values = tuple(value_at(function, xs) for xs in zip(*broadcast(*(x.values for x in operands))))
+    points = list(zip(*broadcast(*(x.values for x in operands))))
+    limit = MAX_BITS if len(points) == 1 else MAX_BITS // 4
+    values = tuple(value_at(function, xs, limit) for xs in points)
     return Number(values, frozenset().union(units, *(x.units for x in operands)))
 
 
@@ -366,17 +379,17 @@ def broadcast(*columns):
     return [column * count if len(column) == 1 else column for column in columns]
 
 
-def value_at(function, xs):
+def value_at(function, xs, limit):
     """function(*xs), None where that is too large or has no value: the root of -x at x = 2."""
     if None in xs:
         return None
     try:
         with decimal.localcontext(DIGITS):
             value = function(*xs)
-    except (ArithmeticError, ValueError):
+    except (ArithmeticError, ValueError, TypeError):
         return None
-    bits = max(value.numerator.bit_length(), 2 * value.denominator.bit_length()) if type(value) is Fraction else 0
-    return value if bits <= MAX_BITS else None
+    bits = value.numerator.bit_length() + value.denominator.bit_length() if type(value) is Fraction else 0
+    return value if bits <= limit else None
 
 
 # 2c. Tokens: pairs (kind, text); the kind is number, name, text, function, base or op.
@@ -611,7 +624,7 @@ class Parser:
         value = self.operand() if brackets else self.expression(SIGN)
         while not brackets and self.operator() == "" and self.kind != "function" and self.op not in CLOSING:
             value = times(value, self.expression(SIGN))
-        value = number(FUNCTIONS[name], in_radians(value))
+        value = number(functools.partial(apply, name), in_radians(value))
         if name == "log":
             value = number(lambda x, b: divide(x, logarithm(b)), value, base)
         return value if exponent == constant(1) else number(power, value, exponent)
@@ -758,6 +771,8 @@ def same(a, b):
             return brackets == others and len(xs) == len(ys) and all(map(same, xs, ys))
         case (("list" | "set", xs), ("list" | "set", ys)) | (("union", xs), ("union", ys)):
             return same_in_any_order(xs, ys)
+        case (("list", xs), ("union", ys)) | (("union", ys), ("list", xs)):  # x < 1 or x > 3: (-∞, 1) ∪ (3, ∞)
+            return all(x[0] == "tuple" and getattr(x[2][0], "label", "") for x in xs) and same_in_any_order(xs, ys)
         case (("equation", x), ("equation", y)):
             return same(x, y)
         case (Number(label=label), ("equation", _)) if label:  # y = 2x + 3, with y as its label
@@ -792,7 +807,7 @@ def same_in_any_order(xs, ys):
     return not rest
 
 
-@lru_cache(maxsize=1024)  # of hostile answers, each may hold a hundred kilobytes
+@functools.lru_cache(maxsize=1024)  # of hostile answers, each may hold a hundred kilobytes
 def read(text, lenient=False, percent=Fraction(1, 100)):
     """The value of a plain text; raises Unreadable. With a ± it is the list of both values."""
     words = " ".join(map(fold, text.replace('"', " ").split()))
@@ -1154,7 +1169,7 @@ def format_ok(reply):
     return bool(whole) and not re.search(CONTROL_TOKEN, f"{reasoning}\n{answer}")
 
 
-@lru_cache(maxsize=1 << 14)
+@functools.lru_cache(maxsize=1 << 14)
 def script_of(character):
     """LATIN, CYRILLIC, CJK, ...: the first word of a letter's Unicode name. None for what is no letter."""
     character = unicodedata.normalize("NFKC", character)[0]  # a bold or full-width letter is an ordinary one
@@ -1198,7 +1213,7 @@ def decided_by_tests(problem):
     return bool(problem.extra.get("tests")) or not problem.answer
 
 
-@lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=4096)
 def is_readable(answer):
     """Whether check_gold() accepts a reference answer."""
     try:

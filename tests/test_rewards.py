@@ -328,9 +328,9 @@ def test_verdicts_are_counted_and_kept(server, tmp_path):
     assert judge.counts == {"right": 1, "wrong": 2}
     calls = server.calls
     assert judge.verdict("Capital?", "Paris", "Rome") == "wrong"
-    assert server.calls == calls and len(cache.read_text().splitlines()) == 3
+    assert server.calls == calls and len(cache.read_text().split("\n")) == 4
 
-    cache.write_text(cache.read_text() + '{"key": "torn')  # a crash
+    cache.write_text(cache.read_text() + '\n{"key": "torn')  # a crash
     judge = rewards.Judge(server.url, "m", cache, **QUICK)
     calls = server.calls
     assert judge.verdict("Capital?", "Paris", "Paris") == "right" and server.calls == calls

@@ -349,7 +349,7 @@ def test_evaluation_samples_in_the_dtype_of_rl(tmp_path, monkeypatch):
         ev.check_args(ev.Args(dtype="float16"))
 
 
-MISSING = [f"{name}: {why}" for name, why in sandbox.sandbox_layers().items() if why != "on"]
+MISSING = [f"{name}: {why}" for name, why in sandbox.sandbox_walls().items() if why != "on"]
 needs_sandbox = pytest.mark.skipif(bool(MISSING), reason=f"no isolation here: {MISSING}")
 ADD = [{"input": "1 2\n", "output": "3\n"}, {"input": "10 20", "output": "30"}]
 
