@@ -155,7 +155,8 @@ def reward(verdict, text, ended, prompt, args):
             "reason": verdict.reason, "t_verdict": verdict.seconds}
 
 
-UNPARSED, KILLED = ("no answer", "no code"), ("memory limit", "output limit", "died")
+UNPARSED = ("no answer", "no code")
+KILLED = ("memory limit", "output limit", "thread limit", "disk limit", "died")
 
 
 def check_verifier():

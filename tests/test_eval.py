@@ -525,7 +525,7 @@ def test_an_evaluation_with_code(tmp_path, monkeypatch, capsys):
     ]
     data.write_jsonl("problems.jsonl", problems)
     assert ev.main([*ARGV, "--samples", "18"]) == 0, capsys.readouterr().err
-    assert "sandbox: user namespace: on, " in capsys.readouterr().out
+    assert "sandbox: no rights: on, " in capsys.readouterr().out
     rows = {r["method"]: r["accuracy"] for r in json.loads(Path("out/report.json").read_text())["rows"]}
     assert rows["pass@1"] == pytest.approx((1 + 2 / 3) / 2) and rows["majority@18"] == rows["deepconf-low@18"] == 1
     traces = [json.loads(line) for line in Path("out/traces.jsonl").read_text().splitlines()]
