@@ -5,13 +5,9 @@ r"""Rewards: is a model's reply right? By its answer, its choice, its program, o
 A problem has .domain, .prompt, .answer and .extra, as data.Problem does. The dictionary .extra may hold
 "choices" (then .answer is a letter) or "tests" (then programs are scored, whatever .answer is).
 
-Promised
-- verify() raises on no text of a reply, and takes milliseconds plus the time of a program or a judge.
-- What a reply causes itself scores 0. Only outside causes (no sandbox, a judge that is down) are unknown.
-- In doubt an answer is wrong: a false "right" does more harm in training than a false "wrong".
-Not stopped
-- A right answer from wrong reasoning; a program that passes the tests given and would fail others.
-- An answer that talks the judge into a verdict: it is quoted as JSON and the judge is warned, no more.
+What a reply causes itself scores 0; only outside causes (no sandbox, a judge that is down) are unknown. In doubt
+an answer is wrong: a false "right" does more harm in training. Not seen: wrong reasoning to a right answer, a
+program that would fail other tests, an answer that talks the judge into a verdict, though it is warned.
 
 Deviations from the paper (arXiv 2601.02346)
 - Its first tier compares strings and uses a computer algebra system, its second is a heavier verifier. Here
@@ -276,10 +272,6 @@ def add(x, y):
     return Fraction(0) if abs(x + y) < lost else x + y
 
 
-def subtract(x, y):
-    return add(x, -y)
-
-
 def multiply(x, y):
     x, y = alike(x, y)
     return x * y
@@ -296,21 +288,14 @@ def power(x, y):
     p, q = (y.numerator, y.denominator) if type(y) is Fraction else (0, 0)
     if x < 0 and q > 1 and q % 2:
         return (-1) ** p * power(-x, y)
-    root = exact_root(x, q) if q and type(x) is Fraction else None
-    if root is not None:
+    if type(x) is Fraction and (q == 1 or 1 < q <= 64 and x >= 0):
+        root = x if q == 1 else Fraction(round(x.numerator ** (1 / q)), round(x.denominator ** (1 / q)))
         if abs(p) * max(abs(root.numerator), root.denominator).bit_length() > 2 * MAX_BITS:
             raise OverflowError
-        return root**p
+        if root**q == x:
+            return root**p
     x, y = alike(alike(x, E)[0], y)
     return math.pow(x, y) if type(x) is float else x**y
-
-
-def exact_root(x, q):
-    """The q-th root of a fraction, None where that is irrational."""
-    if q == 1 or x < 0 or q > 64:
-        return x if q == 1 else None
-    root = Fraction(round(x.numerator ** (1 / q)), round(x.denominator ** (1 / q)))
-    return root if root**q == x else None
 
 
 def logarithm(x):
@@ -391,31 +376,21 @@ def constant(x):
 
 
 def number(function, *operands, units=frozenset()):
-    """function of Numbers, at every point."""
+    """function of Numbers, at every point; None where that is too large or has no value."""
     if not all(isinstance(x, Number) for x in operands):
         raise Unreadable("something else stands where a number should")
-    points = list(zip(*broadcast(*(x.values for x in operands))))
-    limit = MAX_BITS if len(points) == 1 else MAX_BITS // 4
-    values = tuple(value_at(function, xs, limit) for xs in points)
-    return Number(values, frozenset().union(units, *(x.units for x in operands)))
-
-
-def broadcast(*columns):
-    count = max(map(len, columns))
-    return [column * count if len(column) == 1 else column for column in columns]
-
-
-def value_at(function, xs, limit):
-    """function(*xs), None where that is too large or has no value: the root of -x at x = 2."""
-    if None in xs:
-        return None
-    try:
-        with decimal.localcontext(DIGITS):
-            value = function(*xs)
-    except (ArithmeticError, ValueError, TypeError):
-        return None
-    bits = value.numerator.bit_length() + value.denominator.bit_length() if type(value) is Fraction else 0
-    return value if bits <= limit else None
+    count = max(len(x.values) for x in operands)
+    limit = MAX_BITS if count == 1 else MAX_BITS // 4
+    values = []
+    for xs in zip(*(x.values if len(x.values) == count else x.values * count for x in operands)):
+        try:
+            with decimal.localcontext(DIGITS):
+                value = None if None in xs else function(*xs)
+        except (ArithmeticError, ValueError, TypeError):
+            value = None
+        too_large = type(value) is Fraction and value.numerator.bit_length() + value.denominator.bit_length() > limit
+        values.append(None if too_large else value)
+    return Number(tuple(values), frozenset().union(units, *(x.units for x in operands)))
 
 
 # 2c. Tokens: pairs (kind, text). A text is all words up to the next formula, in quotes: "cm"^2/"s".
@@ -482,7 +457,7 @@ CLOSING = {
     r"\lfloor": [r"\rfloor"], r"\lceil": [r"\rceil"], r"\begin": [r"\end"],
 }
 BINARY = {
-    "+": add, "-": subtract, "/": divide, r"\over": divide, r"\frac": divide, "^": power,
+    "+": add, "-": lambda x, y: add(x, -y), "/": divide, r"\over": divide, r"\frac": divide, "^": power,
     r"\choose": binomial, r"\binom": binomial,
 }
 UNARY = {
@@ -490,7 +465,7 @@ UNARY = {
     r"\lfloor\rfloor": floor, r"\lceil\rceil": lambda x: -floor(-x),
 }
 DEGREE = ("°", 1)
-PERCENT = ("%", 1)
+PLAIN = {DEGREE: DIGITS.divide(PI, 180), ("%", 1): Fraction(100)}  # what they are where the other answer has no unit
 # Words after a number that are no unit: they make it another number.
 NO_UNITS = set("""not or and more less least most than to over under if no plus minus times root squared cubed
     factorial choose mod modulo negative inverse wrong incorrect ten th st nd rd half halve third quarter fourth
@@ -502,7 +477,7 @@ MEANT = re.compile(r"F[nN]+|F\([nN]+\)|[nN]+(?:[+*-]?[nN]+)+")
 
 
 class Parser:
-    """Precedence climbing that computes as it reads. lenient: whether x + y = 42 means 42, as in a prediction,
+    """Precedence climbing that computes .value as it reads. lenient: whether x + y = 42 means 42, as in a prediction,
     and is not the line x + y = 42, as in a gold."""
 
     def __init__(self, text, lenient):
@@ -510,6 +485,9 @@ class Parser:
         self.at = 0
         self.lenient = lenient
         self.bars = False  # whether the next | closes one
+        self.value = self.expression()
+        if self.kind != "end":
+            raise Unreadable(f"cannot read on from {self.take()!r}")
 
     @property
     def kind(self):
@@ -522,12 +500,6 @@ class Parser:
     def take(self):
         self.at += 1
         return self.tokens[self.at - 1][1]
-
-    def answer(self):
-        value = self.expression()
-        if self.kind != "end":
-            raise Unreadable(f"cannot read on from {self.take()!r}")
-        return value
 
     def expression(self, least=0):
         """An operand, and all operators after it that bind at least so strongly."""
@@ -645,7 +617,7 @@ class Parser:
         value = self.operand() if brackets else self.expression(SIGN)
         while not brackets and self.operator() == "" and self.kind != "function" and self.op not in CLOSING:
             value = times(value, self.expression(SIGN))
-        value = number(functools.partial(apply, name), in_radians(value))
+        value = number(functools.partial(apply, name), without_unit(value, DEGREE))
         if name == "log":
             value = number(lambda x, b: divide(x, logarithm(b)), value, base)
         return value if exponent == constant(1) else number(power, value, exponent)
@@ -690,10 +662,10 @@ def times(a, b):
     return number(multiply, a, b)
 
 
-def in_radians(value):
-    """Degrees as the number they stand for."""
-    if value.kind == "number" and DEGREE in value.units:
-        return number(lambda x: multiply(x, PI / 180), Number(value.values))
+def without_unit(value, unit):
+    """A value, and degrees as radians, or parts of a hundred as how many they are."""
+    if value.kind == "number" and unit in value.units:
+        return number(multiply, Number(value.values), Number((PLAIN[unit],)), units=value.units - {unit})
     return value
 
 
@@ -729,7 +701,7 @@ def equality(values, labels):
 
 def equation(left, right):
     """left - right = 0, whatever it is multiplied by: y = 2x + 3 is 2y - 4x = 6."""
-    difference = number(subtract, left, right)
+    difference = number(BINARY["-"], left, right)
     first = next((x for x in difference.values if x), None)
     if first is None or all(x is None or close(x, first) for x in difference.values):
         raise Unreadable("an equation without a variable")
@@ -793,20 +765,16 @@ def same_number(a, b):
     """Units that one side drops do not count. Beside a number without a unit, 90° is 90 and π/2, 50% 50 and 0.5."""
     if not (a.units <= b.units or b.units <= a.units):
         return False
-    if agree(a.values, b.values):
-        return True
-    if a.units ^ b.units == {DEGREE}:
-        return agree(in_radians(a).values, in_radians(b).values)
-    if a.units ^ b.units == {PERCENT}:
-        return agree(*(number(multiply, x, constant(100 if PERCENT in x.units else 1)).values for x in (a, b)))
-    return False
+    alone = [unit for unit in PLAIN if a.units ^ b.units == {unit}]
+    return agree(a, b) or any(agree(without_unit(a, unit), without_unit(b, unit)) for unit in alone)
 
 
-def agree(xs, ys):
+def agree(a, b):
     """Whether numbers, or expressions wherever both have a value, are the same."""
-    pairs = [pair for pair in zip(*broadcast(xs, ys)) if None not in pair]
-    size = 0 if len(pairs) == 1 else max((min(1, abs(x)) for pair in pairs for x in pair), default=0)
-    return len(pairs) >= min(ENOUGH, max(len(xs), len(ys))) and all(close(x, y, float(size)) for x, y in pairs)
+    sizes = [min(1, abs(x)) for x in a.values + b.values if x is not None]
+    size = float(max(sizes, default=0)) if len(sizes) > 2 else 0
+    at_points = [x for x in number(lambda x, y: close(x, y, size), a, b).values if x is not None]
+    return len(at_points) >= min(ENOUGH, max(len(a.values), len(b.values))) and all(at_points)
 
 
 def same_in_any_order(xs, ys):
@@ -827,7 +795,7 @@ def read(text, lenient=False):
     if re.fullmatch(r"""(?:"[^"]{2,}"|[\s'-])+""", text):
         return Group("word", [words])
     try:
-        values = [Parser(version, lenient).answer() for version in versions(text)]
+        values = [Parser(version, lenient).value for version in versions(text)]
     except (ArithmeticError, ValueError, RecursionError) as error:
         if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 .,:;'?!&-]*", words) and re.search("[A-Za-z]{2}|:", words):
             return Group("word", [words])  # a sentence, a name with a number
@@ -1072,7 +1040,7 @@ class Judge:
         self.lock = threading.Lock()
         self.known = read_verdicts(self.cache) if self.cache else {}
         for answer, expected in (("4", "right"), ("5", "wrong")):
-            verdict = self.ask(judge_prompt("What is 2 + 2?", "4", answer))
+            verdict = self.ask(JUDGE_PROMPT.format('"What is 2 + 2?"', '"4"', f'"{answer}"'))
             if verdict != expected:
                 raise ValueError(f"--judge {self.url}: {self.model} says {verdict} of 2 + 2 = {answer}")
 
@@ -1080,7 +1048,7 @@ class Judge:
         """"right", "wrong" or "unknown: " and why. None, or too long an answer, is wrong."""
         if answer is None or len(answer) > MAX_JUDGED:
             return "wrong"
-        prompt = judge_prompt(question, gold, answer)
+        prompt = JUDGE_PROMPT.format(*map(json.dumps, (question, gold, answer)))
         key = hashlib.sha256(f"{self.model}\n{prompt}".encode()).hexdigest()
         verdict = self.known.get(key) or self.ask(prompt)
         with self.lock:
@@ -1126,10 +1094,6 @@ class Judge:
                 if time.monotonic() > deadline:
                     raise TimeoutError("timed out")
         return "" + json.loads(response)["choices"][0]["message"]["content"]  # a TypeError if it is no text
-
-
-def judge_prompt(question, gold, answer):
-    return JUDGE_PROMPT.format(json.dumps(question), json.dumps(gold), json.dumps(answer))
 
 
 def read_verdicts(path):

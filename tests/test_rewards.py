@@ -102,7 +102,7 @@ def judge_choice(reply, gold, choices):
         (r"$\textbf{(B) }12$", "B"), (r"\textbf{B} 12", "B"), (r"\textbf{(D) }\frac{1}{2}", "D"), ("b) 12", "B"),
         (r"$\mathrm{(D)}\ \frac{2}{4}$", "D"), ("C. 13", "C"),
         # rather none than a wrong one
-        ("A - 12", None), ("(A) 12", None), (r"\textbf{A} 12", None), ("b) twelve", "B"), ("b) the second", None), ("A/B", None),
+        ("A - 12", None), ("(A) 12", None), (r"\textbf{A} 12", None), ("b) twelve", None), ("b) the second", None), ("A/B", None),
         ("B, not C", None), ("B. or C", None), ("not B", None), ("I think B", None), ("Both A and B", None),
         ("A is wrong", None), ("A - B", None), ("B?", None), (r"\text{A}\text{B}", None), ("I", None),
     ],
