@@ -31,7 +31,6 @@ import string
 import threading
 import time
 import unicodedata
-import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from decimal import Decimal
@@ -87,8 +86,7 @@ MAX_CHARS = 1000  # the longest reference answers in use have some 150
 MAX_ITEMS = 100  # of a list, set or matrix: comparing sets is quadratic
 MAX_BITS = 40_000  # of an exact numerator and denominator together: 3500! fits
 MAX_FACTORIAL = 3500
-POINTS = 16  # where expressions in variables are compared
-ENOUGH = 3  # points at which both must have a value
+ENOUGH = 3  # points, of 16, at which two expressions in variables must have a value
 
 
 class Unreadable(ValueError):
@@ -112,11 +110,10 @@ SPELLINGS = {
     r"\rfloor": "⌋", r"\lceil": "⌈", r"\rceil": "⌉", '"euro"': "€", '"sterling"': "£", '"cent"': "¢",
 }
 SPELLING = {other: one for one, others in SPELLINGS.items() for other in others.split()}
-UNITS = """millimeter mm millimetre; centimeter cm centimetre; meter m metre; kilometer km kilometre;
-    nanometer nm; inch in inches; foot ft feet; yard yd; mile mi; milligram mg; gram g; kilogram kg; ton tonne;
-    pound lb; ounce oz; second s sec; minute min; hour h hr; day; week; month; year yr;
-    milliliter mL ml; liter L l litre; gallon gal; hertz Hz; kilohertz kHz; megahertz MHz; electronvolt eV;
-    kiloelectronvolt keV; megaelectronvolt MeV; joule J; kilojoule kJ; newton N; watt W; kilowatt kW; pascal Pa;
+UNITS = """millimeter mm millimetre; centimeter cm centimetre; meter m metre; kilometer km kilometre; inch in
+    inches; foot ft feet; yard yd; mile mi; milligram mg; gram g; kilogram kg; ton tonne; pound lb; ounce oz;
+    second s sec; minute min; hour h hr; day; week; month; year yr; milliliter mL ml; liter L l litre; gallon gal;
+    hertz Hz; kilohertz kHz; electronvolt eV; joule J; kilojoule kJ; newton N; watt W; kilowatt kW; pascal Pa;
     volt V; ampere A; mole mol; kelvin K; radian rad; cent; dollar usd; euro; sterling"""
 UNITS = {spelling: line.split()[0] for line in UNITS.split(";") for spelling in line.split()}
 UNIT = "|".join(sorted(UNITS, key=len, reverse=True))
@@ -344,7 +341,7 @@ def close(x, y, size=0):
     return x == y or abs(x - y) < max(min(abs(x), abs(y)) * ROUNDING[type(x)], least)
 
 
-# An expression in variables has one value at each of POINTS points. What agrees at all of them is the same but
+# An expression in variables has one value at each of 16 points. What agrees at all of them is the same but
 # for a chance that can be neglected (Schwartz and Zippel, for polynomials). Variables are real.
 
 
@@ -363,10 +360,10 @@ def symbol(name):
         return Number((CONSTANTS[name],))
     draw = random.Random(f"values of {name}")
     values = []
-    for i in range(POINTS // 4):
+    for sign, odd in itertools.product((-1, 1), (0, 1)):
         fractions = [Fraction(draw.randrange(1, 64, 2), 64), 1 + Fraction(draw.randrange(1, 64, 2), 8)]
-        integers = [2 * draw.randint(1, 6) + i // 2 % 2, draw.randint(14, 400 if i < 2 else 10**7)]
-        values += [Fraction(size if i % 2 else -size) for size in fractions + integers]
+        integers = [2 * draw.randint(1, 6) + odd, draw.randint(14, 10**7 if odd else 400)]
+        values += [Fraction(sign * size) for size in fractions + integers]
     draw.shuffle(values)
     return Number(tuple(values))
 
@@ -508,8 +505,6 @@ class Parser:
         while (operator := self.operator()) is not None and STRENGTH[operator] >= least:
             if operator == "text":
                 value = with_unit(value, self.take())
-                if self.operator() in ("", "^"):
-                    raise Unreadable("words within a product")
             elif operator in ("!", "%", "°"):
                 units = {(self.take(), 1)} - {("!", 1)}
                 value = number(UNARY[operator], value, units=units)
@@ -541,16 +536,15 @@ class Parser:
     def operator(self):
         """The operator that comes next: "" for a product without a sign, None where an expression ends."""
         kind, text = self.tokens[self.at]
-        if kind == "text":
-            return kind
-        if kind == "op" and text in STRENGTH:
-            return text
+        before = self.tokens[self.at - 1][0]
+        if kind == "text" or kind == "op" and text in STRENGTH:
+            return "text" if kind == "text" else text
         if kind == "number":  # "2 3" and "x2" are not meant as products, (x)2 and n2^{n-1} are
-            before = self.tokens[self.at - 1][0]
-            power = before == "name" and self.tokens[self.at + 1] == ("op", "^")
-            return "" if before == "op" or power else None
-        starts = kind in ("name", "function") or text in CLOSING or text in (r"\frac", r"\binom", r"\sqrt")
-        return "" if starts and not (text == "|" and self.bars) else None
+            product = before == "op" or before == "name" and self.tokens[self.at + 1] == ("op", "^")
+        else:  # nor is 5 plus x
+            starts = kind in ("name", "function") or text in CLOSING or text in (r"\frac", r"\binom", r"\sqrt")
+            product = starts and before != "text" and not (text == "|" and self.bars)
+        return "" if product else None
 
     def operand(self):
         kind = self.kind
@@ -819,7 +813,7 @@ def versions(text):
 
 
 def is_equivalent(prediction, gold):
-    r"""Whether two answers are the same, as plain text or in value.
+    r"""Whether two answers are the same, as plain text or in value. Takes milliseconds and never raises.
 
     Numbers and expressions are compared by value, rationals exactly: nothing is rounded, 0.333 is not 1/3 and
     6.28 is not 2\pi. Expressions are equal if they are wherever both are real, so \ln x^2 is 2 \ln x, but
@@ -827,10 +821,7 @@ def is_equivalent(prediction, gold):
 
     Points, intervals and matrices keep their order and brackets, sets and bare lists have none. A name does not
     count: x = 5 and f(2) = 5 answer 5. A unit counts only if both sides have one: 5 cm is 5 but not 5 m; 50\% is
-    0.5 and 50. (B) and `B. 12` answer B. Words ignore case, variables do not.
-
-    prediction, gold: text, or None (no answer was found), which equals nothing, as do blank and too long texts.
-    Takes milliseconds and never raises.
+    0.5 and 50. Words ignore case, variables do not. None (no answer was found) and blank texts equal nothing.
     """
     if prediction is None or gold is None or max(len(prediction), len(gold)) > MAX_CHARS:
         return False
@@ -840,12 +831,9 @@ def is_equivalent(prediction, gold):
     if bare(texts[0]) == bare(texts[1]):
         return True
     try:
-        if same(read(texts[0], True), read(texts[1])):
-            return True
+        return same(read(texts[0], True), read(texts[1]))
     except (ArithmeticError, ValueError, RecursionError):
-        pass
-    letters = [option(prediction), option(gold)]  # either may be the choice, as votes are counted both ways
-    return None not in letters and letters[0][0] == letters[1][0] and "" in (letters[0][1], letters[1][1])
+        return False
 
 
 def bare(text):
@@ -879,19 +867,6 @@ OTHER_OPTION = re.compile(r"(?<![A-Za-z])\(?[A-Z](?:[).:]|$)|(?:\b(?:or|and|not)
 def unwrapped(answer):
     r"""The words of an answer: `(\text{A})` is `(A)`, `$\textbf{(A) }12$` is `(A) 12`."""
     return plain(answer).replace('"', "").strip()
-
-
-def option(answer):
-    """(letter, text) of an answer such as B, (B), `B. 12`, `Answer: B`; None for others, and for two letters.
-
-    A small letter is a variable, `B 12` and `B - 12` are formulas.
-    """
-    found = OPTION.fullmatch(unwrapped(answer))
-    if not found or found["letter"].islower() or OTHER_OPTION.search(found["rest"]):
-        return None
-    if found["rest"] and found["mark"].strip() in WEAK_MARKS:
-        return None
-    return found["letter"], found["rest"]
 
 
 def named(text, choices, by_value=True):
@@ -1060,7 +1035,7 @@ class Judge:
         return verdict
 
     def ask(self, prompt):
-        """A verdict as verdict() returns it. Tries again, later and later, where that may help."""
+        """A verdict as verdict() returns it. What fails is tried again, later and later."""
         message = {"role": "user", "content": prompt}
         body = {"model": self.model, "messages": [message], "temperature": 0, "max_tokens": 2048}
         for attempt in range(self.retries + 1):
@@ -1068,16 +1043,10 @@ class Judge:
             try:
                 verdict = parse_verdict(self.post(json.dumps(body).encode()))
                 return "unknown: no clear verdict" if verdict == "unknown" else verdict
-            except urllib.error.HTTPError as error:
-                error.close()
-                why = f"HTTP status {error.code}"
-                if error.code < 500 and error.code not in (408, 429):  # neither broken nor busy: it refuses
-                    break
             except (OSError, http.client.HTTPException) as error:
                 why = f"{type(error).__name__}: {error}"
             except (ValueError, LookupError, TypeError, RecursionError) as error:
                 why = f"no chat completion: {type(error).__name__}"
-                break
         return f"unknown: {why}"
 
     def post(self, body):

@@ -211,11 +211,7 @@ $-\$5$ == -5
 5\sqrt2 \approx 7.07 == 5\sqrt{2}
 x \approx 7.07 == 7.07
 \approx 7 == 7
-B. 12 == B
-(B) 12 == \text{(B)}
-\textbf{(B) }12 == B
 \text{(B)} == B
-B) == (B)
 (-\infty, 3] == (-\infty,3]
 +\infty == \infty
 \{1,2\} == \{2,1\}

@@ -130,18 +130,6 @@ def test_chosen_by_texts_that_look_like_letters(answer, choices, index):
     assert rewards.chosen(answer, choices) == index
 
 
-@pytest.mark.parametrize(
-    ("answer", "option"),
-    [
-        ("B", ("B", "")), (r"(\text{B})", ("B", "")), ("B. 12", ("B", "12")), ("Answer: B", ("B", "")),
-        (r"\textbf{(B)}\ 12", ("B", "12")), ("b", None), ("x", None), ("B 12", None), ("B - 2", None), ("B + 2", None),
-        ("AB", None), ("B, C", None), ("(B, C)", None), ("B. C", None), ("A:B", None), ("A'", None), ("12", None), ("", None),
-    ],
-)
-def test_option(answer, option):
-    assert rewards.option(answer) == option
-
-
 def test_a_letter_comes_before_a_text_that_is_a_letter():
     groups = ["O", "A", "B", "AB"]  # the prompt shows `A. O`
     assert judge_choice(r"\boxed{A}", "A", groups) and not judge_choice(r"\boxed{A}", "B", groups)
@@ -342,7 +330,7 @@ def test_verdicts_are_kept(server, tmp_path):
 @pytest.mark.parametrize(
     ("mood", "why"),
     [
-        ("slow", "timed out"), ("drops", "timed out"), (500, "HTTP status 500"), (404, "HTTP status 404"),
+        ("slow", "timed out"), ("drops", "timed out"), (500, "HTTP Error 500"), (404, "HTTP Error 404"),
         ("nonsense", "no chat completion"), ("list", "no chat completion"), ("deep", "no chat completion"),
         ("silent", "no chat completion"), ("chatty", "no clear verdict"), ("huge", "no chat completion"),
     ],
@@ -352,7 +340,7 @@ def test_what_is_no_verdict_is_unknown_and_an_error_at_the_start(server, tmp_pat
     server.mood, before, start = mood, server.calls, time.perf_counter()
     assert judge.verdict("q", "a", "a").startswith("unknown: ") and why in judge.verdict("q", "a", "a")
     assert time.perf_counter() - start < 2
-    assert server.calls - before == (4 if mood in ("slow", "drops", 500) else 2)  # tried again only where that may help
+    assert server.calls - before == (2 if mood == "chatty" else 4)  # what was answered is not asked again
     server.mood = "good"
     assert judge.verdict("q", "a", "a") == "right"  # the cache has not kept it
     server.mood = mood
