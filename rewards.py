@@ -5,9 +5,9 @@ r"""Rewards: is a model's reply right? By its answer, its choice, its program, o
 A problem has .domain, .prompt, .answer and .extra, as data.Problem does. The dictionary .extra may hold
 "choices" (then .answer is a letter) or "tests" (then programs are scored, whatever .answer is).
 
-What a reply causes itself scores 0; only outside causes (no sandbox, a judge that is down) are unknown. In doubt
-an answer is wrong: a false "right" does more harm in training. Not seen: wrong reasoning to a right answer, a
-program that would fail other tests, an answer that talks the judge into a verdict, though it is warned.
+What a reply causes itself scores 0; only outside causes (no sandbox, a judge that is down) are unknown. In
+doubt an answer is wrong: a false "right" does more harm in training. Not seen: wrong reasoning, a program that
+would fail other tests, an answer that talks the judge into a verdict, though it is warned.
 
 Deviations from the paper (arXiv 2601.02346)
 - Its first tier compares strings and uses a computer algebra system, its second is a heavier verifier. Here
@@ -89,10 +89,6 @@ MAX_FACTORIAL = 3500
 ENOUGH = 3  # points, of 16, at which two expressions in variables must have a value
 
 
-class Unreadable(ValueError):
-    """An answer outside the grammar or beyond a bound."""
-
-
 # 2a. To plain text, by one table of rewrites. "..." is text, `;;` ends a row of a matrix.
 
 FONT = "text(?:bf|it|rm|sf|tt|up|normal)?|mathrm|mathsf|[hm]box|emph"
@@ -112,13 +108,13 @@ SPELLINGS = {
 SPELLING = {other: one for one, others in SPELLINGS.items() for other in others.split()}
 UNITS = """millimeter mm millimetre; centimeter cm centimetre; meter m metre; kilometer km kilometre; inch in
     inches; foot ft feet; yard yd; mile mi; milligram mg; gram g; kilogram kg; ton tonne; pound lb; ounce oz;
-    second s sec; minute min; hour h hr; day; week; month; year yr; milliliter mL ml; liter L l litre; gallon gal;
-    hertz Hz; kilohertz kHz; electronvolt eV; joule J; kilojoule kJ; newton N; watt W; kilowatt kW; pascal Pa;
+    second s sec; minute min; hour h hr; day; week; month; year yr; milliliter mL ml; liter L l litre;
+    gallon gal; hertz Hz; kilohertz kHz; electronvolt eV; joule J; kilojoule kJ; newton N; watt W; kilowatt kW; pascal Pa;
     volt V; ampere A; mole mol; kelvin K; radian rad; cent; dollar usd; euro; sterling"""
 UNITS = {spelling: line.split()[0] for line in UNITS.split(";") for spelling in line.split()}
 UNIT = "|".join(sorted(UNITS, key=len, reverse=True))
-SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
-ORDINARY = {"yes", "no", "not", "odd", "even", "true", "false", "none", "all", "any", "per"}  # words in any case
+SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "dozen": 12}
+ORDINARY = set("yes no not odd even true false none all any per".split())  # words in any case
 # Letters are a word if they are four or more with a vowel, unless they end in a function of x: sinx.
 LETTERS_OF_WORD = re.compile(r"(?=.{4})[A-Za-z]*[aeiou][A-Za-z]*(?<!(?:sin|cos|tan|cot|sec|csc|log)[txyz])")
 
@@ -136,8 +132,8 @@ def _text(match):
 
 
 def _words(match):
-    """Quotes around each word: of a quoted text, and around letters if they are a word. Other letters, and those
-    that touch what is before them, are products of variables. Commands stay."""
+    """Quotes around each word of a text, and around letters if they are a word. Other letters, and those that
+    touch what is before them, are products of variables."""
     text = match[1]
     if text in FUNCTIONS:
         return f"\\{text} "
@@ -151,7 +147,7 @@ def _words(match):
 
 
 def _thousands(match):
-    """A number without separators. Between brackets a bare comma separates items: points are more common there."""
+    """A number without separators. In a text with brackets a bare comma separates items, as in points."""
     items = "," in match[0] and re.search(r"[(\[]|\\\{", match.string)
     return match[0] if items else re.sub("[^0-9.]", "", match[0])
 
@@ -231,7 +227,7 @@ REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in REWRI
 
 @functools.lru_cache(maxsize=4096)
 def plain(answer):
-    r"""An answer without what only changes its look, in one notation. 5\sqrt2 ≈ 7.07 says 5\sqrt2, x ≈ 7 says 7."""
+    r"""An answer in one notation, without its look. 5\sqrt2 ≈ 7.07 says 5\sqrt2, x ≈ 7 says 7."""
     before, *after = re.split(r"\\approx(?![A-Za-z])|≈", answer)
     answer = after[0] if after and re.fullmatch(r"[\s$]*[A-Za-z]?\s*", before) else before
     for pattern, replacement in REWRITES:
@@ -241,7 +237,7 @@ def plain(answer):
 
 # 2b. Numbers: a Fraction as long as it is rational, else a Decimal of 50 digits; behind a sine a float, with i
 # complex. A sum that cancels to less than its rounding is an exact 0: sqrt(2) - sqrt(2) is 0, and e^{-40} is
-# not. An ArithmeticError, a ValueError or, for what complex numbers do not have, a TypeError stands for no value.
+# not. An ArithmeticError, a ValueError or, where complex numbers cannot be used, a TypeError means: no value.
 
 TRAPS = [decimal.InvalidOperation, decimal.DivisionByZero, decimal.Overflow, decimal.Underflow]
 DIGITS = decimal.Context(prec=50, traps=TRAPS)
@@ -334,8 +330,8 @@ def binomial(n, k):
 
 
 def close(x, y, size=0):
-    """Whether two numbers are the same, but for rounding where one is not exact. size: that of what floats were
-    lost from, up to 1, as 1 - cos^2 x loses all digits below 1e-15."""
+    """Whether two numbers are the same, but for rounding where one is not exact. size: from up to how large
+    numbers floats come: 1 - cos^2 x has lost all digits below 1e-15."""
     x, y = alike(x, y)
     least = 1e-15 * min(1, size) if type(x) in (float, complex) else 0
     return x == y or abs(x - y) < max(min(abs(x), abs(y)) * ROUNDING[type(x)], least)
@@ -354,8 +350,8 @@ class Number(NamedTuple):
 
 @functools.lru_cache(maxsize=512)
 def symbol(name):
-    """A constant, or a variable: the same points in every run, of each size as many below 0 as above, small and
-    large ones, fractions and integers, of these as many even as odd."""
+    """A constant, or a variable at the same points in every run: of each size as many below 0 as above, small
+    and large ones, fractions and integers, of these as many even as odd."""
     if name in CONSTANTS:
         return Number((CONSTANTS[name],))
     draw = random.Random(f"values of {name}")
@@ -375,7 +371,7 @@ def constant(x):
 def number(function, *operands, units=frozenset()):
     """function of Numbers, at every point; None where that is too large or has no value."""
     if not all(isinstance(x, Number) for x in operands):
-        raise Unreadable("something else stands where a number should")
+        raise ValueError("something else stands where a number should")
     count = max(len(x.values) for x in operands)
     limit = MAX_BITS if count == 1 else MAX_BITS // 4
     values = []
@@ -385,8 +381,9 @@ def number(function, *operands, units=frozenset()):
                 value = None if None in xs else function(*xs)
         except (ArithmeticError, ValueError, TypeError):
             value = None
-        too_large = type(value) is Fraction and value.numerator.bit_length() + value.denominator.bit_length() > limit
-        values.append(None if too_large else value)
+        if type(value) is Fraction and value.numerator.bit_length() + value.denominator.bit_length() > limit:
+            value = None
+        values.append(value)
     return Number(tuple(values), frozenset().union(units, *(x.units for x in operands)))
 
 
@@ -442,7 +439,7 @@ class Group(NamedTuple):
 
 
 RELATIONS = ("=", "<", "<=", ">", ">=", "!=", "∈")
-# How strongly operators bind. What stands side by side is a product, "", and words after a number are its unit.
+# How strongly operators bind. Operands side by side are a product, "", and words after a number are its unit.
 STRENGTH = dict.fromkeys(RELATIONS, 4) | {
     ";;": 1, "&": 2, ",": 3, r"\over": 5, r"\choose": 5, "∪": 6, ":": 7, "+": 8, "-": 8, "": 9, "*": 9, "/": 9,
     "text": 9, "^": 11, "!": 12, "%": 12, "°": 12, "_": 12,
@@ -462,7 +459,7 @@ UNARY = {
     r"\lfloor\rfloor": floor, r"\lceil\rceil": lambda x: -floor(-x),
 }
 DEGREE = ("°", 1)
-PLAIN = {DEGREE: DIGITS.divide(PI, 180), ("%", 1): Fraction(100)}  # what they are where the other answer has no unit
+PLAIN = {DEGREE: DIGITS.divide(PI, 180), ("%", 1): Fraction(100)}  # where the other has no unit
 # Words after a number that are no unit: they make it another number.
 NO_UNITS = set("""not or and more less least most than to over under if no plus minus times root squared cubed
     factorial choose mod modulo negative inverse wrong incorrect ten th st nd rd half halve third quarter fourth
@@ -474,8 +471,8 @@ MEANT = re.compile(r"F[nN]+|F\([nN]+\)|[nN]+(?:[+*-]?[nN]+)+")
 
 
 class Parser:
-    """Precedence climbing that computes .value as it reads. lenient: whether x + y = 42 means 42, as in a prediction,
-    and is not the line x + y = 42, as in a gold."""
+    """Precedence climbing that computes .value as it reads. lenient: whether x + y = 42 means 42, as in a
+    prediction, and is not the line x + y = 42, as in a gold."""
 
     def __init__(self, text, lenient):
         self.tokens = [*tokenize(text), ("end", "")]
@@ -484,7 +481,7 @@ class Parser:
         self.bars = False  # whether the next | closes one
         self.value = self.expression()
         if self.kind != "end":
-            raise Unreadable(f"cannot read on from {self.take()!r}")
+            raise ValueError(f"cannot read on from {self.take()!r}")
 
     @property
     def kind(self):
@@ -509,29 +506,31 @@ class Parser:
                 units = {(self.take(), 1)} - {("!", 1)}
                 value = number(UNARY[operator], value, units=units)
             elif operator == "_":  # 2516_8 is 2516 with a unit
-                self.at += 1
-                value = number(UNARY["°"], value, units={("_", number(abs, self.operand()))})
+                value = number(UNARY["°"], value, units={("_", number(abs, self.after("_")))})
             elif operator in RELATIONS:
-                signs, values = self.chain(value, RELATIONS)
+                signs = []
+                values = [value]
+                while self.op in RELATIONS:
+                    signs.append(self.take())
+                    values.append(self.expression(STRENGTH["="] + 1))
                 value = relation(signs, values, self.labels(start))
-            elif operator in JOINED:
-                value = join(JOINED[operator], self.chain(value, operator)[1])
             else:
                 self.at += operator != ""
                 other = self.expression(STRENGTH[operator] + (operator != "^"))
-                value = times(value, other) if operator in ("", "*") else number(BINARY[operator], value, other)
+                if operator in JOINED:
+                    value = join(JOINED[operator], [value, other])
+                elif operator in ("", "*"):
+                    value = times(value, other)
+                else:
+                    value = number(BINARY[operator], value, other)
         return value
 
-    def chain(self, value, operators):
-        """The rest of value (operator value)*, as the operators and the values."""
-        found = []
-        values = [value]
-        while self.op is not None and self.op in operators:
-            found.append(self.take())
-            values.append(self.expression(STRENGTH[found[-1]] + 1))
-        if len(values) > MAX_ITEMS:
-            raise Unreadable(f"more than {MAX_ITEMS} items")
-        return found, values
+    def after(self, sign, default=None):
+        """The operand behind a sign, if that comes next."""
+        if self.op != sign:
+            return default
+        self.at += 1
+        return self.operand()
 
     def operator(self):
         """The operator that comes next: "" for a product without a sign, None where an expression ends."""
@@ -569,15 +568,15 @@ class Parser:
             return times(constant(-1), value) if text == "-" else value
         if text == "∅":
             return Group("set", [])
-        raise Unreadable(f"cannot read {text!r}" if text else "it ends too early")
+        raise ValueError(f"cannot read {text!r}" if text else "it ends too early")
 
     def bracket(self, opening):
-        """A group, tuple, set, matrix or function of brackets. |x| closes at the next bar: |x|y|z| is a product."""
+        """A group, tuple, set, matrix or function of brackets. A bar closes the last: |x|y|z| is a product."""
         bars = self.bars
         self.bars = opening == "|"
         inside = Group("list", []) if self.op in CLOSING[opening] else self.expression()
         if self.op not in CLOSING[opening]:
-            raise Unreadable(f"nothing closes {opening}")
+            raise ValueError(f"nothing closes {opening}")
         brackets = opening + self.take()
         self.bars = bars
         items = inside.items if inside.kind == "list" else [inside]
@@ -590,20 +589,14 @@ class Parser:
         if len(items) == 1 and brackets in ("()", "[]", "{}"):
             return inside
         if len(items) < 2:
-            raise Unreadable(f"too little in {brackets}")
+            raise ValueError(f"too little in {brackets}")
         return Group(brackets, items)
 
     def function(self, name):
-        r"""\sin x, \sin(x), \sin^2 x, \sin^{-1} x, \log_2 x. Without brackets, \sin 2x y + z is \sin(2xy) + z."""
-        # \log without a base is to the base 10 or e, depending on whom one asks: to an unknown one, a variable
-        base = number(abs, symbol(r"\log"))
-        exponent = constant(1)
-        if self.op == "_":
-            self.at += 1
-            base = self.operand()
-        if self.op == "^":
-            self.at += 1
-            exponent = self.operand()
+        r"""\sin x, \sin(x), \sin^2 x, \sin^{-1} x, \log_2 x. \sin 2x y + z is \sin(2xy) + z."""
+        # \log without a base is to the base 10 or e, depending on whom one asks: here to an unknown one
+        base = self.after("_", number(abs, symbol(r"\log")))
+        exponent = self.after("^", constant(1))
         if exponent == constant(-1) and "arc" + name in FUNCTIONS:  # not 1/sin
             name = "arc" + name
             exponent = constant(1)
@@ -617,7 +610,7 @@ class Parser:
         return value if exponent == constant(1) else number(power, value, exponent)
 
     def labels(self, start):
-        """Of each member of the relation from there on its tokens, if they only name something, or else ""."""
+        """The tokens of each member of the relation from there on, or "" if they are more than a name."""
         texts = ""
         marks = ""
         for kind, text in self.tokens[start : self.at]:
@@ -639,7 +632,7 @@ def with_unit(value, text):
         name = unit_name(word)
         direction = -1 if sign == "/" else direction
         if name in NO_UNITS:
-            raise Unreadable(f"{name} after a number")
+            raise ValueError(f"{name} after a number")
         if name in SCALES:
             value = times(value, constant(SCALES[name]))
         else:
@@ -680,7 +673,7 @@ def relation(signs, values, labels):
         low = times(constant(-1), symbol("∞")) if named[0] else values[0]
         high = symbol("∞") if named[-1] else values[-1]
         return Group(left + right, [low, high], "".join(labels))
-    raise Unreadable("a relation that gives no value")
+    raise ValueError("a relation that gives no value")
 
 
 def equality(values, labels):
@@ -689,7 +682,7 @@ def equality(values, labels):
     if all(same(side, sides[0]) for side in sides):
         return sides[0]._replace(label=labels[0] or labels[-1])
     if len(values) > 2:
-        raise Unreadable("an equation of more than two sides")
+        raise ValueError("an equation of more than two sides")
     return equation(*values)
 
 
@@ -698,19 +691,21 @@ def equation(left, right):
     difference = number(BINARY["-"], left, right)
     first = next((x for x in difference.values if x), None)
     if first is None or all(x is None or close(x, first) for x in difference.values):
-        raise Unreadable("an equation without a variable")
+        raise ValueError("an equation without a variable")
     return Group("equation", [number(divide, difference, Number((first,)))])
 
 
 def join(kind, items):
-    """A Group of items. A list inside is taken apart, a set holds nothing twice, one item stands alone."""
+    """A Group of items. A list in a list is taken apart, a set holds nothing twice, one item stands alone."""
+    inner = "list" if kind == "set" else kind
+    members = [member for item in items for member in (item.items if item.kind == inner else [item])]
+    if len(members) > MAX_ITEMS:
+        raise ValueError(f"more than {MAX_ITEMS} items")
     if kind == "matrix":
-        return Group(kind, [item if item.kind == "row" else Group("row", [item]) for item in items])
-    if kind not in ("list", "set"):
-        return Group(kind, items)
-    members = list(itertools.chain(*(item.items if item.kind == "list" else [item] for item in items)))
-    members = distinct(members) if kind == "set" else members
-    return members[0] if len(members) == 1 else Group(kind, members)
+        members = [row if row.kind == "row" else Group("row", [row]) for row in members]
+    if kind == "set":
+        members = distinct(members)
+    return members[0] if len(members) == 1 and kind in ("list", "set") else Group(kind, members)
 
 
 def distinct(values):
@@ -725,7 +720,7 @@ def fold(words):
 
 
 def unit_name(word):
-    """The name of a unit in any spelling: km and kilometres are kilometer. Other words lose case and plural."""
+    """The name of a unit, however it is spelled: km is kilometer. Other words lose case and plural."""
     lower = word.casefold().replace(".", "")
     if word in UNITS or lower in UNITS and len(lower) < 4:  # Mg is not mg
         return UNITS.get(word, word)
@@ -746,7 +741,8 @@ def same(a, b):
     if kinds <= {"list", "set"} or kinds == {"union"}:
         return same_in_any_order(a.items, b.items)
     if kinds == {"list", "union"}:  # x < 1 or x > 3 is (-∞, 1) ∪ (3, ∞)
-        return all(x.label for x in (a if a.kind == "list" else b).items) and same_in_any_order(a.items, b.items)
+        relations = a.items if a.kind == "list" else b.items
+        return all(x.label for x in relations) and same_in_any_order(a.items, b.items)
     if kinds == {"number", "equation"}:  # 2x + 3, if it is what y is, and y = 2x + 3
         value, other = (a, b) if a.kind == "number" else (b, a)
         return value.label != "" and same(equation(symbol(value.label), value._replace(label="")), other)
@@ -756,7 +752,7 @@ def same(a, b):
 
 
 def same_number(a, b):
-    """Units that one side drops do not count. Beside a number without a unit, 90° is 90 and π/2, 50% 50 and 0.5."""
+    """Units that one side drops do not count. Beside a mere number 90° is 90 and π/2, 50% is 50 and 0.5."""
     if not (a.units <= b.units or b.units <= a.units):
         return False
     alone = [unit for unit in PLAIN if a.units ^ b.units == {unit}]
@@ -784,7 +780,7 @@ def same_in_any_order(xs, ys):
 
 @functools.lru_cache(maxsize=1024)  # of hostile answers, each may hold a hundred kilobytes
 def read(text, lenient=False):
-    """The value of a plain text; raises Unreadable."""
+    """The value of a plain text; raises ValueError."""
     words = fold(text.replace('"', " "))
     if re.fullmatch(r"""(?:"[^"]{2,}"|[\s'-])+""", text):
         return Group("word", [words])
@@ -793,7 +789,7 @@ def read(text, lenient=False):
     except (ArithmeticError, ValueError, RecursionError) as error:
         if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 .,:;'?!&-]*", words) and re.search("[A-Za-z]{2}|:", words):
             return Group("word", [words])  # a sentence, a name with a number
-        raise Unreadable(str(error)) from None
+        raise ValueError(str(error)) from None
     if len(values) == 1:
         return values[0]
     # of several lists or sets, what is the same in the same place stands once
@@ -806,7 +802,7 @@ def versions(text):
     """A text with every ± as + and as -, and with ∓ as the opposite of the first of them."""
     before, *after = text.split("±") if "±" in text else text.split("∓")
     if len(after) > 3:
-        raise Unreadable("more than three ±")
+        raise ValueError("more than three ±")
     for signs in itertools.product("+-", repeat=len(after)):
         version = before + "".join(sign + piece for sign, piece in zip(signs, after))
         yield version.replace("∓", "-" if signs and signs[0] == "+" else "+")
@@ -819,9 +815,9 @@ def is_equivalent(prediction, gold):
     6.28 is not 2\pi. Expressions are equal if they are wherever both are real, so \ln x^2 is 2 \ln x, but
     \sqrt{x^2} is not x. \log without a base is \ln times a number that is not known.
 
-    Points, intervals and matrices keep their order and brackets, sets and bare lists have none. A name does not
-    count: x = 5 and f(2) = 5 answer 5. A unit counts only if both sides have one: 5 cm is 5 but not 5 m; 50\% is
-    0.5 and 50. Words ignore case, variables do not. None (no answer was found) and blank texts equal nothing.
+    Points, intervals and matrices keep their order and brackets, sets and lists have none. A name does not
+    count: x = 5 and f(2) = 5 answer 5. A unit counts only if both have one: 5 cm is 5 but not 5 m; 50\% is 0.5
+    and 50. Words ignore case, variables do not. None (no answer was found) and blank texts equal nothing.
     """
     if prediction is None or gold is None or max(len(prediction), len(gold)) > MAX_CHARS:
         return False
@@ -847,7 +843,7 @@ def check_gold(answer):
         raise ValueError(f"an answer must be text of 1 to {MAX_CHARS} characters, found {str(answer)[:80]!r}")
     try:
         read(plain(answer))
-    except Unreadable as error:
+    except ValueError as error:
         raise ValueError(f"the answer {answer!r} cannot be checked: {error}") from None
 
 
@@ -870,7 +866,7 @@ def unwrapped(answer):
 
 
 def named(text, choices, by_value=True):
-    """Indices of the choices that a text names: in the same words, else but for case, else (by_value) in value."""
+    """Indices of the choices that a text names: word for word, else but for case, else (by_value) in value."""
     wanted, *words = [" ".join(unwrapped(x).split()).rstrip(".") for x in (text, *choices)]
     same = [i for i, choice in enumerate(words) if choice == wanted]
     same = same or [i for i, choice in enumerate(words) if choice.casefold() == wanted.casefold()]
@@ -998,8 +994,8 @@ def parse_verdict(text):
 class Judge:
     """A language model that compares answers in words, behind an endpoint for OpenAI's chat completions.
 
-    It answers at temperature 0, and its clear verdicts are kept. If the endpoint is down, slow or talks nonsense,
-    the verdict is unknown: a silent zero would pass for a wrong answer. Threads may share a Judge.
+    It answers at temperature 0, and its clear verdicts are kept. If the endpoint is down, slow or talks
+    nonsense, the verdict is unknown: a silent zero would pass for a wrong answer. Threads may share a Judge.
     ValueError if it does not tell 2 + 2 = 4 from 2 + 2 = 5.
     """
 
@@ -1030,8 +1026,8 @@ class Judge:
             if verdict in ("right", "wrong") and key not in self.known:
                 self.known[key] = verdict
                 if self.cache:
-                    with open(self.cache, "a", encoding="utf-8") as file:
-                        file.write("\n" + json.dumps({"key": key, "verdict": verdict}))  # a new line after a crash
+                    with open(self.cache, "a", encoding="utf-8") as file:  # "\n": after a line that was cut short
+                        file.write("\n" + json.dumps({"key": key, "verdict": verdict}))
         return verdict
 
     def ask(self, prompt):
@@ -1050,7 +1046,7 @@ class Judge:
         return f"unknown: {why}"
 
     def post(self, body):
-        """The text of the completion. urlopen's timeout is per read: a body that trickles has its own deadline."""
+        """The completion's text. urlopen's timeout is per read: a body that trickles has its own deadline."""
         headers = {"Content-Type": "application/json"}
         if self.key:
             headers["Authorization"] = f"Bearer {self.key}"
@@ -1145,7 +1141,6 @@ def decided_by_tests(problem):
     return bool(problem.extra.get("tests")) or not problem.answer
 
 
-@functools.lru_cache(maxsize=4096)
 def is_readable(answer):
     """Whether check_gold() accepts a reference answer."""
     try:
