@@ -6,8 +6,8 @@ A problem has .domain, .prompt, .answer and .extra, as data.Problem does. The di
 "choices" (then .answer is a letter) or "tests" (then programs are scored, whatever .answer is).
 
 What a reply causes itself scores 0; only outside causes (no sandbox, a judge that is down) are unknown. In
-doubt an answer is wrong: a false "right" does more harm in training. Not seen: wrong reasoning, a program that
-would fail other tests, an answer that talks the judge into a verdict, though it is warned.
+doubt an answer is wrong: a false "right" does more harm in training. Not seen: wrong reasoning, a program
+that would fail other tests, an answer that talks the judge into a verdict, though it is warned.
 
 Deviations from the paper (arXiv 2601.02346)
 - Its first tier compares strings and uses a computer algebra system, its second is a heavier verifier. Here
@@ -97,20 +97,21 @@ LOOK = """boldsymbol mathbf mathit bm pmb boxed fbox framebox underline displays
     huge Huge left right [bB]igg?[lrm]? q?quad thinspace enspace vec"""
 LOOK = "|".join([*LOOK.split(), FONT])
 SPELLINGS = {
-    "*": r"\cdot \times \ast · × ⋅ ∗", "/": r"\div ÷ ⁄", "-": "− – —", "±": r"\pm", "∓": r"\mp", "%": r"\%",
-    "<": r"\lt", "<=": r"\le \leq \leqslant ≤", ">": r"\gt", ">=": r"\ge \geq \geqslant ≥", "!=": r"\ne \neq ≠",
-    "∈": r"\in", "∪": r"\cup", "∅": r"\emptyset \varnothing", "∞": r"\infty", "π": r"\pi", "°": r"\degree",
-    "(": r"\langle \lparen ⟨", ")": r"\rangle \rparen ⟩", r"\{": r"\lbrace", r"\}": r"\rbrace", "^": "**",
-    "|": r"\vert \mid", "[": r"\lbrack", "]": r"\rbrack", ":": r"\colon ∶", r"\sqrt": "√", '"dollar"': r"\$",
+    "*": r"\cdot \times \ast · × ⋅ ∗", "/": r"\div ÷ ⁄", "-": "− – — ‐", "±": r"\pm", "∓": r"\mp", "%": r"\%",
+    "<": r"\lt", "<=": r"\le \leq \leqslant ≤", ">": r"\gt", ">=": r"\ge \geq \geqslant ≥", "∈": r"\in",
+    "!=": r"\ne \neq ≠", "∪": r"\cup", "∅": r"\emptyset \varnothing", "∞": r"\infty", "π": r"\pi", "^": "**",
+    "(": r"\langle \lparen ⟨", ")": r"\rangle \rparen ⟩", r"\{": r"\lbrace", r"\}": r"\rbrace",
+    "|": r"\vert \mid", "[": r"\lbrack", "]": r"\rbrack", ":": r"\colon ∶", r"\sqrt": "√", "°": r"\degree",
     r"\frac": r"\dfrac \tfrac \cfrac \sfrac \nicefrac", r"\binom": r"\dbinom \tbinom", r"\lfloor": "⌊",
-    r"\rfloor": "⌋", r"\lceil": "⌈", r"\rceil": "⌉", '"euro"': "€", '"sterling"': "£", '"cent"': "¢",
+    r"\rfloor": "⌋", r"\lceil": "⌈", r"\rceil": "⌉",
+    '"dollar"': r"\$", '"euro"': "€", '"sterling"': "£", '"cent"': "¢",
 }
 SPELLING = {other: one for one, others in SPELLINGS.items() for other in others.split()}
 UNITS = """millimeter mm millimetre; centimeter cm centimetre; meter m metre; kilometer km kilometre; inch in
     inches; foot ft feet; yard yd; mile mi; milligram mg; gram g; kilogram kg; ton tonne; pound lb; ounce oz;
     second s sec; minute min; hour h hr; day; week; month; year yr; milliliter mL ml; liter L l litre;
-    gallon gal; hertz Hz; kilohertz kHz; electronvolt eV; joule J; kilojoule kJ; newton N; watt W; kilowatt kW; pascal Pa;
-    volt V; ampere A; mole mol; kelvin K; radian rad; cent; dollar usd; euro; sterling"""
+    gallon gal; hertz Hz; kilohertz kHz; electronvolt eV; joule J; kilojoule kJ; newton N; watt W;
+    kilowatt kW; pascal Pa; volt V; ampere A; mole mol; kelvin K; radian rad; cent; dollar usd; euro; sterling"""
 UNITS = {spelling: line.split()[0] for line in UNITS.split(";") for spelling in line.split()}
 UNIT = "|".join(sorted(UNITS, key=len, reverse=True))
 SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "dozen": 12}
@@ -187,7 +188,7 @@ REWRITES = [
     (r"(?<![0-9.,^_/])[1-9][0-9]{0,2}(?:(?: [0-9]{3})+|(?:,[0-9]{3})+)(?![0-9/,])", _thousands),
     # the look
     (r"\\(begin|end)\s*\{(?:[bp]?matrix|smallmatrix|array)\*?\}(?:\{[lcr|\s]*\})?", r"\\\1 "),
-    (r"\\[hv]space\*?\s*\{[^{}]*\}|\\(?:text)?color\s*\{[^{}]*\}|\\[,;:!> ]|~|\\\Z|\\(?:left|right)\s*\.", " "),
+    (r"\\(?:[hv]space\*?|(?:text)?color)\s*\{[^{}]*\}|\\[,;:!> ]|~|\\\Z|\\(?:left|right)\s*\.", " "),
     (r"\\(l|r)(?:eft|ight)\s*(?:\||\\vert(?![A-Za-z]))", r" \\\1vert "),
     # text, where a lone e, i or d is mathematics however it is set
     (r"\\(?:mathrm|text|textrm|operatorname)\s*\{\s*([eid])\s*\}", r" \1 "),
@@ -198,7 +199,8 @@ REWRITES = [
      _repeating_decimal),
     (r"\\([dtc]?frac|[dt]?binom)\s*([0-9])\s*([0-9])(?![0-9])", r"\\\1{\2}{\3}"),
     (r"(?<![0-9.,^_/])([0-9]+)\s+([0-9]+)/([0-9]+)(?![0-9.])", _mixed_number),
-    (r"(?<![A-Za-z0-9.,^_/])([0-9]+)\s*\\[dtc]?frac\s*\{?\s*([0-9]+)\s*\}\s*\{?\s*([0-9]+)\s*\}?", _mixed_number),
+    (r"(?<![A-Za-z0-9.,^_/])([0-9]+)\s*\\[dtc]?frac\s*\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}",
+     _mixed_number),
     # signs, and words in their place
     (r"\\[A-Za-z]+|\\[%$]|[^\x00-\x7f]|\*\*", lambda m: SPELLING.get(m[0], m[0])),
     (r'\^\s*(?:\\circ(?![a-z])|\{\s*\\circ\s*\})|"degrees?"', "°"),
@@ -235,7 +237,7 @@ def plain(answer):
     return answer
 
 
-# 2b. Numbers: a Fraction as long as it is rational, else a Decimal of 50 digits; behind a sine a float, with i
+# 2b. Numbers: a Fraction as long as it is rational, else a Decimal of 50 digits; behind sin a float, with i
 # complex. A sum that cancels to less than its rounding is an exact 0: sqrt(2) - sqrt(2) is 0, and e^{-40} is
 # not. An ArithmeticError, a ValueError or, where complex numbers cannot be used, a TypeError means: no value.
 
@@ -389,15 +391,15 @@ def number(function, *operands, units=frozenset()):
 
 # 2c. Tokens: pairs (kind, text). A text is all words up to the next formula, in quotes: "cm"^2/"s".
 
-GREEK = """alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta kappa lambda mu nu xi rho sigma tau
-    phi varphi chi psi omega Gamma Delta Theta Lambda Sigma Phi Psi Omega ell""".split()
+GREEK = """alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta kappa lambda mu nu xi rho sigma
+    tau phi varphi chi psi omega Gamma Delta Theta Lambda Sigma Phi Psi Omega ell""".split()
 WORDS = {"sqrt": ("op", r"\sqrt"), "pi": ("name", "π"), "inf": ("name", "∞"), "infinity": ("name", "∞")}
 WORDS |= {name: ("function", name) for name in FUNCTIONS} | {name: ("name", name) for name in GREEK}
 WORDS |= {f"\\{name}": token for name, token in WORDS.items()} | {name: ("name", name) for name in "π∞"}
 TOKEN = re.compile(
     r"""(?P<space>\s+)
-       |(?P<number>[0-9]*\.[0-9]+[eE][+-]?[0-9]{1,3}(?![0-9.^])|[0-9]+(?:[eE][0-9]{1,3}|E[+-][0-9]{1,3})(?![0-9.^])
-           |[0-9]+\.?[0-9]*|\.[0-9]+)
+       |(?P<number>[0-9]*\.[0-9]+[eE][+-]?[0-9]{1,3}(?![0-9.^])  # but 2e+3 is 2 e + 3
+           |[0-9]+(?:[eE][0-9]{1,3}|E[+-][0-9]{1,3})(?![0-9.^])|[0-9]+\.?[0-9]*|\.[0-9]+)
        |(?P<name>[A-Za-z]'*_(?:[A-Za-z0-9]|\{[^{}]*\})|[A-Za-z]'+|\\mathbb\s*(?:[A-Z]|\{\s*[A-Z]\s*\}))
        |(?P<text>"[^"]*"(?:(?:\s*[/*])?\s*"[^"]*"|\s*\^(?:[0-9]|\{-?[0-9]\}))*)
        |(?P<word>[A-Za-zμ]+)
@@ -441,8 +443,8 @@ class Group(NamedTuple):
 RELATIONS = ("=", "<", "<=", ">", ">=", "!=", "∈")
 # How strongly operators bind. Operands side by side are a product, "", and words after a number are its unit.
 STRENGTH = dict.fromkeys(RELATIONS, 4) | {
-    ";;": 1, "&": 2, ",": 3, r"\over": 5, r"\choose": 5, "∪": 6, ":": 7, "+": 8, "-": 8, "": 9, "*": 9, "/": 9,
-    "text": 9, "^": 11, "!": 12, "%": 12, "°": 12, "_": 12,
+    ";;": 1, "&": 2, ",": 3, r"\over": 5, r"\choose": 5, "∪": 6, ":": 7, "+": 8, "-": 8, "": 9, "*": 9,
+    "/": 9, "text": 9, "^": 11, "!": 12, "%": 12, "°": 12, "_": 12,
 }
 SIGN = 10  # -x^2 is -(x^2), and -2 * 3 is (-2) * 3
 JOINED = {",": "list", "∪": "union", ":": ":", "&": "row", ";;": "matrix"}
@@ -461,11 +463,11 @@ UNARY = {
 DEGREE = ("°", 1)
 PLAIN = {DEGREE: DIGITS.divide(PI, 180), ("%", 1): Fraction(100)}  # where the other has no unit
 # Words after a number that are no unit: they make it another number.
-NO_UNITS = set("""not or and more less least most than to over under if no plus minus times root squared cubed
-    factorial choose mod modulo negative inverse wrong incorrect ten th st nd rd half halve third quarter fourth
-    fifth sixth seventh eighth ninth tenth twelfth hundredth thousandth millionth below""".split())
-# What only names a value, by its tokens (n and N: a small and a capital name, t: text, F: function, d: number):
-# x, AB, f(2), |AB|, an angle, words. And what may be meant so: sin A, x + y, xy.
+NO_UNITS = set("""not or and more less least most than to over under below if no plus minus times root squared
+    cubed factorial choose mod modulo negative inverse wrong incorrect ten th st nd rd half halve third
+    quarter fourth fifth sixth seventh eighth ninth tenth twelfth hundredth thousandth millionth""".split())
+# What only names a value: x, AB, f(2), |AB|, an angle, words; what may be meant so: sin A, x + y, xy. Of its
+# tokens, n and N stand for a small and a capital name, t for a text, F for a function, d for a number.
 NAMED = re.compile(r"t+|n|N+|[nN]{1,2}\([^()]*\)|n?\\angle[nN]|[\[|]N+[\]|]|\((?:[nN],)+[nN]\)")
 MEANT = re.compile(r"F[nN]+|F\([nN]+\)|[nN]+(?:[+*-]?[nN]+)+")
 
@@ -541,7 +543,7 @@ class Parser:
         if kind == "number":  # "2 3" and "x2" are not meant as products, (x)2 and n2^{n-1} are
             product = before == "op" or before == "name" and self.tokens[self.at + 1] == ("op", "^")
         else:  # nor is 5 plus x
-            starts = kind in ("name", "function") or text in CLOSING or text in (r"\frac", r"\binom", r"\sqrt")
+            starts = kind in ("name", "function") or text in (*CLOSING, r"\frac", r"\binom", r"\sqrt")
             product = starts and before != "text" and not (text == "|" and self.bars)
         return "" if product else None
 
@@ -571,7 +573,7 @@ class Parser:
         raise ValueError(f"cannot read {text!r}" if text else "it ends too early")
 
     def bracket(self, opening):
-        """A group, tuple, set, matrix or function of brackets. A bar closes the last: |x|y|z| is a product."""
+        """A tuple, set, matrix or function of brackets. A bar closes the last: |x|y|z| is |x| y |z|."""
         bars = self.bars
         self.bars = opening == "|"
         inside = Group("list", []) if self.op in CLOSING[opening] else self.expression()
@@ -792,10 +794,11 @@ def read(text, lenient=False):
         raise ValueError(str(error)) from None
     if len(values) == 1:
         return values[0]
-    # of several lists or sets, what is the same in the same place stands once
-    kind = "set" if values[0].kind == "set" else "list"
-    places = zip(*(value.items if value.kind == kind else [value] for value in values))
-    return join(kind, [item for place in places for item in distinct(place)])
+    items = [value.items if value.kind in ("list", "set") else [value] for value in values]
+    if values[0].kind == "set":
+        return join("set", sum(items, []))
+    # what is the same in the same place stands once
+    return join("list", [item for place in zip(*items) for item in distinct(place)])
 
 
 def versions(text):
@@ -816,8 +819,8 @@ def is_equivalent(prediction, gold):
     \sqrt{x^2} is not x. \log without a base is \ln times a number that is not known.
 
     Points, intervals and matrices keep their order and brackets, sets and lists have none. A name does not
-    count: x = 5 and f(2) = 5 answer 5. A unit counts only if both have one: 5 cm is 5 but not 5 m; 50\% is 0.5
-    and 50. Words ignore case, variables do not. None (no answer was found) and blank texts equal nothing.
+    count: x = 5 and f(2) = 5 answer 5. A unit counts only if both have one: 5 cm is 5 but not 5 m; 50\% is
+    0.5 and 50. Words ignore case, variables do not. None (no answer was found) and blank texts equal nothing.
     """
     if prediction is None or gold is None or max(len(prediction), len(gold)) > MAX_CHARS:
         return False
@@ -866,7 +869,7 @@ def unwrapped(answer):
 
 
 def named(text, choices, by_value=True):
-    """Indices of the choices that a text names: word for word, else but for case, else (by_value) in value."""
+    """Indices of the choices that a text names: word for word, else but for case, else by value."""
     wanted, *words = [" ".join(unwrapped(x).split()).rstrip(".") for x in (text, *choices)]
     same = [i for i, choice in enumerate(words) if choice == wanted]
     same = same or [i for i, choice in enumerate(words) if choice.casefold() == wanted.casefold()]
@@ -1026,7 +1029,7 @@ class Judge:
             if verdict in ("right", "wrong") and key not in self.known:
                 self.known[key] = verdict
                 if self.cache:
-                    with open(self.cache, "a", encoding="utf-8") as file:  # "\n": after a line that was cut short
+                    with open(self.cache, "a", encoding="utf-8") as file:  # "\n" ends a torn line
                         file.write("\n" + json.dumps({"key": key, "verdict": verdict}))
         return verdict
 
