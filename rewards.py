@@ -111,7 +111,7 @@ UNITS = """millimeter mm millimetre; centimeter cm centimetre; meter m metre; ki
     inches; foot ft feet; yard yd; mile mi; milligram mg; gram g; kilogram kg; ton tonne; pound lb; ounce oz;
     second s sec; minute min; hour h hr; day; week; month; year yr; milliliter mL ml; liter L l litre;
     gallon gal; hertz Hz; kilohertz kHz; electronvolt eV; joule J; kilojoule kJ; newton N; watt W;
-    kilowatt kW; pascal Pa; volt V; ampere A; mole mol; kelvin K; radian rad; cent; dollar usd; euro; sterling"""
+    kilowatt kW; pascal Pa; volt V; ampere A; mole mol; kelvin K; radian rad; cent; dollar; euro; sterling"""
 UNITS = {spelling: line.split()[0] for line in UNITS.split(";") for spelling in line.split()}
 UNIT = "|".join(sorted(UNITS, key=len, reverse=True))
 SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "dozen": 12}
@@ -262,7 +262,7 @@ def alike(x, y):
 def add(x, y):
     x, y = alike(x, y)
     lost = max(abs(x), abs(y)) * ROUNDING[type(x)]
-    if type(x) is Decimal and 0 < min(abs(x), abs(y)) < lost:
+    if 0 < min(abs(x), abs(y)) < lost:
         raise ArithmeticError  # 10^400 pi + 1 must not be 10^400 pi
     return Fraction(0) if abs(x + y) < lost else x + y
 
@@ -538,8 +538,10 @@ class Parser:
         """The operator that comes next: "" for a product without a sign, None where an expression ends."""
         kind, text = self.tokens[self.at]
         before = self.tokens[self.at - 1][0]
-        if kind == "text" or kind == "op" and text in STRENGTH:
-            return "text" if kind == "text" else text
+        if kind == "text":
+            return kind
+        if kind == "op" and text in STRENGTH:
+            return text if (before, text) != ("text", "^") else None
         if kind == "number":  # "2 3" and "x2" are not meant as products, (x)2 and n2^{n-1} are
             product = before == "op" or before == "name" and self.tokens[self.at + 1] == ("op", "^")
         else:  # nor is 5 plus x
