@@ -88,7 +88,6 @@ MAX_BITS = 40_000  # of an exact numerator and denominator together: 3500! fits
 MAX_FACTORIAL = 3500
 ENOUGH = 3  # points, of 16, at which two expressions in variables must have a value
 
-
 # 2a. To plain text, by one table of rewrites. "..." is text, `;;` ends a row of a matrix.
 
 FONT = "text(?:bf|it|rm|sf|tt|up|normal)?|mathrm|mathsf|[hm]box|emph"
@@ -116,7 +115,7 @@ UNITS = {spelling: line.split()[0] for line in UNITS.split(";") for spelling in 
 UNIT = "|".join(sorted(UNITS, key=len, reverse=True))
 SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "dozen": 12}
 ORDINARY = set("yes no not odd even true false none all any per".split())  # words in any case
-# Letters are a word if they are four or more with a vowel, unless they end in a function of x: sinx.
+# Letters are a word if they are four or more with a vowel (wxyz is a product), but for those like sinx.
 LETTERS_OF_WORD = re.compile(r"(?=.{4})[A-Za-z]*[aeiou][A-Za-z]*(?<!(?:sin|cos|tan|cot|sec|csc|log)[txyz])")
 
 
@@ -389,7 +388,8 @@ def number(function, *operands, units=frozenset()):
     return Number(tuple(values), frozenset().union(units, *(x.units for x in operands)))
 
 
-# 2c. Tokens: pairs (kind, text). A text is all words up to the next formula, in quotes: "cm"^2/"s".
+# 2c. Tokens: pairs (kind, text); the kind is number, name, text, function or op. A text is all words up to
+# the next formula, with the signs of their units: "cm"^2/"s".
 
 GREEK = """alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta kappa lambda mu nu xi rho sigma
     tau phi varphi chi psi omega Gamma Delta Theta Lambda Sigma Phi Psi Omega ell""".split()
@@ -463,9 +463,10 @@ UNARY = {
 DEGREE = ("°", 1)
 PLAIN = {DEGREE: DIGITS.divide(PI, 180), ("%", 1): Fraction(100)}  # where the other has no unit
 # Words after a number that are no unit: they make it another number.
-NO_UNITS = set("""not or and more less least most than to over under below if no plus minus times root squared
-    cubed factorial choose mod modulo negative inverse wrong incorrect ten th st nd rd half halve third
-    quarter fourth fifth sixth seventh eighth ninth tenth twelfth hundredth thousandth millionth""".split())
+NO_UNITS = ORDINARY | set("""is are except without or and more less least most than to over under below if
+    plus minus times root squared cubed factorial choose mod modulo negative inverse wrong incorrect ten th
+    st nd rd half halve third quarter fourth fifth sixth seventh eighth ninth tenth twelfth hundredth
+    thousandth millionth""".split())
 # What only names a value: x, AB, f(2), |AB|, an angle, words; what may be meant so: sin A, x + y, xy. Of its
 # tokens, n and N stand for a small and a capital name, t for a text, F for a function, d for a number.
 NAMED = re.compile(r"t+|n|N+|[nN]{1,2}\([^()]*\)|n?\\angle[nN]|[\[|]N+[\]|]|\((?:[nN],)+[nN]\)")
@@ -614,7 +615,7 @@ class Parser:
         return value if exponent == constant(1) else number(power, value, exponent)
 
     def labels(self, start):
-        """The tokens of each member of the relation from there on, or "" if they are more than a name."""
+        """For each member of the relation from there on: its tokens if they are a name, else ""."""
         texts = ""
         marks = ""
         for kind, text in self.tokens[start : self.at]:
@@ -654,7 +655,7 @@ def times(a, b):
 
 
 def without_unit(value, unit):
-    """A value, and degrees as radians, or parts of a hundred as how many they are."""
+    """A value; but one in degrees as the number of radians, one in per cent as how many per cent."""
     if value.kind == "number" and unit in value.units:
         return number(multiply, Number(value.values), Number((PLAIN[unit],)), units=value.units - {unit})
     return value
@@ -1047,7 +1048,7 @@ class Judge:
             except (OSError, http.client.HTTPException) as error:
                 why = f"{type(error).__name__}: {error}"
             except (ValueError, LookupError, TypeError, RecursionError) as error:
-                why = f"no chat completion: {type(error).__name__}"
+                why = f"no chat completion: {str(error) or type(error).__name__}"
         return f"unknown: {why}"
 
     def post(self, body):
