@@ -5,14 +5,9 @@ r"""Rewards: is a model's reply right? By its answer, its choice, its program, o
 A problem has .domain, .prompt, .answer and .extra, as data.Problem does. The dictionary .extra may hold
 "choices" (then .answer is a letter) or "tests" (then programs are scored, whatever .answer is).
 
-Promised
-- verify() raises on no text of a reply, and takes milliseconds plus the time of a program or a judge.
-- What a reply causes itself scores 0: no answer, one beyond a bound, a program that exhausts its limits.
-  Only outside causes are unknown: no sandbox, a judge that is down. Keep those out of means and training.
-- In doubt an answer is wrong: a false "right" does more harm in training than a false "wrong".
-Not stopped
-- A right answer from wrong reasoning; a program that passes the tests given and would fail others.
-- An answer that talks the judge into a verdict: it is quoted as JSON and the judge is warned, no more.
+What a reply causes itself scores 0; only outside causes (no sandbox, a judge that is down) are unknown. In
+doubt an answer is wrong: a false "right" does more harm in training. Not seen: wrong reasoning, a program
+that would fail other tests, an answer that talks the judge into a verdict, though it is warned.
 
 Deviations from the paper (arXiv 2601.02346)
 - Its first tier compares strings and uses a computer algebra system, its second is a heavier verifier. Here
@@ -36,10 +31,8 @@ import string
 import threading
 import time
 import unicodedata
-import urllib.error
 import urllib.request
-from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -93,44 +86,42 @@ MAX_CHARS = 1000  # the longest reference answers in use have some 150
 MAX_ITEMS = 100  # of a list, set or matrix: comparing sets is quadratic
 MAX_BITS = 40_000  # of an exact numerator and denominator together: 3500! fits
 MAX_FACTORIAL = 3500
-POINTS = 16  # where expressions in variables are compared
-ENOUGH = 3  # points at which both must have a value
-
-
-class Unreadable(ValueError):
-    """An answer outside the grammar or beyond a bound."""
-
+ENOUGH = 3  # points, of 16, at which two expressions in variables must have a value
 
 # 2a. To plain text, by one table of rewrites. "..." is text, `;;` ends a row of a matrix.
 
-TEXT = r"\\(?:text(?:bf|it|rm|sf|tt|up|normal)?|mathrm|mathsf|[hm]box|emph|operatorname\*?)\s*\{([^{}]*)\}"
-LOOK = r"""boldsymbol mathbf mathit bm pmb boxed fbox framebox underline displaystyle textstyle scriptstyle limits
-    bf it rm sf tt em bfseries boldmath tiny scriptsize footnotesize small normalsize large Large LARGE huge Huge
-    left right [bB]igg?[lrm]? q?quad thinspace enspace vec text(?:bf|it|rm|sf|tt|up|normal)? mathrm mathsf
-    [hm]box emph""".split()
+FONT = "text(?:bf|it|rm|sf|tt|up|normal)?|mathrm|mathsf|[hm]box|emph"
+LOOK = """boldsymbol mathbf mathit bm pmb boxed fbox framebox underline displaystyle textstyle scriptstyle
+    limits bf it rm sf tt em bfseries boldmath tiny scriptsize footnotesize small normalsize large Large LARGE
+    huge Huge left right [bB]igg?[lrm]? q?quad thinspace enspace vec"""
+LOOK = "|".join([*LOOK.split(), FONT])
 SPELLINGS = {
-    "*": r"\cdot \times \ast · × ⋅ ∗", "/": r"\div ÷ ⁄", "-": "− – —", "±": r"\pm", "∓": r"\mp", "%": r"\%",
-    "<": r"\lt", "<=": r"\le \leq \leqslant ≤", ">": r"\gt", ">=": r"\ge \geq \geqslant ≥", "!=": r"\ne \neq ≠",
-    "∈": r"\in", "∪": r"\cup", "∅": r"\emptyset \varnothing", "∞": r"\infty", "π": r"\pi", "°": r"\degree",
+    "*": r"\cdot \times \ast · × ⋅ ∗", "/": r"\div ÷ ⁄", "-": "− – — ‐", "±": r"\pm", "∓": r"\mp", "%": r"\%",
+    "<": r"\lt", "<=": r"\le \leq \leqslant ≤", ">": r"\gt", ">=": r"\ge \geq \geqslant ≥", "∈": r"\in",
+    "!=": r"\ne \neq ≠", "∪": r"\cup", "∅": r"\emptyset \varnothing", "∞": r"\infty", "π": r"\pi", "^": "**",
     "(": r"\langle \lparen ⟨", ")": r"\rangle \rparen ⟩", r"\{": r"\lbrace", r"\}": r"\rbrace",
-    "|": r"\vert \mid", "[": r"\lbrack", "]": r"\rbrack", ":": r"\colon ∶", r"\sqrt": "√", "^": "**",
+    "|": r"\vert \mid", "[": r"\lbrack", "]": r"\rbrack", ":": r"\colon ∶", r"\sqrt": "√", "°": r"\degree",
     r"\frac": r"\dfrac \tfrac \cfrac \sfrac \nicefrac", r"\binom": r"\dbinom \tbinom", r"\lfloor": "⌊",
-    r"\rfloor": "⌋", r"\lceil": "⌈", r"\rceil": "⌉", '"dollar"': r"\$", '"euro"': "€", '"sterling"': "£",
-    '"cent"': "¢",
+    r"\rfloor": "⌋", r"\lceil": "⌈", r"\rceil": "⌉",
+    '"dollar"': r"\$", '"euro"': "€", '"sterling"': "£", '"cent"': "¢",
 }
 SPELLING = {other: one for one, others in SPELLINGS.items() for other in others.split()}
-NUMERALS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen
-    sixteen seventeen eighteen nineteen twenty""".split()
-UNITS = """millimeter mm millimetre; centimeter cm centimetre; meter m metre; kilometer km kilometre; nanometer nm;
-    milligram mg; gram g; kilogram kg; ton tonne; second s sec; minute min; hour h hr; day; week; month; year yr;
-    milliliter mL ml; liter L l litre; gallon gal; inch in inches; foot ft feet; yard yd; mile mi; pound lb; ounce oz;
-    hertz Hz; kilohertz kHz; megahertz MHz; electronvolt eV; kiloelectronvolt keV; megaelectronvolt MeV; joule J;
-    kilojoule kJ; newton N; watt W; kilowatt kW; pascal Pa; volt V; ampere A; mole mol; kelvin K; radian rad; degree °;
-    cent; dollar usd; euro; sterling"""
+UNITS = """millimeter mm millimetre; centimeter cm centimetre; meter m metre; kilometer km kilometre; inch in
+    inches; foot ft feet; yard yd; mile mi; milligram mg; gram g; kilogram kg; ton tonne; pound lb; ounce oz;
+    second s sec; minute min; hour h hr; day; week; month; year yr; milliliter mL ml; liter L l litre;
+    gallon gal; hertz Hz; kilohertz kHz; electronvolt eV; joule J; kilojoule kJ; newton N; watt W;
+    kilowatt kW; pascal Pa; volt V; ampere A; mole mol; kelvin K; radian rad; cent; dollar; euro; sterling"""
 UNITS = {spelling: line.split()[0] for line in UNITS.split(";") for spelling in line.split()}
 UNIT = "|".join(sorted(UNITS, key=len, reverse=True))
-SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
-ORDINARY = {"yes", "no", "not", "odd", "even", "true", "false", "none", "all", "any", "per"}  # words in any case
+SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "dozen": 12}
+ORDINARY = set("yes no not odd even true false none all any per".split())  # words in any case
+# Letters are a word if they are four or more with a vowel (wxyz is a product), but for those like sinx.
+LETTERS_OF_WORD = re.compile(r"(?=.{4})[A-Za-z]*[aeiou][A-Za-z]*(?<!(?:sin|cos|tan|cot|sec|csc|log)[txyz])")
+
+
+def _normal(form):
+    """A replacement by ordinary characters, in a form such as `^{%s}`."""
+    return lambda match: form % unicodedata.normalize("NFKC", match[0])
 
 
 def _text(match):
@@ -141,8 +132,8 @@ def _text(match):
 
 
 def _words(match):
-    """Quotes around each word: of a quoted text, and around letters if they are a word, which is to say four or
-    more with a small vowel. Other letters are products of variables; commands stay."""
+    """Quotes around each word of a text, and around letters if they are a word. Other letters, and those that
+    touch what is before them, are products of variables."""
     text = match[1]
     if text in FUNCTIONS:
         return f"\\{text} "
@@ -150,65 +141,80 @@ def _words(match):
         pieces = re.findall(r"°[CF]|[^\W\d_](?:[\w'.-]*[^\W_])?|[0-9]+|[^\s.]", text)
         return " ".join(f'"{piece}"' if re.search(r"[^\W\d_]", piece) else piece for piece in pieces)
     letters = match[0]
-    is_word = re.fullmatch(r"[A-Za-z]*[aeiouy][A-Za-z]*", letters) and len(letters) > 3 and letters not in WORDS
+    touches = match.string[max(0, match.start() - 1) : match.start()] in tuple("0123456789)}")
+    is_word = LETTERS_OF_WORD.fullmatch(letters) and letters not in WORDS and not touches
     return f'"{letters}"' if is_word or letters.casefold() in ORDINARY else letters
+
+
+def _thousands(match):
+    """A number without separators. In a text with brackets a bare comma separates items, as in points."""
+    items = "," in match[0] and re.search(r"[(\[]|\\\{", match.string)
+    return match[0] if items else re.sub("[^0-9.]", "", match[0])
+
+
+def _mixed_number(match):
+    r"""2\frac13 as (2+1/3). 2\frac43 is left unreadable: it may be meant as a product."""
+    whole, p, q = match.groups()
+    return f"({whole}+{p}/{q})" if int(p) < int(q) else f"{whole} {p}/{q}"
 
 
 def _repeating_decimal(match):
     r"""0.1\overline{6} as (1/10+6/90)."""
-    digits, cycle = match[1], match[2] or match[3]
+    digits, *cycles = match.groups()
+    cycle = "".join(filter(None, cycles))
     nines = "9" * len(cycle) + "0" * len(digits.partition(".")[2])
     return f"(0{digits}0+{cycle}/{nines})"
 
 
 REWRITES = [
-    # exponents and fractions of Unicode, full-width digits, quotation marks, rows of a matrix
-    (r"[⁰¹²³⁴-⁹⁻]+", lambda m: f"^{{{unicodedata.normalize('NFKC', m[0])}}}"),
-    (r"[¼-¾⅐-⅞]", lambda m: " " + unicodedata.normalize("NFKC", m[0])),
-    (r"[^\x00-\x7f]+", lambda m: unicodedata.normalize("NFKC", m[0])),
+    # the characters of Unicode, quotation marks, rows of a matrix
+    (r"[⁰¹²³⁴-⁹⁻]+", _normal("^{%s}")),
+    (r"[₀-₉]+", _normal("_{%s}")),
+    (r"[¼-¾⅐-⅞]", _normal(" %s")),
+    (r"\\mathbb\s*(?:R|\{\s*R\s*\})|ℝ", r"(-\\infty,\\infty)"),
+    (r"[^\x00-\x7f]+", _normal("%s")),
     (r'["“”]', ""),
     (r"\\\\(?:\s*\[[^\]]*\])?|\\(?:cr|tabularnewline)(?![A-Za-z])", ";;"),
     # Markdown, but 2**3**2 is a power; mathematics within text
     (r"(?<![\w)}])(\*\*?|__|`+)(?=\S)(.+?)(?<=\S)\1(?![\w(])", r"\2"),
     (r"\\[()\[\]]|(?<!\\)\$", " "),
-    # a segment has two ends in any order; the names of angles, vectors and arcs go by the order of their letters
+    # a segment has two ends in any order; angles, vectors and arcs go by the order of their letters
     (r"\\overline\s*\{([A-Z]{2})\}", r" \1 "),
     (r"\\(angle|triangle|overrightarrow|vec|widehat)\s*\{?\s*([A-Z]{2,4})\b\s*\}?", r" N_{\1\2} "),
-    (r"\\mathbb\s*(?:R|\{\s*R\s*\})", r"(-\\infty,\\infty)"),
-    # thousands: any separator but a bare comma, which may separate items as well
-    (r"(?<![0-9._^])([1-9][0-9]{0,2}(?:(?:,\s*\\!\s*|\{,\}|\\[, ]|\\thinspace |~|_)[0-9]{3})+)(?![0-9])",
-     lambda m: re.sub("[^0-9]", "", m[1])),
-    (r"(?<![0-9.,/^_])([1-9][0-9]{0,2}(?: [0-9]{3})+)(?![0-9/])", lambda m: m[1].replace(" ", "")),
+    # thousands, with any separator
+    (r"(?<![0-9._^])[1-9][0-9]{0,2}(?:(?:,\s*\\!\s*|\{,\}|\\[, ]|\\thinspace |~|_)[0-9]{3})+(?![0-9])",
+     lambda m: re.sub("[^0-9]", "", m[0])),
+    (r"(?<![0-9.,^_/])[1-9][0-9]{0,2}(?:(?: [0-9]{3})+|(?:,[0-9]{3})+)(?![0-9/,])", _thousands),
     # the look
     (r"\\(begin|end)\s*\{(?:[bp]?matrix|smallmatrix|array)\*?\}(?:\{[lcr|\s]*\})?", r"\\\1 "),
-    (r"\\[hv]space\*?\s*\{[^{}]*\}|\\(?:text)?color\s*\{[^{}]*\}|\\[,;:!> ]|~|\\\Z|\\(?:left|right)\s*\.", " "),
+    (r"\\(?:[hv]space\*?|(?:text)?color)\s*\{[^{}]*\}|\\[,;:!> ]|~|\\\Z|\\(?:left|right)\s*\.", " "),
     (r"\\(l|r)(?:eft|ight)\s*(?:\||\\vert(?![A-Za-z]))", r" \\\1vert "),
-    # numerals; text, where a lone e, i or d is mathematics however it is set
-    (rf"(?i:\b({'|'.join(NUMERALS)})\b(?!-))", lambda m: str(NUMERALS.index(m[0].lower()))),
+    # text, where a lone e, i or d is mathematics however it is set
     (r"\\(?:mathrm|text|textrm|operatorname)\s*\{\s*([eid])\s*\}", r" \1 "),
-    *3 * [(TEXT, _text)],
-    (rf"\\(?:{'|'.join(LOOK)})(?![A-Za-z])", " "),
-    # decimals that repeat, fractions without braces, mixed numbers, times of day
-    (r"([0-9]*\.[0-9]*)\\(?:overline|bar|dot)\s*(?:\{([0-9]+)\}|([0-9]))(?![0-9])", _repeating_decimal),
+    *3 * [(rf"\\(?:{FONT}|operatorname\*?)\s*\{{([^{{}}]*)\}}", _text)],
+    (rf"\\(?:{LOOK})(?![A-Za-z])", " "),
+    # decimals that repeat, fractions without braces, mixed numbers
+    (r"([0-9]*\.[0-9]*)(?:\\(?:overline|bar|dot)\s*(?:\{([0-9]+)\}|([0-9]))|(?<=\.)\(([0-9]+)\))(?![0-9])",
+     _repeating_decimal),
     (r"\\([dtc]?frac|[dt]?binom)\s*([0-9])\s*([0-9])(?![0-9])", r"\\\1{\2}{\3}"),
-    (r"(?<![0-9.,^_/])([0-9]+)\s+([0-9]+)/([0-9]+)(?![0-9.])", r"(\1+\2/\3)"),
-    (r"(?<![A-Za-z0-9.,^_/])([0-9]+)\s*\\[dtc]?frac\s*\{?\s*([0-9]+)\s*\}\s*\{?\s*([0-9]+)\s*\}?", r"(\1+\2/\3)"),
-    (r'(?i)(?<=[0-9])\s+"?([ap])\.?\s?m\b\.?"?|(?<=[0-9])"?([ap])\.\s?m\.?"?', r' "\1\2m" '),
+    (r"(?<![0-9.,^_/])([0-9]+)\s+([0-9]+)/([0-9]+)(?![0-9.])", _mixed_number),
+    (r"(?<![A-Za-z0-9.,^_/])([0-9]+)\s*\\[dtc]?frac\s*\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}",
+     _mixed_number),
     # signs, and words in their place
     (r"\\[A-Za-z]+|\\[%$]|[^\x00-\x7f]|\*\*", lambda m: SPELLING.get(m[0], m[0])),
     (r'\^\s*(?:\\circ(?![a-z])|\{\s*\\circ\s*\})|"degrees?"', "°"),
     (r'°\s*"?([CF])"?(?![A-Za-z])', r'"°\1"'),
     (r'"(?:percent|per cent)"|(?<![A-Za-z"])percent\b', "%"),
-    (r'"\s*(?:and|or)\s*"|(?<![A-Za-z"])(?:and|or)\b(?![A-Za-z"])', ","),
+    (r',?\s*(?:"\s*(?:and|or)\s*"|(?<![A-Za-z"])(?:and|or)\b(?![A-Za-z"]))', ","),
     (r"\\log\s*_\s*([0-9])", r"\\log_{\1}"),  # \log_23 is log 3 to the base 2
+    (r";;\s*(?=\\end)", ""),
     # units: $5 is 5 dollars, 5cm is a length, 5mg a product and 5 mg a mass, 5 m a product and 5 m/s a speed
     (r'"(dollar|euro|sterling)"\s*([0-9][0-9.,]*)', r'\2 "\1" '),
-    (r'(?<=[0-9)}])\s*"?([kM]?)"?\s*\\Omega', r' "\1ohm" '),
-    (r"\b(mph|kph|kmph)\b", lambda m: {"mph": "mi/h"}.get(m[0], "km/h")),
-    (r'(?<=[0-9)}])\s*(mm|cm|km|kg|ft|lb|oz)(?![A-Za-z])', r' "\1"'),
-    (rf'(?<=[0-9)}}])\s+((?:{UNIT})(?<=[A-Za-z]{{2}}))(?![A-Za-z])', r' "\1"'),
+    (r"(?<=[0-9)}])\s*mph\b", ' "mile"/"hour"'),
+    (r"(?<=[0-9)}])\s*(mm|cm|km|kg|ft|lb|oz)(?![A-Za-z])", r' "\1"'),
+    (rf"(?<=[0-9)}}])\s+((?:{UNIT})(?<=[A-Za-z]{{2}}))(?![A-Za-z])", r' "\1"'),
     (rf"(?<=[0-9)}}])\s+({UNIT})(?=/(?:{UNIT})(?:\^\{{?[0-9]\}}?)?\s*$)", r' "\1"'),
-    (rf'"/({UNIT})(?![A-Za-z])', r'"/"\1"'),
+    (rf'"\s*/\s*({UNIT})(?![A-Za-z])', r'"/"\1"'),
     # words
     (r'"([^"]*)"|\\?[A-Za-z]+', _words),
     (r'"(?:square|sq)" "(\w+)"|"(\w+)" "squared"', r'"\1\2"^2'),
@@ -222,7 +228,7 @@ REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in REWRI
 
 @functools.lru_cache(maxsize=4096)
 def plain(answer):
-    r"""An answer without what only changes its look, in one notation. 5\sqrt2 ≈ 7.07 says 5\sqrt2, x ≈ 7 says 7."""
+    r"""An answer in one notation, without its look. 5\sqrt2 ≈ 7.07 says 5\sqrt2, x ≈ 7 says 7."""
     before, *after = re.split(r"\\approx(?![A-Za-z])|≈", answer)
     answer = after[0] if after and re.fullmatch(r"[\s$]*[A-Za-z]?\s*", before) else before
     for pattern, replacement in REWRITES:
@@ -230,16 +236,15 @@ def plain(answer):
     return answer
 
 
-# 2b. Numbers: a Fraction as long as it is rational, else a Decimal of 50 digits; behind a sine a float, with i complex.
-# A sum that cancels to less than its rounding is an exact 0: sqrt(2) - sqrt(2) is 0, and e^{-40} is not. An
-# ArithmeticError, a ValueError or, for what complex numbers do not have, a TypeError stands for no value.
+# 2b. Numbers: a Fraction as long as it is rational, else a Decimal of 50 digits; behind sin a float, with i
+# complex. A sum that cancels to less than its rounding is an exact 0: sqrt(2) - sqrt(2) is 0, and e^{-40} is
+# not. An ArithmeticError, a ValueError or, where complex numbers cannot be used, a TypeError means: no value.
 
 TRAPS = [decimal.InvalidOperation, decimal.DivisionByZero, decimal.Overflow, decimal.Underflow]
 DIGITS = decimal.Context(prec=50, traps=TRAPS)
 ROUNDING = {Fraction: 0, Decimal: Decimal("1e-40"), float: 1e-13, complex: 1e-13}  # what errors may add up to
 PI = Decimal("3.14159265358979323846264338327950288419716939937511")
 E = Decimal("2.71828182845904523536028747135266249775724709369996")
-RADIANS = DIGITS.divide(PI, 180)  # of a degree
 CONSTANTS = {"π": PI, "e": E, "i": 1j, "∞": Decimal("Infinity")}
 
 
@@ -256,7 +261,7 @@ def alike(x, y):
 def add(x, y):
     x, y = alike(x, y)
     lost = max(abs(x), abs(y)) * ROUNDING[type(x)]
-    if type(x) is Decimal and 0 < min(abs(x), abs(y)) < lost:
+    if 0 < min(abs(x), abs(y)) < lost:
         raise ArithmeticError  # 10^400 pi + 1 must not be 10^400 pi
     return Fraction(0) if abs(x + y) < lost else x + y
 
@@ -277,21 +282,14 @@ def power(x, y):
     p, q = (y.numerator, y.denominator) if type(y) is Fraction else (0, 0)
     if x < 0 and q > 1 and q % 2:
         return (-1) ** p * power(-x, y)
-    root = exact_root(x, q) if q and type(x) is Fraction else None
-    if root is not None:
+    if type(x) is Fraction and (q == 1 or 1 < q <= 64 and x >= 0):
+        root = x if q == 1 else Fraction(round(x.numerator ** (1 / q)), round(x.denominator ** (1 / q)))
         if abs(p) * max(abs(root.numerator), root.denominator).bit_length() > 2 * MAX_BITS:
             raise OverflowError
-        return root**p
+        if root**q == x:
+            return root**p
     x, y = alike(alike(x, E)[0], y)
     return math.pow(x, y) if type(x) is float else x**y
-
-
-def exact_root(x, q):
-    """The q-th root of a fraction, None where that is irrational."""
-    if q == 1 or x < 0 or q > 64:
-        return x if q == 1 else None
-    root = Fraction(round(x.numerator ** (1 / q)), round(x.denominator ** (1 / q)))
-    return root if root**q == x else None
 
 
 def logarithm(x):
@@ -299,22 +297,23 @@ def logarithm(x):
 
 
 FUNCTIONS = {
-    "sin": math.sin, "cos": math.cos, "tan": math.tan, "cot": lambda x: 1 / math.tan(x), "arcsin": math.asin,
-    "sec": lambda x: 1 / math.cos(x), "csc": lambda x: 1 / math.sin(x), "arccos": math.acos, "arctan": math.atan,
-    "sinh": math.sinh, "cosh": math.cosh, "tanh": math.tanh, "exp": lambda x: power(E, x), "ln": logarithm, "log": logarithm,
-    "lg": lambda x: divide(logarithm(x), logarithm(Fraction(10))),
+    "sin": math.sin, "cos": math.cos, "tan": math.tan, "cot": lambda x: 1 / math.tan(x),
+    "sec": lambda x: 1 / math.cos(x), "csc": lambda x: 1 / math.sin(x),
+    "arcsin": math.asin, "arccos": math.acos, "arctan": math.atan,
+    "sinh": math.sinh, "cosh": math.cosh, "tanh": math.tanh, "exp": lambda x: power(E, x),
+    "ln": logarithm, "log": logarithm, "lg": lambda x: divide(logarithm(x), logarithm(Fraction(10))),
 }
 
 
 def apply(name, x):
     """A function of x, with the zeros that rounding misses: sin(pi)."""
     y = FUNCTIONS[name](x)
-    return Fraction(0) if type(y) is float and abs(y) < 1e-15 * max(1, abs(float(x))) else y
+    return Fraction(0) if type(y) is float and abs(y) < 1e-15 * abs(float(x)) else y
 
 
 def floor(x):
-    """Of a number that is nearly an integer: that integer, which rounding may have missed."""
-    nearly = type(x) is not Fraction and abs(x - round(x)) < 1e-9
+    """Of a number that is an integer but for rounding: that integer."""
+    nearly = abs(x - round(x)) <= abs(x) * ROUNDING[type(x)]
     return Fraction(round(x) if nearly else math.floor(x))
 
 
@@ -331,81 +330,78 @@ def binomial(n, k):
     return factorial(n) / (factorial(k) * factorial(n - k))
 
 
-def close(x, y):
-    """Whether two numbers are the same, but for rounding where one is not exact."""
+def close(x, y, size=0):
+    """Whether two numbers are the same, but for rounding where one is not exact. size: from up to how large
+    numbers floats come: 1 - cos^2 x has lost all digits below 1e-15."""
     x, y = alike(x, y)
-    least = 1e-15 if type(x) in (float, complex) else 0  # 1 - cos^2 x may have lost all digits but those
+    least = 1e-15 * min(1, size) if type(x) in (float, complex) else 0
     return x == y or abs(x - y) < max(min(abs(x), abs(y)) * ROUNDING[type(x)], least)
 
 
-# An expression in variables has one value at each of POINTS points. What agrees at all of them is the same but for a
-# chance that can be neglected (Schwartz and Zippel, for polynomials).
+# An expression in variables has one value at each of 16 points. What agrees at all of them is the same but
+# for a chance that can be neglected (Schwartz and Zippel, for polynomials). Variables are real.
 
 
 class Number(NamedTuple):
     values: tuple  # one, or where a variable occurs one at each point; None is no value
     units: frozenset = frozenset()  # of pairs: a name and an exponent
     label: str = ""  # what it is the value of: of x = 5 it is x
+    kind = "number"  # as Groups have one
 
 
 @functools.lru_cache(maxsize=512)
-def values_of_name(name):
-    """A constant's value, or a variable's at every point, the same in every run: of each size as many below 0 as
-    above, small and large ones, fractions and integers, of these as many even as odd."""
+def symbol(name):
+    """A constant, or a variable at the same points in every run: of each size as many below 0 as above, small
+    and large ones, fractions and integers, of these as many even as odd."""
     if name in CONSTANTS:
-        return (CONSTANTS[name],)
+        return Number((CONSTANTS[name],))
     draw = random.Random(f"values of {name}")
     values = []
-    for i in range(POINTS // 4):
+    for sign, odd in itertools.product((-1, 1), (0, 1)):
         fractions = [Fraction(draw.randrange(1, 64, 2), 64), 1 + Fraction(draw.randrange(1, 64, 2), 8)]
-        integers = [2 * draw.randint(1, 6) + i // 2 % 2, draw.randint(14, 400 if i < 2 else 10**7)]
-        values += [Fraction(size if i % 2 else -size) for size in fractions + integers]
+        integers = [2 * draw.randint(1, 6) + odd, draw.randint(14, 10**7 if odd else 400)]
+        values += [Fraction(sign * size) for size in fractions + integers]
     draw.shuffle(values)
-    return tuple(values)
+    return Number(tuple(values))
+
+
+def constant(x):
+    return Number((Fraction(x),))
 
 
 def number(function, *operands, units=frozenset()):
-    """function of Numbers, at every point."""
+    """function of Numbers, at every point; None where that is too large or has no value."""
     if not all(isinstance(x, Number) for x in operands):
-        raise Unreadable("something else stands where a number should")
-    points = list(zip(*broadcast(*(x.values for x in operands))))
-    limit = MAX_BITS if len(points) == 1 else MAX_BITS // 4
-    values = tuple(value_at(function, xs, limit) for xs in points)
-    return Number(values, frozenset().union(units, *(x.units for x in operands)))
+        raise ValueError("something else stands where a number should")
+    count = max(len(x.values) for x in operands)
+    limit = MAX_BITS if count == 1 else MAX_BITS // 4
+    values = []
+    for xs in zip(*(x.values if len(x.values) == count else x.values * count for x in operands)):
+        try:
+            with decimal.localcontext(DIGITS):
+                value = None if None in xs else function(*xs)
+        except (ArithmeticError, ValueError, TypeError):
+            value = None
+        if type(value) is Fraction and value.numerator.bit_length() + value.denominator.bit_length() > limit:
+            value = None
+        values.append(value)
+    return Number(tuple(values), frozenset().union(units, *(x.units for x in operands)))
 
 
-def broadcast(*columns):
-    count = max(map(len, columns))
-    return [column * count if len(column) == 1 else column for column in columns]
+# 2c. Tokens: pairs (kind, text); the kind is number, name, text, function or op. A text is all words up to
+# the next formula, with the signs of their units: "cm"^2/"s".
 
-
-def value_at(function, xs, limit):
-    """function(*xs), None where that is too large or has no value: the root of -x at x = 2."""
-    if None in xs:
-        return None
-    try:
-        with decimal.localcontext(DIGITS):
-            value = function(*xs)
-    except (ArithmeticError, ValueError, TypeError):
-        return None
-    bits = value.numerator.bit_length() + value.denominator.bit_length() if type(value) is Fraction else 0
-    return value if bits <= limit else None
-
-
-# 2c. Tokens: pairs (kind, text); the kind is number, name, text, function, base or op.
-
-GREEK = """alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta kappa lambda mu nu xi rho sigma tau
-    phi varphi chi psi omega Gamma Delta Theta Lambda Sigma Phi Psi Omega ell""".split()
+GREEK = """alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta kappa lambda mu nu xi rho sigma
+    tau phi varphi chi psi omega Gamma Delta Theta Lambda Sigma Phi Psi Omega ell""".split()
 WORDS = {"sqrt": ("op", r"\sqrt"), "pi": ("name", "π"), "inf": ("name", "∞"), "infinity": ("name", "∞")}
 WORDS |= {name: ("function", name) for name in FUNCTIONS} | {name: ("name", name) for name in GREEK}
+WORDS |= {f"\\{name}": token for name, token in WORDS.items()} | {name: ("name", name) for name in "π∞"}
 TOKEN = re.compile(
     r"""(?P<space>\s+)
-       |(?P<commas>[0-9]+(?:,[0-9]+)+(?:\.[0-9]+)?)
-       |(?P<number>[0-9]*\.[0-9]+[eE][+-]?[0-9]{1,3}(?![0-9.^])|[0-9]+(?:[eE][0-9]{1,3}|E[+-][0-9]{1,3})(?![0-9.^])
-           |[0-9]+\.?[0-9]*|\.[0-9]+)
+       |(?P<number>[0-9]*\.[0-9]+[eE][+-]?[0-9]{1,3}(?![0-9.^])  # but 2e+3 is 2 e + 3
+           |[0-9]+(?:[eE][0-9]{1,3}|E[+-][0-9]{1,3})(?![0-9.^])|[0-9]+\.?[0-9]*|\.[0-9]+)
        |(?P<name>[A-Za-z]'*_(?:[A-Za-z0-9]|\{[^{}]*\})|[A-Za-z]'+|\\mathbb\s*(?:[A-Z]|\{\s*[A-Z]\s*\}))
-       |(?P<base>_(?:[0-9]+|\{\s*[0-9]+\s*\}))
-       |"(?P<text>[^"]*)"
+       |(?P<text>"[^"]*"(?:(?:\s*[/*])?\s*"[^"]*"|\s*\^(?:[0-9]|\{-?[0-9]\}))*)
        |(?P<word>[A-Za-zμ]+)
        |(?P<op>\\[A-Za-z]+|\\.|<=|>=|!=|;;|\.\.\.|!!|.)""",
     re.VERBOSE | re.DOTALL,
@@ -415,44 +411,43 @@ TOKEN = re.compile(
 def tokenize(text):
     """The tokens of a plain text. Any text at all becomes tokens."""
     tokens = []
-    brackets = 0
     for match in TOKEN.finditer(text):
         kind = match.lastgroup
         found = match[kind]
-        brackets += (found in ("(", "[", r"\{")) - (found in (")", "]", r"\}"))
-        if kind == "commas":
-            # Between brackets a comma separates items: points and intervals are more common there than thousands.
-            thousands = not brackets and re.fullmatch(r"[1-9][0-9]{0,2}(,[0-9]{3})+(\.[0-9]+)?", found)
-            parts = [found.replace(",", "")] if thousands else found.split(",")
-            tokens += [token for part in parts for token in [("op", ","), ("number", part)]][1:]
-        elif kind == "word" and found not in WORDS:
+        if kind == "word" and found not in WORDS:
             tokens += [("name", letter) for letter in found]
-        elif kind in ("name", "base"):
-            tokens.append((kind, re.sub(r'[{}\s"]', "", found).lstrip("_")))
         elif kind in ("word", "op"):
-            word = {"π": "pi", "∞": "inf"}.get(found) or found.removeprefix("\\") * (len(found) > 1)
-            tokens.append(WORDS.get(word, ("op", found)))
+            tokens.append(WORDS.get(found, ("op", found)))
+        elif kind == "name":
+            tokens.append((kind, re.sub(r'[{}\s"]', "", found)))
         elif kind != "space":
             tokens.append((kind, found))
     return tokens
 
 
-# 2d. Values, and the grammar that reads them. A value is a Number or one of
+# 2d. Values, and the grammar that reads them. A value is a Number or a Group:
 #
-#     ("tuple", brackets, [value, ...])        a point, an interval, a ratio, a matrix as a tuple of rows
-#     ("list", [value, ...])                   without order, but what is there twice counts twice
-#     ("set", [value, ...])                    without order, each once
-#     ("union", [value, ...])                  of intervals
-#     ("equation", Number)                     what is 0, divided by its first value
-#     ("word", text)
+#     "()" "[)" ...             a point or an interval, by its brackets
+#     ":" "row" "matrix"        a ratio, a row of numbers, a matrix of rows
+#     "list" "set" "union"      without order; in a list, what is there twice counts twice
+#     "equation"                one Number, what is 0, divided by its first value
+#     "word"                    one text
+
+
+class Group(NamedTuple):
+    kind: str
+    items: list
+    label: str = ""  # as a Number's
+
 
 RELATIONS = ("=", "<", "<=", ">", ">=", "!=", "∈")
-# How strongly operators bind. What stands side by side is a product, "", and words after a number are its unit.
+# How strongly operators bind. Operands side by side are a product, "", and words after a number are its unit.
 STRENGTH = dict.fromkeys(RELATIONS, 4) | {
-    ";;": 1, "&": 2, ",": 3, r"\over": 5, r"\choose": 5, "∪": 6, ":": 7, "+": 8, "-": 8, "": 9, "*": 9, "/": 9,
-    "unit": 9, "^": 11, "!": 12, "%": 12, "°": 12, "base": 12,
+    ";;": 1, "&": 2, ",": 3, r"\over": 5, r"\choose": 5, "∪": 6, ":": 7, "+": 8, "-": 8, "": 9, "*": 9,
+    "/": 9, "text": 9, "^": 11, "!": 12, "%": 12, "°": 12, "_": 12,
 }
 SIGN = 10  # -x^2 is -(x^2), and -2 * 3 is (-2) * 3
+JOINED = {",": "list", "∪": "union", ":": ":", "&": "row", ";;": "matrix"}
 CLOSING = {
     "(": [")", "]"], "[": [")", "]"], "{": ["}"], r"\{": [r"\}"], "|": ["|"], r"\lvert": [r"\rvert"],
     r"\lfloor": [r"\rfloor"], r"\lceil": [r"\rceil"], r"\begin": [r"\end"],
@@ -462,28 +457,34 @@ BINARY = {
     r"\choose": binomial, r"\binom": binomial,
 }
 UNARY = {
-    "!": factorial, "||": abs, r"\lvert\rvert": abs, r"\lfloor\rfloor": floor,
-    r"\lceil\rceil": lambda x: -floor(-x),
+    "!": factorial, "%": lambda x: divide(x, 100), "°": lambda x: x, "||": abs, r"\lvert\rvert": abs,
+    r"\lfloor\rfloor": floor, r"\lceil\rceil": lambda x: -floor(-x),
 }
-DEGREE = ("degree", 1)
-PERCENT = ("%", 1)
-NO_UNITS = {"not", "or", "and", "more", "less", "least", "most", "than", "to", "over", "under", "if", "no"}
-# What only names a value, by its tokens (n and N: a small and a capital name, t: text, F: function, d: number):
-# x, AB, f(2), |AB|, an angle, words. And what may be meant so: sin A, x + y, xy.
+DEGREE = ("°", 1)
+PLAIN = {DEGREE: DIGITS.divide(PI, 180), ("%", 1): Fraction(100)}  # where the other has no unit
+# Words after a number that are no unit: they make it another number.
+NO_UNITS = ORDINARY | set("""is are except without or and more less least most than to over under below if
+    plus minus times root squared cubed factorial choose mod modulo negative inverse wrong incorrect ten th
+    st nd rd half halve third quarter fourth fifth sixth seventh eighth ninth tenth twelfth hundredth
+    thousandth millionth""".split())
+# What only names a value: x, AB, f(2), |AB|, an angle, words; what may be meant so: sin A, x + y, xy. Of its
+# tokens, n and N stand for a small and a capital name, t for a text, F for a function, d for a number.
 NAMED = re.compile(r"t+|n|N+|[nN]{1,2}\([^()]*\)|n?\\angle[nN]|[\[|]N+[\]|]|\((?:[nN],)+[nN]\)")
 MEANT = re.compile(r"F[nN]+|F\([nN]+\)|[nN]+(?:[+*-]?[nN]+)+")
 
 
 class Parser:
-    """Precedence climbing that computes as it reads. percent: what % multiplies by. lenient: whether x + y = 42 means
-    42, as in a prediction, and is not the line x + y = 42, as in a gold."""
+    """Precedence climbing that computes .value as it reads. lenient: whether x + y = 42 means 42, as in a
+    prediction, and is not the line x + y = 42, as in a gold."""
 
-    def __init__(self, text, percent, lenient):
+    def __init__(self, text, lenient):
         self.tokens = [*tokenize(text), ("end", "")]
         self.at = 0
-        self.percent = percent
         self.lenient = lenient
         self.bars = False  # whether the next | closes one
+        self.value = self.expression()
+        if self.kind != "end":
+            raise ValueError(f"cannot read on from {self.take()!r}")
 
     @property
     def kind(self):
@@ -497,126 +498,110 @@ class Parser:
         self.at += 1
         return self.tokens[self.at - 1][1]
 
-    def answer(self):
-        value = self.expression()
-        if self.kind != "end":
-            raise Unreadable(f"cannot read on from {self.take()!r}")
-        return value
-
     def expression(self, least=0):
         """An operand, and all operators after it that bind at least so strongly."""
         start = self.at
         value = self.operand()
         while (operator := self.operator()) is not None and STRENGTH[operator] >= least:
-            if operator == "unit":
-                value = self.unit(value)
-            elif operator in UNARY:
-                value = number(UNARY[self.take()], value)
-            elif operator == "%":
-                self.at += 1
-                value = number(multiply, value, constant(self.percent), units={PERCENT})
-            elif operator in ("°", "base"):  # 2516_8 is 2516 with a unit, and so is 90°
-                text = self.take()
-                value = number(lambda x: x, value, units={DEGREE if text == "°" else ("base", int(text))})
+            if operator == "text":
+                value = with_unit(value, self.take())
+            elif operator in ("!", "%", "°"):
+                units = {(self.take(), 1)} - {("!", 1)}
+                value = number(UNARY[operator], value, units=units)
+            elif operator == "_":  # 2516_8 is 2516 with a unit
+                value = number(UNARY["°"], value, units={("_", number(abs, self.after("_")))})
             elif operator in RELATIONS:
-                signs, values = self.chain(value, RELATIONS)
+                signs = []
+                values = [value]
+                while self.op in RELATIONS:
+                    signs.append(self.take())
+                    values.append(self.expression(STRENGTH["="] + 1))
                 value = relation(signs, values, self.labels(start))
-            elif operator in (",", "∪", ":", "&", ";;"):
-                value = collection(operator, self.chain(value, (operator,))[1])
             else:
                 self.at += operator != ""
                 other = self.expression(STRENGTH[operator] + (operator != "^"))
-                value = times(value, other) if operator in ("", "*") else number(BINARY[operator], value, other)
+                if operator in JOINED:
+                    value = join(JOINED[operator], [value, other])
+                elif operator in ("", "*"):
+                    value = times(value, other)
+                else:
+                    value = number(BINARY[operator], value, other)
         return value
 
-    def chain(self, value, operators):
-        """The rest of value (operator value)*, as the operators and the values."""
-        found = []
-        values = [value]
-        while self.op in operators:
-            found.append(self.take())
-            while found[-1] == "," == self.op:  # "a, b, and c"
-                self.at += 1
-            if self.op != r"\end":
-                values.append(self.expression(STRENGTH[found[-1]] + 1))
-        if len(values) > MAX_ITEMS:
-            raise Unreadable(f"more than {MAX_ITEMS} items")
-        return found, values
+    def after(self, sign, default=None):
+        """The operand behind a sign, if that comes next."""
+        if self.op != sign:
+            return default
+        self.at += 1
+        return self.operand()
 
     def operator(self):
         """The operator that comes next: "" for a product without a sign, None where an expression ends."""
         kind, text = self.tokens[self.at]
-        if kind in ("text", "base"):
-            return "unit" if kind == "text" else "base"
+        before = self.tokens[self.at - 1][0]
+        if kind == "text":
+            return kind
         if kind == "op" and text in STRENGTH:
-            return text
+            return text if (before, text) != ("text", "^") else None
         if kind == "number":  # "2 3" and "x2" are not meant as products, (x)2 and n2^{n-1} are
-            before = self.tokens[self.at - 1][0]
-            return "" if before == "op" or before == "name" and self.tokens[self.at + 1] == ("op", "^") else None
-        starts = kind in ("name", "function") or text in CLOSING or text in (r"\frac", r"\binom", r"\sqrt")
-        return "" if starts and not (text == "|" and self.bars) else None
+            product = before == "op" or before == "name" and self.tokens[self.at + 1] == ("op", "^")
+        else:  # nor is 5 plus x
+            starts = kind in ("name", "function") or text in (*CLOSING, r"\frac", r"\binom", r"\sqrt")
+            product = starts and before != "text" and not (text == "|" and self.bars)
+        return "" if product else None
 
     def operand(self):
         kind = self.kind
         text = self.take()
         if kind == "number":
             return constant(text)
-        if kind == "name" or kind == "text" and len(text) == 1:
-            return Number(values_of_name(text))
+        if kind == "name" or re.fullmatch('"."', text):
+            return symbol(text.strip('"'))
         if kind == "text":
-            words = [text]
-            while self.kind == "text":
-                words.append(self.take())
-            return ("word", " ".join(map(fold, words)))
+            return Group("word", [fold(text.replace('"', " "))])
         if kind == "function":
             return self.function(text)
         if text in CLOSING:
             return self.bracket(text)
         if text in (r"\frac", r"\binom"):
             return number(BINARY[text], self.operand(), self.operand())
-        if text == r"\sqrt":
+        if text == r"\sqrt":  # \sqrt12 is meant as the root of 12, whatever LaTeX makes of it
             index = self.bracket(self.take()) if self.op == "[" else constant(2)
-            # \sqrt12 is meant as the root of 12, whatever LaTeX makes of it
             return number(lambda x, n: power(x, 1 / n), self.operand(), index)
         if text in ("+", "-", r"\angle", r"\triangle"):
             value = self.expression(SIGN)
             return times(constant(-1), value) if text == "-" else value
         if text == "∅":
-            return ("set", [])
-        raise Unreadable(f"cannot read {text!r}" if text else "it ends too early")
+            return Group("set", [])
+        raise ValueError(f"cannot read {text!r}" if text else "it ends too early")
 
     def bracket(self, opening):
-        """A group, tuple, set, matrix or function of brackets. |x| closes at the next bar: |x|y|z| is a product."""
+        """A tuple, set, matrix or function of brackets. A bar closes the last: |x|y|z| is |x| y |z|."""
         bars = self.bars
         self.bars = opening == "|"
-        inside = ("list", []) if self.op in CLOSING[opening] else self.expression()
+        inside = Group("list", []) if self.op in CLOSING[opening] else self.expression()
         if self.op not in CLOSING[opening]:
-            raise Unreadable(f"nothing closes {opening}")
+            raise ValueError(f"nothing closes {opening}")
         brackets = opening + self.take()
         self.bars = bars
-        items = inside[1] if inside[0] == "list" else [inside]
+        items = inside.items if inside.kind == "list" else [inside]
         if brackets in UNARY:
             return number(UNARY[brackets], inside)
         if opening == r"\begin":
-            return inside if inside[1] == "matrix" else collection(";;", items)
+            return inside if inside.kind == "matrix" else join("matrix", items)
         if brackets == r"\{\}" or brackets == "{}" and len(items) > 1:
-            return gather("set", items)
+            return join("set", items)
         if len(items) == 1 and brackets in ("()", "[]", "{}"):
             return inside
         if len(items) < 2:
-            raise Unreadable(f"too little in {brackets}")
-        return ("tuple", brackets, items)
+            raise ValueError(f"too little in {brackets}")
+        return Group(brackets, items)
 
     def function(self, name):
-        r"""\sin x, \sin(x), \sin^2 x, \sin^{-1} x, \log_2 x. Without brackets, \sin 2x y + z is \sin(2xy) + z."""
-        # \log without a base is to the base 10 or e, depending on whom one asks: to an unknown one, a variable
-        base = number(abs, Number(values_of_name(r"\log")))
-        exponent = constant(1)
-        if self.kind == "base" or self.op == "_":
-            base = constant(self.take()) if self.kind == "base" else self.take() and self.operand()
-        if self.op == "^":
-            self.at += 1
-            exponent = self.operand()
+        r"""\sin x, \sin(x), \sin^2 x, \sin^{-1} x, \log_2 x. \sin 2x y + z is \sin(2xy) + z."""
+        # \log without a base is to the base 10 or e, depending on whom one asks: here to an unknown one
+        base = self.after("_", number(abs, symbol(r"\log")))
+        exponent = self.after("^", constant(1))
         if exponent == constant(-1) and "arc" + name in FUNCTIONS:  # not 1/sin
             name = "arc" + name
             exponent = constant(1)
@@ -624,33 +609,13 @@ class Parser:
         value = self.operand() if brackets else self.expression(SIGN)
         while not brackets and self.operator() == "" and self.kind != "function" and self.op not in CLOSING:
             value = times(value, self.expression(SIGN))
-        value = number(functools.partial(apply, name), in_radians(value))
+        value = number(functools.partial(apply, name), without_unit(value, DEGREE))
         if name == "log":
             value = number(lambda x, b: divide(x, logarithm(b)), value, base)
         return value if exponent == constant(1) else number(power, value, exponent)
 
-    def unit(self, value):
-        """value with the words after it: `million`, `cm`, `m/s^2`, anything else."""
-        units = set()
-        direction = 1  # -1 behind a /
-        while self.kind == "text":
-            name = unit_name(self.take())
-            if name in NO_UNITS:
-                raise Unreadable(f"{name} after a number")
-            exponent = Fraction(1)
-            if self.op == "^":
-                self.at += 1
-                (exponent,) = number(lambda x: x, self.operand()).values
-            if name in SCALES:
-                value = times(value, constant(SCALES[name]))
-            else:
-                units.add((name, exponent and direction * exponent))
-            if self.op in ("/", "*") and self.tokens[self.at + 1][0] == "text":
-                direction = -1 if self.take() == "/" else direction
-        return number(lambda x: x, value, units=units)
-
     def labels(self, start):
-        """Of each member of the relation from there on its tokens, if they only name something, or else ""."""
+        """For each member of the relation from there on: its tokens if they are a name, else ""."""
         texts = ""
         marks = ""
         for kind, text in self.tokens[start : self.at]:
@@ -664,23 +629,35 @@ class Parser:
         return [text * name for text, name in zip(texts.split("\n"), names)]
 
 
-def constant(x):
-    return Number((Fraction(x),))
+def with_unit(value, text):
+    """A number with the words after it: `million`, `cm`, `m/s^2`, anything else."""
+    units = set()
+    direction = 1  # -1 behind a /
+    for sign, word, exponent in re.findall(r'([/*]?)\s*"([^"]*)"(?:\s*\^\{?(-?[0-9]))?', text):
+        name = unit_name(word)
+        direction = -1 if sign == "/" else direction
+        if name in NO_UNITS:
+            raise ValueError(f"{name} after a number")
+        if name in SCALES:
+            value = times(value, constant(SCALES[name]))
+        else:
+            units.add((name, direction * int(exponent or 1)))
+    return number(lambda x: x, value, units=units)
 
 
 def times(a, b):
     """A product. A number times a matrix is the matrix of the products."""
-    if isinstance(b, Number) and not isinstance(a, Number):
+    if a.kind in ("matrix", "row"):
         a, b = b, a
-    if b[0] == "tuple" and b[1] in ("matrix", "row"):
-        return ("tuple", b[1], [times(a, entry) for entry in b[2]])
+    if b.kind in ("matrix", "row"):
+        return Group(b.kind, [times(a, entry) for entry in b.items])
     return number(multiply, a, b)
 
 
-def in_radians(value):
-    """Degrees as the number they stand for."""
-    if isinstance(value, Number) and DEGREE in value.units:
-        return number(multiply, Number(value.values), Number((RADIANS,)))
+def without_unit(value, unit):
+    """A value; but one in degrees as the number of radians, one in per cent as how many per cent."""
+    if value.kind == "number" and unit in value.units:
+        return number(multiply, Number(value.values), Number((PLAIN[unit],)), units=value.units - {unit})
     return value
 
 
@@ -688,74 +665,71 @@ def relation(signs, values, labels):
     """x = 5 is 5, and so are 5 = x, x = 2 + 3 = 5 and 2 + 3 = 5; 41 = 42 is nothing. x > 3 is (3, ∞)."""
     if set(signs) <= {">", ">="}:
         signs = [sign.replace(">", "<") for sign in signs[::-1]]
-        values, labels = values[::-1], labels[::-1]
-    if signs == ["∈"] and labels[0]:
+        values = values[::-1]
+        labels = labels[::-1]
+    named = list(map(bool, labels))
+    if signs == ["∈"] and named[0]:
         return values[1]
     if set(signs) == {"="}:
-        sides = values[1:] if labels[0] else values[: len(values) - bool(labels[-1])]
-        if all(same(side, sides[0]) for side in sides):
-            return labelled(sides[0], labels[0] or labels[-1])
-        if len(values) > 2:
-            raise Unreadable("an equation of more than two sides")
-        return equation(number(BINARY["-"], values[0], values[-1]))
-    if set(signs) <= {"<", "<="} and list(map(bool, labels)) in ([True, False], [False, True], [False, True, False]):
-        label = "".join(labels)
-        infinity = Number(values_of_name("∞"))
-        left = "(" if labels[0] or signs[0] == "<" else "["
-        right = ")" if labels[-1] or signs[-1] == "<" else "]"
-        low = times(constant(-1), infinity) if labels[0] else values[0]
-        high = infinity if labels[-1] else values[-1]
-        return ("tuple", left + right, [labelled(low, label), labelled(high, label)])
-    raise Unreadable("a relation that gives no value")
+        return equality(values, labels)
+    if set(signs) <= {"<", "<="} and named in ([True, False], [False, True], [False, True, False]):
+        left = "(" if named[0] or signs[0] == "<" else "["
+        right = ")" if named[-1] or signs[-1] == "<" else "]"
+        low = times(constant(-1), symbol("∞")) if named[0] else values[0]
+        high = symbol("∞") if named[-1] else values[-1]
+        return Group(left + right, [low, high], "".join(labels))
+    raise ValueError("a relation that gives no value")
 
 
-def equation(difference):
-    """difference = 0, whatever it is multiplied by: y = 2x + 3 is 2y - 4x = 6."""
+def equality(values, labels):
+    """What its sides have in common, if they do; else, of two sides, the equation."""
+    sides = values[1:] if labels[0] else values[: len(values) - bool(labels[-1])]
+    if all(same(side, sides[0]) for side in sides):
+        return sides[0]._replace(label=labels[0] or labels[-1])
+    if len(values) > 2:
+        raise ValueError("an equation of more than two sides")
+    return equation(*values)
+
+
+def equation(left, right):
+    """left - right = 0, whatever it is multiplied by: y = 2x + 3 is 2y - 4x = 6."""
+    difference = number(BINARY["-"], left, right)
     first = next((x for x in difference.values if x), None)
     if first is None or all(x is None or close(x, first) for x in difference.values):
-        raise Unreadable("an equation without a variable")
-    return ("equation", number(divide, difference, Number((first,))))
+        raise ValueError("an equation without a variable")
+    return Group("equation", [number(divide, difference, Number((first,)))])
 
 
-def labelled(value, label):
-    """The value, and of a tuple its items, as those of a name."""
-    if value[0] == "tuple":
-        return ("tuple", value[1], [labelled(item, label) for item in value[2]])
-    return value._replace(label=label) if isinstance(value, Number) else value
+def join(kind, items):
+    """A Group of items. A list in a list is taken apart, a set holds nothing twice, one item stands alone."""
+    inner = "list" if kind == "set" else kind
+    members = [member for item in items for member in (item.items if item.kind == inner else [item])]
+    if len(members) > MAX_ITEMS:
+        raise ValueError(f"more than {MAX_ITEMS} items")
+    if kind == "matrix":
+        members = [row if row.kind == "row" else Group("row", [row]) for row in members]
+    if kind == "set":
+        members = distinct(members)
+    return members[0] if len(members) == 1 and kind in ("list", "set") else Group(kind, members)
 
 
-def collection(operator, values):
-    """What is made of values with an operator between them."""
-    if operator == ",":
-        return gather("list", values)
-    if operator == "∪":
-        return ("union", values)
-    if operator == ";;":
-        rows = [row if row[:2] == ("tuple", "row") else ("tuple", "row", [row]) for row in values]
-        return ("tuple", "matrix", rows)
-    return ("tuple", "row" if operator == "&" else operator, values)
+def distinct(values):
+    """Each value once."""
+    return [value for i, value in enumerate(values) if not any(same(value, other) for other in values[:i])]
 
 
-def gather(kind, items):
-    """A list or a set of items. A list inside is taken apart, a set holds nothing twice, one item stands alone."""
-    members = []
-    for member in itertools.chain(*(item[1] if item[0] == "list" else [item] for item in items)):
-        if kind == "list" or not any(same(member, other) for other in members):
-            members.append(member)
-    return members[0] if len(members) == 1 else (kind, members)
-
-
-def fold(word):
-    """A word without its case, but for ABC."""
-    return word if word.isupper() and len(word) < 4 and word.casefold() not in ORDINARY else word.casefold()
+def fold(words):
+    """Words without their case, but for ABC."""
+    short = (word.isupper() and len(word) < 4 and word.casefold() not in ORDINARY for word in words.split())
+    return " ".join(word if keep else word.casefold() for word, keep in zip(words.split(), short))
 
 
 def unit_name(word):
-    """The name of a unit in any spelling: km and kilometres are kilometer. Other words lose case and plural."""
+    """The name of a unit, however it is spelled: km is kilometer. Other words lose case and plural."""
     lower = word.casefold().replace(".", "")
     if word in UNITS or lower in UNITS and len(lower) < 4:  # Mg is not mg
         return UNITS.get(word, word)
-    singular = lower[:-1] if len(lower) > 3 and lower.endswith("s") else lower
+    singular = lower[:-1] if re.fullmatch(".{2,}[^s]s", lower) else lower
     return UNITS.get(lower) or UNITS.get(singular, singular)
 
 
@@ -764,36 +738,38 @@ def unit_name(word):
 
 def same(a, b):
     """Whether two values are the same answer."""
-    match (a, b):
-        case (Number(), Number()):
-            return same_number(a, b)
-        case (("tuple", brackets, xs), ("tuple", others, ys)):
-            return brackets == others and len(xs) == len(ys) and all(map(same, xs, ys))
-        case (("list" | "set", xs), ("list" | "set", ys)) | (("union", xs), ("union", ys)):
-            return same_in_any_order(xs, ys)
-        case (("list", xs), ("union", ys)) | (("union", ys), ("list", xs)):  # x < 1 or x > 3: (-∞, 1) ∪ (3, ∞)
-            return all(x[0] == "tuple" and getattr(x[2][0], "label", "") for x in xs) and same_in_any_order(xs, ys)
-        case (("equation", x), ("equation", y)):
-            return same(x, y)
-        case (Number(label=label), ("equation", _)) if label:  # y = 2x + 3, with y as its label
-            return same(equation(number(BINARY["-"], Number(values_of_name(label)), a)), b)
-        case (("equation", _), Number()):
-            return b.label != "" and same(b, a)
-    return a == b
+    kinds = {a.kind, b.kind}
+    if "" != a.label != b.label != "":
+        return False
+    if kinds == {"number"}:
+        return same_number(a, b)
+    if kinds <= {"list", "set"} or kinds == {"union"}:
+        return same_in_any_order(a.items, b.items)
+    if kinds == {"list", "union"}:  # x < 1 or x > 3 is (-∞, 1) ∪ (3, ∞)
+        relations = a.items if a.kind == "list" else b.items
+        return all(x.label for x in relations) and same_in_any_order(a.items, b.items)
+    if kinds == {"number", "equation"}:  # 2x + 3, if it is what y is, and y = 2x + 3
+        value, other = (a, b) if a.kind == "number" else (b, a)
+        return value.label != "" and same(equation(symbol(value.label), value._replace(label="")), other)
+    if "word" in kinds:
+        return a == b
+    return a.kind == b.kind and len(a.items) == len(b.items) and all(map(same, a.items, b.items))
 
 
 def same_number(a, b):
-    """Units that one side drops do not count. Beside a number without a unit, 90° is 90 and π/2."""
-    if not (a.units <= b.units or b.units <= a.units) or "" != a.label != b.label != "":
+    """Units that one side drops do not count. Beside a mere number 90° is 90 and π/2, 50% is 50 and 0.5."""
+    if not (a.units <= b.units or b.units <= a.units):
         return False
-    degrees = a.units ^ b.units == {DEGREE}
-    return agree(a.values, b.values) or degrees and agree(in_radians(a).values, in_radians(b).values)
+    alone = [unit for unit in PLAIN if a.units ^ b.units == {unit}]
+    return agree(a, b) or any(agree(without_unit(a, unit), without_unit(b, unit)) for unit in alone)
 
 
-def agree(xs, ys):
+def agree(a, b):
     """Whether numbers, or expressions wherever both have a value, are the same."""
-    pairs = [pair for pair in zip(*broadcast(xs, ys)) if None not in pair]
-    return len(pairs) >= min(ENOUGH, max(len(xs), len(ys))) and all(close(x, y) for x, y in pairs)
+    sizes = [min(1, abs(x)) for x in a.values + b.values if x is not None]
+    size = float(max(sizes, default=0)) if len(sizes) > 2 else 0
+    at_points = [x for x in number(lambda x, y: close(x, y, size), a, b).values if x is not None]
+    return len(at_points) >= min(ENOUGH, max(len(a.values), len(b.values))) and all(at_points)
 
 
 def same_in_any_order(xs, ys):
@@ -808,41 +784,46 @@ def same_in_any_order(xs, ys):
 
 
 @functools.lru_cache(maxsize=1024)  # of hostile answers, each may hold a hundred kilobytes
-def read(text, lenient=False, percent=Fraction(1, 100)):
-    """The value of a plain text; raises Unreadable. With a ± it is the list of both values."""
-    words = " ".join(map(fold, text.replace('"', " ").split()))
+def read(text, lenient=False):
+    """The value of a plain text; raises ValueError."""
+    words = fold(text.replace('"', " "))
     if re.fullmatch(r"""(?:"[^"]{2,}"|[\s'-])+""", text):
-        return ("word", words)
+        return Group("word", [words])
     try:
-        if not re.search("[±∓]", text):
-            return Parser(text, percent, lenient).answer()
-        upper = Parser(text.replace("±", "+").replace("∓", "-"), percent, lenient).answer()
-        lower = Parser(text.replace("±", "-").replace("∓", "+"), percent, lenient).answer()
+        values = [Parser(version, lenient).value for version in versions(text)]
     except (ArithmeticError, ValueError, RecursionError) as error:
         if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 .,:;'?!&-]*", words) and re.search("[A-Za-z]{2}|:", words):
-            return ("word", words)  # a sentence, a name with a number
-        raise Unreadable(str(error)) from None
-    # of two lists or sets, what is the same in the same place stands once
-    kind = "set" if upper[0] == "set" else "list"
-    xs, ys = (value[1] if value[0] == kind else [value] for value in (upper, lower))
-    return gather(kind, [*xs, *(y for x, y in zip(xs, ys) if not same(x, y))])
+            return Group("word", [words])  # a sentence, a name with a number
+        raise ValueError(str(error)) from None
+    if len(values) == 1:
+        return values[0]
+    items = [value.items if value.kind in ("list", "set") else [value] for value in values]
+    if values[0].kind == "set":
+        return join("set", sum(items, []))
+    # what is the same in the same place stands once
+    return join("list", [item for place in zip(*items) for item in distinct(place)])
+
+
+def versions(text):
+    """A text with every ± as + and as -, and with ∓ as the opposite of the first of them."""
+    before, *after = text.split("±") if "±" in text else text.split("∓")
+    if len(after) > 3:
+        raise ValueError("more than three ±")
+    for signs in itertools.product("+-", repeat=len(after)):
+        version = before + "".join(sign + piece for sign, piece in zip(signs, after))
+        yield version.replace("∓", "-" if signs and signs[0] == "+" else "+")
 
 
 def is_equivalent(prediction, gold):
-    r"""Whether two answers are the same, as plain text or in value.
+    r"""Whether two answers are the same, as plain text or in value. Takes milliseconds and never raises.
 
     Numbers and expressions are compared by value, rationals exactly: nothing is rounded, 0.333 is not 1/3 and
     6.28 is not 2\pi. Expressions are equal if they are wherever both are real, so \ln x^2 is 2 \ln x, but
     \sqrt{x^2} is not x. \log without a base is \ln times a number that is not known.
 
-    Points, intervals and matrices keep their order and brackets, sets and bare lists have none. A name does not
-    count: x = 5 and f(2) = 5 answer 5. A unit counts only if both sides have one: 5 cm is 5 but not 5 m; 50\% is
-    0.5 and 50. (B) and `B. 12` answer B. Words ignore case, variables do not.
-
-    Args:
-        prediction, gold: text, or None (no answer was found), which equals nothing.
-    Returns:
-        False also for anything blank, too long or unreadable. Takes milliseconds and never raises.
+    Points, intervals and matrices keep their order and brackets, sets and lists have none. A name does not
+    count: x = 5 and f(2) = 5 answer 5. A unit counts only if both have one: 5 cm is 5 but not 5 m; 50\% is
+    0.5 and 50. Words ignore case, variables do not. None (no answer was found) and blank texts equal nothing.
     """
     if prediction is None or gold is None or max(len(prediction), len(gold)) > MAX_CHARS:
         return False
@@ -852,13 +833,9 @@ def is_equivalent(prediction, gold):
     if bare(texts[0]) == bare(texts[1]):
         return True
     try:
-        percents = (Fraction(1, 100), Fraction(1)) if ("%" in texts[0]) != ("%" in texts[1]) else (Fraction(1, 100),)
-        if any(same(read(texts[0], True, percent), read(texts[1], False, percent)) for percent in percents):
-            return True
+        return same(read(texts[0], True), read(texts[1]))
     except (ArithmeticError, ValueError, RecursionError):
-        pass
-    letters = [option(prediction), option(gold)]  # either may be the choice, as votes are counted both ways
-    return None not in letters and letters[0][0] == letters[1][0] and "" in (letters[0][1], letters[1][1])
+        return False
 
 
 def bare(text):
@@ -872,7 +849,7 @@ def check_gold(answer):
         raise ValueError(f"an answer must be text of 1 to {MAX_CHARS} characters, found {str(answer)[:80]!r}")
     try:
         read(plain(answer))
-    except Unreadable as error:
+    except ValueError as error:
         raise ValueError(f"the answer {answer!r} cannot be checked: {error}") from None
 
 
@@ -894,21 +871,8 @@ def unwrapped(answer):
     return plain(answer).replace('"', "").strip()
 
 
-def option(answer):
-    """(letter, text) of an answer such as B, (B), `B. 12`, `Answer: B`; None for others, and for two letters.
-
-    A small letter is a variable, `B 12` and `B - 12` are formulas.
-    """
-    found = OPTION.fullmatch(unwrapped(answer))
-    if not found or found["letter"].islower() or OTHER_OPTION.search(found["rest"]):
-        return None
-    if found["rest"] and found["mark"].strip() in WEAK_MARKS:
-        return None
-    return found["letter"], found["rest"]
-
-
 def named(text, choices, by_value=True):
-    """Indices of the choices that a text names: in the same words, else but for case, else (by_value) in value."""
+    """Indices of the choices that a text names: word for word, else but for case, else by value."""
     wanted, *words = [" ".join(unwrapped(x).split()).rstrip(".") for x in (text, *choices)]
     same = [i for i, choice in enumerate(words) if choice == wanted]
     same = same or [i for i, choice in enumerate(words) if choice.casefold() == wanted.casefold()]
@@ -1036,8 +1000,8 @@ def parse_verdict(text):
 class Judge:
     """A language model that compares answers in words, behind an endpoint for OpenAI's chat completions.
 
-    It answers at temperature 0, and its clear verdicts are kept. If the endpoint is down, slow or talks nonsense,
-    the verdict is unknown, and counted: a silent zero would pass for a wrong answer. Threads may share a Judge.
+    It answers at temperature 0, and its clear verdicts are kept. If the endpoint is down, slow or talks
+    nonsense, the verdict is unknown: a silent zero would pass for a wrong answer. Threads may share a Judge.
     ValueError if it does not tell 2 + 2 = 4 from 2 + 2 = 5.
     """
 
@@ -1048,84 +1012,59 @@ class Judge:
     timeout: float = 60.0  # seconds per try
     retries: int = 3  # further tries
     wait: float = 1.0  # seconds before the first of them, doubled each time
-    counts: Counter = field(default_factory=Counter)  # of the verdicts given: "right", "wrong", "unknown"
-    reasons: Counter = field(default_factory=Counter)  # why they were unknown
 
     def __post_init__(self):
         self.lock = threading.Lock()
         self.known = read_verdicts(self.cache) if self.cache else {}
         for answer, expected in (("4", "right"), ("5", "wrong")):
-            verdict = self.ask(self.prompt("What is 2 + 2?", "4", answer))
+            verdict = self.ask(JUDGE_PROMPT.format('"What is 2 + 2?"', '"4"', f'"{answer}"'))
             if verdict != expected:
                 raise ValueError(f"--judge {self.url}: {self.model} says {verdict} of 2 + 2 = {answer}")
-
-    def prompt(self, question, gold, answer):
-        return JUDGE_PROMPT.format(json.dumps(question), json.dumps(gold), json.dumps(answer))
 
     def verdict(self, question, gold, answer):
         """"right", "wrong" or "unknown: " and why. None, or too long an answer, is wrong."""
         if answer is None or len(answer) > MAX_JUDGED:
             return "wrong"
-        prompt = self.prompt(question, gold, answer)
+        prompt = JUDGE_PROMPT.format(*map(json.dumps, (question, gold, answer)))
         key = hashlib.sha256(f"{self.model}\n{prompt}".encode()).hexdigest()
         verdict = self.known.get(key) or self.ask(prompt)
-        kind, _, why = verdict.partition(": ")
         with self.lock:
-            self.counts[kind] += 1
-            if kind == "unknown":
-                self.reasons[why] += 1
-            elif key not in self.known:
+            if verdict in ("right", "wrong") and key not in self.known:
                 self.known[key] = verdict
                 if self.cache:
-                    with open(self.cache, "a", encoding="utf-8") as file:
-                        file.write("\n" + json.dumps({"key": key, "verdict": verdict}))  # a line of its own after a crash
+                    with open(self.cache, "a", encoding="utf-8") as file:  # "\n" ends a torn line
+                        file.write("\n" + json.dumps({"key": key, "verdict": verdict}))
         return verdict
 
     def ask(self, prompt):
-        """A verdict as verdict() returns it. Tries again, later and later, where that may help."""
+        """A verdict as verdict() returns it. What fails is tried again, later and later."""
         message = {"role": "user", "content": prompt}
         body = {"model": self.model, "messages": [message], "temperature": 0, "max_tokens": 2048}
         for attempt in range(self.retries + 1):
             time.sleep(self.wait * 2 ** (attempt - 1) if attempt else 0)
             try:
-                verdict = parse_verdict(content_of(self.post(json.dumps(body).encode())))
+                verdict = parse_verdict(self.post(json.dumps(body).encode()))
                 return "unknown: no clear verdict" if verdict == "unknown" else verdict
-            except urllib.error.HTTPError as error:
-                error.close()
-                why = f"HTTP status {error.code}"
-                if error.code < 500 and error.code not in (408, 429):  # neither broken nor busy: it refuses
-                    break
             except (OSError, http.client.HTTPException) as error:
                 why = f"{type(error).__name__}: {error}"
-            except ValueError as error:  # no URL, a response without end, or no chat completion
-                why = str(error)
-                break
+            except (ValueError, LookupError, TypeError, RecursionError) as error:
+                why = f"no chat completion: {str(error) or type(error).__name__}"
         return f"unknown: {why}"
 
     def post(self, body):
-        """The response's bytes. urlopen's timeout is per read, so a body that trickles has a deadline of its own."""
+        """The completion's text. urlopen's timeout is per read: a body that trickles has its own deadline."""
         headers = {"Content-Type": "application/json"}
         if self.key:
             headers["Authorization"] = f"Bearer {self.key}"
         request = urllib.request.Request(self.url.rstrip("/") + "/chat/completions", body, headers)
         deadline = time.monotonic() + self.timeout
-        response = bytearray()
+        response = b""
         with urllib.request.urlopen(request, timeout=self.timeout) as connection:
-            while chunk := connection.read1(1 << 16):
+            while len(response) < MAX_RESPONSE and (chunk := connection.read1(1 << 16)):
                 response += chunk
                 if time.monotonic() > deadline:
                     raise TimeoutError("timed out")
-                if len(response) > MAX_RESPONSE:
-                    raise ValueError(f"a response above {MAX_RESPONSE} bytes")
-        return bytes(response)
-
-
-def content_of(response):
-    """The text of a chat completion."""
-    try:
         return "" + json.loads(response)["choices"][0]["message"]["content"]  # a TypeError if it is no text
-    except (ValueError, LookupError, TypeError, RecursionError):
-        raise ValueError("a response that is no chat completion") from None
 
 
 def read_verdicts(path):
@@ -1135,15 +1074,10 @@ def read_verdicts(path):
     lines = path.read_text("utf-8", errors="replace").split("\n") if path.exists() else []
     verdicts = {}
     for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        match record:
-            case {"key": str(key), "verdict": "right" | "wrong" as verdict}:
-                verdicts[key] = verdict
-            case _:
-                raise ValueError(f"{path}, line {number}: not a verdict of a judge")
+        if record := re.fullmatch(r'\{"key": "(\w+)", "verdict": "(right|wrong)"\}', line):
+            verdicts[record[1]] = record[2]
+        elif line.endswith("}") or line and not line.startswith("{"):
+            raise ValueError(f"{path}, line {number}: not a verdict of a judge")
     return verdicts
 
 
@@ -1213,7 +1147,6 @@ def decided_by_tests(problem):
     return bool(problem.extra.get("tests")) or not problem.answer
 
 
-@functools.lru_cache(maxsize=4096)
 def is_readable(answer):
     """Whether check_gold() accepts a reference answer."""
     try:

@@ -91,7 +91,6 @@ x \in [0,1) == [0,1)
 3, 5, 7 == 7,5,3
 3, 5, and 7 == 3,5,7
 x=1\text{ or }x=2 == 1, 2
-1,234 == 1, 234
 1 \pm \sqrt{19} == 1-\sqrt{19}, 1+\sqrt{19}
 \frac{1 \pm \sqrt5}{2} == \frac{1+\sqrt5}{2}, \frac{1-\sqrt5}{2}
 \{1\pm\sqrt{5},-2\} == \{-2, 1-\sqrt5, 1+\sqrt5\}
@@ -197,10 +196,7 @@ e^{2\pi i/3} == -\frac12+\frac{\sqrt3}{2}i
 0.1\overline{6} == \frac16
 .\overline{27} == \frac{3}{11}
 2.\bar{9} == 3
-three == 3
-\text{three} == 3
-five dollars == \$5
-two million == 2000000
+2 million == 2000000
 $1,234.50 == 1234.5
 \$1,234.50 == 1234.5
 12\text{ cm} == 12
@@ -215,11 +211,7 @@ $-\$5$ == -5
 5\sqrt2 \approx 7.07 == 5\sqrt{2}
 x \approx 7.07 == 7.07
 \approx 7 == 7
-B. 12 == B
-(B) 12 == \text{(B)}
-\textbf{(B) }12 == B
 \text{(B)} == B
-B) == (B)
 (-\infty, 3] == (-\infty,3]
 +\infty == \infty
 \{1,2\} == \{2,1\}
@@ -476,6 +468,69 @@ def test_not_the_same(line):
     assert not is_equivalent(b, a)
 
 
+# Words that make a number another number, and products that look like words.
+DIFFERENT = r"""
+two thirds != 2
+2 thirds != 2
+three quarters != 3
+7 hundredths != 7
+5 squared != 5
+5 factorial != 5
+3\text{ less} != 3
+5\text{ negative} != 5
+5 is wrong != 5
+n\text{ is even} != n
+n\text{ even} != n
+5\text{th} != 5
+10\text{ mod }n != 10n
+5abcd != 5
+24xyzw != 24
+24 wxyz != 24
+2sinx != 2
+2 sinx != 2
+x cosx != x
+5 plus x != 5x
+2 root x != 2x
+0.(3) != 0
+0.(3) != 0.(6)
+2516₈ != 25168
+10^{20}+i != 10^{20}
+10^{20}\sin 1+1 != 10^{20}\sin 1
+5\text{ cm}^x != 5^x
+2516₈ != 2516_7
+ℝ != R
+2\frac{3}{2} != 3.5
+1\frac95 != \frac95
+1.6\times10^{-19}\sin 30^\circ != 9\times10^{-20}
+10^{-34}\sin\theta != 2\cdot10^{-34}\cos\theta
+10^{-34}\sin\theta != 0
+\sin(10^{-16}) != 0
+10^{-20}i != 2\cdot 10^{-20}i
+\lfloor\sqrt{10^{20}-1}\rfloor != 10^{10}
+\pm\sqrt{2\pm\sqrt3} != \sqrt{2+\sqrt3}, -\sqrt{2-\sqrt3}
+\{7, 5\pm2, 1\pm8\} != \{7,9,3\}
+""".strip().split("\n")
+
+
+@pytest.mark.parametrize("line", DIFFERENT)
+def test_near_misses(line):
+    a, _, b = line.partition(" != ")
+    assert not is_equivalent(a, b)
+    assert not is_equivalent(b, a)
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ("0.(3)", "1/3"), ("2516₈", "2516_8"), ("x₁", "x_1"), ("ℝ", r"\mathbb{R}"), (r"\$18/day", "18"),
+        (r"1.6\times10^{-19}\sin 30^\circ", r"8\times10^{-20}"), (r"\pm 1 \pm i", "1+i,1-i,-1+i,-1-i"),
+        (r"(1 \pm 2, 3 \mp 4)", "(3,-1),(-1,7)"), (r"50\%, 20\%", "50, 20"), (r"\{7, 5\pm2, 1\pm8\}", r"\{7,3,9,-7\}"), ("2, 3 and 4", "4,3,2"),
+    ],
+)
+def test_what_those_mean(a, b):
+    assert is_equivalent(a, b) and is_equivalent(b, a)
+
+
 # A row: reference, ==, != or ~= (same, but only this way round), what a model may write.
 KINDS = {
     "formatting": r"""
@@ -578,8 +633,8 @@ def test_labelled_pairs():
     assert [pair["gold"] for pair in refused] == REFUSED
 
 
-# What the grammar leaves out: dots that go on, relations as a union, max, integrals, products of i.
-REFUSED = ['\\frac13', '\\max(a,b)', '\\frac12']
+# What is left out: ohms, a.m., dots that go on, numerals, max, integrals.
+REFUSED = ["3", r"10:30\text{ a.m.}", r"\frac13", "12", r"\max(a,b)", r"\frac12"]
 
 
 def test_what_only_a_prediction_may_name():
@@ -592,7 +647,7 @@ def test_letters_differ_from_each_other_in_every_way():
     """No two letters have the same sign, or the same order, at all points: or |ab| would be ab, and |a - b| be a - b."""
     letters = [letter for letter in string.ascii_letters if letter not in "ei"]
     for a, b in itertools.permutations(letters, 2):
-        points = list(zip(rewards.values_of_name(a), rewards.values_of_name(b)))
+        points = list(zip(rewards.symbol(a).values, rewards.symbol(b).values))
         assert any(x > y for x, y in points) and any(x * y < 0 for x, y in points) and any(x * y > 0 for x, y in points)
 
 
@@ -615,20 +670,20 @@ def test_numbers_by_hand():
         assert isinstance(root, rewards.Decimal) and abs(root - rewards.Decimal("1.41421356237309504880168872420969807857")) < 1e-26
         assert rewards.add(root, -root) == 0 and rewards.close(rewards.multiply(root, root), two)
         assert rewards.binomial(rewards.Fraction(5), two) == 10 and rewards.binomial(half, two) == rewards.Fraction(-1, 8)
-        assert rewards.factorial(rewards.Fraction(5)) == 120 and rewards.floor(rewards.Decimal("2.9999999999999999")) == 3
+        assert rewards.factorial(rewards.Fraction(5)) == 120 and rewards.floor(rewards.Decimal("2." + 45 * "9")) == 3
         assert not rewards.close(rewards.Fraction(0), rewards.E ** -40) and rewards.close(1.0, 1.0 + 1e-15)
 
 
 def test_plain_by_hand():
     assert rewards.plain(r"\left(\dfrac12, 3\right)").split() == [r"(\frac{1}{2},", "3", ")"]
     assert rewards.plain(r"$\boldsymbol{42}$ \text{ miles per hour}.") .split() == ["{42}", '"miles"/"hour"']
-    assert rewards.plain("１，０００ ≥ x²").startswith("1,000 >= x^")
+    assert rewards.plain("１，０００ ≥ x²").startswith("1000 >= x^")
 
 
 def test_tokens_by_hand():
     assert rewards.tokenize("2x_1") == [("number", "2"), ("name", "x_1")]
-    assert rewards.tokenize("1,234") == [("number", "1234")]
-    assert rewards.tokenize("(1,234)")[1:-1] == [("number", "1"), ("op", ","), ("number", "234")]
+    assert rewards.tokenize(rewards.plain("1,234")) == [("number", "1234")]
+    assert rewards.tokenize(rewards.plain("(1,234)"))[1:-1] == [("number", "1"), ("op", ","), ("number", "234")]
 
 
 # Properties -------------------------------------------------------------------------------------------------
@@ -714,7 +769,7 @@ SHAPES = {
     r"({})+({})": lambda a, b: a + b, r"\left({}\right)-\left({}\right)": lambda a, b: a - b, r"{{{}}}\cdot{{{}}}": lambda a, b: a * b,
     r"({})({})": lambda a, b: a * b, r"\sin({})\cos({})": lambda a, b: math.sin(a) * math.cos(b),
     r"\sin^2 {{{}}}+({})": lambda a, b: math.sin(a) ** 2 + b, r"2|({})|({})": lambda a, b: 2 * abs(a) * b,
-    r"\left|{}\right|\cos\left[{}\right]": lambda a, b: abs(a) * math.cos(b), r"-\sqrt{{|({})|}}+{}": lambda a, b: b - math.sqrt(abs(a)),
+    r"\left|{}\right|\cos\left[{}\right]": lambda a, b: abs(a) * math.cos(b), r"-\sqrt{{1+|({})|}}+{}": lambda a, b: b - math.sqrt(1 + abs(a)),
     r"\frac{{{}}}{{1+({})^2}}": lambda a, b: a / (1 + b * b), r"\ln{{(1+|({})|)}}\arctan({})": lambda a, b: math.log(1 + abs(a)) * math.atan(b),
     r"\log_3\left(2+\left|{}\right|\right)+({})": lambda a, b: math.log(2 + abs(a), 3) + b,
     r"\tanh{{({})}}\sqrt[3]{{{}}}": lambda a, b: math.tanh(a) * math.copysign(abs(b) ** (1 / 3), b),
