@@ -402,7 +402,7 @@ TOKEN = re.compile(
            |[0-9]+(?:[eE][0-9]{1,3}|E[+-][0-9]{1,3})(?![0-9.^])|[0-9]+\.?[0-9]*|\.[0-9]+)
        |(?P<name>[A-Za-z]'*_(?:[A-Za-z0-9]|\{[^{}]*\})|[A-Za-z]'+|\\mathbb\s*(?:[A-Z]|\{\s*[A-Z]\s*\}))
        |(?P<text>"[^"]*"(?:(?:\s*[/*])?\s*"[^"]*"|\s*\^(?:[0-9]|\{-?[0-9]\}))*)
-       |(?P<word>[A-Za-zμ]+)
+       |(?P<word>log(?=_)|[A-Za-zμ]+?(?=[A-Za-z]'*_)|[A-Za-zμ]+)
        |(?P<op>\\[A-Za-z]+|\\.|<=|>=|!=|;;|\.\.\.|!!|.)""",
     re.VERBOSE | re.DOTALL,
 )
@@ -508,7 +508,9 @@ class Parser:
             elif operator in ("!", "%", "°"):
                 units = {(self.take(), 1)} - {("!", 1)}
                 value = number(UNARY[operator], value, units=units)
-            elif operator == "_":  # 2516_8 is 2516 with a unit
+            elif operator == "_":  # 2516_8 is 2516 with a unit, H_2 is not
+                if type(getattr(value, "values", [None])[0]) is not Fraction or len(value.values) > 1:
+                    raise ValueError("a base of something else than a number")
                 value = number(UNARY["°"], value, units={("_", number(abs, self.after("_")))})
             elif operator in RELATIONS:
                 signs = []
@@ -727,7 +729,8 @@ def fold(words):
 def unit_name(word):
     """The name of a unit, however it is spelled: km is kilometer. Other words lose case and plural."""
     lower = word.casefold().replace(".", "")
-    if word in UNITS or lower in UNITS and len(lower) < 4:  # Mg is not mg
+    mixed = not (word.islower() or word.isupper() or word.istitle())
+    if word in UNITS or len(lower) < 4 and (mixed or lower in UNITS):  # Mg is not mg, nor mW MW
         return UNITS.get(word, word)
     singular = lower[:-1] if re.fullmatch(".{2,}[^s]s", lower) else lower
     return UNITS.get(lower) or UNITS.get(singular, singular)
@@ -840,7 +843,7 @@ def is_equivalent(prediction, gold):
 
 def bare(text):
     """A plain text without quotes, and without spaces but those between digits."""
-    return re.sub(r'"|(?<![0-9])\s+|\s+(?![0-9])', "", text)
+    return re.sub(r'"|(?<![0-9])\s+|\s+(?![0-9\s])', "", text)
 
 
 def check_gold(answer):

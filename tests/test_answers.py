@@ -20,6 +20,8 @@ PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow]) 
 # Pairs ------------------------------------------------------------------------------------------------------
 
 SAME = r"""
+xy_1 == y_1 x
+log_2 8 == 3
 1/2 == 0.5
 \frac{1}{2} == \dfrac12
 -\frac{1}{2} == \frac{-1}{2}
@@ -257,6 +259,11 @@ def test_the_same(line):
 
 
 OTHER = r"""
+5\text{ MW} != 5\text{ mW}
+4 \quad 2 != 42
+\text{H}_2\text{O} != \text{H}_2\text{O}_2
+CO_2 != CO
+xy_1 != xy
 41 = 42 != 42
 41 = 42 != 41
 2+2=5 != 5
