@@ -1,11 +1,13 @@
 """Rewards."""
 
 import cmath
+import decimal
 import hashlib
 import http.client
 import itertools
 import json
 import math
+import random
 import re
 import string
 import threading
@@ -13,8 +15,8 @@ import time
 import unicodedata
 import urllib.error
 import urllib.request
-import zlib
 from collections import Counter
+from decimal import Decimal
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -59,9 +61,9 @@ def extract_answer(text):
 
 MAX_CHARS = 1000  # the longest reference answers in use have some 150
 MAX_ITEMS = 100  # of a list, set or matrix: comparing sets is quadratic
-MAX_BITS = 1 << 17  # of an exact numerator, a quarter of it of a denominator: 2^{100000} and 1/2023! fit
-MAX_FACTORIAL = 10_000
-POINTS = 12  # where expressions in variables are compared
+MAX_BITS = 1 << 16  # of an exact numerator, half of it of a denominator: 5000! and 1/2023! fit
+MAX_FACTORIAL = 5000
+POINTS = 16  # where expressions in variables are compared
 ENOUGH = 3  # points at which both must have a value
 
 
@@ -98,7 +100,7 @@ UNITS = """millimeter mm millimetre; centimeter cm centimetre; decimeter dm; met
 UNITS = {spelling: line.split()[0] for line in UNITS.split(";") for spelling in line.split()}
 UNIT = "|".join(sorted(UNITS, key=len, reverse=True))
 SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
-ORDINARY = {"yes", "no", "odd", "all", "any"}  # words of up to three letters, which otherwise are products
+ORDINARY = {"yes", "no", "not", "odd", "even", "true", "false", "none", "all", "any", "per"}  # words in any case
 
 
 def _numeral(match):
@@ -129,12 +131,12 @@ def _repeating_decimal(match):
 
 
 def _words(match):
-    """Quoted text with each word in quotes of its own, and words of four letters with a vowel in quotes, too; other letters
-    are products, and commands stay."""
+    """Quoted text with each word in quotes of its own, and words of four letters or more with a small vowel in quotes, too;
+    other letters are products, and commands stay."""
     text = match[1]
     if text is None:
         word = match[0]
-        is_word = len(word) > 3 and re.search("[aeiouyAEIOUY]", word) and word not in WORDS and word[0] != "\\"
+        is_word = re.fullmatch(r"[A-Za-z]*[aeiouy][A-Za-z]*", word) and len(word) > 3 and word not in WORDS
         return f'"{word}"' if is_word or word.casefold() in ORDINARY else word
     if text in FUNCTIONS:
         return f"\\{text} "
@@ -149,7 +151,11 @@ REWRITES = [
     (r"[^\x00-\x7f]+", lambda m: unicodedata.normalize("NFKC", m[0])),
     (r'["“”]', ""),
     (r"\\\\(?:\s*\[[^\]]*\])?|\\(?:cr|tabularnewline)(?![A-Za-z])", ";;"),
-    (r"^[\s$]*(\*\*|__|`+)(.*)\1[\s$]*$", r"\2"),
+    (r"^[\s$]*(\*\*?|__|`+)(.*)\1[\s$]*$", r"\2"),
+    (r"\\mathbb\s*(?:R|\{\s*R\s*\})", r"(-\\infty,\\infty)"),
+    # a segment has two ends in any order; the names of angles, vectors and arcs go by the order of their letters
+    (r"\\overline\s*\{([A-Z]{2})\}", r" \1 "),
+    (r"\\(angle|triangle|overrightarrow|vec|widehat)\s*\{?\s*([A-Z]{2,4})\b\s*\}?", r" N_{\1\2} "),
     (r"\\[()\[\]]|(?<!\\)\$", " "),
     # thousands: any separator but a bare comma, which may separate items as well
     (r"(?<![0-9._^])([1-9][0-9]{0,2}(?:(?:,\s*\\!\s*|\{,\}|\\[, ]|\\thinspace |~|_)[0-9]{3})+)(?![0-9])",
@@ -168,10 +174,11 @@ REWRITES = [
     (r"([0-9]*\.[0-9]*)\\(?:overline|bar|dot)\s*(?:\{([0-9]+)\}|([0-9]))(?![0-9])", _repeating_decimal),
     (r"([0-9]*\.[0-9]+)\s*(?:\.\.\.|\\[lc]?dots)", _repeating_decimal),
     (r"(?<![0-9.,^_/])([0-9]+)\s+([0-9]+)/([0-9]+)(?![0-9.])", r"(\1+\2/\3)"),
+    (r"\\([dtc]?frac|[dt]?binom)\s*([0-9])\s*([0-9])(?![0-9])", r"\\\1{\2}{\3}"),
     (r"(?<![A-Za-z0-9.,^_/])([0-9]+)\s*\\[dtc]?frac\s*\{?\s*([0-9]+?)\s*\}?\s*\{?\s*([0-9]+)\s*\}?", r"(\1+\2/\3)"),
     (r'([0-9])\s*(?:\^\s*\{?\s*"?|")(?:st|nd|rd|th)"?\s*\}?(?![A-Za-z])', r"\1 "),
     (r"\b([0-9]*(?:1(?=st)|2(?=nd)|3(?=rd)|[0-9](?=th)))[a-z]{2}\b", r"\1 "),
-    (r'(?<=[0-9])\s+"?([ap])\.?\s?m\b\.?"?|(?<=[0-9])"?([ap])\.\s?m\.?"?', r' "\1\2m" '),
+    (r'(?i)(?<=[0-9])\s+"?([ap])\.?\s?m\b\.?"?|(?<=[0-9])"?([ap])\.\s?m\.?"?', r' "\1\2m" '),
     # signs, and words in their place
     (r"\\[A-Za-z]+|\\[%$]|[^\x00-\x7f]|\*\*", lambda m: SPELLING.get(m[0], m[0])),
     (r'\^\s*(?:\\circ(?![a-z])|\{\s*\\circ\s*\})|"degrees?"', "°"),
@@ -180,15 +187,16 @@ REWRITES = [
     (r'"\s*(?:and|or)\s*"|(?<![A-Za-z"])(?:and|or)\b(?![A-Za-z"])', ","),
     (r"\\log\s*_\s*([0-9])", r"\\log_{\1}"),  # \log_23 is log 3 to the base 2
     # words and units: 5cm is a length, 5mg a product and 5 mg a mass, 5 m a product and 5 m/s a speed
+    (r'(?<=[0-9)}])\s*"?([kM]?)"?\s*\\Omega', r' "\1ohm" '),
     (r"\b(?:mph|kph|kmph)\b", lambda m: {"mph": "mi/h"}.get(m[0], "km/h")),
     (r'(?<=[0-9)}])\s*(mm|cm|km|kg|ft|lb|oz)(?![A-Za-z])', r' "\1"'),
     (rf'(?<=[0-9)}}])\s+((?:{UNIT})(?<=[A-Za-z]{{2}}))(?![A-Za-z])', r' "\1"'),
-    (rf"(?<=[0-9)}}])\s+({UNIT})(?=/(?:{UNIT})(?:\^\{{?[0-9]\}}?)?$)", r' "\1"'),
+    (rf"(?<=[0-9)}}])\s+({UNIT})(?=/(?:{UNIT})(?:\^\{{?[0-9]\}}?)?\s*$)", r' "\1"'),
     (rf'"/({UNIT})(?![A-Za-z])', r'"/"\1"'),
     (r'"([^"]*)"|\\?[A-Za-z]+', _words),
     (r'"(?:square|sq)" "(\w+)"', r'"\1"^2'), (r'"cubic" "(\w+)"', r'"\1"^3'), (r'"(\w+)" "squared"', r'"\1"^2'),
     (r'\s*"per"\s*', "/"),
-    (r'(?<=["0-9])\s+"(?:a|an|the|of|in|each|total)"', ""),
+    (r'(?<=["0-9])\s+"(?:a|an|the|of|in(?=" ")|each|total)"', ""),
     (r"^[\s,]+|(?:[\s.,;:]|;;)+$", ""),
 ]
 REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in REWRITES]
@@ -204,44 +212,61 @@ def plain(answer):
     return answer
 
 
-# 2b. Numbers: a Fraction as long as it is rational, else complex, good to some 15 digits. What cancels to less than that
-# is an exact 0: so sin(pi) is 0, and e^{-40} is not. ArithmeticError or ValueError stand for no value.
+# 2b. Numbers: a Fraction as long as it is rational, a Decimal of 50 digits as long as it is real and no sine, else complex,
+# good to 15 digits. What cancels to less than that is an exact 0: so sin(pi) is 0, and e^{-40} is not. An ArithmeticError
+# or a ValueError stands for no value.
 
-CONSTANTS = {"π": math.pi, "e": math.e, "i": 1j, "∞": math.inf}
+DIGITS = decimal.Context(prec=50, traps=[decimal.InvalidOperation, decimal.DivisionByZero, decimal.Overflow, decimal.Underflow])
+PI = Decimal("3.14159265358979323846264338327950288419716939937511")
+E = Decimal("2.71828182845904523536028747135266249775724709369996")
 DEGREE = ("degree", 1)
-RADIANS = complex(math.pi / 180)  # of a degree
+PERCENT = ("%", 1)
+RADIANS = DIGITS.divide(PI, 180)  # of a degree
+CONSTANTS = {"π": PI, "e": E, "i": 1j, "∞": complex(math.inf)}
 
 
 def exact(*numbers):
     return all(isinstance(x, Fraction) for x in numbers)
 
 
+def same_type(x, y):
+    """Two numbers, not both Fractions, as Decimals or, where one is complex, both complex."""
+    if isinstance(x, complex) or isinstance(y, complex):
+        return complex(x), complex(y)
+    return [Decimal(z.numerator) / z.denominator if exact(z) else z for z in (x, y)]
+
+
 def bounded(x):
     """x, unless it is too large to go on with, or out of the range of floats."""
-    if exact(x):
-        too_large = x.numerator.bit_length() > MAX_BITS or x.denominator.bit_length() > MAX_BITS // 4
-    else:
-        too_large = not 1e-290 < abs(x) < 1e290
-    if too_large:
-        raise OverflowError("a number too large or too small")
+    if exact(x) and max(x.numerator.bit_length(), 2 * x.denominator.bit_length()) > MAX_BITS:
+        raise OverflowError("a number too large")
+    if isinstance(x, complex) and not 1e-290 < abs(x) < 1e290:
+        raise OverflowError("a number out of the range of floats")
     return x
 
 
 def add(x, y):
     if exact(x, y):
         return bounded(x + y)
-    total = complex(x) + complex(y)
-    return Fraction(0) if abs(total) < 1e-13 * max(abs(x), abs(y)) else bounded(total)
+    x, y = same_type(x, y)
+    return Fraction(0) if abs(x + y) < max(abs(x), abs(y)) * rounding(x) else bounded(x + y)
 
 
 def multiply(x, y):
     if x == 0 or y == 0:
         return Fraction(0)
-    return bounded(x * y if exact(x, y) else complex(x) * complex(y))
+    if not exact(x, y):
+        x, y = same_type(x, y)
+    return bounded(x * y)
 
 
 def divide(x, y):
     return multiply(x, 1 / y)
+
+
+def rounding(x):
+    """What errors of rounding may add up to, relative to x."""
+    return 1e-13 if isinstance(x, complex) else Decimal("1e-40")
 
 
 def power(x, y):
@@ -252,10 +277,11 @@ def power(x, y):
         return multiply(Fraction((-1) ** y.numerator), power(-x, y))
     root = exact_root(x, y.denominator) if exact(x, y) else None
     if root is None:
-        return bounded(complex(x) ** complex(y))
+        x, y = same_type(x, y)
+        return bounded(x**y if isinstance(x, complex) or x > 0 or y == int(y) else complex(x) ** complex(y))
     if abs(y.numerator) * (max(abs(root.numerator), root.denominator).bit_length() - 1) > MAX_BITS:
-        raise OverflowError("a power too large")
-    return bounded(root**y.numerator)
+        return power(root, same_type(y, E)[0])
+    return root**y.numerator
 
 
 def exact_root(x, q):
@@ -267,18 +293,15 @@ def exact_root(x, q):
 
 
 def logarithm(x):
-    if x == 1:
-        return Fraction(0)
-    if exact(x) and x > 0:  # also of what no float can hold
-        return complex(math.log(x.numerator) - math.log(x.denominator))
-    return cmath.log(x)
+    return cmath.log(x) if isinstance(x, complex) or x < 0 else same_type(x, E)[0].ln()
 
 
 def trigonometric(function):
     """The function with its zeros and poles, which rounding would miss."""
 
     def value(x):
-        y = function(complex(x))
+        x = complex(x)
+        y = function(x)
         if abs(y) > 1e13:
             raise ZeroDivisionError
         return Fraction(0) if abs(y) < 1e-15 * max(1, abs(x)) and abs(x) > 1e-3 else y
@@ -286,8 +309,12 @@ def trigonometric(function):
     return value
 
 
+def absolute(x):
+    return complex(abs(x)) if isinstance(x, complex) else abs(x)
+
+
 def is_real(x):
-    return exact(x) or abs(x.imag) <= 1e-12 * abs(x)
+    return not isinstance(x, complex) or abs(x.imag) <= 1e-12 * abs(x)
 
 
 def floor(x):
@@ -301,7 +328,7 @@ def floor(x):
 def factorial(n):
     """n!; between the integers, where variables are, it is Euler's gamma(n + 1)."""
     if not exact(n) or n.denominator > 1:
-        return complex(math.gamma(n.real + 1))
+        return complex(math.gamma(float(n.real) + 1))
     if n > MAX_FACTORIAL:
         raise OverflowError("a factorial too large")
     return bounded(Fraction(math.factorial(int(n))))
@@ -311,12 +338,16 @@ def binomial(n, k):
     """n (n - 1) ... (n - k + 1) / k!, with gamma where k is no small integer."""
     if exact(n, k) and k.denominator == 1 and 0 <= k <= 100:
         return bounded(math.prod((n - i for i in range(int(k))), start=Fraction(1)) / math.factorial(int(k)))
-    return divide(factorial(n), multiply(factorial(k), factorial(n - k)))
+    return divide(factorial(n), multiply(factorial(k), factorial(add(n, -k))))
 
 
 def close(x, y):
-    """Whether two numbers are the same, to 13 digits where one is not exact."""
-    return x == y or not exact(x, y) and abs(complex(x) - complex(y)) < 1e-13 * min(abs(x), abs(y))
+    """Whether two numbers are the same, but for rounding where one is not exact."""
+    if exact(x, y) or x == y:
+        return x == y
+    x, y = same_type(x, y)
+    least = 1e-15 if isinstance(x, complex) else 0  # 1 - cos^2 x may have lost all digits but those
+    return abs(x - y) < max(min(abs(x), abs(y)) * rounding(x), least)
 
 
 # An expression in variables has one value at each of POINTS points: small and large ones of both signs, integers and
@@ -328,16 +359,14 @@ def close(x, y):
 def values_of_name(name):
     """A constant's value, or a variable's at every point, the same in every run."""
     if name in CONSTANTS:
-        return (complex(CONSTANTS[name]),)
+        return (CONSTANTS[name],)
+    draw = random.Random(f"draw {name}")
     values = []
-    first = zlib.crc32(name.encode(errors="replace"))
-    for point in range(first, first + POINTS):
-        draw = zlib.crc32(f"{name} {point}".encode(errors="replace"))
-        near = draw % 12 + 2
-        far = (draw % 900 + 14) * (1 if draw % 2 else -1)
-        odd = draw // 12 % 32 * 2 + 1
-        kinds = [near, -near, far, Fraction(odd, 64), Fraction(-odd, 16), Fraction(odd + 8, 8)]
-        values.append(Fraction(kinds[point % len(kinds)]))
+    for i in range(POINTS // 4):  # of each size as many below 0 as above, of small integers as many even as odd
+        fractions = [Fraction(draw.randrange(1, 64, 2), 64), 1 + Fraction(draw.randrange(1, 64, 2), 8)]
+        sizes = [Fraction(2 * draw.randint(1, 6) + i // 2 % 2), Fraction(draw.randint(14, 10 ** (3 + i // 2 * 4))), *fractions]
+        values += [size if i % 2 else -size for size in sizes]
+    draw.shuffle(values)
     return tuple(values)
 
 
@@ -361,7 +390,8 @@ def value_at(function, xs, variable):
     """function(*xs), None where it has no value. That of an expression with variables is real unless i occurs in it:
     the root of -x has no value at x = 2."""
     try:
-        value = None if None in xs else function(*xs)
+        with decimal.localcontext(DIGITS):
+            value = None if None in xs else function(*xs)
         left_the_reals = variable and value is not None and not is_real(value) and all(map(is_real, xs))
         return None if left_the_reals else value
     except (ArithmeticError, ValueError):
@@ -374,7 +404,7 @@ def broadcast(*columns):
 
 
 def scaled(values, factor):
-    return tuple(None if x is None else x * factor for x in values)
+    return tuple(value_at(multiply, (x, factor), False) for x in values)
 
 
 # 2c. Tokens: pairs (kind, text); the kind is number, name, text, function, base or op.
@@ -388,8 +418,8 @@ TRIGONOMETRIC = {
 FUNCTIONS = {name: trigonometric(function) for name, function in TRIGONOMETRIC.items()} | {
     "arcsin": cmath.asin, "arccos": cmath.acos, "arctan": cmath.atan, "arccot": lambda x: cmath.atan(1 / x),
     "arcsec": lambda x: cmath.acos(1 / x), "arccsc": lambda x: cmath.asin(1 / x), "sinh": cmath.sinh,
-    "cosh": cmath.cosh, "tanh": cmath.tanh, "exp": lambda x: bounded(cmath.exp(x)), "ln": logarithm,
-    "log": logarithm, "lg": lambda x: divide(logarithm(x), complex(math.log(10))),
+    "cosh": cmath.cosh, "tanh": cmath.tanh, "exp": lambda x: power(E, x), "ln": logarithm,
+    "log": logarithm, "lg": lambda x: divide(logarithm(x), logarithm(Fraction(10))),
 }
 WORDS = {"sqrt": ("op", r"\sqrt"), "pi": ("name", "π"), "inf": ("name", "∞"), "infinity": ("name", "∞")}
 WORDS |= {name: ("function", name) for name in FUNCTIONS} | {name: ("name", name) for name in GREEK}
@@ -455,7 +485,7 @@ BINARY = {
     r"\choose": binomial, r"\binom": binomial,
 }
 UNARY = {
-    "!": factorial, "||": abs, r"\lvert\rvert": abs, r"\lfloor\rfloor": floor,
+    "!": factorial, "||": absolute, r"\lvert\rvert": absolute, r"\lfloor\rfloor": floor,
     r"\lceil\rceil": lambda x: -floor(-x),
 }
 # What only names a value, by its tokens (n and N: a small and a capital name, t: text, F: function, d: number): x, AB,
@@ -551,7 +581,7 @@ class Parser:
         if text in CLOSING:
             return self.bracket(text)
         if text in (r"\frac", r"\binom"):
-            return number(BINARY[text], self.argument(), self.argument())
+            return number(BINARY[text], self.operand(), self.operand())
         if text == r"\sqrt":
             index = self.bracket(self.take()) if self.op == "[" else constant(2)
             # \sqrt12 is meant as the root of 12, whatever LaTeX makes of it
@@ -563,22 +593,14 @@ class Parser:
             return ("set", [])
         raise Unreadable(f"cannot read {text!r}" if text else "ends too early")
 
-    def argument(self):
-        r"""Of a command: a group in braces, else one digit (\frac43 is four thirds), letter or command."""
-        kind, text = self.tokens[self.at]
-        if kind == "number" and len(text) > 1 and text.isdigit():
-            self.tokens[self.at] = (kind, text[1:])
-            return constant(text[0])
-        return self.operand()
-
     def text(self, text):
         """A currency before its number, or words."""
         if unit_name(text) in ("dollar", "euro", "pound") and (self.kind == "number" or self.op is not None):
             return number(lambda x: x, self.expression(SIGN), units={(unit_name(text), 1)})
-        words = [text.casefold()]
+        words = [text]
         while self.kind == "text":
-            words.append(self.take().casefold())
-        return ("word", " ".join(words))
+            words.append(self.take())
+        return ("word", " ".join(map(fold, words)))
 
     def bracket(self, opening):
         """A group, tuple, set, matrix or function of brackets. |x| closes at the next bar: |x|y|z| is a product."""
@@ -603,13 +625,13 @@ class Parser:
     def function(self, name):
         r"""\sin x, \sin(x), \sin^2 x, \sin^{-1} x, \log_2 x. Without brackets, \sin 2x y + z is \sin(2xy) + z."""
         # \log without a base is to the base 10 or e, depending on whom one asks: to an unknown one, a variable
-        base = number(abs, Number(values_of_name(r"\log")))
+        base = number(absolute, Number(values_of_name(r"\log")))
         exponent = constant(1)
         if self.kind == "base" or self.op == "_":
-            base = constant(self.take()) if self.kind == "base" else self.take() and self.argument()
+            base = constant(self.take()) if self.kind == "base" else self.take() and self.operand()
         if self.op == "^":
             self.take()
-            exponent = self.argument()
+            exponent = self.operand()
         if exponent == constant(-1) and "arc" + name in FUNCTIONS:  # not 1/sin
             name = "arc" + name
             exponent = constant(1)
@@ -629,7 +651,7 @@ class Parser:
         if operator in UNARY:
             return number(UNARY[operator], value)
         if operator == "%":
-            return number(lambda x: x * self.percent, value)
+            return number(multiply, value, constant(self.percent), units={PERCENT})
         return number(lambda x: x, value, units={DEGREE if operator == "°" else ("base", int(text))})
 
     def unit(self, value):
@@ -643,7 +665,7 @@ class Parser:
             exponent = Fraction(1)
             if self.op == "^":
                 self.take()
-                (exponent,) = self.argument().values
+                (exponent,) = number(lambda x: x, self.operand()).values
             if name in SCALES:
                 value = times(value, constant(SCALES[name]))
             else:
@@ -665,8 +687,8 @@ class Parser:
         return [2 if NAMED.fullmatch(mark) else 1 if MEANT.fullmatch(mark) else 0 for mark in marks]
 
 
-def constant(text):
-    return Number((Fraction(text),))
+def constant(x):
+    return Number((Fraction(x) if isinstance(x, (str, int)) else x,))
 
 
 def times(a, b):
@@ -703,11 +725,18 @@ def gather(kind, items):
     return members[0] if len(members) == 1 else (kind, members)
 
 
+def fold(word):
+    """A word without its case, but for ABC."""
+    return word if word.isupper() and len(word) < 4 and word.casefold() not in ORDINARY else word.casefold()
+
+
 def unit_name(word):
     """The name of a unit in any spelling: km and kilometres are kilometer. Other words lose case and plural."""
     lower = word.casefold().replace(".", "")
+    if word in UNITS or lower in UNITS and len(lower) < 4:  # Mg is not mg
+        return UNITS.get(word, word)
     singular = lower[:-1] if len(lower) > 3 and lower.endswith("s") else lower
-    return UNITS.get(word) or UNITS.get(lower) or UNITS.get(singular) or singular
+    return UNITS.get(lower) or UNITS.get(singular, singular)
 
 
 # 2e. The comparison
@@ -737,7 +766,7 @@ def same_number(a, b):
     """Units that one side drops do not count. Beside a number without a unit, 90° is 90 and π/2."""
     if not (a.units <= b.units or b.units <= a.units):
         return False
-    degrees = [scaled(x.values, RADIANS if DEGREE in x.units else 1) for x in (a, b)]
+    degrees = [scaled(x.values, RADIANS if DEGREE in x.units else Fraction(1)) for x in (a, b)]
     return agree(a.values, b.values) or a.units ^ b.units == {DEGREE} and agree(*degrees)
 
 
@@ -795,23 +824,23 @@ def statements(signs, members):
         first = next((x for x in values if x), None)
         if first is None or all(x is None or close(x, first) for x in values):
             raise Unreadable("a relation without a variable")
-        said.append(("tuple", sign, [Number(scaled(values, 1 / (abs(first) if "<" in sign else first)))]))
+        first = constant(first) if "=" == sign else number(absolute, constant(first))
+        said.append(("tuple", sign, [number(divide, Number(values), first)]))
     return said
 
 
 @lru_cache(maxsize=1024)  # of hostile answers, each may hold a hundred kilobytes
 def read(text, percent=Fraction(1, 100)):
     """The value of a plain text; raises Unreadable. With a ± it is the list of both values."""
-    words = " ".join(text.replace('"', " ").casefold().split())
-    if re.fullmatch(r"[a-z' -]*[a-z]{3}[a-z' -]*", words) and not {*words.split()} & {*WORDS}:
-        if '"' in text or re.search("[a-z]{4}", words) or words in ORDINARY:
-            return ("word", words)
+    words = " ".join(map(fold, text.replace('"', " ").split()))
+    if re.fullmatch(r"""(?:"[^"]{2,}"|[\s'-])+""", text):
+        return ("word", words)
     try:
         if not re.search("[±∓]", text):
             return whole(text, percent)
         upper, lower = (whole(text.translate(dict(zip(map(ord, "±∓"), signs))), percent) for signs in ("+-", "-+"))
     except (ArithmeticError, ValueError, RecursionError) as error:
-        if re.fullmatch(r"[a-z0-9][a-z0-9 .,:;'?!&-]*", words) and re.search("[a-z]{2}|:", words):
+        if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 .,:;'?!&-]*", words) and re.search("[a-z]{2}|:", words):
             return ("word", words)  # a sentence, a name with a number
         raise Unreadable(str(error)) from None
     # both values; of two lists or sets, what is the same in the same place stands once
