@@ -1,6 +1,5 @@
 """Rewards."""
 
-import cmath
 import decimal
 import hashlib
 import http.client
@@ -54,10 +53,10 @@ def extract_answer(text):
     return answer.strip() or None
 
 
-# 2. The same answer: LaTeX -> plain text -> tokens -> values ----------------------------------------------------------
-# A model writes whatever it likes, and a reward must neither hang nor raise on it: characters, items, bits and nesting
-# (by Python's limit of 1000 frames, some 80 brackets) are bounded. An answer beyond a bound, outside the grammar or
-# without a value equals only an answer of the same plain text.
+# 2. The same answer: LaTeX -> plain text -> tokens -> values ------------------------------------------------
+# A model writes whatever it likes, and a reward must neither hang nor raise: characters, items, bits and
+# nesting (by Python's limit of 1000 frames, some 80 brackets) are bounded. An answer beyond a bound, outside
+# the grammar or without a value equals only an answer of the same plain text.
 
 MAX_CHARS = 1000  # the longest reference answers in use have some 150
 MAX_ITEMS = 100  # of a list, set or matrix: comparing sets is quadratic
@@ -68,95 +67,74 @@ ENOUGH = 3  # points at which both must have a value
 
 
 class Unreadable(ValueError):
-    """An answer outside the grammar, beyond a bound, or without a value."""
+    """An answer outside the grammar or beyond a bound."""
 
 
 # 2a. To plain text, by one table of rewrites. "..." is text, `;;` ends a row of a matrix.
 
 TEXT = r"\\(?:text(?:bf|it|rm|sf|tt|up|normal)?|mathrm|mathsf|[hm]box|emph|operatorname\*?)\s*\{([^{}]*)\}"
-LOOK = r"""boldsymbol mathbf mathit bm pmb boxed fbox framebox underline displaystyle textstyle scriptstyle limits bf it
-    rm sf tt em bfseries boldmath tiny scriptsize footnotesize small normalsize large Large LARGE huge Huge left right
-    [bB]igg?[lrm]? q?quad thinspace enspace vec text(?:bf|it|rm|sf|tt|up|normal)? mathrm mathsf [hm]box emph""".split()
+LOOK = r"""boldsymbol mathbf mathit bm pmb boxed fbox framebox underline displaystyle textstyle scriptstyle limits
+    bf it rm sf tt em bfseries boldmath tiny scriptsize footnotesize small normalsize large Large LARGE huge Huge
+    left right [bB]igg?[lrm]? q?quad thinspace enspace vec text(?:bf|it|rm|sf|tt|up|normal)? mathrm mathsf
+    [hm]box emph""".split()
 SPELLINGS = {
     "*": r"\cdot \times \ast · × ⋅ ∗", "/": r"\div ÷ ⁄", "-": "− – —", "±": r"\pm", "∓": r"\mp", "%": r"\%",
     "<": r"\lt", "<=": r"\le \leq \leqslant ≤", ">": r"\gt", ">=": r"\ge \geq \geqslant ≥", "!=": r"\ne \neq ≠",
     "∈": r"\in", "∪": r"\cup", "∅": r"\emptyset \varnothing", "∞": r"\infty", "π": r"\pi", "°": r"\degree",
-    "(": r"\langle \lparen ⟨", ")": r"\rangle \rparen ⟩", r"\{": r"\lbrace", r"\}": r"\rbrace", "|": r"\vert \mid",
-    "[": r"\lbrack", "]": r"\rbrack", ":": r"\colon ∶", r"\frac": r"\dfrac \tfrac \cfrac \sfrac \nicefrac",
-    r"\sqrt": "√", r"\binom": r"\dbinom \tbinom", r"\lfloor": "⌊", r"\rfloor": "⌋", r"\lceil": "⌈", r"\rceil": "⌉",
-    "^": "**", '"dollar"': r"\$", '"euro"': "€", '"pound sterling"': r"£ \pounds", '"cent"': "¢",
+    "(": r"\langle \lparen ⟨", ")": r"\rangle \rparen ⟩", r"\{": r"\lbrace", r"\}": r"\rbrace",
+    "|": r"\vert \mid", "[": r"\lbrack", "]": r"\rbrack", ":": r"\colon ∶", r"\sqrt": "√", "^": "**",
+    r"\frac": r"\dfrac \tfrac \cfrac \sfrac \nicefrac", r"\binom": r"\dbinom \tbinom", r"\lfloor": "⌊",
+    r"\rfloor": "⌋", r"\lceil": "⌈", r"\rceil": "⌉", '"dollar"': r"\$", '"euro"': "€", '"sterling"': "£",
+    '"cent"': "¢",
 }
 SPELLING = {other: one for one, others in SPELLINGS.items() for other in others.split()}
-NUMERALS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
-    seventeen eighteen nineteen""".split()
-TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-NUMERAL = rf"(?i:\b(?:(?:{'|'.join(TENS)})(?:[ -](?:{'|'.join(NUMERALS[1:10])}))?|{'|'.join(NUMERALS)})\b)"
-UNITS = """millimeter mm millimetre; centimeter cm centimetre; decimeter dm; meter m metre; kilometer km kilometre;
-    micrometer μm um; nanometer nm; milligram mg; gram g; kilogram kg; ton tonne; millisecond ms; second s sec; minute min;
-    hour h hr; day; week; month; year yr; milliliter mL ml; liter L l litre; gallon gal; inch in inches; foot ft feet;
-    yard yd; mile mi; pound lb; ounce oz; hertz Hz; kilohertz kHz; megahertz MHz; gigahertz GHz; electronvolt eV;
-    kiloelectronvolt keV; megaelectronvolt MeV; gigaelectronvolt GeV; joule J; kilojoule kJ; newton N; watt W; kilowatt kW;
-    pascal Pa; kilopascal kPa; volt V; ampere A; mole mol; kelvin K; radian rad; degree °; cent; dollar usd; euro; sterling"""
+UNITS = """millimeter mm millimetre; centimeter cm centimetre; meter m metre; kilometer km kilometre; nanometer nm;
+    milligram mg; gram g; kilogram kg; ton tonne; second s sec; minute min; hour h hr; day; week; month; year yr;
+    milliliter mL ml; liter L l litre; gallon gal; inch in inches; foot ft feet; yard yd; mile mi; pound lb; ounce oz;
+    hertz Hz; kilohertz kHz; megahertz MHz; electronvolt eV; kiloelectronvolt keV; megaelectronvolt MeV; joule J;
+    kilojoule kJ; newton N; watt W; kilowatt kW; pascal Pa; volt V; ampere A; mole mol; kelvin K; radian rad; degree °;
+    cent; dollar usd; euro; sterling"""
 UNITS = {spelling: line.split()[0] for line in UNITS.split(";") for spelling in line.split()}
 UNIT = "|".join(sorted(UNITS, key=len, reverse=True))
 SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
 ORDINARY = {"yes", "no", "not", "odd", "even", "true", "false", "none", "all", "any", "per"}  # words in any case
 
 
-def _numeral(match):
-    """Twenty-one as 21."""
-    words = re.split("[ -]", match[0].lower())
-    return str(sum(20 + 10 * TENS.index(word) if word in TENS else NUMERALS.index(word) for word in words))
-
-
 def _text(match):
-    r"""The content of \text{}: mathematics if it holds a digit, a command or no letter but one in brackets, as in (C)."""
+    r"""The content of \text{}: mathematics if it holds a digit, a command, or only one letter in brackets."""
     content = match[1].strip()
-    letters = len(content.strip(" ().,"))
-    return f" {content} " if re.search(r"[0-9$\\]|^\W*$|^\(.\)$", content) or not letters else f' "{content}" '
-
-
-def _repeating_decimal(match):
-    r"""0.1\overline{6} as (1/6), and 0.1666... too: what its end repeats, three digits of it at least, goes on."""
-    digits = match[1]
-    cycle = match[2] or match[3] if match.lastindex > 1 else ""
-    if not cycle:
-        found = re.fullmatch(r"([0-9]*\.[0-9]*?)(?=[0-9]{3})([0-9]+?)\2+", digits)
-        if not found:
-            return match[0]
-        digits, cycle = found.groups()
-    decimals = len(digits.partition(".")[2])
-    value = Fraction(f"0{digits}0") + Fraction(int(cycle), (10 ** len(cycle) - 1) * 10**decimals)
-    return f"({value.numerator}/{value.denominator})"
+    formula = re.search(r"[0-9$\\]|^\W*$|^\(.\)$", content)
+    return f" {content} " if formula else f' "{content}" '
 
 
 def _words(match):
-    """Quoted text with each word in quotes of its own, and words of four letters or more with a small vowel in quotes, too;
-    other letters are products, and commands stay."""
+    """Quotes around each word: of a quoted text, and around letters if they are a word, which is to say four or
+    more with a small vowel. Other letters are products of variables; commands stay."""
     text = match[1]
-    if text is None:
-        word = match[0]
-        is_word = re.fullmatch(r"[A-Za-z]*[aeiouy][A-Za-z]*", word) and len(word) > 3 and word not in WORDS
-        return f'"{word}"' if is_word or word.casefold() in ORDINARY else word
     if text in FUNCTIONS:
         return f"\\{text} "
-    pieces = re.findall(r"°[CF]|[^\W\d_](?:[\w'.-]*[^\W_])?|[0-9]+|[^\s.]", text)
-    return " ".join(f'"{piece}"' if re.search(r"[^\W\d_]", piece) else piece for piece in pieces)
+    if text is not None:
+        pieces = re.findall(r"°[CF]|[^\W\d_](?:[\w'.-]*[^\W_])?|[0-9]+|[^\s.]", text)
+        return " ".join(f'"{piece}"' if re.search(r"[^\W\d_]", piece) else piece for piece in pieces)
+    letters = match[0]
+    is_word = re.fullmatch(r"[A-Za-z]*[aeiouy][A-Za-z]*", letters) and len(letters) > 3 and letters not in WORDS
+    return f'"{letters}"' if is_word or letters.casefold() in ORDINARY else letters
 
 
 REWRITES = [
-    # exponents and fractions of Unicode, full-width digits, quotation marks, rows of a matrix, marks around the answer
+    # exponents and fractions of Unicode, full-width digits, quotation marks, rows of a matrix
     (r"[⁰¹²³⁴-⁹⁻]+", lambda m: f"^{{{unicodedata.normalize('NFKC', m[0])}}}"),
     (r"[¼-¾⅐-⅞]", lambda m: " " + unicodedata.normalize("NFKC", m[0])),
     (r"[^\x00-\x7f]+", lambda m: unicodedata.normalize("NFKC", m[0])),
     (r'["“”]', ""),
     (r"\\\\(?:\s*\[[^\]]*\])?|\\(?:cr|tabularnewline)(?![A-Za-z])", ";;"),
+    # marks around the answer
     (r"^[\s$]*(\*\*?|__|`+)(.*)\1[\s$]*$", r"\2"),
-    (r"\\mathbb\s*(?:R|\{\s*R\s*\})", r"(-\\infty,\\infty)"),
+    (r"\\[()\[\]]|(?<!\\)\$", " "),
     # a segment has two ends in any order; the names of angles, vectors and arcs go by the order of their letters
     (r"\\overline\s*\{([A-Z]{2})\}", r" \1 "),
     (r"\\(angle|triangle|overrightarrow|vec|widehat)\s*\{?\s*([A-Z]{2,4})\b\s*\}?", r" N_{\1\2} "),
-    (r"\\[()\[\]]|(?<!\\)\$", " "),
+    (r"\\mathbb\s*(?:R|\{\s*R\s*\})", r"(-\\infty,\\infty)"),
     # thousands: any separator but a bare comma, which may separate items as well
     (r"(?<![0-9._^])([1-9][0-9]{0,2}(?:(?:,\s*\\!\s*|\{,\}|\\[, ]|\\thinspace |~|_)[0-9]{3})+)(?![0-9])",
      lambda m: re.sub("[^0-9]", "", m[1])),
@@ -165,19 +143,14 @@ REWRITES = [
     (r"\\(begin|end)\s*\{(?:[bp]?matrix|smallmatrix|array)\*?\}(?:\{[lcr|\s]*\})?", r"\\\1 "),
     (r"\\[hv]space\*?\s*\{[^{}]*\}|\\(?:text)?color\s*\{[^{}]*\}|\\[,;:!> ]|~|\\\Z|\\(?:left|right)\s*\.", " "),
     (r"\\(l|r)(?:eft|ight)\s*(?:\||\\vert(?![A-Za-z]))", r" \\\1vert "),
-    # numerals; text, where a lone e, i or d is mathematics however it is set
-    (NUMERAL, _numeral),
+    # text, where a lone e, i or d is mathematics however it is set
     (r"\\(?:mathrm|text|textrm|operatorname)\s*\{\s*([eid])\s*\}", r" \1 "),
     *3 * [(TEXT, _text)],
     (rf"\\(?:{'|'.join(LOOK)})(?![A-Za-z])", " "),
-    # decimals that repeat, mixed numbers, ordinals, times
-    (r"([0-9]*\.[0-9]*)\\(?:overline|bar|dot)\s*(?:\{([0-9]+)\}|([0-9]))(?![0-9])", _repeating_decimal),
-    (r"([0-9]*\.[0-9]+)\s*(?:\.\.\.|\\[lc]?dots)", _repeating_decimal),
-    (r"(?<![0-9.,^_/])([0-9]+)\s+([0-9]+)/([0-9]+)(?![0-9.])", r"(\1+\2/\3)"),
+    # fractions without braces, mixed numbers, times of day
     (r"\\([dtc]?frac|[dt]?binom)\s*([0-9])\s*([0-9])(?![0-9])", r"\\\1{\2}{\3}"),
-    (r"(?<![A-Za-z0-9.,^_/])([0-9]+)\s*\\[dtc]?frac\s*\{?\s*([0-9]+?)\s*\}?\s*\{?\s*([0-9]+)\s*\}?", r"(\1+\2/\3)"),
-    (r'([0-9])\s*(?:\^\s*\{?\s*"?|")(?:st|nd|rd|th)"?\s*\}?(?![A-Za-z])', r"\1 "),
-    (r"\b([0-9]*(?:1(?=st)|2(?=nd)|3(?=rd)|[0-9](?=th)))[a-z]{2}\b", r"\1 "),
+    (r"(?<![0-9.,^_/])([0-9]+)\s+([0-9]+)/([0-9]+)(?![0-9.])", r"(\1+\2/\3)"),
+    (r"(?<![A-Za-z0-9.,^_/])([0-9]+)\s*\\[dtc]?frac\s*\{?\s*([0-9]+)\s*\}\s*\{?\s*([0-9]+)\s*\}?", r"(\1+\2/\3)"),
     (r'(?i)(?<=[0-9])\s+"?([ap])\.?\s?m\b\.?"?|(?<=[0-9])"?([ap])\.\s?m\.?"?', r' "\1\2m" '),
     # signs, and words in their place
     (r"\\[A-Za-z]+|\\[%$]|[^\x00-\x7f]|\*\*", lambda m: SPELLING.get(m[0], m[0])),
@@ -186,102 +159,84 @@ REWRITES = [
     (r'"(?:percent|per cent)"|(?<![A-Za-z"])percent\b', "%"),
     (r'"\s*(?:and|or)\s*"|(?<![A-Za-z"])(?:and|or)\b(?![A-Za-z"])', ","),
     (r"\\log\s*_\s*([0-9])", r"\\log_{\1}"),  # \log_23 is log 3 to the base 2
-    # words and units: 5cm is a length, 5mg a product and 5 mg a mass, 5 m a product and 5 m/s a speed
+    # units: $5 is 5 dollars, 5cm is a length, 5mg a product and 5 mg a mass, 5 m a product and 5 m/s a speed
+    (r'"(dollar|euro|sterling)"\s*([0-9][0-9.,]*)', r'\2 "\1" '),
     (r'(?<=[0-9)}])\s*"?([kM]?)"?\s*\\Omega', r' "\1ohm" '),
-    (r"\b(?:mph|kph|kmph)\b", lambda m: {"mph": "mi/h"}.get(m[0], "km/h")),
+    (r"\b(mph|kph|kmph)\b", lambda m: {"mph": "mi/h"}.get(m[0], "km/h")),
     (r'(?<=[0-9)}])\s*(mm|cm|km|kg|ft|lb|oz)(?![A-Za-z])', r' "\1"'),
     (rf'(?<=[0-9)}}])\s+((?:{UNIT})(?<=[A-Za-z]{{2}}))(?![A-Za-z])', r' "\1"'),
     (rf"(?<=[0-9)}}])\s+({UNIT})(?=/(?:{UNIT})(?:\^\{{?[0-9]\}}?)?\s*$)", r' "\1"'),
     (rf'"/({UNIT})(?![A-Za-z])', r'"/"\1"'),
+    # words
     (r'"([^"]*)"|\\?[A-Za-z]+', _words),
-    (r'"(?:square|sq)" "(\w+)"', r'"\1"^2'), (r'"cubic" "(\w+)"', r'"\1"^3'), (r'"(\w+)" "squared"', r'"\1"^2'),
+    (r'"(?:square|sq)" "(\w+)"|"(\w+)" "squared"', r'"\1\2"^2'),
+    (r'"cubic" "(\w+)"|"(\w+)" "cubed"', r'"\1\2"^3'),
     (r'\s*"per"\s*', "/"),
     (r'(?<=["0-9])\s+"(?:a|an|the|of|in(?=" ")|each|total)"', ""),
-    (r"^[\s,]+|(?:[\s.,;:]|;;)+$", ""),
+    (r"^[\s,]+|(?:[\s,;:]|(?<!\.)\.|;;)+$", ""),
 ]
 REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in REWRITES]
 
 
 @lru_cache(maxsize=4096)
 def plain(answer):
-    r"""An answer without what only changes its look, in one notation. x ≈ 7.07 says 7.07, but 5\sqrt2 ≈ 7.07 says 5\sqrt2."""
-    exact, *rounded = re.split(r"\\approx(?![A-Za-z])|≈", answer)
-    answer = rounded[0] if rounded and re.fullmatch(r"[\s$]*[A-Za-z]?\s*", exact) else exact
+    r"""An answer without what only changes its look, in one notation. 5\sqrt2 ≈ 7.07 says 5\sqrt2, x ≈ 7 says 7."""
+    before, *after = re.split(r"\\approx(?![A-Za-z])|≈", answer)
+    answer = after[0] if after and re.fullmatch(r"[\s$]*[A-Za-z]?\s*", before) else before
     for pattern, replacement in REWRITES:
         answer = pattern.sub(replacement, answer)
     return answer
 
 
-# 2b. Numbers: a Fraction as long as it is rational, a Decimal of 50 digits as long as it is real and no sine, else complex,
-# good to 15 digits. What cancels to less than that is an exact 0: so sin(pi) is 0, and e^{-40} is not. An ArithmeticError
-# or a ValueError stands for no value.
+# 2b. Numbers: a Fraction as long as it is rational, else a Decimal of 50 digits, behind a sine or tangent a float. A sum
+# that cancels to less than its rounding is an exact 0: sqrt(2) - sqrt(2) is 0, and e^{-40} is not. An ArithmeticError
+# or a ValueError stands for no value. There are no complex numbers: i is a variable like any other.
 
-DIGITS = decimal.Context(prec=50, traps=[decimal.InvalidOperation, decimal.DivisionByZero, decimal.Overflow, decimal.Underflow])
+TRAPS = [decimal.InvalidOperation, decimal.DivisionByZero, decimal.Overflow, decimal.Underflow]
+DIGITS = decimal.Context(prec=50, traps=TRAPS)
+ROUNDING = {Fraction: 0, Decimal: Decimal("1e-40"), float: 1e-13}  # what errors may add up to, relative
 PI = Decimal("3.14159265358979323846264338327950288419716939937511")
 E = Decimal("2.71828182845904523536028747135266249775724709369996")
-DEGREE = ("degree", 1)
-PERCENT = ("%", 1)
 RADIANS = DIGITS.divide(PI, 180)  # of a degree
-CONSTANTS = {"π": PI, "e": E, "i": 1j, "∞": complex(math.inf)}
+CONSTANTS = {"π": PI, "e": E, "∞": Decimal("Infinity")}
 
 
-def exact(*numbers):
-    return all(isinstance(x, Fraction) for x in numbers)
-
-
-def same_type(x, y):
-    """Two numbers, not both Fractions, as Decimals or, where one is complex, both complex."""
-    if isinstance(x, complex) or isinstance(y, complex):
-        return complex(x), complex(y)
-    return [Decimal(z.numerator) / z.denominator if exact(z) else z for z in (x, y)]
-
-
-def bounded(x):
-    """x, unless it is too large to go on with, or out of the range of floats."""
-    if exact(x) and max(x.numerator.bit_length(), 2 * x.denominator.bit_length()) > MAX_BITS:
-        raise OverflowError("a number too large")
-    if isinstance(x, complex) and not 1e-290 < abs(x) < 1e290:
-        raise OverflowError("a number out of the range of floats")
-    return x
+def alike(x, y):
+    """Two numbers in the less exact of their types."""
+    if type(x) is type(y):
+        return x, y
+    if float in (type(x), type(y)):
+        return float(x), float(y)
+    return [Decimal(z.numerator) / z.denominator if type(z) is Fraction else z for z in (x, y)]
 
 
 def add(x, y):
-    if exact(x, y):
-        return bounded(x + y)
-    x, y = same_type(x, y)
-    return Fraction(0) if abs(x + y) < max(abs(x), abs(y)) * rounding(x) else bounded(x + y)
+    x, y = alike(x, y)
+    lost = abs(x + y) < max(abs(x), abs(y)) * ROUNDING[type(x)]
+    return Fraction(0) if lost else x + y
 
 
 def multiply(x, y):
-    if x == 0 or y == 0:
-        return Fraction(0)
-    if not exact(x, y):
-        x, y = same_type(x, y)
-    return bounded(x * y)
+    x, y = alike(x, y)
+    return x * y
 
 
 def divide(x, y):
     return multiply(x, 1 / y)
 
 
-def rounding(x):
-    """What errors of rounding may add up to, relative to x."""
-    return 1e-13 if isinstance(x, complex) else Decimal("1e-40")
-
-
 def power(x, y):
     """x ** y, exact where it is rational; an odd root of a negative number is the real one."""
-    if x == 0:
-        return Fraction(y == 0) if y == 0 or is_real(y) and y.real > 0 else 1 / x
-    if exact(y) and y.denominator % 2 and y.denominator > 1 and is_real(x) and x.real < 0:
-        return multiply(Fraction((-1) ** y.numerator), power(-x, y))
-    root = exact_root(x, y.denominator) if exact(x, y) else None
-    if root is None:
-        x, y = same_type(x, y)
-        return bounded(x**y if isinstance(x, complex) or x > 0 or y == int(y) else complex(x) ** complex(y))
-    if abs(y.numerator) * (max(abs(root.numerator), root.denominator).bit_length() - 1) > MAX_BITS:
-        return power(root, same_type(y, E)[0])
-    return root**y.numerator
+    p, q = (y.numerator, y.denominator) if type(y) is Fraction else (0, 0)
+    if x < 0 and q > 1 and q % 2:
+        return (-1) ** p * power(-x, y)
+    root = exact_root(x, q) if q and type(x) is Fraction else None
+    if root is not None:
+        if abs(p) * max(abs(root.numerator), root.denominator).bit_length() > 2 * MAX_BITS:
+            raise OverflowError
+        return root**p
+    x, y = alike(alike(x, E)[0], y)
+    return math.pow(x, y) if type(x) is float else x**y
 
 
 def exact_root(x, q):
@@ -293,109 +248,75 @@ def exact_root(x, q):
 
 
 def logarithm(x):
-    return cmath.log(x) if isinstance(x, complex) or x < 0 else same_type(x, E)[0].ln()
+    return alike(x, E)[0].ln() if type(x) is not float else math.log(x)
 
 
-def trigonometric(function):
-    """The function with its zeros and poles, which rounding would miss."""
-
-    def value(x):
-        x = complex(x)
-        y = function(x)
-        if abs(y) > 1e13:
-            raise ZeroDivisionError
-        return Fraction(0) if abs(y) < 1e-15 * max(1, abs(x)) and abs(x) > 1e-3 else y
-
-    return value
-
-
-def absolute(x):
-    return complex(abs(x)) if isinstance(x, complex) else abs(x)
-
-
-def is_real(x):
-    return not isinstance(x, complex) or abs(x.imag) <= 1e-12 * abs(x)
+FUNCTIONS = {
+    "sin": math.sin, "cos": math.cos, "tan": math.tan, "cot": lambda x: 1 / math.tan(x), "arcsin": math.asin,
+    "sec": lambda x: 1 / math.cos(x), "csc": lambda x: 1 / math.sin(x), "arccos": math.acos, "arctan": math.atan,
+    "sinh": math.sinh, "cosh": math.cosh, "exp": lambda x: power(E, x), "ln": logarithm, "log": logarithm,
+    "lg": lambda x: divide(logarithm(x), logarithm(Fraction(10))),
+}
 
 
 def floor(x):
     """Of a number that is nearly an integer: that integer, which rounding may have missed."""
-    if not is_real(x):
-        raise ValueError("not real")
-    nearest = round(x.real)
-    return Fraction(nearest if not exact(x) and abs(x - nearest) <= 1e-9 else math.floor(x.real))
+    nearly = type(x) is not Fraction and abs(x - round(x)) < 1e-9
+    return Fraction(round(x) if nearly else math.floor(x))
 
 
 def factorial(n):
-    """n!; between the integers, where variables are, it is Euler's gamma(n + 1)."""
-    if not exact(n) or n.denominator > 1:
-        return complex(math.gamma(float(n.real) + 1))
-    if n > MAX_FACTORIAL:
-        raise OverflowError("a factorial too large")
-    return bounded(Fraction(math.factorial(int(n))))
+    if n > MAX_FACTORIAL or n != int(n):
+        raise ValueError
+    return Fraction(math.factorial(int(n)))
 
 
 def binomial(n, k):
-    """n (n - 1) ... (n - k + 1) / k!, with gamma where k is no small integer."""
-    if exact(n, k) and k.denominator == 1 and 0 <= k <= 100:
-        return bounded(math.prod((n - i for i in range(int(k))), start=Fraction(1)) / math.factorial(int(k)))
-    return divide(factorial(n), multiply(factorial(k), factorial(add(n, -k))))
+    """n (n - 1) ... (n - k + 1) / k!"""
+    if type(n) is Fraction and 0 <= k <= 100 and k == int(k):
+        return math.prod((n - i for i in range(int(k))), start=Fraction(1)) / math.factorial(int(k))
+    return factorial(n) / (factorial(k) * factorial(n - k))
 
 
 def close(x, y):
     """Whether two numbers are the same, but for rounding where one is not exact."""
-    if exact(x, y) or x == y:
-        return x == y
-    x, y = same_type(x, y)
-    least = 1e-15 if isinstance(x, complex) else 0  # 1 - cos^2 x may have lost all digits but those
-    return abs(x - y) < max(min(abs(x), abs(y)) * rounding(x), least)
+    x, y = alike(x, y)
+    least = 1e-15 if type(x) is float else 0  # 1 - cos^2 x may have lost all digits but those
+    return x == y or abs(x - y) < max(min(abs(x), abs(y)) * ROUNDING[type(x)], least)
 
 
-# An expression in variables has one value at each of POINTS points: small and large ones of both signs, integers and
-# fractions. What agrees at all of them is the same but for a chance that can be neglected (Schwartz and Zippel, for
-# polynomials).
-
-
-@lru_cache(maxsize=512)
-def values_of_name(name):
-    """A constant's value, or a variable's at every point, the same in every run."""
-    if name in CONSTANTS:
-        return (CONSTANTS[name],)
-    draw = random.Random(f"draw {name}")
-    values = []
-    for i in range(POINTS // 4):  # of each size as many below 0 as above, of small integers as many even as odd
-        fractions = [Fraction(draw.randrange(1, 64, 2), 64), 1 + Fraction(draw.randrange(1, 64, 2), 8)]
-        sizes = [Fraction(2 * draw.randint(1, 6) + i // 2 % 2), Fraction(draw.randint(14, 10 ** (3 + i // 2 * 4))), *fractions]
-        values += [size if i % 2 else -size for size in sizes]
-    draw.shuffle(values)
-    return tuple(values)
+# An expression in variables has one value at each of POINTS points. What agrees at all of them is the same but for a
+# chance that can be neglected (Schwartz and Zippel, for polynomials).
 
 
 class Number(NamedTuple):
     values: tuple  # one, or where a variable occurs one at each point; None is no value
     units: frozenset = frozenset()  # of pairs: a name and an exponent
+    label: str = ""  # what it is the value of: of x = 5 it is x
+
+
+@lru_cache(maxsize=512)
+def values_of_name(name):
+    """A constant's value, or a variable's at every point, the same in every run: of each size as many below 0 as
+    above, small and large ones, fractions and integers, of these as many even as odd."""
+    if name in CONSTANTS:
+        return (CONSTANTS[name],)
+    draw = random.Random(f"values of {name}")
+    values = []
+    for i in range(POINTS // 4):
+        fractions = [Fraction(draw.randrange(1, 64, 2), 64), 1 + Fraction(draw.randrange(1, 64, 2), 8)]
+        integers = [2 * draw.randint(1, 6) + i // 2 % 2, draw.randint(14, 10 ** (3 + i // 2 * 4))]
+        values += [Fraction(size if i % 2 else -size) for size in fractions + integers]
+    draw.shuffle(values)
+    return tuple(values)
 
 
 def number(function, *operands, units=frozenset()):
     """function of Numbers, at every point."""
     if not all(isinstance(x, Number) for x in operands):
         raise Unreadable("something else stands where a number should")
-    points = list(zip(*broadcast(*(x.values for x in operands))))
-    values = tuple(value_at(function, xs, len(points) > 1) for xs in points)
-    if values == (None,):
-        raise Unreadable("no value, or none that can be computed")
+    values = tuple(value_at(function, xs) for xs in zip(*broadcast(*(x.values for x in operands))))
     return Number(values, frozenset().union(units, *(x.units for x in operands)))
-
-
-def value_at(function, xs, variable):
-    """function(*xs), None where it has no value. That of an expression with variables is real unless i occurs in it:
-    the root of -x has no value at x = 2."""
-    try:
-        with decimal.localcontext(DIGITS):
-            value = None if None in xs else function(*xs)
-        left_the_reals = variable and value is not None and not is_real(value) and all(map(is_real, xs))
-        return None if left_the_reals else value
-    except (ArithmeticError, ValueError):
-        return None
 
 
 def broadcast(*columns):
@@ -403,35 +324,33 @@ def broadcast(*columns):
     return [column * count if len(column) == 1 else column for column in columns]
 
 
-def scaled(values, factor):
-    return tuple(value_at(multiply, (x, factor), False) for x in values)
+def value_at(function, xs):
+    """function(*xs), None where that is too large or has no value: the root of -x at x = 2."""
+    if None in xs:
+        return None
+    try:
+        with decimal.localcontext(DIGITS):
+            value = function(*xs)
+    except (ArithmeticError, ValueError):
+        return None
+    bits = max(value.numerator.bit_length(), 2 * value.denominator.bit_length()) if type(value) is Fraction else 0
+    return value if bits <= MAX_BITS else None
 
 
 # 2c. Tokens: pairs (kind, text); the kind is number, name, text, function, base or op.
 
-GREEK = """alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta kappa lambda mu nu xi rho sigma tau phi varphi
-    chi psi omega Gamma Delta Theta Lambda Sigma Phi Psi Omega ell""".split()
-TRIGONOMETRIC = {
-    "sin": cmath.sin, "cos": cmath.cos, "tan": cmath.tan, "cot": lambda x: 1 / cmath.tan(x),
-    "sec": lambda x: 1 / cmath.cos(x), "csc": lambda x: 1 / cmath.sin(x),
-}
-FUNCTIONS = {name: trigonometric(function) for name, function in TRIGONOMETRIC.items()} | {
-    "arcsin": cmath.asin, "arccos": cmath.acos, "arctan": cmath.atan, "arccot": lambda x: cmath.atan(1 / x),
-    "arcsec": lambda x: cmath.acos(1 / x), "arccsc": lambda x: cmath.asin(1 / x), "sinh": cmath.sinh,
-    "cosh": cmath.cosh, "tanh": cmath.tanh, "exp": lambda x: power(E, x), "ln": logarithm,
-    "log": logarithm, "lg": lambda x: divide(logarithm(x), logarithm(Fraction(10))),
-}
+GREEK = """alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta kappa lambda mu nu xi rho sigma tau
+    phi varphi chi psi omega Gamma Delta Theta Lambda Sigma Phi Psi Omega ell""".split()
 WORDS = {"sqrt": ("op", r"\sqrt"), "pi": ("name", "π"), "inf": ("name", "∞"), "infinity": ("name", "∞")}
 WORDS |= {name: ("function", name) for name in FUNCTIONS} | {name: ("name", name) for name in GREEK}
-
 TOKEN = re.compile(
     r"""(?P<space>\s+)
-       |(?P<digits>[0-9]+(?:,[0-9]+)+(?:\.[0-9]+)?)
+       |(?P<commas>[0-9]+(?:,[0-9]+)+(?:\.[0-9]+)?)
        |(?P<number>[0-9]*\.[0-9]+[eE][+-]?[0-9]{1,3}(?![0-9.^])|[0-9]+(?:[eE][0-9]{1,3}|E[+-][0-9]{1,3})(?![0-9.^])
            |[0-9]+\.?[0-9]*|\.[0-9]+)
        |(?P<name>[A-Za-z]'*_(?:[A-Za-z0-9]|\{[^{}]*\})|[A-Za-z]'+|\\mathbb\s*(?:[A-Z]|\{\s*[A-Z]\s*\}))
-       |"(?P<text>[^"]*)"
        |(?P<base>_(?:[0-9]+|\{\s*[0-9]+\s*\}))
+       |"(?P<text>[^"]*)"
        |(?P<word>[A-Za-zμ]+)
        |(?P<op>\\[A-Za-z]+|\\.|<=|>=|!=|;;|\.\.\.|!!|.)""",
     re.VERBOSE | re.DOTALL,
@@ -446,17 +365,20 @@ def tokenize(text):
         kind = match.lastgroup
         found = match[kind]
         brackets += (found in ("(", "[", r"\{")) - (found in (")", "]", r"\}"))
-        if kind == "digits" and (brackets or not re.fullmatch(r"[1-9][0-9]{0,2}(,[0-9]{3})+(\.[0-9]+)?", found)):
-            # Between brackets a comma separates items: points and intervals are more common there than large numbers.
-            tokens += [pair for digits in found.split(",") for pair in [("op", ","), ("number", digits)]][1:]
-            continue
-        if kind in ("name", "base"):
-            found = re.sub(r'[{}\s"]', "", found).lstrip("_")
-        if kind == "word" and found not in WORDS:
+        if kind == "commas":
+            # Between brackets a comma separates items: points and intervals are more common there than thousands.
+            thousands = not brackets and re.fullmatch(r"[1-9][0-9]{0,2}(,[0-9]{3})+(\.[0-9]+)?", found)
+            parts = [found.replace(",", "")] if thousands else found.split(",")
+            tokens += [token for part in parts for token in [("op", ","), ("number", part)]][1:]
+        elif kind == "word" and found not in WORDS:
             tokens += [("name", letter) for letter in found]
+        elif kind in ("name", "base"):
+            tokens.append((kind, re.sub(r'[{}\s"]', "", found).lstrip("_")))
+        elif kind in ("word", "op"):
+            word = {"π": "pi", "∞": "inf"}.get(found) or found.removeprefix("\\") * (len(found) > 1)
+            tokens.append(WORDS.get(word, ("op", found)))
         elif kind != "space":
-            word = {"π": "pi", "∞": "inf"}.get(found, found.removeprefix("\\") * (found[0] == "\\" or kind == "word"))
-            tokens.append(WORDS.get(word, ("number", found.replace(",", "")) if kind == "digits" else (kind, found)))
+            tokens.append((kind, found))
     return tokens
 
 
@@ -466,7 +388,7 @@ def tokenize(text):
 #     ("list", [value, ...])                   without order, but what is there twice counts twice
 #     ("set", [value, ...])                    without order, each once
 #     ("union", [value, ...])                  of intervals
-#     ("relation", signs, [value, ...], names) names: of each value, whether it only names something, see NAMED
+#     ("equation", [value, ...])               without order
 #     ("word", text)
 
 RELATIONS = ("=", "<", "<=", ">", ">=", "!=", "∈")
@@ -475,33 +397,37 @@ STRENGTH = dict.fromkeys(RELATIONS, 4) | {
     ";;": 1, "&": 2, ",": 3, r"\over": 5, r"\choose": 5, "∪": 6, ":": 7, "+": 8, "-": 8, "": 9, "*": 9, "/": 9,
     "unit": 9, "^": 11, "!": 12, "%": 12, "°": 12, "base": 12,
 }
-SIGN, POSTFIX = 10, 12  # -x^2 is -(x^2), and -2 * 3 is (-2) * 3
+SIGN = 10  # -x^2 is -(x^2), and -2 * 3 is (-2) * 3
 CLOSING = {
     "(": [")", "]"], "[": [")", "]"], "{": ["}"], r"\{": [r"\}"], "|": ["|"], r"\lvert": [r"\rvert"],
     r"\lfloor": [r"\rfloor"], r"\lceil": [r"\rceil"], r"\begin": [r"\end"],
 }
 BINARY = {
-    "+": add, "-": lambda x, y: add(x, -y), "/": divide, "^": power, r"\over": divide, r"\frac": divide,
+    "+": add, "-": lambda x, y: add(x, -y), "/": divide, r"\over": divide, r"\frac": divide, "^": power,
     r"\choose": binomial, r"\binom": binomial,
 }
 UNARY = {
-    "!": factorial, "||": absolute, r"\lvert\rvert": absolute, r"\lfloor\rfloor": floor,
+    "!": factorial, "||": abs, r"\lvert\rvert": abs, r"\lfloor\rfloor": floor,
     r"\lceil\rceil": lambda x: -floor(-x),
 }
-# What only names a value, by its tokens (n and N: a small and a capital name, t: text, F: function, d: number): x, AB,
-# f(2), |AB|, an angle, words. And what may be meant so: sin A, x + y, xy.
-NAMED = re.compile(r"t+|n|N+|[nN]{1,2}\([^()]*\)|n?\\angle[nN]+|\\triangle[nN]+|[\[|]N+[\]|]|\((?:[nN],)+[nN]\)")
-MEANT = re.compile(r"F[nN]+|F\([nN]+\)|[nN]+(?:[+*-]?[nN]+)+")
+DEGREE = ("degree", 1)
+PERCENT = ("%", 1)
 NO_UNITS = {"not", "or", "and", "more", "less", "least", "most", "than", "to", "over", "under", "if", "no"}
+# What only names a value, by its tokens (n and N: a small and a capital name, t: text, F: function, d: number):
+# x, AB, f(2), |AB|, an angle, words. And what may be meant so: sin A, x + y, xy.
+NAMED = re.compile(r"t+|n|N+|[nN]{1,2}\([^()]*\)|n?\\angle[nN]|[\[|]N+[\]|]|\((?:[nN],)+[nN]\)")
+MEANT = re.compile(r"F[nN]+|F\([nN]+\)|[nN]+(?:[+*-]?[nN]+)+")
 
 
 class Parser:
-    """Precedence climbing that computes as it reads. percent: what % multiplies by."""
+    """Precedence climbing that computes as it reads. percent: what % multiplies by. lenient: whether x + y = 42 means
+    42, as in a prediction, and is not the line x + y = 42, as in a gold."""
 
-    def __init__(self, tokens, percent):
-        self.tokens = [*tokens, ("end", "")]
+    def __init__(self, text, percent, lenient):
+        self.tokens = [*tokenize(text), ("end", "")]
         self.at = 0
         self.percent = percent
+        self.lenient = lenient
         self.bars = False  # whether the next | closes one
 
     @property
@@ -512,12 +438,15 @@ class Parser:
     def op(self):
         return self.tokens[self.at][1] if self.kind == "op" else None
 
-    def take(self, *expected):
-        text = self.tokens[self.at][1]
-        if expected and self.op not in expected:
-            raise Unreadable(f"expected {' or '.join(expected)}, found {text or 'the end'}")
+    def take(self):
         self.at += 1
-        return text
+        return self.tokens[self.at - 1][1]
+
+    def answer(self):
+        value = self.expression()
+        if self.kind != "end":
+            raise Unreadable(f"cannot read on from {self.take()!r}")
+        return value
 
     def expression(self, least=0):
         """An operand, and all operators after it that bind at least so strongly."""
@@ -526,12 +455,17 @@ class Parser:
         while (operator := self.operator()) is not None and STRENGTH[operator] >= least:
             if operator == "unit":
                 value = self.unit(value)
-            elif STRENGTH[operator] == POSTFIX:
-                value = self.postfix(value, operator, self.take())
+            elif operator in UNARY:
+                value = number(UNARY[self.take()], value)
+            elif operator == "%":
+                self.at += 1
+                value = number(multiply, value, constant(self.percent), units={PERCENT})
+            elif operator in ("°", "base"):  # 2516_8 is 2516 with a unit, and so is 90°
+                text = self.take()
+                value = number(lambda x: x, value, units={DEGREE if text == "°" else ("base", int(text))})
             elif operator in RELATIONS:
                 signs, values = self.chain(value, RELATIONS)
-                names = self.names(start)
-                value = values[1] if signs == ["∈"] and names[0] else ("relation", signs, values, names)
+                value = relation(signs, values, self.labels(start))
             elif operator in (",", "∪", ":", "&", ";;"):
                 value = collection(operator, self.chain(value, (operator,))[1])
             else:
@@ -547,7 +481,7 @@ class Parser:
         while self.op in operators:
             found.append(self.take())
             while found[-1] == "," == self.op:  # "a, b, and c"
-                self.take()
+                self.at += 1
             if self.op != r"\end":
                 values.append(self.expression(STRENGTH[found[-1]] + 1))
         if len(values) > MAX_ITEMS:
@@ -575,7 +509,10 @@ class Parser:
         if kind == "name" or kind == "text" and len(text) == 1:
             return Number(values_of_name(text))
         if kind == "text":
-            return self.text(text)
+            words = [text]
+            while self.kind == "text":
+                words.append(self.take())
+            return ("word", " ".join(map(fold, words)))
         if kind == "function":
             return self.function(text)
         if text in CLOSING:
@@ -588,49 +525,42 @@ class Parser:
             return number(lambda x, n: power(x, 1 / n), self.operand(), index)
         if text in ("+", "-", r"\angle", r"\triangle"):
             value = self.expression(SIGN)
-            return negative(value) if text == "-" else value
+            return times(constant(-1), value) if text == "-" else value
         if text == "∅":
             return ("set", [])
-        raise Unreadable(f"cannot read {text!r}" if text else "ends too early")
-
-    def text(self, text):
-        """A currency before its number, or words."""
-        if unit_name(text) in ("dollar", "euro", "pound") and (self.kind == "number" or self.op is not None):
-            return number(lambda x: x, self.expression(SIGN), units={(unit_name(text), 1)})
-        words = [text]
-        while self.kind == "text":
-            words.append(self.take())
-        return ("word", " ".join(map(fold, words)))
+        raise Unreadable(f"cannot read {text!r}" if text else "it ends too early")
 
     def bracket(self, opening):
         """A group, tuple, set, matrix or function of brackets. |x| closes at the next bar: |x|y|z| is a product."""
         bars = self.bars
         self.bars = opening == "|"
         inside = ("list", []) if self.op in CLOSING[opening] else self.expression()
-        brackets = opening + self.take(*CLOSING[opening])
+        if self.op not in CLOSING[opening]:
+            raise Unreadable(f"nothing closes {opening}")
+        brackets = opening + self.take()
         self.bars = bars
         items = inside[1] if inside[0] == "list" else [inside]
         if brackets in UNARY:
             return number(UNARY[brackets], inside)
         if opening == r"\begin":
             return inside if inside[1] == "matrix" else collection(";;", items)
+        if brackets == r"\{\}" or brackets == "{}" and len(items) > 1:
+            return gather("set", items)
         if len(items) == 1 and brackets in ("()", "[]", "{}"):
             return inside
-        if brackets in (r"\{\}", "{}"):
-            return gather("set", items)
         if len(items) < 2:
-            raise Unreadable(f"too little between {opening} and {brackets[-1]}")
+            raise Unreadable(f"too little in {brackets}")
         return ("tuple", brackets, items)
 
     def function(self, name):
         r"""\sin x, \sin(x), \sin^2 x, \sin^{-1} x, \log_2 x. Without brackets, \sin 2x y + z is \sin(2xy) + z."""
         # \log without a base is to the base 10 or e, depending on whom one asks: to an unknown one, a variable
-        base = number(absolute, Number(values_of_name(r"\log")))
+        base = number(abs, Number(values_of_name(r"\log")))
         exponent = constant(1)
         if self.kind == "base" or self.op == "_":
             base = constant(self.take()) if self.kind == "base" else self.take() and self.operand()
         if self.op == "^":
-            self.take()
+            self.at += 1
             exponent = self.operand()
         if exponent == constant(-1) and "arc" + name in FUNCTIONS:  # not 1/sin
             name = "arc" + name
@@ -639,20 +569,10 @@ class Parser:
         value = self.operand() if brackets else self.expression(SIGN)
         while not brackets and self.operator() == "" and self.kind != "function" and self.op not in CLOSING:
             value = times(value, self.expression(SIGN))
-        if DEGREE in getattr(value, "units", ()):
-            value = Number(scaled(value.values, RADIANS))
-        value = number(FUNCTIONS[name], value)
+        value = number(FUNCTIONS[name], in_radians(value))
         if name == "log":
             value = number(lambda x, b: divide(x, logarithm(b)), value, base)
         return value if exponent == constant(1) else number(power, value, exponent)
-
-    def postfix(self, value, operator, text):
-        """2516_8 is 2516 with a unit, and so is 90°."""
-        if operator in UNARY:
-            return number(UNARY[operator], value)
-        if operator == "%":
-            return number(multiply, value, constant(self.percent), units={PERCENT})
-        return number(lambda x: x, value, units={DEGREE if operator == "°" else ("base", int(text))})
 
     def unit(self, value):
         """value with the words after it: `million`, `cm`, `m/s^2`, anything else."""
@@ -664,31 +584,33 @@ class Parser:
                 raise Unreadable(f"{name} after a number")
             exponent = Fraction(1)
             if self.op == "^":
-                self.take()
+                self.at += 1
                 (exponent,) = number(lambda x: x, self.operand()).values
             if name in SCALES:
                 value = times(value, constant(SCALES[name]))
             else:
-                units.add((name, direction * exponent))
+                units.add((name, exponent and direction * exponent))
             if self.op in ("/", "*") and self.tokens[self.at + 1][0] == "text":
                 direction = -1 if self.take() == "/" else direction
         return number(lambda x: x, value, units=units)
 
-    def names(self, start):
-        """Of each member of the relation that begins there: 2 if it only names something, 1 if it may be meant so, 0."""
-        marks = [""]
+    def labels(self, start):
+        """Of each member of the relation from there on its tokens, if they only name something, or else ""."""
+        texts = ""
+        marks = ""
         for kind, text in self.tokens[start : self.at]:
-            if kind == "op" and text in RELATIONS:
-                marks.append("")
-            elif kind == "name" and text not in CONSTANTS:
-                marks[-1] += "N" if text.isupper() else "n"
-            else:
-                marks[-1] += {"name": "d", "text": "t", "number": "d", "function": "F"}.get(kind, text)
-        return [2 if NAMED.fullmatch(mark) else 1 if MEANT.fullmatch(mark) else 0 for mark in marks]
+            mark = {"text": "t", "number": "d", "function": "F"}.get(kind, text)
+            if kind == "name":
+                mark = "d" if text in CONSTANTS else "N" if text.isupper() else "n"
+            texts += "\n" if text in RELATIONS else text
+            marks += "\n" if text in RELATIONS else mark
+        patterns = (NAMED, MEANT) if self.lenient else (NAMED,)
+        names = (any(pattern.fullmatch(mark) for pattern in patterns) for mark in marks.split("\n"))
+        return [text * name for text, name in zip(texts.split("\n"), names)]
 
 
 def constant(x):
-    return Number((Fraction(x) if isinstance(x, (str, int)) else x,))
+    return Number((Fraction(x),))
 
 
 def times(a, b):
@@ -700,8 +622,41 @@ def times(a, b):
     return number(multiply, a, b)
 
 
-def negative(value):
-    return number(lambda x: -x, value) if isinstance(value, Number) else times(constant(-1), value)
+def in_radians(value):
+    """Degrees as the number they stand for."""
+    if isinstance(value, Number) and DEGREE in value.units:
+        return number(multiply, Number(value.values), Number((RADIANS,)))
+    return value
+
+
+def relation(signs, values, labels):
+    """x = 5 is 5, and so are 5 = x, x = 2 + 3 = 5 and 2 + 3 = 5; 41 = 42 is nothing. x > 3 is (3, ∞)."""
+    if set(signs) <= {">", ">="}:
+        signs = [sign.replace(">", "<") for sign in signs[::-1]]
+        values, labels = values[::-1], labels[::-1]
+    if signs == ["∈"] and labels[0]:
+        return values[1]
+    if set(signs) == {"="}:
+        sides = values[1:] if labels[0] else values[: len(values) - bool(labels[-1])]
+        if all(same(side, sides[0]) for side in sides):
+            return labelled(sides[0], labels[0] or labels[-1])
+        return ("equation", values)
+    if set(signs) <= {"<", "<="} and list(map(bool, labels)) in ([True, False], [False, True], [False, True, False]):
+        label = "".join(labels)
+        infinity = Number(values_of_name("∞"))
+        left = "(" if labels[0] or signs[0] == "<" else "["
+        right = ")" if labels[-1] or signs[-1] == "<" else "]"
+        low = times(constant(-1), infinity) if labels[0] else values[0]
+        high = infinity if labels[-1] else values[-1]
+        return ("tuple", left + right, [labelled(low, label), labelled(high, label)])
+    raise Unreadable("a relation that gives no value")
+
+
+def labelled(value, label):
+    """The value, and of a tuple its items, as those of a name."""
+    if value[0] == "tuple":
+        return ("tuple", value[1], [labelled(item, label) for item in value[2]])
+    return value._replace(label=label) if isinstance(value, Number) else value
 
 
 def collection(operator, values):
@@ -717,7 +672,7 @@ def collection(operator, values):
 
 
 def gather(kind, items):
-    """A list or a set of items; a list inside is taken apart, and a set holds nothing twice. One item stands alone."""
+    """A list or a set of items. A list inside is taken apart, a set holds nothing twice, one item stands alone."""
     members = []
     for member in itertools.chain(*(item[1] if item[0] == "list" else [item] for item in items)):
         if kind == "list" or not any(same(member, other) for other in members):
@@ -743,31 +698,25 @@ def unit_name(word):
 
 
 def same(a, b):
-    """Whether two values are the same answer; a is the prediction's."""
+    """Whether two values are the same answer."""
     match (a, b):
         case (Number(), Number()):
             return same_number(a, b)
-        case (("relation", *_), ("relation", *_)):
-            return same_in_any_order(statements(*a[1:3]), statements(*b[1:3]))
-        case (("relation", *_), _):
-            return answers(b, *a[1:], least=1)
-        case (_, ("relation", *_)):
-            return answers(a, *b[1:], least=2)
         case (("tuple", brackets, xs), ("tuple", others, ys)):
             return brackets == others and len(xs) == len(ys) and all(map(same, xs, ys))
         case (("list" | "set", xs), ("list" | "set", ys)) | (("union", xs), ("union", ys)):
             return same_in_any_order(xs, ys)
-        case (("list", xs), ("union", ys)) | (("union", ys), ("list", xs)):  # x < 1 or x > 3 answers (-∞, 1) ∪ (3, ∞)
-            return all(x[0] == "relation" for x in xs) and same_in_any_order(xs, ys)
+        case (("equation", xs), ("equation", ys)):
+            return same_in_any_order(xs, ys)
     return a == b
 
 
 def same_number(a, b):
     """Units that one side drops do not count. Beside a number without a unit, 90° is 90 and π/2."""
-    if not (a.units <= b.units or b.units <= a.units):
+    if not (a.units <= b.units or b.units <= a.units) or "" != a.label != b.label != "":
         return False
-    degrees = [scaled(x.values, RADIANS if DEGREE in x.units else Fraction(1)) for x in (a, b)]
-    return agree(a.values, b.values) or a.units ^ b.units == {DEGREE} and agree(*degrees)
+    degrees = a.units ^ b.units == {DEGREE}
+    return agree(a.values, b.values) or degrees and agree(in_radians(a).values, in_radians(b).values)
 
 
 def agree(xs, ys):
@@ -787,83 +736,42 @@ def same_in_any_order(xs, ys):
     return not rest
 
 
-def answers(value, signs, members, names, least):
-    """x = 5 answers 5, and so do 5 = x, x = 2 + 3 = 5 and 2 + 3 = 5; 41 = 42 answers nothing. x > 3 answers (3, ∞).
-    least: 1 for a prediction, where x + y = 42 means 42; 2 for a gold, where it may be the line that is asked for."""
-    if value[0] == "tuple" and set(signs) != {"="}:
-        interval = interval_of(signs, members, [name == 2 for name in names])
-        return interval is not None and same(interval, value)
-    if names[0] >= least:
-        members = members[1:]
-    elif names[-1] >= least:
-        members = members[:-1]
-    return set(signs) == {"="} and all(same(member, value) for member in members)
-
-
-def interval_of(signs, members, names):
-    """The interval that x > 3 or 1 < x <= 3 says, None for other relations."""
-    if set(signs) <= {">", ">="}:
-        signs = [sign.replace(">", "<") for sign in signs[::-1]]
-        members, names = members[::-1], names[::-1]
-    if not set(signs) <= {"<", "<="} or names not in ([True, False], [False, True], [False, True, False]):
-        return None
-    infinity = Number(values_of_name("∞"))
-    low = ("(", negative(infinity)) if names[0] else ("[" if signs[0] == "<=" else "(", members[0])
-    high = (")", infinity) if names[-1] else ("]" if signs[-1] == "<=" else ")", members[-1])
-    return ("tuple", low[0] + high[0], [low[1], high[1]])
-
-
-def statements(signs, members):
-    """a < b >= c says a - b < 0 and c - b <= 0, whatever these are multiplied by: each is divided by its first value.
-    So y = 2x + 3 is 2y - 4x = 6. A relation without a variable (41 = 42) says nothing and equals none."""
-    said = []
-    for sign, left, right in zip(signs, members, members[1:]):
-        if ">" in sign:
-            sign, left, right = sign.replace(">", "<"), right, left
-        values = number(add, left, negative(right)).values
-        first = next((x for x in values if x), None)
-        if first is None or all(x is None or close(x, first) for x in values):
-            raise Unreadable("a relation without a variable")
-        first = constant(first) if "=" == sign else number(absolute, constant(first))
-        said.append(("tuple", sign, [number(divide, Number(values), first)]))
-    return said
-
-
 @lru_cache(maxsize=1024)  # of hostile answers, each may hold a hundred kilobytes
-def read(text, percent=Fraction(1, 100)):
+def read(text, lenient=False, percent=Fraction(1, 100)):
     """The value of a plain text; raises Unreadable. With a ± it is the list of both values."""
     words = " ".join(map(fold, text.replace('"', " ").split()))
     if re.fullmatch(r"""(?:"[^"]{2,}"|[\s'-])+""", text):
         return ("word", words)
     try:
         if not re.search("[±∓]", text):
-            return whole(text, percent)
-        upper, lower = (whole(text.translate(dict(zip(map(ord, "±∓"), signs))), percent) for signs in ("+-", "-+"))
+            return Parser(text, percent, lenient).answer()
+        upper = Parser(text.replace("±", "+").replace("∓", "-"), percent, lenient).answer()
+        lower = Parser(text.replace("±", "-").replace("∓", "+"), percent, lenient).answer()
     except (ArithmeticError, ValueError, RecursionError) as error:
-        if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 .,:;'?!&-]*", words) and re.search("[a-z]{2}|:", words):
+        if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 .,:;'?!&-]*", words) and re.search("[A-Za-z]{2}|:", words):
             return ("word", words)  # a sentence, a name with a number
         raise Unreadable(str(error)) from None
-    # both values; of two lists or sets, what is the same in the same place stands once
+    # of two lists or sets, what is the same in the same place stands once
     kind = "set" if upper[0] == "set" else "list"
     xs, ys = (value[1] if value[0] == kind else [value] for value in (upper, lower))
     return gather(kind, [*xs, *(y for x, y in zip(xs, ys) if not same(x, y))])
 
 
-def whole(text, percent):
-    parser = Parser(tokenize(text), percent)
-    value = parser.expression()
-    if parser.kind != "end":
-        raise Unreadable(f"cannot read on from {parser.take()!r}")
-    return value
-
-
 def is_equivalent(prediction, gold):
     r"""Whether two answers are the same, as plain text or in value.
+
+    Numbers and expressions are compared by value, rationals exactly: nothing is rounded, 0.333 is not 1/3 and
+    6.28 is not 2\pi. Expressions are equal if they are wherever both are real, so \ln x^2 is 2 \ln x, but
+    \sqrt{x^2} is not x. \log without a base is \ln times a number that is not known.
+
+    Points, intervals and matrices keep their order and brackets, sets and bare lists have none. A name does not
+    count: x = 5 and f(2) = 5 answer 5. A unit counts only if both sides have one: 5 cm is 5 but not 5 m; 50\% is
+    0.5 and 50. (B) and `B. 12` answer B. Words ignore case, variables do not.
 
     Args:
         prediction, gold: text, or None (no answer was found), which equals nothing.
     Returns:
-        False also for anything blank, too long or unreadable. Takes milliseconds and never raises, whatever the texts.
+        False also for anything blank, too long or unreadable. Takes milliseconds and never raises.
     """
     if prediction is None or gold is None or max(len(prediction), len(gold)) > MAX_CHARS:
         return False
@@ -873,15 +781,12 @@ def is_equivalent(prediction, gold):
     if bare(texts[0]) == bare(texts[1]):
         return True
     try:
-        if same(*map(read, texts)):
-            return True
-        # Beside an answer without %, 50% is 0.5 and 50
-        if ("%" in texts[0]) != ("%" in texts[1]) and same(*(read(text, Fraction(1)) for text in texts)):
+        percents = (Fraction(1, 100), Fraction(1)) if ("%" in texts[0]) != ("%" in texts[1]) else (Fraction(1, 100),)
+        if any(same(read(texts[0], True, percent), read(texts[1], False, percent)) for percent in percents):
             return True
     except (ArithmeticError, ValueError, RecursionError):
         pass
-    # Where a letter is the answer to a multiple choice, (B) and `B. 12` answer B. Both ways, so that votes can be counted
-    letters = [option(prediction), option(gold)]
+    letters = [option(prediction), option(gold)]  # either may be the choice, as votes are counted both ways
     return None not in letters and letters[0][0] == letters[1][0] and "" in (letters[0][1], letters[1][1])
 
 
@@ -891,15 +796,13 @@ def bare(text):
 
 
 def check_gold(answer):
-    """Raises ValueError, saying why, where no prediction could be compared with this reference answer."""
-    if not isinstance(answer, str) or not answer.strip():
-        raise ValueError(f"an answer must be text that is not blank, found {answer!r}")
-    if len(answer) > MAX_CHARS:
-        raise ValueError(f"an answer may have {MAX_CHARS} characters, this one has {len(answer)}")
+    """ValueError, saying why, if no prediction could be compared with a reference answer."""
+    if not isinstance(answer, str) or not answer.strip() or len(answer) > MAX_CHARS:
+        raise ValueError(f"an answer must be text of 1 to {MAX_CHARS} characters, found {str(answer)[:80]!r}")
     try:
         read(plain(answer))
     except Unreadable as error:
-        raise ValueError(f"the answer {answer!r} cannot be checked: {error}") from None
+        raise ValueError(f"the answer {answer!r} cannot be compared: {error}") from None
 
 
 OPTION = re.compile(r"(?:(?i:option|choice|answer)\b[ :]*)?\(?([A-Z])(?:\)[.:]?|[.:]|$)\s*(.*)", re.DOTALL)
