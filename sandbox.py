@@ -6,9 +6,9 @@ The rule matters more than the walls: expected results never enter the process t
 inputs and returns data, and what compares is another process. Whatever it prints, returns or forges must equal
 an expectation that it has never seen; its exit code means nothing; no answer is a 0. Four processes:
 
-    caller     this one: starts `python -I -S sandbox.py`, sends one job, reads one line, kills what is late
-    referee    forks the launcher and only then reads the tests; sends inputs, compares what comes back, watches
-    launcher   forks a fresh player for every run of the program, and reads what it printed
+    caller     this one: starts `python -I -S sandbox.py`, sends it a job, reads a line, kills what is late
+    referee    forks the launcher and only then reads the tests; sends inputs, compares what comes back
+    launcher   forks a fresh player for every run of the program, watches it, and reads what it printed
     player     runs the program: it sees Python's libraries and an empty folder of its own (Landlock), has no
                network, no children, no signals for others (seccomp), no rights, and little of everything (limits)
 
@@ -17,27 +17,29 @@ it works as any user and inside a container. Linux 5.13 or newer, x86-64 or arm6
 
 Promised: the program cannot read, write or delete files of others, reach the network, start or signal processes,
 nor learn what is expected; it ends within 4 times its limit of processor time and half a second, and nothing of it
-is left. Not stopped: seeing names, sizes and times of files; using one core, its memory and, in files that it has
-deleted but holds open, at most 512 MB of disk until it ends; holes in the kernel; guessing right.
+is left. Not stopped: seeing sizes and times of files whose names it guesses; using one core, its memory and, in
+files that it has deleted but holds open or mapped, 512 MB and once more its memory of disk until it ends; holes in
+the kernel; guessing right.
 
 Standard library only; copy this file alone.
 """
 
-import ctypes
 import functools
 import json
 import os
-import random
 import re
 import select
 import signal
 import struct
-import subprocess
 import sys
-import tempfile
-import threading
 import time
-from dataclasses import dataclass, field
+
+if __name__ != "__main__":  # what only the caller needs: the referee starts 25 ms sooner without
+    import random
+    import subprocess
+    import tempfile
+    import threading
+    from dataclasses import dataclass, field
 
 OUTPUT = 8 << 20  # bytes that a program may print, a file may have, or an answer may take
 INPUT = 1 << 30  # bytes of one message to it
@@ -46,36 +48,50 @@ FILES = 1000  # entries in it
 THREADS = 256
 DEPTH = 50  # of nested results
 PATIENCE = 4  # seconds of wall clock per second of processor time
-TICK = 0.05  # seconds between two looks of the referee
-LIMITS = {"FSIZE": OUTPUT, "NOFILE": 64, "CORE": 0, "MEMLOCK": 0, "MSGQUEUE": 0}
+LIMITS = {"FSIZE": OUTPUT + 1, "NOFILE": 64, "CORE": 0, "MEMLOCK": 0, "MSGQUEUE": 0}  # FSIZE tells "more" from "all"
 
 # 1. The walls -----------------------------------------------------------------------------------------------
 
-# Linux's numbers (x86-64, arm64) of the calls that fail with "not permitted". They make processes, send signals,
-# reach out, look into other processes, change their priority, share memory, change files that Landlock leaves
-# alone (their mode, owner, times), or undo what the parent has set.
+# The system calls that fail with "not permitted": name, number on x86-64, number on arm64.
 FORBIDDEN = """
-    fork 57 - vfork 58 - execve 59 221 execveat 322 281 kill 62 129 tkill 200 130 tgkill 234 131 rt_sigqueueinfo 129 138
-    rt_tgsigqueueinfo 297 240 setpgid 109 154 setsid 112 157 prctl 157 167 socket 41 198 socketpair 53 199 ptrace 101 117
-    process_vm_readv 310 270 process_vm_writev 311 271 kcmp 312 272 perf_event_open 298 241 userfaultfd 323 282
-    unshare 272 97 setns 308 268 mount 165 40 umount2 166 39 pivot_root 155 41 chroot 161 51 bpf 321 280 syslog 103 116
-    personality 135 92 fanotify_init 300 262 name_to_handle_at 303 264 open_by_handle_at 304 265 memfd_create 319 279
-    add_key 248 217 request_key 249 218 keyctl 250 219 shmget 29 194 shmat 30 196 shmctl 31 195 semget 64 190
-    semop 65 193 semctl 66 191 semtimedop 220 192 msgget 68 186 msgsnd 69 189 msgrcv 70 188 msgctl 71 187
-    mq_open 240 180 mq_unlink 241 181 chmod 90 - fchmod 91 52 fchmodat 268 53 chown 92 - fchown 93 55 lchown 94 -
-    fchownat 260 54 utime 132 - utimes 235 - futimesat 261 - utimensat 280 88 truncate 76 45 setxattr 188 5
-    lsetxattr 189 6 fsetxattr 190 7 removexattr 197 14 lremovexattr 198 15 fremovexattr 199 16 setpriority 141 140
-    sched_setparam 142 118 sched_setscheduler 144 119 sched_setattr 314 274 sched_setaffinity 203 122 ioprio_set 251 30
-    migrate_pages 256 238 move_pages 279 239 setuid 105 146 setgid 106 144 setreuid 113 145 setregid 114 143
-    setresuid 117 147 setresgid 119 149 setgroups 116 159""".split()
+    processes:   fork 57 -  vfork 58 -  execve 59 221  execveat 322 281  setpgid 109 154  setsid 112 157
+    signals:     kill 62 129  tkill 200 130  tgkill 234 131  rt_sigqueueinfo 129 138  rt_tgsigqueueinfo 297 240
+    network:     socket 41 198  socketpair 53 199
+    inspection:  ptrace 101 117  process_vm_readv 310 270  process_vm_writev 311 271  kcmp 312 272
+    inspection:  perf_event_open 298 241  userfaultfd 323 282  syslog 103 116  fanotify_init 300 262
+    inspection:  inotify_init 253 -  inotify_init1 294 26  name_to_handle_at 303 264  open_by_handle_at 304 265
+    priorities:  setpriority 141 140  sched_setparam 142 118  sched_setscheduler 144 119  sched_setattr 314 274
+    priorities:  sched_setaffinity 203 122  ioprio_set 251 30  migrate_pages 256 238  move_pages 279 239
+    settings:    prctl 157 167  personality 135 92  unshare 272 97  setns 308 268  bpf 321 280
+    users:       setuid 105 146  setgid 106 144  setreuid 113 145  setregid 114 143  setresuid 117 147
+    users:       setresgid 119 149  setgroups 116 159  add_key 248 217  request_key 249 218  keyctl 250 219
+    mounts:      mount 165 40  umount2 166 39  pivot_root 155 41  chroot 161 51  sync 162 81  syncfs 306 267
+    memory:      memfd_create 319 279  shmget 29 194  shmat 30 196  shmctl 31 195  semget 64 190  semop 65 193
+    memory:      semctl 66 191  semtimedop 220 192  msgget 68 186  msgsnd 69 189  msgrcv 70 188  msgctl 71 187
+    memory:      mq_open 240 180  mq_unlink 241 181  io_setup 206 0
+    files:       chmod 90 -  fchmod 91 52  fchmodat 268 53  chown 92 -  fchown 93 55  lchown 94 -  fchownat 260 54
+    files:       utime 132 -  utimes 235 -  futimesat 261 -  utimensat 280 88  truncate 76 45  setxattr 188 5
+    files:       lsetxattr 189 6  fsetxattr 190 7  removexattr 197 14  lremovexattr 198 15  fremovexattr 199 16
+"""
+OPEN = (2, None)
+OPENAT = (257, 56)
 CLONE = (56, 220)
 FCNTL = (72, 25)
 PRLIMIT = (302, 261)
 NEWER = 424  # newer calls (2019: pidfds, io_uring, clone3) fail with "no such call"; C libraries fall back
 
+# What Landlock can refuse, a bit each. It knows the last three since versions 2, 3 and 5 of its interface.
+RIGHTS = """execute write_file read_file read_folder remove_folder remove_file make_device make_folder make_file
+    make_socket make_fifo make_block_device make_symlink move truncate ioctl""".split()
+READ = {"read_file", "read_folder"}
+WRITE = {"write_file", "remove_folder", "remove_file", "make_folder", "make_file", "make_symlink", "move", "truncate"}
+ON_FILES = {"read_file", "write_file", "truncate"}  # the others are for folders only
+
 
 def libc(function, *args):
     """Call the C library; OSError where it returns -1."""
+    import ctypes  # here, as not every Python has it
+
     result = getattr(ctypes.CDLL(None, use_errno=True), function)(*args)
     if result == -1:
         raise OSError(ctypes.get_errno(), f"{function}: {os.strerror(ctypes.get_errno())}")
@@ -89,9 +105,9 @@ def confine(folder, memory, seconds):
         dict: of each wall "on", or why it could not be built.
     """
     walls = {
-        "no rights": drop_rights,
+        "no rights": functools.partial(libc, "capset", struct.pack("Ii", 0x20080522, 0), bytes(24)),
+        "no new rights": functools.partial(libc, "prctl", 38, 1, 0, 0, 0),  # the last two walls ask for it
         "limits": functools.partial(set_limits, memory, seconds),
-        "no new rights": functools.partial(libc, "prctl", 38, 1, 0, 0, 0),  # the next two walls ask for it
         "Landlock": functools.partial(restrict_files, folder),
         "seccomp": filter_calls,
     }
@@ -100,31 +116,16 @@ def confine(folder, memory, seconds):
         try:
             build()
             states[name] = "on"
-        except (OSError, AttributeError, ValueError, KeyError) as error:
+        except (OSError, AttributeError, ValueError, KeyError, ImportError) as error:
             states[name] = str(error) or type(error).__name__
     return states
 
 
-def drop_rights():
-    """No capabilities, neither now nor after anything that may come, and a look whether they are gone."""
-    header = struct.pack("Ii", 0x20080522, 0)
-    for capability in range(64):
-        try:
-            libc("prctl", 24, capability, 0, 0, 0)  # of the bounding set; refused where there are none to drop
-        except OSError:
-            break
-    libc("prctl", 47, 4, 0, 0, 0)  # the ambient ones
-    libc("capset", header, bytes(24))
-    left = ctypes.create_string_buffer(b"?" * 24, 24)
-    libc("capget", header, left)
-    if left.raw != bytes(24):
-        raise OSError("capabilities are left")
-
-
 def set_limits(memory, seconds):
+    """The kernel's limits. That of time is in whole seconds, and only there in case that the launcher dies."""
     import resource
 
-    limits = LIMITS | {"AS": memory, "CPU": int(seconds) + 2}  # whole seconds; the referee is more exact
+    limits = LIMITS | {"AS": memory, "CPU": int(seconds) + 2}
     for name, limit in limits.items():
         number = getattr(resource, f"RLIMIT_{name}")
         hard = resource.getrlimit(number)[1]
@@ -133,71 +134,94 @@ def set_limits(memory, seconds):
 
 
 def restrict_files(folder):
-    """Landlock: no file can be opened but Python's libraries, for reading, and what lies in folder.
-
-    Each version of the kernel's interface knows more: 3 truncation, 4 TCP, 5 devices, 6 abstract sockets and signals.
-    """
+    """Landlock: no file can be opened but Python's libraries, for reading, and what lies in folder."""
     version = libc("syscall", 444, None, 0, 1)
-    kinds = {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)  # of access to files, a bit each
-    attributes = struct.pack("3Q", (1 << kinds) - 1, 3, 3)[: 8 if version < 4 else 16 if version < 6 else 24]
-    rules = libc("syscall", 444, attributes, len(attributes), 0)
-    read_file, read_folder, write_file, truncate = 1 << 2, 1 << 3, 1 << 1, 1 << 14
-    change = write_file | 1 << 4 | 1 << 5 | 1 << 7 | 1 << 8 | 1 << 12  # remove and make folders, files, symbolic links
-    change |= truncate if kinds > 14 else 0
-    libraries = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", "/etc/localtime", "/usr/share/zoneinfo"]
-    allowed = dict.fromkeys([*libraries, f"{sys.base_prefix}/lib", *sys.path], read_file | read_folder)
-    allowed |= {"/dev/null": read_file | write_file, folder: read_file | read_folder | change}
+    known = RIGHTS[: {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)]
+    handled = struct.pack("3Q", (1 << len(known)) - 1, 3, 3)  # files, TCP since version 4, other sockets since 6
+    length = 8 if version < 4 else 16 if version < 6 else 24
+    rules = libc("syscall", 444, handled[:length], length, 0)
+
+    libraries = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", "/etc/localtime"]
+    libraries += ["/usr/share/zoneinfo", f"{sys.base_prefix}/lib", *sys.path]
+    allowed = dict.fromkeys(libraries, READ) | {"/dev/null": READ | WRITE, folder: READ | WRITE}
     for path, access in allowed.items():
         if os.path.exists(path):
+            access = access if os.path.isdir(path) else access & ON_FILES
+            bits = sum(1 << bit for bit, right in enumerate(known) if right in access)
             fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
-            access &= -1 if os.path.isdir(path) else read_file | write_file
-            libc("syscall", 445, rules, 1, struct.pack("=Qi", access, fd), 0)
+            libc("syscall", 445, rules, 1, struct.pack("=Qi", bits, fd), 0)
             os.close(fd)
     libc("syscall", 446, rules, 0)
     os.close(rules)
 
 
 def filter_calls():
-    """seccomp: forbidden calls fail with EPERM, newer ones with ENOSYS; another instruction set kills."""
+    """seccomp: a program for the kernel's little machine, which sees the number and the arguments of every call.
+
+    An instruction is (what to do, steps ahead if so, steps ahead if not, operand). Argument i lies at 16 + 8 i.
+    """
+    import ctypes
+
+    load, mask, equal, at_least, any_bit, leave = 0x20, 0x54, 0x15, 0x35, 0x45, 0x06
+    kill, allow, refuse, unknown = 0x80000000, 0x7FFF0000, 0x00050000 | 1, 0x00050000 | 38
     column = {"x86_64": 0, "aarch64": 1}[os.uname().machine]
-    load, equal, at_least, any_bit, leave = 0x20, 0x15, 0x35, 0x45, 0x06  # instructions of the filter's machine
-    kill, allow, refuse = 0x80000000, 0x7FFF0000, 0x00050001
     program = [
-        (load, 0, 0, 4), (equal, 1, 0, (0xC000003E, 0xC00000B7)[column]), (leave, 0, 0, kill),
-        (load, 0, 0, 0), (at_least, 0, 1, NEWER), (leave, 0, 0, 0x00050000 | 38),
+        (load, 0, 0, 4), (equal, 1, 0, (0xC000003E, 0xC00000B7)[column]), (leave, 0, 0, kill),  # another processor's
+        (load, 0, 0, 0), (at_least, 0, 1, NEWER), (leave, 0, 0, unknown),
     ]
-    for number in FORBIDDEN[1 + column :: 3]:
-        program += [(equal, 0, 1, int(number)), (leave, 0, 0, refuse)] if number != "-" else []
-    # clone: for threads only. fcntl: not its signals, leases and pipe sizes. prlimit64: of oneself. The arguments lie at
-    # 16 + 8 i, their lower halves first.
-    program += [(equal, 0, 4, CLONE[column]), (load, 0, 0, 16), (any_bit, 1, 0, 0x10000), (leave, 0, 0, refuse)]
-    program += [(leave, 0, 0, allow), (equal, 0, 5, FCNTL[column]), (load, 0, 0, 24), (at_least, 0, 2, 8)]
-    program += [(equal, 1, 0, 1030), (leave, 0, 0, refuse), (leave, 0, 0, allow)]
-    program += [(equal, 0, 3, PRLIMIT[column]), (load, 0, 0, 16), (equal, 1, 0, 0), (leave, 0, 0, refuse)]
-    program += [(leave, 0, 0, allow)]
+    for line in FORBIDDEN.split("\n")[1:-1]:
+        for number in line.split()[2 + column :: 3]:
+            program += [(equal, 0, 1, int(number)), (leave, 0, 0, refuse)] if number != "-" else []
+
+    def unless(number, *body):
+        """Of the call with this number: body, which falls off its end where the call is refused."""
+        program.extend([(equal, 0, len(body) + 1, number), *body, (leave, 0, 0, refuse)] if number is not None else [])
+
+    passes = (leave, 0, 0, allow)
+    for number, argument in ((OPEN[column], 1), (OPENAT[column], 2)):
+        # The low bits of the flags are 0 to read, 1 to write, 2 for both. 3, to control a device, escapes Landlock, and
+        # so did O_TRUNC with 0 until version 3.
+        flags = (load, 0, 0, 16 + 8 * argument)
+        unless(number, flags, (mask, 0, 0, 3), (equal, 0, 3, 0), flags, (any_bit, 3, 0, os.O_TRUNC), passes,
+               (equal, 1, 0, 3), passes)
+    unless(CLONE[column], (load, 0, 0, 16), (any_bit, 0, 1, 0x10000), passes)  # threads only
+    unless(PRLIMIT[column], (load, 0, 0, 16), (equal, 0, 1, 0), passes)  # its own limits only
+    # Copies, flags and locks: what comes after them are signals, leases, notices and the size of pipes.
+    unless(FCNTL[column], (load, 0, 0, 24), (equal, 1, 0, 1030), (at_least, 1, 0, 8), passes)
+    program.append(passes)
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in program))
-    libc("prctl", 22, 2, ctypes.create_string_buffer(struct.pack("HP", len(program), ctypes.addressof(code))), 0, 0)
+    pointer = struct.pack("HP", len(program), ctypes.addressof(code))
+    libc("prctl", 22, 2, ctypes.create_string_buffer(pointer), 0, 0)
 
 
-# 2. Messages: eight bytes of length, then JSON. Of a program's results nothing but Python's own types pass. ---------
+# 2. Messages: eight bytes of length, then JSON. Of results nothing but Python's own types pass. ----------------------
 
 
-def send(fd, value):
+class Failed(BaseException):  # so that no `except Exception` of a test swallows it
+    """The program did not pass; the text is the verdict's reason."""
+
+
+def send(fd, value, end=None):
+    """Write a message. EOFError where first `end` speaks, a descriptor that does so when there is no reader."""
     data = json.dumps(plain(value)).encode()
-    data = len(data).to_bytes(8, "big") + data
+    data = memoryview(len(data).to_bytes(8, "big") + data)
     while data:
-        data = data[os.write(fd, data[: 1 << 20]) :]
+        if end is not None and fd not in select.select([end], [fd], [])[1]:
+            raise EOFError
+        data = data[os.write(fd, data[: select.PIPE_BUF]) :]  # so little does not block
 
 
-def receive(fd, most=OUTPUT):
-    """The next message. Failed for whatever is none: a stray write to the pipe, its end, too much."""
+def receive(fd, most, end=None):
+    """The next message. EOFError where there is no writer, Failed where what comes is no message."""
 
     def read(count):
         parts = []
         while count:
+            if end is not None and fd not in select.select([fd, end], [], [])[0]:
+                raise EOFError
             parts.append(os.read(fd, min(count, 1 << 20)))
             if not parts[-1]:
-                raise Failed("died")
+                raise EOFError
             count -= len(parts[-1])
         return b"".join(parts)
 
@@ -210,9 +234,12 @@ def receive(fd, most=OUTPUT):
         raise Failed("died: something else than a result came back") from None
 
 
+LISTED = {"tuple": tuple, "set": set, "frozenset": frozenset, "bytes": bytes}
+
+
 def plain(value, depth=0):
-    """value in JSON's types, what JSON lacks as {type: content}. Of subclasses only the dictionaries of collections pass,
-    as plain ones."""
+    """value in JSON's types, what JSON lacks as {type: list}. TypeError for all that is not plain data, but for the
+    dictionaries of collections, which become plain ones."""
     kind = type(value)
     if value is None or kind in (bool, int, float, str):
         return value
@@ -220,130 +247,245 @@ def plain(value, depth=0):
         raise ValueError(f"a result nested more than {DEPTH} deep")
     if kind is list:
         return [plain(x, depth + 1) for x in value]
-    if kind in (tuple, set, frozenset):
+    if kind in LISTED.values():
         return {kind.__name__: [plain(x, depth + 1) for x in value]}
     if kind is dict or issubclass(kind, dict) and kind.__module__ == "collections":
         return {"dict": [[plain(k, depth + 1), plain(v, depth + 1)] for k, v in value.items()]}
-    if kind is complex:
-        return {"complex": [value.real, value.imag]}
-    if kind is bytes:
-        return {"bytes": value.hex()}
     raise TypeError(f"a result of type {kind.__name__}")
 
 
 def revive(tagged):
     """What plain() made of a value, back again, in json.loads(object_hook=revive)."""
-    ((kind, content),) = tagged.items()
+    ((kind, items),) = tagged.items()
+    if not isinstance(items, list):
+        raise TypeError("no list")
     if kind == "dict":
-        return dict(content)
-    if kind in ("tuple", "set", "frozenset"):
-        return {"tuple": tuple, "set": set, "frozenset": frozenset}[kind](content)
-    if kind == "complex":
-        return complex(*content)
-    if kind == "bytes":
-        return bytes.fromhex(content)
-    raise ValueError(f"an unknown type {kind!r}")
-
-
-class Failed(BaseException):  # so that no `except Exception` of a test swallows it
-    """The program did not pass; the text is the verdict's reason."""
+        return dict(items)
+    if kind not in LISTED:
+        raise ValueError(f"an unknown type {kind!r}")
+    return LISTED[kind](items)
 
 
 # 3. Launcher and player -------------------------------------------------------------------------------------
 
-# What LeetCode and its like import beforehand. math.pow would hide the built-in pow.
-PREAMBLE = """
+# What LeetCode and its like import beforehand.
+USUAL = """
 import bisect, collections, functools, heapq, itertools, math, operator, random, re, string
 from bisect import *; from collections import *; from functools import *; from heapq import *; from itertools import *
 from math import *; from typing import *
-del pow
 """
 
 
-def launch(requests, replies, control):
-    """Answer requests, each to run the program once. To control go its process and, at its end, how it went."""
-    libc("prctl", 1, signal.SIGKILL, 0, 0, 0)  # do not outlive the referee
-    try:
-        with open("/proc/self/oom_score_adj", "w") as file:  # if memory runs out, this goes first and not the trainer
-            file.write("1000")
-    except OSError:
-        pass
-    while True:
-        request = receive(requests, INPUT)
-        stdin = os.memfd_create("stdin")  # files: no pipe that could be full or empty
-        stdout = os.memfd_create("stdout")
-        os.write(stdin, request["stdin"].encode("utf-8", "surrogatepass")) if request["stdin"] else None
-        os.lseek(stdin, 0, os.SEEK_SET)
-        folder = f"{request['base']}/run"
-        os.mkdir(folder)
+class Launcher:
+    """Runs the program once per order, which is its standard input, and says how that went."""
+
+    def __init__(self, settings, orders, control, requests, replies):
+        self.settings = settings
+        self.orders = orders
+        self.control = control
+        self.requests = requests  # the player's end
+        self.replies = replies  # the player's end
+        self.folder = f"{settings['base']}/run"
+        self.left = settings["seconds"]  # of processor time
+        self.deadline = time.monotonic() + PATIENCE * settings["seconds"]
+        self.kills = out_of_memory_kills()
+
+    def serve(self):
+        """Until the referee is gone. Each answer is [why the run failed or None, what the program printed]."""
+        libc("prctl", 1, signal.SIGKILL, 0, 0, 0)  # do not outlive the referee
+        try:
+            with open("/proc/self/oom_score_adj", "w") as file:  # without memory this goes first, not the trainer
+                file.write("1000")
+        except OSError:
+            pass
+        self.program = receive(self.orders, INPUT)
+        prepare(self.folder, usual=self.program["kind"] != "stdin")
+        while True:
+            stdin = receive(self.orders, INPUT)
+            try:
+                answer = self.run(stdin)
+            except OSError as error:
+                answer = [f"unknown: {error}", ""]
+            send(self.control, answer)
+
+    def run(self, stdin):
+        """[why it failed or None, what it printed]"""
+        # In and out are files: no pipe that could be full or empty.
+        source = os.memfd_create("stdin")
+        printed = os.memfd_create("stdout")
+        null = os.open("/dev/null", os.O_WRONLY)
+        with open(source, "wb", closefd=False) as file:
+            file.write(stdin.encode("utf-8", "surrogatepass"))
+        os.lseek(source, 0, os.SEEK_SET)
+        os.mkdir(self.folder)
         player = os.fork()
         if player == 0:
-            libc("prctl", 1, signal.SIGKILL, 0, 0, 0)
-            os.chdir(folder)
-            null = os.open("/dev/null", os.O_WRONLY)
-            for fd, place in ((stdin, 0), (stdout, 1), (null, 2), (requests, 100), (replies, 101), (100, 3), (101, 4)):
-                os.dup2(fd, place)
-            os.closerange(5, 1 << 16)
-            play(request, folder)
-            sys.exit()  # as at the end of any program: threads are waited for, exit handlers run, output is written
-        send(control, ["started", player])
-        _, status, usage = os.wait4(player, 0)
-        printed = os.pread(stdout, OUTPUT, 0).decode("utf-8", "surrogateescape")
-        os.close(stdin)
-        os.close(stdout)
-        remove(folder)
-        send(control, ["ended", os.WIFSIGNALED(status), usage.ru_utime + usage.ru_stime, printed])
+            try:
+                for place, fd in enumerate((source, printed, null, self.requests, self.replies)):
+                    os.dup2(fd, place)  # the last two lie above 4: the pipes of orders were there before
+                os.closerange(5, 1 << 16)
+                play(self.program, self.settings, self.folder)
+            except BaseException:
+                os._exit(1)
+            sys.exit()  # as any program ends: threads are waited for, exit handlers run, output is written
+        reason = self.watch(player)
+        size = os.fstat(printed).st_size
+        text = os.pread(printed, OUTPUT, 0).decode("utf-8", "surrogateescape")
+        if size > OUTPUT:
+            reason = reason or "output limit"
+        if not fits(self.folder):
+            reason = reason or "disk limit"
+        for fd in (source, printed, null):
+            os.close(fd)
+        remove(self.folder)
+        return [reason, text]
+
+    def watch(self, player):
+        """Wait for the player's end, and end it where it breaks a limit. Why it failed, or None."""
+        reason = None
+        start = time.monotonic()
+        while True:
+            ended, status, usage = os.wait4(player, os.WNOHANG)
+            if ended:
+                break
+            reason = reason or self.broken_limit(player)
+            if reason:
+                os.kill(player, signal.SIGKILL)
+            time.sleep(min(0.05, 0.001 + (time.monotonic() - start) / 10))
+        self.left -= usage.ru_utime + usage.ru_stime
+        if self.left < 0:
+            reason = reason or "time limit"
+        if os.WIFSIGNALED(status):
+            starved = os.WTERMSIG(status) == signal.SIGKILL and out_of_memory_kills() > self.kills
+            reason = reason or ("unknown: the machine ran out of memory" if starved else "died")
+        return reason
+
+    def broken_limit(self, player):
+        """The limit that a program has broken which still runs, or None."""
+        if time.clock_gettime(~player << 3 | 2) > self.left or time.monotonic() > self.deadline:  # that process's clock
+            return "time limit"
+        if len(os.listdir(f"/proc/{player}/task")) > THREADS:
+            return "thread limit"
+        if os.listdir(self.folder):
+            os.kill(player, signal.SIGSTOP)  # or it could move folders about, always out of our sight
+            os.waitid(os.P_PID, player, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+            within = fits(self.folder)
+            os.kill(player, signal.SIGCONT)
+            return None if within else "disk limit"
+        return None
 
 
-def play(request, folder):
-    """Run the program: as `python solution.py`, or as a module whose functions are called until the pipe ends.
+def out_of_memory_kills():
+    """How many processes the kernel has ended for want of memory, or 0 where it does not tell."""
+    try:
+        with open("/proc/vmstat") as file:
+            return int(re.search(r"^oom_kill (\d+)", file.read(), re.MULTILINE)[1])
+    except (OSError, TypeError):
+        return 0
 
-    Replies are ["walls", states], ["loaded"], ["value", result] and ["raised", name of the exception's type].
-    """
+
+def prepare(folder, usual):
+    """What a program finds when it starts, other than its folder and descriptors."""
     import _sitebuiltins
     import builtins
 
-    is_module = request["is_module"]
     builtins.exit = _sitebuiltins.Quitter("exit", "Ctrl-D")
     builtins.quit = _sitebuiltins.Quitter("quit", "Ctrl-D")
-    module = type(sys)("solution" if is_module else "__main__")
-    module.__file__ = "solution.py"
-    sys.modules[module.__name__] = module
     sys.argv = ["solution.py"]
     os.environ.clear()
     os.environ["TMPDIR"] = folder
-    if is_module:
-        exec(PREAMBLE, module.__dict__)
-    walls = confine(folder, request["memory"], request["seconds"])
-    send(4, ["walls", walls])
-    if set(walls.values()) != {"on"} and not request["unsafe"]:
+    if usual:
+        names = {}
+        exec(USUAL, names)
+        for name in names:  # beside the builtins, where they override nothing and are not taken for the program's own
+            builtins.__dict__.setdefault(name, names[name])
+
+
+def play(program, settings, folder):
+    """Run the program: as `python solution.py`, or as a module whose functions are called until the pipe ends.
+
+    Replies are ["value", the states of the walls], then, of a module, ["value", None] when it is loaded and
+    ["value", result] per call; and in the end, where it raises an exception, ["raised", its type's name].
+    """
+    libc("prctl", 1, signal.SIGKILL, 0, 0, 0)  # do not outlive the launcher
+    os.chdir(folder)
+    is_module = program["kind"] != "stdin"
+    module = type(sys)("solution" if is_module else "__main__")
+    module.__file__ = "solution.py"
+    sys.modules[module.__name__] = module
+    walls = confine(folder, settings["memory"], settings["seconds"])
+    send(4, ["value", walls])
+    if set(walls.values()) != {"on"} and not settings["unsafe"]:
         os._exit(0)
 
     try:
         try:
-            exec(compile(request["prompt"], "prompt.py", "exec"), module.__dict__)
+            exec(compile(program["prompt"], "prompt.py", "exec"), module.__dict__)
         except Exception:
             pass  # it is a question in words
-        exec(compile(request["source"], "solution.py", "exec"), module.__dict__)
+        exec(compile(program["source"], "solution.py", "exec"), module.__dict__)
         if is_module:
-            send(4, ["loaded"])
+            send(4, ["value", None])
         while is_module:
             name, args, kwargs = receive(3, INPUT)
-            holder = module if hasattr(module, name) else module.Solution()
-            send(4, ["value", getattr(holder, name)(*args, **kwargs)])
+            if program["kind"] == "calls":
+                empty(folder)  # each call is a test of its own
+            send(4, ["value", find(module, name)(*args, **kwargs)])
     except BaseException as error:  # a program may raise anything
         if is_module or not isinstance(error, SystemExit):
-            send(4, ["raised", type(error).__name__])
+            send(4, ["raised", type(error).__name__[:80]])
             os._exit(1)
+
+
+def find(module, name):
+    """A function of the program, or a method of its class Solution, of which every test gets a fresh one."""
+    if name in module.__dict__:
+        return module.__dict__[name]
+    if "Solution" in module.__dict__:
+        return getattr(module.Solution(), name)
+    raise NameError(name)
+
+
+def empty(folder):
+    """Delete what lies in the program's folder. It runs in the player."""
+    os.chdir(folder)
+    for name in os.listdir():
+        import shutil  # most programs write nothing, and start sooner without
+
+        if os.path.isdir(name) and not os.path.islink(name):
+            shutil.rmtree(name)
+        else:
+            os.unlink(name)
+
+
+def fits(folder):
+    """Whether a folder holds no more than DISK bytes and FILES entries, and nothing that cannot be looked into."""
+    size = 0
+    entries = 0
+    pending = [folder]
+    try:
+        while pending:
+            for entry in os.scandir(pending.pop()):
+                entries += 1
+                size += 512 * entry.stat(follow_symlinks=False).st_blocks
+                if size > DISK or entries > FILES:
+                    return False
+                if entry.is_dir(follow_symlinks=False):
+                    pending.append(entry.path)
+    except OSError:
+        return False  # closed to us, or nested deeper than a path may be long
+    return True
 
 
 def remove(folder):
     """Delete a folder, however deep a program has nested it: what is in a folder is moved up before it goes."""
     pending = [folder]
-    for number, path in enumerate(pending):
+    for path in pending:
+        os.chmod(path, 0o700)  # a program may have made it without any rights
         for entry in os.scandir(path):
             if entry.is_dir(follow_symlinks=False):
-                pending.append(f"{folder}-{number}-{len(pending)}")
+                os.chmod(entry.path, 0o700)  # moving a folder writes to it
+                pending.append(f"{folder}-{os.urandom(8).hex()}")
                 os.rename(entry.path, pending[-1])
             else:
                 os.unlink(entry.path)
@@ -354,145 +496,122 @@ def remove(folder):
 
 
 class Player:
-    """The referee's end of the pipes, and its watch over what the program uses."""
+    """The referee's end of the pipes."""
 
     def __init__(self, settings):
-        self.settings = settings
+        self.unsafe = settings["unsafe"]
+        self.walls = None
         self.passed = 0
         self.test = 1  # the number of the one that is running
-        self.pid = None  # of the process that runs it
-        self.spent = 0.0  # seconds of processor time of those that ended
-        self.walls = None
-        self.deadline = time.monotonic() + PATIENCE * settings["seconds"]
+        self.failure = None
+        orders, self.orders = os.pipe()  # first, so that these take 3 and 4
+        self.control, control = os.pipe()
         requests, self.requests = os.pipe()
         self.replies, replies = os.pipe()
-        self.control, control = os.pipe()
         if os.fork() == 0:
-            for fd in (self.requests, self.replies, self.control):
+            for fd in (self.orders, self.control, self.requests, self.replies):
                 os.close(fd)
-            launch(requests, replies, control)
-        for fd in (requests, control):  # but not replies: a program that closes its end must not look like a dead launcher
+            try:
+                Launcher(settings, orders, control, requests, replies).serve()
+            except Exception:  # the referee is gone. SystemExit passes: it is the end of a player
+                os._exit(1)
+        for fd in (orders, control, requests, replies):
             os.close(fd)
 
-    def watch(self, *_):
-        """Every tick: Failed where a limit is broken."""
-        reason = None
-        try:
-            used = self.spent + (time.clock_gettime(~self.pid << 3 | 2) if self.pid else 0)  # that process's clock
-            threads = len(os.listdir(f"/proc/{self.pid}/task")) if self.pid else 0
-        except OSError:
-            return  # it has just ended
-        if used > self.settings["seconds"] or time.monotonic() > self.deadline:
-            reason = "time limit"
-        elif threads > THREADS:
-            reason = "thread limit"
-        elif not fits(f"{self.settings['base']}/run"):
-            reason = "disk limit"
-        if reason:
-            raise Failed(reason)
+    def start(self, stdin=""):
+        """Run the program anew, up to its first line."""
+        send(self.orders, stdin)
+        self.walls = self.reply()  # no line of the program has run, so this is true
+        missing = [name for name, state in self.walls.items() if state != "on"]
+        if missing and not self.unsafe:
+            raise Failed(f"unknown: no {' and no '.join(missing)} any more")
 
-    def start(self, is_module=False, stdin=""):
-        """Run the program anew."""
-        send(self.requests, self.settings | {"is_module": is_module, "stdin": stdin})
-        _, self.pid = receive(self.control)
-        kind, walls = self.reply()
-        self.walls = self.walls or walls  # of the first run, before which no line of the program has run
-        if set(self.walls.values()) != {"on"} and not self.settings["unsafe"]:
-            raise Failed("no sandbox")
+    def call(self, name, args, kwargs):
+        """The result of one of its functions."""
+        if self.failure:
+            raise self.failure
+        try:
+            send(self.requests, [name, args, kwargs], self.control)
+        except EOFError:
+            pass  # it is gone, and reply() says why
+        return self.reply()
 
     def reply(self):
-        """The next reply of the player. Failed if it raised something or is gone."""
-        while not select.select([self.replies], [], [], 0)[0]:
-            if select.select([self.replies, self.control], [], [])[0] == [self.control]:
+        """The next value that the program sends. Failed where it raises something or ends instead."""
+        try:
+            try:
+                return self.read()
+            except EOFError:
                 self.end()
-                raise Failed("died")
-        message = receive(self.replies)
+                raise Failed("died") from None
+        except Failed as failure:
+            self.failure = failure  # a check may swallow it
+            raise
+
+    def read(self):
+        message = receive(self.replies, OUTPUT, self.control)
         match message:
-            case ["raised", str(name)]:
-                name = name[:80] if name.isidentifier() else "something"  # a program names its exceptions as it likes
-                raise Failed("memory limit" if name == "MemoryError" else f"raised {name} in test {self.test}")
-            case [str(kind), *content] if len(content) < 2:
-                return kind, *content, *[None] * (1 - len(content))
+            case ["value", value]:
+                return value
+            case ["raised", "MemoryError"]:
+                raise Failed("memory limit")
+            case ["raised", str(name)]:  # a program names its exceptions as it likes
+                raise Failed(f"raised {name[:80] if name.isidentifier() else 'something'} in test {self.test}")
         raise Failed("died: something else than a result came back")
 
     def end(self):
-        """Wait for the end of a program; what it printed."""
-        _, signaled, seconds, printed = receive(self.control, 8 * OUTPUT)
-        self.pid = None
-        self.spent += seconds
-        if self.spent > self.settings["seconds"]:
-            raise Failed("time limit")
-        if len(printed) >= OUTPUT - 3:  # a character cut in the middle counts less
-            raise Failed("output limit")
-        if signaled:
-            raise Failed("died")
+        """Wait until the program has ended. What it printed; Failed where it broke a limit or raised something."""
+        select.select([self.control], [], [])
+        said = None
+        try:
+            self.read()
+            said = "died: something else than a result came back"
+        except EOFError:
+            pass  # as it should be
+        except Failed as failure:
+            said = str(failure)
+        reason, printed = receive(self.control, 8 * OUTPUT)
+        if reason or said:
+            raise Failed(reason or said)
         return printed
 
-    def call(self, name, args, kwargs):
-        send(self.requests, [name, args, kwargs])
-        kind, value = self.reply()
-        if kind != "value":
-            raise Failed("died: something else than a result came back")
-        return value
 
-
-def fits(folder):
-    """Whether a folder holds no more than DISK bytes and FILES entries."""
-    size = entries = 0
-    pending = [folder]
-    try:
-        while pending:
-            for entry in os.scandir(pending.pop()):
-                entries += 1
-                size += 512 * entry.stat(follow_symlinks=False).st_blocks
-                if entry.is_dir(follow_symlinks=False):
-                    pending.append(entry.path)
-                if size > DISK or entries > FILES:
-                    return False
-    except FileNotFoundError:
-        pass  # it has just been deleted
-    except OSError:
-        return False  # nested deeper than a path may be long
-    return True
-
-
-def judge_stdin(player, tests):
+def judge_stdin(player, job):
     """Each test runs the program anew and compares its output."""
-    for player.test, stdin, expected in tests:
-        player.start(stdin=stdin)
-        if select.select([player.replies, player.control], [], [])[0] == [player.replies]:
-            player.reply()
+    for player.test, stdin, expected in job["tests"]:
+        player.start(stdin)
         if not same_output(player.end(), expected):
             raise Failed(f"wrong output in test {player.test}")
         player.passed += 1
 
 
-def judge_calls(player, tests):
+def judge_calls(player, job):
     """Each test calls a function; all in one process."""
-    player.start(is_module=True)
-    player.reply()
-    for player.test, name, args, accepted in tests:
+    player.start()
+    player.reply()  # it is loaded
+    for player.test, name, args, accepted in job["tests"]:
         result = player.call(name, args, {})
         if not any(same_value(result, expected) for expected in accepted):
             raise Failed(f"wrong output in test {player.test}")
         player.passed += 1
 
 
-def judge_check(player, tests):
+def judge_check(player, job):
     """HumanEval: check(candidate), on this side of the pipe, where candidate() asks the player. Tests are its calls."""
-    ((_, test, entry_point),) = tests
-    calls = []
+    ((_, test, entry_point),) = job["tests"]
+    calls = 0
 
     def candidate(*args, **kwargs):
-        calls.append(args)
-        player.test = len(calls)
+        nonlocal calls
+        calls += 1
+        player.test = calls
         return player.call(entry_point, args, kwargs)
 
-    player.start(is_module=True)
-    player.reply()
+    player.start()
+    player.reply()  # it is loaded
     names = {}
     try:
-        exec(player.settings["prompt"], names)  # some checks use a function that the prompt defines
+        exec(job["prompt"], names)  # some checks use a function that the prompt defines
     except Exception:
         pass  # it is a question in words
     names[entry_point] = candidate
@@ -500,47 +619,51 @@ def judge_check(player, tests):
         exec(test, names)
         names["check"](candidate)
     except AssertionError:
-        raise Failed(f"wrong output in test {player.test}") from None
-    except Exception as error:
+        raise player.failure or Failed(f"wrong output in test {player.test}") from None
+    except Failed:
+        raise
+    except BaseException as error:
         raise Failed(f"the check raised {type(error).__name__} in test {player.test}") from None
+    if player.failure:
+        raise player.failure  # which the check has swallowed
     if not calls:
         raise Failed("the check never calls its candidate")
     player.passed = 1
 
 
+BLANKS = " \t\r\f\v"
+NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
+
+
 def same_output(printed, expected):
-    """As judges compare: blanks at the ends of lines and empty lines at the end do not count; a number for a decimal may be
-    1e-6 off, relative or absolute; everything else is exact. Lines end at \\n only."""
-    lines = [[line.rstrip() for line in text.rstrip().split("\n")] for text in (printed, expected)]
-    return len(lines[0]) == len(lines[1]) and all(map(same_line, *lines))
+    """As judges compare: blanks at the ends of lines and empty lines at the end do not count; a number for a decimal
+    may be 1e-6 off, relative or absolute; everything else is exact. Lines end at \\n only."""
+    printed = [line.rstrip(BLANKS) for line in printed.rstrip(BLANKS + "\n").split("\n")]
+    expected = [line.rstrip(BLANKS) for line in expected.rstrip(BLANKS + "\n").split("\n")]
+    return len(printed) == len(expected) and all(map(same_line, printed, expected))
 
 
 def same_line(printed, expected):
     if printed == expected:
         return True
-    xs, ys = (re.split(r"(\s+)", line) for line in (printed, expected))
-    return len(xs) == len(ys) and all(x == y or close_decimal(x, y) for x, y in zip(xs, ys))
+    words = re.split(f"([{BLANKS}]+)", printed)
+    others = re.split(f"([{BLANKS}]+)", expected)
+    return len(words) == len(others) and all(a == b or close_decimal(a, b) for a, b in zip(words, others))
 
 
 def close_decimal(printed, expected):
-    number = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?"
-    if not (re.fullmatch(number, printed) and re.fullmatch(number, expected) and re.search("[.eE]", expected)):
+    if not (NUMBER.fullmatch(printed) and NUMBER.fullmatch(expected) and re.search("[.eE]", expected)):
         return False
-    return abs(float(printed) - float(expected)) <= 1e-6 * max(1, abs(float(expected)))
+    value = float(expected)
+    return abs(float(printed) - value) <= 1e-6 * max(1, abs(value)) < float("inf")
 
 
 def same_value(result, expected):
     """Equal and of the same type, all the way down, but: a float may be met by a close float or int, a list (JSON has no
     tuples) by a tuple."""
     kind = type(expected)
-    if kind in (float, complex):
-        if type(result) not in (int, float, kind):
-            return False
-        both_nan = result != result and expected != expected
-        try:  # 1e-12 for sums that should be 0, and no more: 0.0 is not 1e-9
-            return both_nan or result == expected or abs(result - expected) <= max(1e-12, 1e-6 * abs(expected)) < 1e300
-        except OverflowError:  # an int beyond all floats
-            return False
+    if kind is float:
+        return type(result) in (int, float) and close_float(result, expected)
     if kind is list and type(result) is tuple:
         result = list(result)
     if type(result) is not kind:
@@ -553,32 +676,43 @@ def same_value(result, expected):
     return result == expected
 
 
+def close_float(result, expected):
+    """Within 1e-6, relative; of what should be 0 within 1e-12, for sums that cancel, but 0.0 is not 1e-9."""
+    if result == expected or result != result and expected != expected:  # nan is nan
+        return True
+    try:
+        return abs(result - expected) <= max(1e-12, 1e-6 * abs(expected)) < float("inf")
+    except OverflowError:  # an int beyond all floats
+        return False
+
+
 def main():
     """The referee. Its input is a job, its output one line of JSON: {"reason", "passed", "walls"}."""
     settings = json.loads(sys.argv[1])
-    player = Player(settings)  # forked before the tests are read
-    import resource
-
-    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
-    verdict, sys.stdout = sys.stdout, sys.stderr  # a check may print
-    reason = "passed"
+    found = {"reason": "passed", "passed": 0, "walls": None}
     try:
+        libc("prctl", 1, signal.SIGKILL, 0, 0, 0)  # do not outlive the caller
+        player = Player(settings)  # forked before the tests are read
+        sys.stdout = sys.stderr  # a check may print
+        set_limits(4 << 30, PATIENCE * settings["seconds"])  # or count to what the program returns
         job = json.loads(sys.stdin.buffer.read(), object_hook=revive)
-        player.settings |= {"source": job["source"], "prompt": job["prompt"]}
-        signal.signal(signal.SIGALRM, player.watch)
-        signal.setitimer(signal.ITIMER_REAL, TICK, TICK)
-        {"stdin": judge_stdin, "calls": judge_calls, "check": judge_check}[job["kind"]](player, job["tests"])
-    except Failed as failure:
-        reason = str(failure)
-    except BrokenPipeError:
-        reason = "died"
-    except MemoryError:
-        reason = "output limit"
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    print(json.dumps({"reason": reason, "passed": player.passed, "walls": player.walls}), file=verdict, flush=True)
+        send(player.orders, {key: job[key] for key in ("kind", "source", "prompt")})
+        try:
+            {"stdin": judge_stdin, "calls": judge_calls, "check": judge_check}[job["kind"]](player, job)
+        except Failed as failure:
+            found["reason"] = str(failure)
+        found |= {"passed": player.passed, "walls": player.walls}
+    except (OSError, MemoryError) as error:
+        found["reason"] = f"unknown: {type(error).__name__}: {error}"
+    print(json.dumps(found), file=sys.__stdout__, flush=True)
 
+
+if __name__ == "__main__":
+    sys.exit(main())  # what follows is the caller's
 
 # 5. Caller --------------------------------------------------------------------------------------------------
+
+HERE = os.path.abspath(__file__)  # now, as the working folder may change
 
 
 @dataclass
@@ -606,23 +740,26 @@ def run_code(source, tests, *, entry_point="", prompt="", seconds=10.0, memory=1
         unsafe: run even where walls are missing.
     Returns:
         Verdict, score 1 where every test passes. The first that fails ends the run. None where the machine is to blame:
-        no process or folder could be made, or not even a program that is known to be right passes any more.
+        no process or folder could be made, it ran out of memory, or not even a program that is known to be right passes.
     Raises:
         ValueError: tests in no known shape; no isolation here, and unsafe does not allow that.
     """
-    start = time.perf_counter()
     job = check_tests(tests, "tests", entry_point) | {"source": source, "prompt": prompt}
-    require_sandbox(unsafe)
     if 0 < limit < len(job["tests"]):
         job["tests"] = sorted(random.Random(seed).sample(job["tests"], limit), key=lambda test: test[0])
+    components = {"passed": 0, "tests": len(job["tests"])}
+    try:
+        sandbox_walls()
+    except OSError as error:  # they could not be tried
+        return Verdict(None, str(error), 0.0, components)
+    require_sandbox(unsafe)
+
     found = referee(job, seconds, memory, unsafe)
-    if found["reason"].startswith(("no sandbox", "no verdict")):
-        known = {"kind": "stdin", "tests": [(1, "", "1")], "source": "print(1)", "prompt": ""}
-        works = referee(known, 10.0, 1 << 30, unsafe)["reason"] == "passed"
-        found["reason"] = "died" if works else f"unknown: {found['reason']}"
+    if found["reason"] == "no verdict came back":
+        works = referee(KNOWN, 10.0, 1 << 30, unsafe)["reason"] == "passed"
+        found["reason"] = "died" if works else "unknown: no program runs any more"
     score = None if found["reason"].startswith("unknown") else float(found["reason"] == "passed")
-    components = {"passed": found["passed"], "tests": len(job["tests"])}
-    return Verdict(score, found["reason"], time.perf_counter() - start, components)
+    return Verdict(score, found["reason"], found["seconds"], components | {"passed": found["passed"]})
 
 
 def check_tests(tests, where, entry_point=""):
@@ -633,13 +770,13 @@ def check_tests(tests, where, entry_point=""):
             HumanEval     a text that defines check(candidate); entry_point names the function
             programs      [{"input": text for standard input, "output": text expected on standard output}, ...]
             functions     [{"fn_name" or "call": name, "args": [...], "expected": value}, ...]
-            APPS          {"inputs": [...], "outputs": [...]}, texts (or lists of lines) as above; with "fn_name", inputs are
-                          lists of arguments and outputs values, each in a list of one where all are
+            APPS          {"inputs": [...], "outputs": [...]}, texts (or lists of lines) as above; with "fn_name", inputs
+                          are lists of arguments and outputs values, each in a list of one where all are
         where: what to name in errors.
         entry_point: of HumanEval's shape.
     Returns:
-        dict: "kind" ("check", "calls" or "stdin") and "tests", a list of tuples that begin with the number of the test: of
-        programs (number, input, output), of functions (number, name, args, results of which each is right).
+        dict: "kind" ("check", "calls" or "stdin") and "tests", a list of tuples that begin with the number of the test:
+        of programs (number, input, output), of functions (number, name, args, results of which each is right).
     Raises:
         ValueError for any other shape.
     """
@@ -649,40 +786,49 @@ def check_tests(tests, where, entry_point=""):
             raise ValueError(f"{where}: {message}")
 
     def text(value):
-        value = "\n".join(value) if isinstance(value, list) and all(isinstance(x, str) for x in value) else value
+        if isinstance(value, list) and all(isinstance(line, str) for line in value):
+            return "\n".join(value)
         must(isinstance(value, str), f"a test of a program must be text, not {str(value)[:80]!r}")
         return value
 
-    wrapped = False
+    def data(number, value):
+        try:
+            json.dumps(plain(value, depth=5))  # that deep it lies in what is sent
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{where}: test {number}: {str(error).replace('result', 'value')}") from None
+        return value
+
     must(tests, "there are no tests")
     if isinstance(tests, str):
-        must(re.search(r"^def check\(", tests, re.MULTILINE), "tests that are a text must define check(candidate), as HumanEval's")
-        must(isinstance(entry_point, str) and entry_point.isidentifier(), "entry_point must name the function that check() is given")
+        must(re.search(r"^def check\(", tests, re.MULTILINE), "a text must define check(candidate), as HumanEval's")
+        named = isinstance(entry_point, str) and entry_point.isidentifier()
+        must(named, "entry_point must name the function that check() is given")
         return {"kind": "check", "tests": [(1, tests, entry_point)]}
+
+    wrapped = False
     if isinstance(tests, dict):
-        inputs, outputs = tests.get("inputs"), tests.get("outputs")
-        must(isinstance(inputs, list) and isinstance(outputs, list) and len(inputs) == len(outputs) > 0,
-             "tests need lists inputs and outputs of the same length, at least 1")
-        name = tests.get("fn_name")
+        inputs, outputs, name = (tests.get(key) for key in ("inputs", "outputs", "fn_name"))
+        paired = isinstance(inputs, list) and isinstance(outputs, list) and len(inputs) == len(outputs) > 0
+        must(paired, "tests need lists inputs and outputs of the same length, at least 1")
+        wrapped = all(isinstance(output, list) and len(output) == 1 for output in outputs)
         if name is None:
-            tests = [{"input": text(a), "output": text(b)} for a, b in zip(inputs, outputs)]
+            tests = [{"input": a, "output": b} for a, b in zip(inputs, outputs)]
         else:
-            wrapped = all(isinstance(x, list) and len(x) == 1 for x in outputs)
             tests = [{"fn_name": name, "args": a, "expected": b} for a, b in zip(inputs, outputs)]
-    must(isinstance(tests, list) and all(isinstance(test, dict) for test in tests), f"unknown kind of tests: {str(tests)[:80]!r}")
+    known = isinstance(tests, list) and all(isinstance(test, dict) for test in tests)
+    must(known, f"unknown kind of tests: {str(tests)[:80]!r}")
     if all({"input", "output"} <= {*test} for test in tests):
         return {"kind": "stdin", "tests": [(i, text(t["input"]), text(t["output"])) for i, t in enumerate(tests, 1)]}
-    read = []
+
+    calls = []
     for i, test in enumerate(tests, 1):
         name = test.get("fn_name", test.get("call"))
-        must(isinstance(name, str) and name.isidentifier() and isinstance(test.get("args"), list) and "expected" in test,
-             f"test {i} has neither input and output nor fn_name (or call), args and expected")
-        try:
-            json.dumps(plain([test["args"], test["expected"]], depth=5))  # deeper by then in what is sent
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{where}: test {i}: {str(error).replace('result', 'value')}") from None
-        read.append((i, name, test["args"], [test["expected"], *(test["expected"] if wrapped else [])]))
-    return {"kind": "calls", "tests": read}
+        args = test.get("args")
+        complete = isinstance(name, str) and name.isidentifier() and isinstance(args, list) and "expected" in test
+        must(complete, f"test {i} has neither input and output nor fn_name (or call), args and expected")
+        expected = data(i, test["expected"])
+        calls.append((i, name, data(i, args), [expected, *expected] if wrapped else [expected]))
+    return {"kind": "calls", "tests": calls}
 
 
 @functools.lru_cache(maxsize=1)
@@ -693,24 +839,32 @@ def slots():
 
 
 def referee(job, seconds, memory, unsafe):
-    """What the referee says of a job: its dictionary, whose reason begins with "no verdict" where it said nothing."""
+    """What the referee says of a job, and the seconds that it took."""
     with slots():
+        start = time.perf_counter()
+        kills = out_of_memory_kills()
+        found = {"reason": "no verdict came back", "passed": 0, "walls": None}
         try:
-            with tempfile.TemporaryDirectory(prefix="sandbox-", ignore_cleanup_errors=True) as base:
+            base = tempfile.mkdtemp(prefix="sandbox-")
+            try:
                 settings = {"base": base, "seconds": seconds, "memory": memory, "unsafe": unsafe}
                 said, late = converse(settings, json.dumps(plain(job)).encode(), PATIENCE * seconds + 0.3)
-                for left in os.listdir(base):
-                    remove(os.path.join(base, left))
+            finally:
+                discard(base)
         except (OSError, MemoryError) as error:
-            return {"reason": f"unknown: {type(error).__name__}: {error}", "passed": 0, "walls": None}
+            return found | {"reason": f"unknown: {type(error).__name__}: {error}", "seconds": 0.0}
     if said:
-        return json.loads(said)
-    return {"reason": "time limit" if late else "no verdict came back", "passed": 0, "walls": None}
+        found = json.loads(said)
+    elif late:
+        found["reason"] = "time limit"
+    elif out_of_memory_kills() > kills:
+        found["reason"] = "unknown: the machine ran out of memory"
+    return found | {"seconds": time.perf_counter() - start}
 
 
 def converse(settings, job, timeout):
     """(the referee's output, whether it was too late). In the end all of its processes are gone."""
-    command = [sys.executable, "-I", "-S", "-X", "utf8", os.path.abspath(__file__), json.dumps(settings)]
+    command = [sys.executable, "-I", "-S", "-X", "utf8", HERE, json.dumps(settings)]
     environment = {"MALLOC_ARENA_MAX": "1"}  # or each thread reserves another 64 MB of address space
     if "LD_LIBRARY_PATH" in os.environ:  # Python may need it
         environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
@@ -733,6 +887,17 @@ def converse(settings, job, timeout):
     return said, late
 
 
+def discard(base):
+    """Delete a run's folder. Its processes have been killed, but the last may take a moment to be gone."""
+    for _ in range(20):
+        try:
+            for name in os.listdir(base):
+                remove(os.path.join(base, name))
+            return os.rmdir(base)
+        except OSError:
+            time.sleep(0.01)
+
+
 # Emulated kernels (gVisor) may accept the calls without enforcing them, so every wall is tried.
 PROBE = """
 import os, resource, socket, signal, ctypes
@@ -749,20 +914,30 @@ print(refused(open, "/etc/passwd"), refused(open, "/proc/self/status"), refused(
       resource.getrlimit(resource.RLIMIT_NOFILE)[1] <= 64, resource.getrlimit(resource.RLIMIT_CPU)[1] < 99)
 """
 PROBED = "True True True True True True True True True -1 ['own'] True True"
+KNOWN = {"kind": "stdin", "tests": [(1, "", "1")], "source": "print(1)", "prompt": ""}
 
 
 @functools.lru_cache(maxsize=1)
 def sandbox_walls():
-    """The walls on this machine: {name: "on", or why it could not be built}. Tried once, with a program of ours."""
+    """The walls on this machine: {name: "on", or why it could not be built}. Tried once, with a program of ours.
+
+    Raises:
+        OSError where the machine could not even start it; the next call tries again.
+    """
     if sys.platform != "linux":
         return {"Landlock and seccomp": f"Linux has them, this is {sys.platform}"}
-    found = referee({"kind": "stdin", "tests": [(1, "", PROBED)], "source": PROBE, "prompt": ""}, 10.0, 1 << 30, True)
+    found = referee(KNOWN | {"tests": [(1, "", PROBED)], "source": PROBE}, 10.0, 1 << 30, True)
+    if found["reason"].startswith("unknown"):
+        raise OSError(found["reason"])
     return {**(found["walls"] or {}), "they hold": "on" if found["reason"] == "passed" else found["reason"]}
 
 
 def require_sandbox(unsafe=False):
-    """ValueError where walls are missing and unsafe does not allow that. Returns the walls."""
-    walls = sandbox_walls()
+    """The walls on this machine. ValueError where some are missing and unsafe does not allow that."""
+    try:
+        walls = sandbox_walls()
+    except OSError as error:
+        raise ValueError(f"the isolation of programs could not be tried: {error}") from None
     missing = [f"{name} ({why})" for name, why in walls.items() if why != "on"]
     if missing and not unsafe:
         raise ValueError(
@@ -770,7 +945,3 @@ def require_sandbox(unsafe=False):
             "--unsafe-local-execution runs them all the same, with the rights of this user"
         )
     return walls
-
-
-if __name__ == "__main__":
-    main()
