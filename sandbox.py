@@ -197,7 +197,7 @@ def filter_calls():
 # 2. Messages: eight bytes of length, then JSON. Of results nothing but Python's own types pass. ----------------------
 
 
-class Failed(BaseException):  # so that no `except Exception` of a test swallows it
+class Failed(Exception):
     """The program did not pass; the text is the verdict's reason."""
 
 
@@ -351,7 +351,7 @@ class Launcher:
             reason = reason or self.broken_limit(player)
             if reason:
                 os.kill(player, signal.SIGKILL)
-            time.sleep(min(0.05, 0.001 + (time.monotonic() - start) / 10))
+            time.sleep(min(0.02, 0.001 + (time.monotonic() - start) / 10))
         self.left -= usage.ru_utime + usage.ru_stime
         if self.left < 0:
             reason = reason or "time limit"
@@ -448,14 +448,12 @@ def find(module, name):
 
 def empty(folder):
     """Delete what lies in the program's folder. It runs in the player."""
+    import shutil
+
     os.chdir(folder)
     for name in os.listdir():
-        import shutil  # most programs write nothing, and start sooner without
-
-        if os.path.isdir(name) and not os.path.islink(name):
-            shutil.rmtree(name)
-        else:
-            os.unlink(name)
+        delete = shutil.rmtree if os.path.isdir(name) and not os.path.islink(name) else os.unlink
+        delete(name)
 
 
 def fits(folder):
@@ -481,10 +479,9 @@ def remove(folder):
     """Delete a folder, however deep a program has nested it: what is in a folder is moved up before it goes."""
     pending = [folder]
     for path in pending:
-        os.chmod(path, 0o700)  # a program may have made it without any rights
         for entry in os.scandir(path):
             if entry.is_dir(follow_symlinks=False):
-                os.chmod(entry.path, 0o700)  # moving a folder writes to it
+                os.chmod(entry.path, 0o700)  # a program may have taken all rights away
                 pending.append(f"{folder}-{os.urandom(8).hex()}")
                 os.rename(entry.path, pending[-1])
             else:
@@ -496,14 +493,16 @@ def remove(folder):
 
 
 class Player:
-    """The referee's end of the pipes."""
+    """The referee's end of the pipes, and what it has found so far."""
 
     def __init__(self, settings):
-        self.unsafe = settings["unsafe"]
-        self.walls = None
+        self.settings = settings
+        self.test = 0  # the number of the one that is running
         self.passed = 0
-        self.test = 1  # the number of the one that is running
-        self.failure = None
+        self.walls = None
+
+    def launch(self):
+        """Fork the launcher."""
         orders, self.orders = os.pipe()  # first, so that these take 3 and 4
         self.control, control = os.pipe()
         requests, self.requests = os.pipe()
@@ -512,7 +511,7 @@ class Player:
             for fd in (self.orders, self.control, self.requests, self.replies):
                 os.close(fd)
             try:
-                Launcher(settings, orders, control, requests, replies).serve()
+                Launcher(self.settings, orders, control, requests, replies).serve()
             except Exception:  # the referee is gone. SystemExit passes: it is the end of a player
                 os._exit(1)
         for fd in (orders, control, requests, replies):
@@ -521,74 +520,64 @@ class Player:
     def start(self, stdin=""):
         """Run the program anew, up to its first line."""
         send(self.orders, stdin)
-        self.walls = self.reply()  # no line of the program has run, so this is true
-        missing = [name for name, state in self.walls.items() if state != "on"]
-        if missing and not self.unsafe:
-            raise Failed(f"unknown: no {' and no '.join(missing)} any more")
+        self.walls = self.reply("value")  # no line of the program has run, so this is true
+        if set(self.walls.values()) != {"on"} and not self.settings["unsafe"]:
+            raise Failed(f"unknown: walls are missing: {self.walls}")
 
     def call(self, name, args, kwargs):
         """The result of one of its functions."""
-        if self.failure:
-            raise self.failure
         try:
             send(self.requests, [name, args, kwargs], self.control)
         except EOFError:
             pass  # it is gone, and reply() says why
-        return self.reply()
+        return self.reply("value")
 
-    def reply(self):
-        """The next value that the program sends. Failed where it raises something or ends instead."""
+    def reply(self, kind):
+        """Its next "value", or what it has printed when it has "ended". Failed where another thing happens."""
         try:
-            try:
-                return self.read()
-            except EOFError:
-                self.end()
-                raise Failed("died") from None
-        except Failed as failure:
-            self.failure = failure  # a check may swallow it
-            raise
-
-    def read(self):
-        message = receive(self.replies, OUTPUT, self.control)
+            message = receive(self.replies, OUTPUT, self.control)
+        except EOFError:
+            message = ["ended", self.end()]
         match message:
-            case ["value", value]:
-                return value
-            case ["raised", "MemoryError"]:
-                raise Failed("memory limit")
-            case ["raised", str(name)]:  # a program names its exceptions as it likes
-                raise Failed(f"raised {name[:80] if name.isidentifier() else 'something'} in test {self.test}")
+            case [found, content] if found == kind:
+                return content
+            case ["raised", str(name)]:
+                self.end()  # a limit that it broke is the better reason
+                if name == "MemoryError":
+                    raise Failed("memory limit")
+                name = name[:80] if name.isidentifier() else "something"  # a program names them as it likes
+                raise Failed(f"raised {name} in test {self.test}")
+            case ["ended", _]:
+                raise Failed("died")
         raise Failed("died: something else than a result came back")
 
     def end(self):
-        """Wait until the program has ended. What it printed; Failed where it broke a limit or raised something."""
-        select.select([self.control], [], [])
-        said = None
-        try:
-            self.read()
-            said = "died: something else than a result came back"
-        except EOFError:
-            pass  # as it should be
-        except Failed as failure:
-            said = str(failure)
+        """Wait until the program has ended. What it printed; Failed where it broke a limit."""
         reason, printed = receive(self.control, 8 * OUTPUT)
-        if reason or said:
-            raise Failed(reason or said)
+        if reason:
+            raise Failed(reason)
         return printed
+
+    def report(self, reason):
+        """The verdict, a line of JSON."""
+        found = {"reason": reason, "passed": self.passed, "walls": self.walls}
+        print(json.dumps(found), file=sys.__stdout__, flush=True)
 
 
 def judge_stdin(player, job):
     """Each test runs the program anew and compares its output."""
     for player.test, stdin, expected in job["tests"]:
         player.start(stdin)
-        if not same_output(player.end(), expected):
+        if not same_output(player.reply("ended"), expected):
             raise Failed(f"wrong output in test {player.test}")
         player.passed += 1
 
 
 def judge_calls(player, job):
     """Each test calls a function; all in one process."""
+    player.test = 1
     player.start()
-    player.reply()  # it is loaded
+    player.reply("value")  # it is loaded
     for player.test, name, args, accepted in job["tests"]:
         result = player.call(name, args, {})
         if not any(same_value(result, expected) for expected in accepted):
@@ -598,17 +587,19 @@ def judge_calls(player, job):
 
 def judge_check(player, job):
     """HumanEval: check(candidate), on this side of the pipe, where candidate() asks the player. Tests are its calls."""
-    ((_, test, entry_point),) = job["tests"]
-    calls = 0
+    ((player.test, test, entry_point),) = job["tests"]
+    player.start()
+    player.reply("value")  # it is loaded
+    player.test = 0
 
     def candidate(*args, **kwargs):
-        nonlocal calls
-        calls += 1
-        player.test = calls
-        return player.call(entry_point, args, kwargs)
+        player.test += 1
+        try:
+            return player.call(entry_point, args, kwargs)
+        except Failed as failure:
+            player.report(str(failure))
+            os._exit(0)  # now, as the check might catch it
 
-    player.start()
-    player.reply()  # it is loaded
     names = {}
     try:
         exec(job["prompt"], names)  # some checks use a function that the prompt defines
@@ -619,14 +610,10 @@ def judge_check(player, job):
         exec(test, names)
         names["check"](candidate)
     except AssertionError:
-        raise player.failure or Failed(f"wrong output in test {player.test}") from None
-    except Failed:
-        raise
+        raise Failed(f"wrong output in test {player.test}") from None
     except BaseException as error:
         raise Failed(f"the check raised {type(error).__name__} in test {player.test}") from None
-    if player.failure:
-        raise player.failure  # which the check has swallowed
-    if not calls:
+    if player.test == 0:
         raise Failed("the check never calls its candidate")
     player.passed = 1
 
@@ -687,24 +674,23 @@ def close_float(result, expected):
 
 
 def main():
-    """The referee. Its input is a job, its output one line of JSON: {"reason", "passed", "walls"}."""
+    """The referee. Its input is a job, its output what Player.report() prints."""
     settings = json.loads(sys.argv[1])
-    found = {"reason": "passed", "passed": 0, "walls": None}
+    player = Player(settings)
+    reason = "passed"
     try:
         libc("prctl", 1, signal.SIGKILL, 0, 0, 0)  # do not outlive the caller
-        player = Player(settings)  # forked before the tests are read
+        player.launch()  # before the tests are read
         sys.stdout = sys.stderr  # a check may print
         set_limits(4 << 30, PATIENCE * settings["seconds"])  # or count to what the program returns
         job = json.loads(sys.stdin.buffer.read(), object_hook=revive)
         send(player.orders, {key: job[key] for key in ("kind", "source", "prompt")})
-        try:
-            {"stdin": judge_stdin, "calls": judge_calls, "check": judge_check}[job["kind"]](player, job)
-        except Failed as failure:
-            found["reason"] = str(failure)
-        found |= {"passed": player.passed, "walls": player.walls}
+        {"stdin": judge_stdin, "calls": judge_calls, "check": judge_check}[job["kind"]](player, job)
+    except Failed as failure:
+        reason = str(failure)
     except (OSError, MemoryError) as error:
-        found["reason"] = f"unknown: {type(error).__name__}: {error}"
-    print(json.dumps(found), file=sys.__stdout__, flush=True)
+        reason = f"unknown: {type(error).__name__}: {error}"
+    player.report(reason)
 
 
 if __name__ == "__main__":
@@ -781,54 +767,59 @@ def check_tests(tests, where, entry_point=""):
         ValueError for any other shape.
     """
 
-    def must(condition, message):
-        if not condition:
-            raise ValueError(f"{where}: {message}")
+    try:
+        return read_tests(tests, entry_point)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
-    def text(value):
-        if isinstance(value, list) and all(isinstance(line, str) for line in value):
-            return "\n".join(value)
-        must(isinstance(value, str), f"a test of a program must be text, not {str(value)[:80]!r}")
-        return value
 
-    def data(number, value):
-        try:
-            json.dumps(plain(value, depth=5))  # that deep it lies in what is sent
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{where}: test {number}: {str(error).replace('result', 'value')}") from None
-        return value
-
-    must(tests, "there are no tests")
+def read_tests(tests, entry_point):
+    if not tests:
+        raise ValueError("there are no tests")
     if isinstance(tests, str):
-        must(re.search(r"^def check\(", tests, re.MULTILINE), "a text must define check(candidate), as HumanEval's")
-        named = isinstance(entry_point, str) and entry_point.isidentifier()
-        must(named, "entry_point must name the function that check() is given")
+        if not re.search(r"^def check\(", tests, re.MULTILINE):
+            raise ValueError("a text must define check(candidate), as HumanEval's")
+        if not (isinstance(entry_point, str) and entry_point.isidentifier()):
+            raise ValueError("entry_point must name the function that check() is given")
         return {"kind": "check", "tests": [(1, tests, entry_point)]}
 
     wrapped = False
     if isinstance(tests, dict):
         inputs, outputs, name = (tests.get(key) for key in ("inputs", "outputs", "fn_name"))
-        paired = isinstance(inputs, list) and isinstance(outputs, list) and len(inputs) == len(outputs) > 0
-        must(paired, "tests need lists inputs and outputs of the same length, at least 1")
+        if not (isinstance(inputs, list) and isinstance(outputs, list) and len(inputs) == len(outputs) > 0):
+            raise ValueError("tests need lists inputs and outputs of the same length, at least 1")
         wrapped = all(isinstance(output, list) and len(output) == 1 for output in outputs)
         if name is None:
             tests = [{"input": a, "output": b} for a, b in zip(inputs, outputs)]
         else:
             tests = [{"fn_name": name, "args": a, "expected": b} for a, b in zip(inputs, outputs)]
-    known = isinstance(tests, list) and all(isinstance(test, dict) for test in tests)
-    must(known, f"unknown kind of tests: {str(tests)[:80]!r}")
+    if not (isinstance(tests, list) and all(isinstance(test, dict) for test in tests)):
+        raise ValueError(f"unknown kind of tests: {str(tests)[:80]!r}")
     if all({"input", "output"} <= {*test} for test in tests):
-        return {"kind": "stdin", "tests": [(i, text(t["input"]), text(t["output"])) for i, t in enumerate(tests, 1)]}
+        programs = [(i, as_text(test["input"]), as_text(test["output"])) for i, test in enumerate(tests, 1)]
+        return {"kind": "stdin", "tests": programs}
 
     calls = []
     for i, test in enumerate(tests, 1):
         name = test.get("fn_name", test.get("call"))
         args = test.get("args")
-        complete = isinstance(name, str) and name.isidentifier() and isinstance(args, list) and "expected" in test
-        must(complete, f"test {i} has neither input and output nor fn_name (or call), args and expected")
-        expected = data(i, test["expected"])
-        calls.append((i, name, data(i, args), [expected, *expected] if wrapped else [expected]))
+        if not (isinstance(name, str) and name.isidentifier() and isinstance(args, list) and "expected" in test):
+            raise ValueError(f"test {i} has neither input and output nor fn_name (or call), args and expected")
+        expected = test["expected"]
+        try:
+            json.dumps(plain([args, expected], depth=5))  # that deep it lies in what is sent
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"test {i}: {str(error).replace('result', 'value')}") from None
+        calls.append((i, name, args, [expected, *expected] if wrapped else [expected]))
     return {"kind": "calls", "tests": calls}
+
+
+def as_text(value):
+    if isinstance(value, list) and all(isinstance(line, str) for line in value):
+        return "\n".join(value)
+    if not isinstance(value, str):
+        raise ValueError(f"a test of a program must be text, not {str(value)[:80]!r}")
+    return value
 
 
 @functools.lru_cache(maxsize=1)

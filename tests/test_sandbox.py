@@ -74,6 +74,8 @@ def test_check_tests_reads_every_shape():
         ([{"fn_name": "f", "args": [print], "expected": 1}], "", "type builtin_function_or_method"),
         ([{"fn_name": "f", "args": [1], "expected": 1j}], "", "type complex"),
         ([{"fn_name": "f", "args": [10**5000], "expected": 1}], "", "test 1: .*digits"),
+        ([{"input": 10**5000, "output": "1"}], "", "digits"),
+        ([10**5000], "", "digits"),
         ([{"fn_name": "f", "args": eval("[" * 60 + "]" * 60), "expected": 1}], "", "test 1: .*deep"),
     ],
 )
@@ -273,7 +275,6 @@ def test_output_up_to_the_limit():
     odd = "é\udcff\udc80\n"
     assert run_code("import sys\nsys.stdout.buffer.write('é'.encode() + b'\\xff\\x80')",
                     [{"input": "", "output": odd}]).reason == "passed"
-    assert run_code("print(input())", [{"input": odd, "output": odd}]).reason == "passed"
 
 
 # How results are compared -----------------------------------------------------------------------------------
@@ -363,7 +364,7 @@ HELPED = "def check(candidate):\n    for i in range(5):\n        assert abs(cand
          "the check raised SystemExit in test 1"),
         ("def check(candidate):\n  candidate(1)\n  while True: pass", "def f(n): return n", "time limit"),
         ("def check(candidate):\n  while True:\n    try: candidate(1)\n    except: pass", "def f(n): 1 / 0",
-         "time limit"),
+         "raised ZeroDivisionError in test 1"),
         ("def check(candidate): assert 0 < 10 ** 10 ** candidate(1)", "def f(n): return 9", "time limit"),
     ],
 )
@@ -448,11 +449,15 @@ def test_a_busy_loop_ends_after_its_processor_time(source):
         ("for i in range(1100): open(str(i), 'w').close()\nprint(1)", "disk limit"),
         ("for i in range(7): open(str(i), 'wb').write(bytes(8 << 20))\nprint(1)", "passed"),
         ("for i in range(9): open(str(i), 'wb').write(bytes(8 << 20))\nprint(1)", "disk limit"),
-        ("import threading, time\nfor _ in range(400): threading.Thread(target=time.sleep, args=(9,)).start()", "thread limit"),
+        ("import threading, time\nthreading.stack_size(1 << 16)\nfor _ in range(400): threading.Thread(target=time.sleep, args=(9,)).start()", "thread limit"),
         ("x = bytearray(900 << 20)\nprint(1)", "passed"),
         ("x = bytearray(1100 << 20)\nprint(1)", "memory limit"),
         ("f = open('x', 'wb')\nf.write(bytes(9 << 20))\nprint(1)", "raised OSError in test 1"),
         ("import os\nfor i in range(3000):\n  os.mkdir('d')\n  os.chdir('d')", "disk limit"),
+        ("import itertools, os, threading\nos.mkdir('0')\ninner = os.open('0', os.O_RDONLY)\n"
+         "def fill():\n  for i in itertools.count():\n    fd = os.open(str(i), 1 | 64, dir_fd=inner)\n"
+         "    os.write(fd, bytes(1 << 20)); os.close(fd)\nthreading.Thread(target=fill).start()\n"
+         "for i in itertools.count(): os.rename(str(i), str(i + 1))", "disk limit"),
         ("import os\nos.umask(0o777)\nos.mkdir('d')\nopen('f', 'w').close()\nprint(1)", "passed"),
         ("import os, tempfile\nassert os.listdir('.') == []\nd = tempfile.mkdtemp()\n"
          "os.rename(d, 'e')\nos.symlink('e', 'f')\nassert sorted(os.listdir('.')) == ['e', 'f']\nprint(1)", "passed"),
@@ -1153,6 +1158,7 @@ def test_a_referee_that_is_killed(monkeypatch, tmp_path):
                     os.kill(pid, signal.SIGKILL)
                 return
 
+    sandbox.sandbox_walls()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     thread = threading.Thread(target=kill_referee)
     thread.start()
