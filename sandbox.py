@@ -48,7 +48,7 @@ FILES = 1000  # entries in it
 THREADS = 256
 DEPTH = 50  # of nested results
 PATIENCE = 4  # seconds of wall clock per second of processor time
-LIMITS = {"FSIZE": OUTPUT + 1, "NOFILE": 64, "CORE": 0, "MEMLOCK": 0, "MSGQUEUE": 0}  # FSIZE tells "more" from "all"
+LIMITS = {"FSIZE": OUTPUT + 1, "NOFILE": 64, "SIGPENDING": 64, "CORE": 0, "MEMLOCK": 0, "MSGQUEUE": 0}  # the kernel's
 
 # 1. The walls -----------------------------------------------------------------------------------------------
 
@@ -73,11 +73,7 @@ FORBIDDEN = """
     files:       utime 132 -  utimes 235 -  futimesat 261 -  utimensat 280 88  truncate 76 45  setxattr 188 5
     files:       lsetxattr 189 6  fsetxattr 190 7  removexattr 197 14  lremovexattr 198 15  fremovexattr 199 16
 """
-OPEN = (2, None)
-OPENAT = (257, 56)
-CLONE = (56, 220)
-FCNTL = (72, 25)
-PRLIMIT = (302, 261)
+LOOKED_INTO = {"open": (2, None), "openat": (257, 56), "clone": (56, 220), "fcntl": (72, 25), "prlimit64": (302, 261)}
 NEWER = 424  # newer calls (2019: pidfds, io_uring, clone3) fail with "no such call"; C libraries fall back
 
 # What Landlock can refuse, a bit each. It knows the last three since versions 2, 3 and 5 of its interface.
@@ -173,21 +169,23 @@ def filter_calls():
         for number in line.split()[2 + column :: 3]:
             program += [(equal, 0, 1, int(number)), (leave, 0, 0, refuse)] if number != "-" else []
 
-    def unless(number, *body):
-        """Of the call with this number: body, which falls off its end where the call is refused."""
-        program.extend([(equal, 0, len(body) + 1, number), *body, (leave, 0, 0, refuse)] if number is not None else [])
+    def unless(name, *body):
+        """Of this call: body, which falls off its end where the call is refused."""
+        number = LOOKED_INTO[name][column]
+        if number is not None:
+            program.extend([(equal, 0, len(body) + 1, number), *body, (leave, 0, 0, refuse)])
 
     passes = (leave, 0, 0, allow)
-    for number, argument in ((OPEN[column], 1), (OPENAT[column], 2)):
-        # The low bits of the flags are 0 to read, 1 to write, 2 for both. 3, to control a device, escapes Landlock, and
-        # so did O_TRUNC with 0 until version 3.
-        flags = (load, 0, 0, 16 + 8 * argument)
-        unless(number, flags, (mask, 0, 0, 3), (equal, 0, 3, 0), flags, (any_bit, 3, 0, os.O_TRUNC), passes,
+    for name, place in (("open", 24), ("openat", 32)):
+        # The flags' low bits are 0 to read, 1 to write, 2 for both. 3, to control a device, escapes Landlock, as O_TRUNC
+        # with 0 does before version 3.
+        flags = (load, 0, 0, place)
+        unless(name, flags, (mask, 0, 0, 3), (equal, 0, 3, 0), flags, (any_bit, 3, 0, os.O_TRUNC), passes,
                (equal, 1, 0, 3), passes)
-    unless(CLONE[column], (load, 0, 0, 16), (any_bit, 0, 1, 0x10000), passes)  # threads only
-    unless(PRLIMIT[column], (load, 0, 0, 16), (equal, 0, 1, 0), passes)  # its own limits only
-    # Copies, flags and locks: what comes after them are signals, leases, notices and the size of pipes.
-    unless(FCNTL[column], (load, 0, 0, 24), (equal, 1, 0, 1030), (at_least, 1, 0, 8), passes)
+    unless("clone", (load, 0, 0, 16), (any_bit, 0, 1, 0x10000), passes)  # threads only
+    unless("prlimit64", (load, 0, 0, 16), (equal, 0, 1, 0), passes)  # its own limits only
+    # Copies, flags and locks pass, up to 7 and 1030. The others are signals, leases, notices and the size of pipes.
+    unless("fcntl", (load, 0, 0, 24), (equal, 1, 0, 1030), (at_least, 1, 0, 8), passes)
     program.append(passes)
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in program))
     pointer = struct.pack("HP", len(program), ctypes.addressof(code))
@@ -215,15 +213,15 @@ def receive(fd, most, end=None):
     """The next message. EOFError where there is no writer, Failed where what comes is no message."""
 
     def read(count):
-        parts = []
-        while count:
+        data = bytearray()
+        while len(data) < count:
             if end is not None and fd not in select.select([fd, end], [], [])[0]:
                 raise EOFError
-            parts.append(os.read(fd, min(count, 1 << 20)))
-            if not parts[-1]:
+            part = os.read(fd, min(count - len(data), 1 << 20))
+            if not part:
                 raise EOFError
-            count -= len(parts[-1])
-        return b"".join(parts)
+            data += part
+        return data
 
     length = int.from_bytes(read(8), "big")
     if length > most:
@@ -481,7 +479,8 @@ def remove(folder):
     for path in pending:
         for entry in os.scandir(path):
             if entry.is_dir(follow_symlinks=False):
-                os.chmod(entry.path, 0o700)  # a program may have taken all rights away
+                if not os.access(entry.path, os.R_OK | os.W_OK | os.X_OK):
+                    os.chmod(entry.path, 0o700)  # a program made it without them
                 pending.append(f"{folder}-{os.urandom(8).hex()}")
                 os.rename(entry.path, pending[-1])
             else:

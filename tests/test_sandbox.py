@@ -412,6 +412,18 @@ def test_processor_time_is_what_counts():
 
 
 @needs_sandbox
+def test_never_more_programs_than_cores(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    most = 0
+    with ThreadPoolExecutor(8) as pool:
+        running = [pool.submit(run_code, "import time\ntime.sleep(0.3)\nprint(1)", ONE, seconds=1) for _ in range(8)]
+        while not all(future.done() for future in running):
+            most = max(most, len(list(tmp_path.iterdir())))
+    assert 0 < most <= len(os.sched_getaffinity(0))
+    assert [future.result().reason for future in running] == ["passed"] * 8
+
+
+@needs_sandbox
 def test_processor_time_across_processes():
     script = f"import sandbox\nprint([sandbox.run_code({BUSY.format(0.5)!r}, {ONE}, seconds=0.8).reason for _ in range(2)])"
     started = [
@@ -759,6 +771,11 @@ libc, timer = ctypes.CDLL(None), ctypes.create_string_buffer(8)
 if libc.timer_create(1, struct.pack("QiiQ", 0, 9, 0, 0) + bytes(64), timer) == 0:
     libc.timer_settime(ctypes.c_void_p(int.from_bytes(timer.raw, "little")), 0, struct.pack("4q", 0, 1, 0, 1), None)
 while True: pass
+""",
+    "a bomb of timers": REFUSED + """
+import struct
+kept = [ctypes.create_string_buffer(8) for _ in range(1000)]
+if all(libc.timer_create(1, struct.pack("QiiQ", 0, 10, 0, 0) + bytes(64), timer) == 0 for timer in kept): return "SECRET-97531"
 """,
     "stopping itself": """
 import ctypes, struct
