@@ -2,24 +2,24 @@
 
     verdict = run_code("print(int(input()) + 1)", [{"input": "1", "output": "2"}])    # .score 1.0
 
-The rule matters more than the walls: expected results never enter the process that runs the program. It gets
-inputs and returns data, and what compares is another process. Whatever it prints, returns or forges must equal
+The rule matters more than the walls: expected results never enter the process that runs the program. It
+gets inputs and returns data, and another process compares. Whatever it prints, returns or forges must equal
 an expectation that it has never seen; its exit code means nothing; no answer is a 0. Four processes:
 
     caller     this one: starts `python -I -S sandbox.py`, sends it a job, reads a line, kills what is late
     referee    forks the launcher and only then reads the tests; sends inputs, compares what comes back
     launcher   forks a fresh player for every run of the program, watches it, and reads what it printed
     player     runs the program: it sees Python's libraries and an empty folder of its own (Landlock), has no
-               network, no children, no signals for others (seccomp), no rights, and little of everything (limits)
+               network, no children, no signals for others (seccomp), and little of everything (limits)
 
-A player cannot leave its process group, so killing that ends everything. No root, no namespaces, no container:
-it works as any user and inside a container. Linux 5.13 or newer, x86-64 or arm64; elsewhere it refuses.
+A player cannot leave its process group, so killing that ends everything. No root, no namespaces, no
+container: it works as any user and inside a container. Linux 5.13 or newer, x86-64 or arm64.
 
-Promised: the program cannot read, write or delete files of others, reach the network, start or signal processes,
-nor learn what is expected; it ends within 4 times its limit of processor time and half a second, and nothing of it
-is left. Not stopped: seeing sizes and times of files whose names it guesses; using one core, its memory and, in
-files that it has deleted but holds open or mapped, 512 MB and once more its memory of disk until it ends; holes in
-the kernel; guessing right.
+Promised: the program cannot read, write or delete files of others, reach the network, start or signal
+processes, nor learn what is expected; it ends within 4 times its limit of processor time and half a second,
+and nothing of it is left. Not stopped: reading what is installed beside Python's libraries; seeing sizes and
+times of files whose names it guesses; using one core, its memory and, until it ends, as much disk as files
+take that it has deleted but holds open (512 MB) or mapped (its memory again); holes in the kernel; guessing.
 
 Standard library only; copy this file alone.
 """
@@ -48,39 +48,44 @@ FILES = 1000  # entries in it
 THREADS = 256
 DEPTH = 50  # of nested results
 PATIENCE = 4  # seconds of wall clock per second of processor time
-LIMITS = {"FSIZE": OUTPUT + 1, "NOFILE": 64, "SIGPENDING": 64, "CORE": 0, "MEMLOCK": 0, "MSGQUEUE": 0}  # the kernel's
+# The kernel's. One byte more of a file than allowed, so that too much can be told from all.
+LIMITS = {"FSIZE": OUTPUT + 1, "NOFILE": 64, "SIGPENDING": 64, "CORE": 0, "MEMLOCK": 0, "MSGQUEUE": 0}
 
 # 1. The walls -----------------------------------------------------------------------------------------------
 
 # The system calls that fail with "not permitted": name, number on x86-64, number on arm64.
 FORBIDDEN = """
-    processes:   fork 57 -  vfork 58 -  execve 59 221  execveat 322 281  setpgid 109 154  setsid 112 157
-    signals:     kill 62 129  tkill 200 130  tgkill 234 131  rt_sigqueueinfo 129 138  rt_tgsigqueueinfo 297 240
-    network:     socket 41 198  socketpair 53 199
-    inspection:  ptrace 101 117  process_vm_readv 310 270  process_vm_writev 311 271  kcmp 312 272
-    inspection:  perf_event_open 298 241  userfaultfd 323 282  syslog 103 116  fanotify_init 300 262
-    inspection:  inotify_init 253 -  inotify_init1 294 26  name_to_handle_at 303 264  open_by_handle_at 304 265
-    priorities:  setpriority 141 140  sched_setparam 142 118  sched_setscheduler 144 119  sched_setattr 314 274
-    priorities:  sched_setaffinity 203 122  ioprio_set 251 30  migrate_pages 256 238  move_pages 279 239
-    settings:    prctl 157 167  personality 135 92  unshare 272 97  setns 308 268  bpf 321 280
-    users:       setuid 105 146  setgid 106 144  setreuid 113 145  setregid 114 143  setresuid 117 147
-    users:       setresgid 119 149  setgroups 116 159  add_key 248 217  request_key 249 218  keyctl 250 219
-    mounts:      mount 165 40  umount2 166 39  pivot_root 155 41  chroot 161 51  sync 162 81  syncfs 306 267
-    memory:      memfd_create 319 279  shmget 29 194  shmat 30 196  shmctl 31 195  semget 64 190  semop 65 193
-    memory:      semctl 66 191  semtimedop 220 192  msgget 68 186  msgsnd 69 189  msgrcv 70 188  msgctl 71 187
-    memory:      mq_open 240 180  mq_unlink 241 181  io_setup 206 0
-    files:       chmod 90 -  fchmod 91 52  fchmodat 268 53  chown 92 -  fchown 93 55  lchown 94 -  fchownat 260 54
-    files:       utime 132 -  utimes 235 -  futimesat 261 -  utimensat 280 88  truncate 76 45  setxattr 188 5
-    files:       lsetxattr 189 6  fsetxattr 190 7  removexattr 197 14  lremovexattr 198 15  fremovexattr 199 16
+    processes   fork 57 -  vfork 58 -  execve 59 221  execveat 322 281  setpgid 109 154  setsid 112 157
+    signals     kill 62 129  tkill 200 130  tgkill 234 131
+    signals     rt_sigqueueinfo 129 138  rt_tgsigqueueinfo 297 240
+    network     socket 41 198  socketpair 53 199
+    inspection  ptrace 101 117  process_vm_readv 310 270  process_vm_writev 311 271  kcmp 312 272
+    inspection  perf_event_open 298 241  userfaultfd 323 282  syslog 103 116  fanotify_init 300 262
+    inspection  inotify_init 253 -  inotify_init1 294 26
+    inspection  name_to_handle_at 303 264  open_by_handle_at 304 265
+    priorities  setpriority 141 140  sched_setparam 142 118  sched_setscheduler 144 119
+    priorities  sched_setattr 314 274  sched_setaffinity 203 122  ioprio_set 251 30
+    priorities  migrate_pages 256 238  move_pages 279 239
+    settings    prctl 157 167  personality 135 92  unshare 272 97  setns 308 268  bpf 321 280
+    users       setuid 105 146  setgid 106 144  setreuid 113 145  setregid 114 143  setresuid 117 147
+    users       setresgid 119 149  setgroups 116 159  add_key 248 217  request_key 249 218  keyctl 250 219
+    mounts      mount 165 40  umount2 166 39  pivot_root 155 41  chroot 161 51  sync 162 81  syncfs 306 267
+    memory      memfd_create 319 279  shmget 29 194  shmat 30 196  shmctl 31 195  semget 64 190
+    memory      semop 65 193  semctl 66 191  semtimedop 220 192  msgget 68 186  msgsnd 69 189
+    memory      msgrcv 70 188  msgctl 71 187  mq_open 240 180  mq_unlink 241 181  io_setup 206 0
+    files       chmod 90 -  fchmod 91 52  fchmodat 268 53  chown 92 -  fchown 93 55  lchown 94 -
+    files       fchownat 260 54  utime 132 -  utimes 235 -  futimesat 261 -  utimensat 280 88
+    files       truncate 76 45  setxattr 188 5  lsetxattr 189 6  fsetxattr 190 7
+    files       removexattr 197 14  lremovexattr 198 15  fremovexattr 199 16
 """
-LOOKED_INTO = {"open": (2, None), "openat": (257, 56), "clone": (56, 220), "fcntl": (72, 25), "prlimit64": (302, 261)}
+CHECKED = {"open": (2, None), "openat": (257, 56), "clone": (56, 220), "fcntl": (72, 25), "prlimit64": (302, 261)}
 NEWER = 424  # newer calls (2019: pidfds, io_uring, clone3) fail with "no such call"; C libraries fall back
 
-# What Landlock can refuse, a bit each. It knows the last three since versions 2, 3 and 5 of its interface.
-RIGHTS = """execute write_file read_file read_folder remove_folder remove_file make_device make_folder make_file
-    make_socket make_fifo make_block_device make_symlink move truncate ioctl""".split()
+# What Landlock can refuse, a bit each; the last three since versions 2, 3 and 5 of its interface.
+RIGHTS = """execute write_file read_file read_folder remove_folder remove_file make_device make_folder
+    make_file make_socket make_fifo make_block_device make_symlink move truncate ioctl""".split()
 READ = {"read_file", "read_folder"}
-WRITE = {"write_file", "remove_folder", "remove_file", "make_folder", "make_file", "make_symlink", "move", "truncate"}
+WRITE = {"write_file", "truncate", "make_file", "remove_file", "make_folder", "remove_folder", "make_symlink", "move"}
 ON_FILES = {"read_file", "write_file", "truncate"}  # the others are for folders only
 
 
@@ -118,7 +123,7 @@ def confine(folder, memory, seconds):
 
 
 def set_limits(memory, seconds):
-    """The kernel's limits. That of time is in whole seconds, and only there in case that the launcher dies."""
+    """The kernel's limits. That of time counts whole seconds: the launcher is more exact."""
     import resource
 
     limits = LIMITS | {"AS": memory, "CPU": int(seconds) + 2}
@@ -133,7 +138,7 @@ def restrict_files(folder):
     """Landlock: no file can be opened but Python's libraries, for reading, and what lies in folder."""
     version = libc("syscall", 444, None, 0, 1)
     known = RIGHTS[: {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)]
-    handled = struct.pack("3Q", (1 << len(known)) - 1, 3, 3)  # files, TCP since version 4, other sockets since 6
+    handled = struct.pack("3Q", (1 << len(known)) - 1, 3, 3)  # files; TCP (version 4); other sockets (6)
     length = 8 if version < 4 else 16 if version < 6 else 24
     rules = libc("syscall", 444, handled[:length], length, 0)
 
@@ -152,7 +157,7 @@ def restrict_files(folder):
 
 
 def filter_calls():
-    """seccomp: a program for the kernel's little machine, which sees the number and the arguments of every call.
+    """seccomp: a program for the kernel's little machine, which sees each call's number and arguments.
 
     An instruction is (what to do, steps ahead if so, steps ahead if not, operand). Argument i lies at 16 + 8 i.
     """
@@ -162,29 +167,29 @@ def filter_calls():
     kill, allow, refuse, unknown = 0x80000000, 0x7FFF0000, 0x00050000 | 1, 0x00050000 | 38
     column = {"x86_64": 0, "aarch64": 1}[os.uname().machine]
     program = [
-        (load, 0, 0, 4), (equal, 1, 0, (0xC000003E, 0xC00000B7)[column]), (leave, 0, 0, kill),  # another processor's
+        (load, 0, 0, 4), (equal, 1, 0, (0xC000003E, 0xC00000B7)[column]), (leave, 0, 0, kill),  # 32-bit calls
         (load, 0, 0, 0), (at_least, 0, 1, NEWER), (leave, 0, 0, unknown),
     ]
     for line in FORBIDDEN.split("\n")[1:-1]:
-        for number in line.split()[2 + column :: 3]:
+        for number in line.split()[2 + column :: 3]:  # after the heading
             program += [(equal, 0, 1, int(number)), (leave, 0, 0, refuse)] if number != "-" else []
 
     def unless(name, *body):
         """Of this call: body, which falls off its end where the call is refused."""
-        number = LOOKED_INTO[name][column]
+        number = CHECKED[name][column]
         if number is not None:
             program.extend([(equal, 0, len(body) + 1, number), *body, (leave, 0, 0, refuse)])
 
     passes = (leave, 0, 0, allow)
     for name, place in (("open", 24), ("openat", 32)):
-        # The flags' low bits are 0 to read, 1 to write, 2 for both. 3, to control a device, escapes Landlock, as O_TRUNC
-        # with 0 does before version 3.
+        # The flags' low bits are 0 to read, 1 to write, 2 for both. 3, to control a device, escapes Landlock,
+        # as O_TRUNC with 0 does before its version 3.
         flags = (load, 0, 0, place)
         unless(name, flags, (mask, 0, 0, 3), (equal, 0, 3, 0), flags, (any_bit, 3, 0, os.O_TRUNC), passes,
                (equal, 1, 0, 3), passes)
     unless("clone", (load, 0, 0, 16), (any_bit, 0, 1, 0x10000), passes)  # threads only
     unless("prlimit64", (load, 0, 0, 16), (equal, 0, 1, 0), passes)  # its own limits only
-    # Copies, flags and locks pass, up to 7 and 1030. The others are signals, leases, notices and the size of pipes.
+    # Copies, flags and locks pass, up to 7 and 1030; not signals, leases, notices and the size of pipes.
     unless("fcntl", (load, 0, 0, 24), (equal, 1, 0, 1030), (at_least, 1, 0, 8), passes)
     program.append(passes)
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in program))
@@ -192,7 +197,7 @@ def filter_calls():
     libc("prctl", 22, 2, ctypes.create_string_buffer(pointer), 0, 0)
 
 
-# 2. Messages: eight bytes of length, then JSON. Of results nothing but Python's own types pass. ----------------------
+# 2. Messages: eight bytes of length, then JSON --------------------------------------------------------------
 
 
 class Failed(Exception):
@@ -200,7 +205,7 @@ class Failed(Exception):
 
 
 def send(fd, value, end=None):
-    """Write a message. EOFError where first `end` speaks, a descriptor that does so when there is no reader."""
+    """Write a message. EOFError where `end` speaks first, a descriptor that does so when the reader is gone."""
     data = json.dumps(plain(value)).encode()
     data = memoryview(len(data).to_bytes(8, "big") + data)
     while data:
@@ -210,7 +215,7 @@ def send(fd, value, end=None):
 
 
 def receive(fd, most, end=None):
-    """The next message. EOFError where there is no writer, Failed where what comes is no message."""
+    """The next message. EOFError where the writer is gone, Failed where what comes is no message."""
 
     def read(count):
         data = bytearray()
@@ -236,8 +241,10 @@ LISTED = {"tuple": tuple, "set": set, "frozenset": frozenset, "bytes": bytes}
 
 
 def plain(value, depth=0):
-    """value in JSON's types, what JSON lacks as {type: list}. TypeError for all that is not plain data, but for the
-    dictionaries of collections, which become plain ones."""
+    """value in JSON's types, what JSON lacks as {type: list}. TypeError for all that is not plain data.
+
+    The dictionaries of collections become plain ones.
+    """
     kind = type(value)
     if value is None or kind in (bool, int, float, str):
         return value
@@ -269,8 +276,8 @@ def revive(tagged):
 # What LeetCode and its like import beforehand.
 USUAL = """
 import bisect, collections, functools, heapq, itertools, math, operator, random, re, string
-from bisect import *; from collections import *; from functools import *; from heapq import *; from itertools import *
-from math import *; from typing import *
+from bisect import *; from collections import *; from functools import *; from heapq import *
+from itertools import *; from math import *; from typing import *
 """
 
 
@@ -289,11 +296,11 @@ class Launcher:
         self.kills = out_of_memory_kills()
 
     def serve(self):
-        """Until the referee is gone. Each answer is [why the run failed or None, what the program printed]."""
+        """Until the referee is gone. An answer is [why the run failed or None, what the program printed]."""
         libc("prctl", 1, signal.SIGKILL, 0, 0, 0)  # do not outlive the referee
         try:
-            with open("/proc/self/oom_score_adj", "w") as file:  # without memory this goes first, not the trainer
-                file.write("1000")
+            with open("/proc/self/oom_score_adj", "w") as file:
+                file.write("1000")  # where memory runs out this goes first, and not the trainer
         except OSError:
             pass
         self.program = receive(self.orders, INPUT)
@@ -360,7 +367,8 @@ class Launcher:
 
     def broken_limit(self, player):
         """The limit that a program has broken which still runs, or None."""
-        if time.clock_gettime(~player << 3 | 2) > self.left or time.monotonic() > self.deadline:  # that process's clock
+        used = time.clock_gettime(~player << 3 | 2)  # the clock of that process
+        if used > self.left or time.monotonic() > self.deadline:
             return "time limit"
         if len(os.listdir(f"/proc/{player}/task")) > THREADS:
             return "thread limit"
@@ -395,12 +403,12 @@ def prepare(folder, usual):
     if usual:
         names = {}
         exec(USUAL, names)
-        for name in names:  # beside the builtins, where they override nothing and are not taken for the program's own
+        for name in names:  # among the builtins they override nothing, and are not the program's own
             builtins.__dict__.setdefault(name, names[name])
 
 
 def play(program, settings, folder):
-    """Run the program: as `python solution.py`, or as a module whose functions are called until the pipe ends.
+    """Run the program: as `python solution.py`, or as a module whose functions are called.
 
     Replies are ["value", the states of the walls], then, of a module, ["value", None] when it is loaded and
     ["value", result] per call; and in the end, where it raises an exception, ["raised", its type's name].
@@ -455,7 +463,7 @@ def empty(folder):
 
 
 def fits(folder):
-    """Whether a folder holds no more than DISK bytes and FILES entries, and nothing that cannot be looked into."""
+    """Whether a folder holds no more than DISK bytes and FILES entries, and all of it can be seen."""
     size = 0
     entries = 0
     pending = [folder]
@@ -474,17 +482,20 @@ def fits(folder):
 
 
 def remove(folder):
-    """Delete a folder, however deep a program has nested it: what is in a folder is moved up before it goes."""
+    """Delete a folder, however deeply nested: the folders in a folder are moved up before it goes."""
     pending = [folder]
     for path in pending:
         for entry in os.scandir(path):
-            if entry.is_dir(follow_symlinks=False):
+            if not entry.is_dir(follow_symlinks=False):
+                os.unlink(entry.path)
+                continue
+            try:
+                os.rmdir(entry.path)
+            except OSError:  # it is not empty
                 if not os.access(entry.path, os.R_OK | os.W_OK | os.X_OK):
                     os.chmod(entry.path, 0o700)  # a program made it without them
                 pending.append(f"{folder}-{os.urandom(8).hex()}")
                 os.rename(entry.path, pending[-1])
-            else:
-                os.unlink(entry.path)
         os.rmdir(path)
 
 
@@ -532,7 +543,7 @@ class Player:
         return self.reply("value")
 
     def reply(self, kind):
-        """Its next "value", or what it has printed when it has "ended". Failed where another thing happens."""
+        """Its next "value", or what it has printed once it has "ended"; Failed where it does something else."""
         try:
             message = receive(self.replies, OUTPUT, self.control)
         except EOFError:
@@ -585,7 +596,7 @@ def judge_calls(player, job):
 
 
 def judge_check(player, job):
-    """HumanEval: check(candidate), on this side of the pipe, where candidate() asks the player. Tests are its calls."""
+    """HumanEval: check(candidate), on this side of the pipe, where candidate() asks the player."""
     ((player.test, test, entry_point),) = job["tests"]
     player.start()
     player.reply("value")  # it is loaded
@@ -622,8 +633,8 @@ NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 
 
 def same_output(printed, expected):
-    """As judges compare: blanks at the ends of lines and empty lines at the end do not count; a number for a decimal
-    may be 1e-6 off, relative or absolute; everything else is exact. Lines end at \\n only."""
+    """As judges compare: blanks at the ends of lines and empty lines at the end do not count; a number for a
+    decimal may be 1e-6 off, relative or absolute; everything else is exact. Lines end at \\n only."""
     printed = [line.rstrip(BLANKS) for line in printed.rstrip(BLANKS + "\n").split("\n")]
     expected = [line.rstrip(BLANKS) for line in expected.rstrip(BLANKS + "\n").split("\n")]
     return len(printed) == len(expected) and all(map(same_line, printed, expected))
@@ -645,8 +656,8 @@ def close_decimal(printed, expected):
 
 
 def same_value(result, expected):
-    """Equal and of the same type, all the way down, but: a float may be met by a close float or int, a list (JSON has no
-    tuples) by a tuple."""
+    """Equal and of the same type, all the way down, but: a float may be met by a close float or int, a list
+    (JSON has no tuples) by a tuple."""
     kind = type(expected)
     if kind is float:
         return type(result) in (int, float) and close_float(result, expected)
@@ -657,8 +668,10 @@ def same_value(result, expected):
     if kind in (list, tuple):
         return len(result) == len(expected) and all(map(same_value, result, expected))
     if kind in (dict, set, frozenset):
-        typed = [{(type(key), key) for key in keys} for keys in (result, expected)]  # or True would be the key 1
-        return typed[0] == typed[1] and (kind is not dict or all(same_value(result[k], expected[k]) for k in expected))
+        typed = {(type(key), key) for key in expected}  # or True would be the key 1
+        if {(type(key), key) for key in result} != typed:
+            return False
+        return kind is not dict or all(same_value(result[key], expected[key]) for key in expected)
     return result == expected
 
 
@@ -710,22 +723,24 @@ class Verdict:
     components: dict = field(default_factory=dict)  # of code: "passed" tests out of "tests"
 
 
-def run_code(source, tests, *, entry_point="", prompt="", seconds=10.0, memory=1 << 30, limit=0, seed=0, unsafe=False):
+def run_code(
+    source, tests, *, entry_point="", prompt="", seconds=10.0, memory=1 << 30, limit=0, seed=0, unsafe=False
+):
     """Run a program on tests, isolated from everything.
 
     Args:
         source: Python, any text.
         tests: in a shape that check_tests() reads.
         entry_point: the function to test, for HumanEval's shape.
-        prompt: code that runs before source, and beside HumanEval's check. A text that is no code is passed over.
-        seconds: of processor time, for all tests together; 4 times that of wall clock. The verdict comes half a second
-            later at most. No more programs run at a time than there are cores; waiting for one does not count.
+        prompt: code that runs before source, and beside HumanEval's check; a text that is no code is passed over.
+        seconds: of processor time, for all tests together; 4 times that of wall clock. The verdict comes half a
+            second later at most. Never more programs run than there are cores; waiting for one does not count.
         memory: bytes of address space.
         limit: tests to take, 0 for all; a sample of them depends on seed alone.
         unsafe: run even where walls are missing.
     Returns:
-        Verdict, score 1 where every test passes. The first that fails ends the run. None where the machine is to blame:
-        no process or folder could be made, it ran out of memory, or not even a program that is known to be right passes.
+        Verdict, score 1 where every test passes. The first that fails ends the run. None where the machine is to
+        blame: no process or folder could be made, memory ran out, or not even a right program passes any more.
     Raises:
         ValueError: tests in no known shape; no isolation here, and unsafe does not allow that.
     """
@@ -752,16 +767,16 @@ def check_tests(tests, where, entry_point=""):
 
     Args:
         tests: in one of these shapes
-            HumanEval     a text that defines check(candidate); entry_point names the function
-            programs      [{"input": text for standard input, "output": text expected on standard output}, ...]
-            functions     [{"fn_name" or "call": name, "args": [...], "expected": value}, ...]
-            APPS          {"inputs": [...], "outputs": [...]}, texts (or lists of lines) as above; with "fn_name", inputs
-                          are lists of arguments and outputs values, each in a list of one where all are
+            HumanEval   a text that defines check(candidate); entry_point names the function
+            programs    [{"input": text for standard input, "output": text expected on standard output}, ...]
+            functions   [{"fn_name" or "call": name, "args": [...], "expected": value}, ...]
+            APPS        {"inputs": [...], "outputs": [...]}, texts (or lists of lines) as above; with "fn_name",
+                        inputs are lists of arguments and outputs values, each in a list of one where all are
         where: what to name in errors.
         entry_point: of HumanEval's shape.
     Returns:
-        dict: "kind" ("check", "calls" or "stdin") and "tests", a list of tuples that begin with the number of the test:
-        of programs (number, input, output), of functions (number, name, args, results of which each is right).
+        dict: "kind" ("check", "calls" or "stdin") and "tests", tuples that begin with the number of the test: of
+        programs (number, input, output), of functions (number, name, args, results of which each is right).
     Raises:
         ValueError for any other shape.
     """
@@ -802,7 +817,8 @@ def read_tests(tests, entry_point):
     for i, test in enumerate(tests, 1):
         name = test.get("fn_name", test.get("call"))
         args = test.get("args")
-        if not (isinstance(name, str) and name.isidentifier() and isinstance(args, list) and "expected" in test):
+        named = isinstance(name, str) and name.isidentifier()
+        if not (named and isinstance(args, list) and "expected" in test):
             raise ValueError(f"test {i} has neither input and output nor fn_name (or call), args and expected")
         expected = test["expected"]
         try:
@@ -859,8 +875,8 @@ def converse(settings, job, timeout):
     if "LD_LIBRARY_PATH" in os.environ:  # Python may need it
         environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
     process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment, cwd="/",
-        start_new_session=True,
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment,
+        cwd="/", start_new_session=True,
     )
     late = False
     said = b""
@@ -909,7 +925,7 @@ KNOWN = {"kind": "stdin", "tests": [(1, "", "1")], "source": "print(1)", "prompt
 
 @functools.lru_cache(maxsize=1)
 def sandbox_walls():
-    """The walls on this machine: {name: "on", or why it could not be built}. Tried once, with a program of ours.
+    """The walls on this machine: {name: "on", or why it could not be built}, tried once with a program of ours.
 
     Raises:
         OSError where the machine could not even start it; the next call tries again.

@@ -461,7 +461,8 @@ def test_a_busy_loop_ends_after_its_processor_time(source):
         ("for i in range(1100): open(str(i), 'w').close()\nprint(1)", "disk limit"),
         ("for i in range(7): open(str(i), 'wb').write(bytes(8 << 20))\nprint(1)", "passed"),
         ("for i in range(9): open(str(i), 'wb').write(bytes(8 << 20))\nprint(1)", "disk limit"),
-        ("import threading, time\nthreading.stack_size(1 << 16)\nfor _ in range(400): threading.Thread(target=time.sleep, args=(9,)).start()", "thread limit"),
+        ("import threading, time\nthreading.stack_size(1 << 16)\n"
+         "for _ in range(400): threading.Thread(target=time.sleep, args=(9,)).start()", "thread limit"),
         ("x = bytearray(900 << 20)\nprint(1)", "passed"),
         ("x = bytearray(1100 << 20)\nprint(1)", "memory limit"),
         ("f = open('x', 'wb')\nf.write(bytes(9 << 20))\nprint(1)", "raised OSError in test 1"),
