@@ -78,14 +78,19 @@ FORBIDDEN = """
     files       truncate 76 45  setxattr 188 5  lsetxattr 189 6  fsetxattr 190 7
     files       removexattr 197 14  lremovexattr 198 15  fremovexattr 199 16
 """
-CHECKED = {"open": (2, None), "openat": (257, 56), "clone": (56, 220), "fcntl": (72, 25), "prlimit64": (302, 261)}
+# Those that depend on their arguments, likewise.
+CHECKED = {
+    "open": (2, None),
+    "openat": (257, 56), "clone": (56, 220), "fcntl": (72, 25), "prlimit64": (302, 261),
+}
 NEWER = 424  # newer calls (2019: pidfds, io_uring, clone3) fail with "no such call"; C libraries fall back
 
 # What Landlock can refuse, a bit each; the last three since versions 2, 3 and 5 of its interface.
 RIGHTS = """execute write_file read_file read_folder remove_folder remove_file make_device make_folder
     make_file make_socket make_fifo make_block_device make_symlink move truncate ioctl""".split()
 READ = {"read_file", "read_folder"}
-WRITE = {"write_file", "truncate", "make_file", "remove_file", "make_folder", "remove_folder", "make_symlink", "move"}
+WRITE = {"write_file", "truncate", "make_file", "remove_file", "make_folder", "remove_folder", "make_symlink"}
+WRITE |= {"move"}
 ON_FILES = {"read_file", "write_file", "truncate"}  # the others are for folders only
 
 
@@ -159,7 +164,7 @@ def restrict_files(folder):
 def filter_calls():
     """seccomp: a program for the kernel's little machine, which sees each call's number and arguments.
 
-    An instruction is (what to do, steps ahead if so, steps ahead if not, operand). Argument i lies at 16 + 8 i.
+    An instruction: what to do, steps ahead if so, steps ahead if not, operand. Argument i lies at 16 + 8 i.
     """
     import ctypes
 
@@ -205,7 +210,7 @@ class Failed(Exception):
 
 
 def send(fd, value, end=None):
-    """Write a message. EOFError where `end` speaks first, a descriptor that does so when the reader is gone."""
+    """Write a message. EOFError where `end` speaks first, a descriptor that does when the reader is gone."""
     data = json.dumps(plain(value)).encode()
     data = memoryview(len(data).to_bytes(8, "big") + data)
     while data:
@@ -543,7 +548,7 @@ class Player:
         return self.reply("value")
 
     def reply(self, kind):
-        """Its next "value", or what it has printed once it has "ended"; Failed where it does something else."""
+        """Its next "value", or what it printed until it "ended"; Failed where it does something else."""
         try:
             message = receive(self.replies, OUTPUT, self.control)
         except EOFError:
@@ -732,15 +737,16 @@ def run_code(
         source: Python, any text.
         tests: in a shape that check_tests() reads.
         entry_point: the function to test, for HumanEval's shape.
-        prompt: code that runs before source, and beside HumanEval's check; a text that is no code is passed over.
-        seconds: of processor time, for all tests together; 4 times that of wall clock. The verdict comes half a
-            second later at most. Never more programs run than there are cores; waiting for one does not count.
+        prompt: code that runs before source, and beside HumanEval's check; a text that is no code is passed
+            over.
+        seconds: of processor time, for all tests together; 4 times that of wall clock. The verdict comes half
+            a second later at most. Never more programs run than there are cores; waiting does not count.
         memory: bytes of address space.
         limit: tests to take, 0 for all; a sample of them depends on seed alone.
         unsafe: run even where walls are missing.
     Returns:
-        Verdict, score 1 where every test passes. The first that fails ends the run. None where the machine is to
-        blame: no process or folder could be made, memory ran out, or not even a right program passes any more.
+        Verdict, score 1 where every test passes. The first that fails ends the run. None where the machine is
+        to blame: no process or folder could be made, memory ran out, or not even a right program passes.
     Raises:
         ValueError: tests in no known shape; no isolation here, and unsafe does not allow that.
     """
@@ -770,12 +776,12 @@ def check_tests(tests, where, entry_point=""):
             HumanEval   a text that defines check(candidate); entry_point names the function
             programs    [{"input": text for standard input, "output": text expected on standard output}, ...]
             functions   [{"fn_name" or "call": name, "args": [...], "expected": value}, ...]
-            APPS        {"inputs": [...], "outputs": [...]}, texts (or lists of lines) as above; with "fn_name",
-                        inputs are lists of arguments and outputs values, each in a list of one where all are
+            APPS        {"inputs": [...], "outputs": [...]}, texts (or lists of lines) as above; with
+                        "fn_name", inputs are lists of arguments and outputs values, or lists of one value
         where: what to name in errors.
         entry_point: of HumanEval's shape.
     Returns:
-        dict: "kind" ("check", "calls" or "stdin") and "tests", tuples that begin with the number of the test: of
+        dict: "kind" ("check", "calls" or "stdin") and "tests", tuples that begin with the test's number: of
         programs (number, input, output), of functions (number, name, args, results of which each is right).
     Raises:
         ValueError for any other shape.
@@ -819,7 +825,7 @@ def read_tests(tests, entry_point):
         args = test.get("args")
         named = isinstance(name, str) and name.isidentifier()
         if not (named and isinstance(args, list) and "expected" in test):
-            raise ValueError(f"test {i} has neither input and output nor fn_name (or call), args and expected")
+            raise ValueError(f"test {i} has neither input and output nor fn_name (or call), args, expected")
         expected = test["expected"]
         try:
             json.dumps(plain([args, expected], depth=5))  # that deep it lies in what is sent
@@ -925,7 +931,7 @@ KNOWN = {"kind": "stdin", "tests": [(1, "", "1")], "source": "print(1)", "prompt
 
 @functools.lru_cache(maxsize=1)
 def sandbox_walls():
-    """The walls on this machine: {name: "on", or why it could not be built}, tried once with a program of ours.
+    """The walls on this machine, tried once: {name: "on", or why it could not be built}.
 
     Raises:
         OSError where the machine could not even start it; the next call tries again.
