@@ -2,42 +2,44 @@
 
     verdict = run_code("print(int(input()) + 1)", [{"input": "1", "output": "2"}])    # .score 1.0
 
-The rule matters more than the walls: expected results never enter the process that runs the program. It gets
-inputs and returns data, and what compares is another process. Whatever it prints, returns or forges must equal
+The rule matters more than the walls: expected results never enter the process that runs the program. It
+gets inputs and returns data, and another process compares. Whatever it prints, returns or forges must equal
 an expectation that it has never seen; its exit code means nothing; no answer is a 0. Four processes:
 
-    caller     this one: starts `python -I -S sandbox.py`, sends one job, reads one line, kills what is late
-    referee    forks the launcher and only then reads the tests; sends inputs, compares what comes back, watches
-    launcher   forks a fresh player for every run of the program, and reads what it printed
+    caller     this one: starts `python -I -S sandbox.py`, sends it a job, reads a line, kills what is late
+    referee    forks the launcher and only then reads the tests; sends inputs, compares what comes back
+    launcher   forks a fresh player for every run of the program, watches it, and reads what it printed
     player     runs the program: it sees Python's libraries and an empty folder of its own (Landlock), has no
-               network, no children, no signals for others (seccomp), no rights, and little of everything (limits)
+               network, no children, no signals for others (seccomp), and little of everything (limits)
 
-A player cannot leave its process group, so killing that ends everything. No root, no namespaces, no container:
-it works as any user and inside a container. Linux 5.13 or newer, x86-64 or arm64; elsewhere it refuses.
+A player cannot leave its process group, so killing that ends everything. No root, no namespaces, no
+container: it works as any user and inside a container. Linux 5.13 or newer, x86-64 or arm64.
 
-Promised: the program cannot read, write or delete files of others, reach the network, start or signal processes,
-nor learn what is expected; it ends within 4 times its limit of processor time and half a second, and nothing of it
-is left. Not stopped: seeing names, sizes and times of files; using one core, its memory and, in files that it has
-deleted but holds open, at most 512 MB of disk until it ends; holes in the kernel; guessing right.
+Promised: the program cannot read, write or delete files of others, reach the network, start or signal
+processes, nor learn what is expected; it ends within 4 times its limit of processor time and half a second,
+and nothing of it is left. Not stopped: reading what is installed beside Python's libraries; seeing sizes and
+times of files whose names it guesses; using one core, its memory and, until it ends, as much disk as files
+take that it has deleted but holds open (512 MB) or mapped (its memory again); holes in the kernel; guessing.
 
 Standard library only; copy this file alone.
 """
 
-import ctypes
 import functools
 import json
 import os
-import random
 import re
 import select
 import signal
 import struct
-import subprocess
 import sys
-import tempfile
-import threading
 import time
-from dataclasses import dataclass, field
+
+if __name__ != "__main__":  # what only the caller needs: the referee starts 25 ms sooner without
+    import random
+    import subprocess
+    import tempfile
+    import threading
+    from dataclasses import dataclass, field
 
 OUTPUT = 8 << 20  # bytes that a program may print, a file may have, or an answer may take
 INPUT = 1 << 30  # bytes of one message to it
@@ -46,36 +48,56 @@ FILES = 1000  # entries in it
 THREADS = 256
 DEPTH = 50  # of nested results
 PATIENCE = 4  # seconds of wall clock per second of processor time
-TICK = 0.05  # seconds between two looks of the referee
-LIMITS = {"FSIZE": OUTPUT, "NOFILE": 64, "CORE": 0, "MEMLOCK": 0, "MSGQUEUE": 0}
+# The kernel's. One byte more of a file than allowed, so that too much can be told from all.
+LIMITS = {"FSIZE": OUTPUT + 1, "NOFILE": 64, "SIGPENDING": 64, "CORE": 0, "MEMLOCK": 0, "MSGQUEUE": 0}
 
 # 1. The walls -----------------------------------------------------------------------------------------------
 
-# Linux's numbers (x86-64, arm64) of the calls that fail with "not permitted". They make processes, send signals,
-# reach out, look into other processes, change their priority, share memory, change files that Landlock leaves
-# alone (their mode, owner, times), or undo what the parent has set.
+# The system calls that fail with "not permitted": name, number on x86-64, number on arm64.
 FORBIDDEN = """
-    fork 57 - vfork 58 - execve 59 221 execveat 322 281 kill 62 129 tkill 200 130 tgkill 234 131 rt_sigqueueinfo 129 138
-    rt_tgsigqueueinfo 297 240 setpgid 109 154 setsid 112 157 prctl 157 167 socket 41 198 socketpair 53 199 ptrace 101 117
-    process_vm_readv 310 270 process_vm_writev 311 271 kcmp 312 272 perf_event_open 298 241 userfaultfd 323 282
-    unshare 272 97 setns 308 268 mount 165 40 umount2 166 39 pivot_root 155 41 chroot 161 51 bpf 321 280 syslog 103 116
-    personality 135 92 fanotify_init 300 262 name_to_handle_at 303 264 open_by_handle_at 304 265 memfd_create 319 279
-    add_key 248 217 request_key 249 218 keyctl 250 219 shmget 29 194 shmat 30 196 shmctl 31 195 semget 64 190
-    semop 65 193 semctl 66 191 semtimedop 220 192 msgget 68 186 msgsnd 69 189 msgrcv 70 188 msgctl 71 187
-    mq_open 240 180 mq_unlink 241 181 chmod 90 - fchmod 91 52 fchmodat 268 53 chown 92 - fchown 93 55 lchown 94 -
-    fchownat 260 54 utime 132 - utimes 235 - futimesat 261 - utimensat 280 88 truncate 76 45 setxattr 188 5
-    lsetxattr 189 6 fsetxattr 190 7 removexattr 197 14 lremovexattr 198 15 fremovexattr 199 16 setpriority 141 140
-    sched_setparam 142 118 sched_setscheduler 144 119 sched_setattr 314 274 sched_setaffinity 203 122 ioprio_set 251 30
-    migrate_pages 256 238 move_pages 279 239 setuid 105 146 setgid 106 144 setreuid 113 145 setregid 114 143
-    setresuid 117 147 setresgid 119 149 setgroups 116 159""".split()
-CLONE = (56, 220)
-FCNTL = (72, 25)
-PRLIMIT = (302, 261)
+    processes   fork 57 -  vfork 58 -  execve 59 221  execveat 322 281  setpgid 109 154  setsid 112 157
+    signals     kill 62 129  tkill 200 130  tgkill 234 131
+    signals     rt_sigqueueinfo 129 138  rt_tgsigqueueinfo 297 240
+    network     socket 41 198  socketpair 53 199
+    inspection  ptrace 101 117  process_vm_readv 310 270  process_vm_writev 311 271  kcmp 312 272
+    inspection  perf_event_open 298 241  userfaultfd 323 282  syslog 103 116  fanotify_init 300 262
+    inspection  inotify_init 253 -  inotify_init1 294 26
+    inspection  name_to_handle_at 303 264  open_by_handle_at 304 265
+    priorities  setpriority 141 140  sched_setparam 142 118  sched_setscheduler 144 119
+    priorities  sched_setattr 314 274  sched_setaffinity 203 122  ioprio_set 251 30
+    priorities  migrate_pages 256 238  move_pages 279 239
+    settings    prctl 157 167  personality 135 92  unshare 272 97  setns 308 268  bpf 321 280
+    users       setuid 105 146  setgid 106 144  setreuid 113 145  setregid 114 143  setresuid 117 147
+    users       setresgid 119 149  setgroups 116 159  add_key 248 217  request_key 249 218  keyctl 250 219
+    mounts      mount 165 40  umount2 166 39  pivot_root 155 41  chroot 161 51  sync 162 81  syncfs 306 267
+    memory      memfd_create 319 279  shmget 29 194  shmat 30 196  shmctl 31 195  semget 64 190
+    memory      semop 65 193  semctl 66 191  semtimedop 220 192  msgget 68 186  msgsnd 69 189
+    memory      msgrcv 70 188  msgctl 71 187  mq_open 240 180  mq_unlink 241 181  io_setup 206 0
+    files       chmod 90 -  fchmod 91 52  fchmodat 268 53  chown 92 -  fchown 93 55  lchown 94 -
+    files       fchownat 260 54  utime 132 -  utimes 235 -  futimesat 261 -  utimensat 280 88
+    files       truncate 76 45  setxattr 188 5  lsetxattr 189 6  fsetxattr 190 7
+    files       removexattr 197 14  lremovexattr 198 15  fremovexattr 199 16
+"""
+# Those that depend on their arguments, likewise.
+CHECKED = {
+    "open": (2, None),
+    "openat": (257, 56), "clone": (56, 220), "fcntl": (72, 25), "prlimit64": (302, 261),
+}
 NEWER = 424  # newer calls (2019: pidfds, io_uring, clone3) fail with "no such call"; C libraries fall back
+
+# What Landlock can refuse, a bit each; the last three since versions 2, 3 and 5 of its interface.
+RIGHTS = """execute write_file read_file read_folder remove_folder remove_file make_device make_folder
+    make_file make_socket make_fifo make_block_device make_symlink move truncate ioctl""".split()
+READ = {"read_file", "read_folder"}
+WRITE = {"write_file", "truncate", "make_file", "remove_file", "make_folder", "remove_folder", "make_symlink"}
+WRITE |= {"move"}
+ON_FILES = {"read_file", "write_file", "truncate"}  # the others are for folders only
 
 
 def libc(function, *args):
     """Call the C library; OSError where it returns -1."""
+    import ctypes  # here, as not every Python has it
+
     result = getattr(ctypes.CDLL(None, use_errno=True), function)(*args)
     if result == -1:
         raise OSError(ctypes.get_errno(), f"{function}: {os.strerror(ctypes.get_errno())}")
@@ -89,9 +111,9 @@ def confine(folder, memory, seconds):
         dict: of each wall "on", or why it could not be built.
     """
     walls = {
-        "no rights": drop_rights,
+        "no rights": functools.partial(libc, "capset", struct.pack("Ii", 0x20080522, 0), bytes(24)),
+        "no new rights": functools.partial(libc, "prctl", 38, 1, 0, 0, 0),  # the last two walls ask for it
         "limits": functools.partial(set_limits, memory, seconds),
-        "no new rights": functools.partial(libc, "prctl", 38, 1, 0, 0, 0),  # the next two walls ask for it
         "Landlock": functools.partial(restrict_files, folder),
         "seccomp": filter_calls,
     }
@@ -100,31 +122,16 @@ def confine(folder, memory, seconds):
         try:
             build()
             states[name] = "on"
-        except (OSError, AttributeError, ValueError, KeyError) as error:
+        except (OSError, AttributeError, ValueError, KeyError, ImportError) as error:
             states[name] = str(error) or type(error).__name__
     return states
 
 
-def drop_rights():
-    """No capabilities, neither now nor after anything that may come, and a look whether they are gone."""
-    header = struct.pack("Ii", 0x20080522, 0)
-    for capability in range(64):
-        try:
-            libc("prctl", 24, capability, 0, 0, 0)  # of the bounding set; refused where there are none to drop
-        except OSError:
-            break
-    libc("prctl", 47, 4, 0, 0, 0)  # the ambient ones
-    libc("capset", header, bytes(24))
-    left = ctypes.create_string_buffer(b"?" * 24, 24)
-    libc("capget", header, left)
-    if left.raw != bytes(24):
-        raise OSError("capabilities are left")
-
-
 def set_limits(memory, seconds):
+    """The kernel's limits. That of time counts whole seconds: the launcher is more exact."""
     import resource
 
-    limits = LIMITS | {"AS": memory, "CPU": int(seconds) + 2}  # whole seconds; the referee is more exact
+    limits = LIMITS | {"AS": memory, "CPU": int(seconds) + 2}
     for name, limit in limits.items():
         number = getattr(resource, f"RLIMIT_{name}")
         hard = resource.getrlimit(number)[1]
@@ -133,73 +140,98 @@ def set_limits(memory, seconds):
 
 
 def restrict_files(folder):
-    """Landlock: no file can be opened but Python's libraries, for reading, and what lies in folder.
-
-    Each version of the kernel's interface knows more: 3 truncation, 4 TCP, 5 devices, 6 abstract sockets and signals.
-    """
+    """Landlock: no file can be opened but Python's libraries, for reading, and what lies in folder."""
     version = libc("syscall", 444, None, 0, 1)
-    kinds = {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)  # of access to files, a bit each
-    attributes = struct.pack("3Q", (1 << kinds) - 1, 3, 3)[: 8 if version < 4 else 16 if version < 6 else 24]
-    rules = libc("syscall", 444, attributes, len(attributes), 0)
-    read_file, read_folder, write_file, truncate = 1 << 2, 1 << 3, 1 << 1, 1 << 14
-    change = write_file | 1 << 4 | 1 << 5 | 1 << 7 | 1 << 8 | 1 << 12  # remove and make folders, files, symbolic links
-    change |= truncate if kinds > 14 else 0
-    libraries = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", "/etc/localtime", "/usr/share/zoneinfo"]
-    allowed = dict.fromkeys([*libraries, f"{sys.base_prefix}/lib", *sys.path], read_file | read_folder)
-    allowed |= {"/dev/null": read_file | write_file, folder: read_file | read_folder | change}
+    known = RIGHTS[: {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)]
+    handled = struct.pack("3Q", (1 << len(known)) - 1, 3, 3)  # files; TCP (version 4); other sockets (6)
+    length = 8 if version < 4 else 16 if version < 6 else 24
+    rules = libc("syscall", 444, handled[:length], length, 0)
+
+    libraries = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", "/etc/localtime"]
+    libraries += ["/usr/share/zoneinfo", f"{sys.base_prefix}/lib", *sys.path]
+    allowed = dict.fromkeys(libraries, READ) | {"/dev/null": READ | WRITE, folder: READ | WRITE}
     for path, access in allowed.items():
         if os.path.exists(path):
+            access = access if os.path.isdir(path) else access & ON_FILES
+            bits = sum(1 << bit for bit, right in enumerate(known) if right in access)
             fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
-            access &= -1 if os.path.isdir(path) else read_file | write_file
-            libc("syscall", 445, rules, 1, struct.pack("=Qi", access, fd), 0)
+            libc("syscall", 445, rules, 1, struct.pack("=Qi", bits, fd), 0)
             os.close(fd)
     libc("syscall", 446, rules, 0)
     os.close(rules)
 
 
 def filter_calls():
-    """seccomp: forbidden calls fail with EPERM, newer ones with ENOSYS; another instruction set kills."""
+    """seccomp: a program for the kernel's little machine, which sees each call's number and arguments.
+
+    An instruction: what to do, steps ahead if so, steps ahead if not, operand. Argument i lies at 16 + 8 i.
+    """
+    import ctypes
+
+    load, mask, equal, at_least, any_bit, leave = 0x20, 0x54, 0x15, 0x35, 0x45, 0x06
+    kill, allow, refuse, unknown = 0x80000000, 0x7FFF0000, 0x00050000 | 1, 0x00050000 | 38
     column = {"x86_64": 0, "aarch64": 1}[os.uname().machine]
-    load, equal, at_least, any_bit, leave = 0x20, 0x15, 0x35, 0x45, 0x06  # instructions of the filter's machine
-    kill, allow, refuse = 0x80000000, 0x7FFF0000, 0x00050001
     program = [
-        (load, 0, 0, 4), (equal, 1, 0, (0xC000003E, 0xC00000B7)[column]), (leave, 0, 0, kill),
-        (load, 0, 0, 0), (at_least, 0, 1, NEWER), (leave, 0, 0, 0x00050000 | 38),
+        (load, 0, 0, 4), (equal, 1, 0, (0xC000003E, 0xC00000B7)[column]), (leave, 0, 0, kill),  # 32-bit calls
+        (load, 0, 0, 0), (at_least, 0, 1, NEWER), (leave, 0, 0, unknown),
     ]
-    for number in FORBIDDEN[1 + column :: 3]:
-        program += [(equal, 0, 1, int(number)), (leave, 0, 0, refuse)] if number != "-" else []
-    # clone: for threads only. fcntl: not its signals, leases and pipe sizes. prlimit64: of oneself. The arguments lie at
-    # 16 + 8 i, their lower halves first.
-    program += [(equal, 0, 4, CLONE[column]), (load, 0, 0, 16), (any_bit, 1, 0, 0x10000), (leave, 0, 0, refuse)]
-    program += [(leave, 0, 0, allow), (equal, 0, 5, FCNTL[column]), (load, 0, 0, 24), (at_least, 0, 2, 8)]
-    program += [(equal, 1, 0, 1030), (leave, 0, 0, refuse), (leave, 0, 0, allow)]
-    program += [(equal, 0, 3, PRLIMIT[column]), (load, 0, 0, 16), (equal, 1, 0, 0), (leave, 0, 0, refuse)]
-    program += [(leave, 0, 0, allow)]
+    for line in FORBIDDEN.split("\n")[1:-1]:
+        for number in line.split()[2 + column :: 3]:  # after the heading
+            program += [(equal, 0, 1, int(number)), (leave, 0, 0, refuse)] if number != "-" else []
+
+    def unless(name, *body):
+        """Of this call: body, which falls off its end where the call is refused."""
+        number = CHECKED[name][column]
+        if number is not None:
+            program.extend([(equal, 0, len(body) + 1, number), *body, (leave, 0, 0, refuse)])
+
+    passes = (leave, 0, 0, allow)
+    for name, place in (("open", 24), ("openat", 32)):
+        # The flags' low bits are 0 to read, 1 to write, 2 for both. 3, to control a device, escapes Landlock,
+        # as O_TRUNC with 0 does before its version 3.
+        flags = (load, 0, 0, place)
+        unless(name, flags, (mask, 0, 0, 3), (equal, 0, 3, 0), flags, (any_bit, 3, 0, os.O_TRUNC), passes,
+               (equal, 1, 0, 3), passes)
+    unless("clone", (load, 0, 0, 16), (any_bit, 0, 1, 0x10000), passes)  # threads only
+    unless("prlimit64", (load, 0, 0, 16), (equal, 0, 1, 0), passes)  # its own limits only
+    # Copies, flags and locks pass, up to 7 and 1030; not signals, leases, notices and the size of pipes.
+    unless("fcntl", (load, 0, 0, 24), (equal, 1, 0, 1030), (at_least, 1, 0, 8), passes)
+    program.append(passes)
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in program))
-    libc("prctl", 22, 2, ctypes.create_string_buffer(struct.pack("HP", len(program), ctypes.addressof(code))), 0, 0)
+    pointer = struct.pack("HP", len(program), ctypes.addressof(code))
+    libc("prctl", 22, 2, ctypes.create_string_buffer(pointer), 0, 0)
 
 
-# 2. Messages: eight bytes of length, then JSON. Of a program's results nothing but Python's own types pass. ---------
+# 2. Messages: eight bytes of length, then JSON --------------------------------------------------------------
 
 
-def send(fd, value):
+class Failed(Exception):
+    """The program did not pass; the text is the verdict's reason."""
+
+
+def send(fd, value, end=None):
+    """Write a message. EOFError where `end` speaks first, a descriptor that does when the reader is gone."""
     data = json.dumps(plain(value)).encode()
-    data = len(data).to_bytes(8, "big") + data
+    data = memoryview(len(data).to_bytes(8, "big") + data)
     while data:
-        data = data[os.write(fd, data[: 1 << 20]) :]
+        if end is not None and fd not in select.select([end], [fd], [])[1]:
+            raise EOFError
+        data = data[os.write(fd, data[: select.PIPE_BUF]) :]  # so little does not block
 
 
-def receive(fd, most=OUTPUT):
-    """The next message. Failed for whatever is none: a stray write to the pipe, its end, too much."""
+def receive(fd, most, end=None):
+    """The next message. EOFError where the writer is gone, Failed where what comes is no message."""
 
     def read(count):
-        parts = []
-        while count:
-            parts.append(os.read(fd, min(count, 1 << 20)))
-            if not parts[-1]:
-                raise Failed("died")
-            count -= len(parts[-1])
-        return b"".join(parts)
+        data = bytearray()
+        while len(data) < count:
+            if end is not None and fd not in select.select([fd, end], [], [])[0]:
+                raise EOFError
+            part = os.read(fd, min(count - len(data), 1 << 20))
+            if not part:
+                raise EOFError
+            data += part
+        return data
 
     length = int.from_bytes(read(8), "big")
     if length > most:
@@ -210,9 +242,14 @@ def receive(fd, most=OUTPUT):
         raise Failed("died: something else than a result came back") from None
 
 
+LISTED = {"tuple": tuple, "set": set, "frozenset": frozenset, "bytes": bytes}
+
+
 def plain(value, depth=0):
-    """value in JSON's types, what JSON lacks as {type: content}. Of subclasses only the dictionaries of collections pass,
-    as plain ones."""
+    """value in JSON's types, what JSON lacks as {type: list}. TypeError for all that is not plain data.
+
+    The dictionaries of collections become plain ones.
+    """
     kind = type(value)
     if value is None or kind in (bool, int, float, str):
         return value
@@ -220,133 +257,250 @@ def plain(value, depth=0):
         raise ValueError(f"a result nested more than {DEPTH} deep")
     if kind is list:
         return [plain(x, depth + 1) for x in value]
-    if kind in (tuple, set, frozenset):
+    if kind in LISTED.values():
         return {kind.__name__: [plain(x, depth + 1) for x in value]}
     if kind is dict or issubclass(kind, dict) and kind.__module__ == "collections":
         return {"dict": [[plain(k, depth + 1), plain(v, depth + 1)] for k, v in value.items()]}
-    if kind is complex:
-        return {"complex": [value.real, value.imag]}
-    if kind is bytes:
-        return {"bytes": value.hex()}
     raise TypeError(f"a result of type {kind.__name__}")
 
 
 def revive(tagged):
     """What plain() made of a value, back again, in json.loads(object_hook=revive)."""
-    ((kind, content),) = tagged.items()
+    ((kind, items),) = tagged.items()
+    if not isinstance(items, list):
+        raise TypeError("no list")
     if kind == "dict":
-        return dict(content)
-    if kind in ("tuple", "set", "frozenset"):
-        return {"tuple": tuple, "set": set, "frozenset": frozenset}[kind](content)
-    if kind == "complex":
-        return complex(*content)
-    if kind == "bytes":
-        return bytes.fromhex(content)
-    raise ValueError(f"an unknown type {kind!r}")
-
-
-class Failed(BaseException):  # so that no `except Exception` of a test swallows it
-    """The program did not pass; the text is the verdict's reason."""
+        return dict(items)
+    if kind not in LISTED:
+        raise ValueError(f"an unknown type {kind!r}")
+    return LISTED[kind](items)
 
 
 # 3. Launcher and player -------------------------------------------------------------------------------------
 
-# What LeetCode and its like import beforehand. math.pow would hide the built-in pow.
-PREAMBLE = """
+# What LeetCode and its like import beforehand.
+USUAL = """
 import bisect, collections, functools, heapq, itertools, math, operator, random, re, string
-from bisect import *; from collections import *; from functools import *; from heapq import *; from itertools import *
-from math import *; from typing import *
-del pow
+from bisect import *; from collections import *; from functools import *; from heapq import *
+from itertools import *; from math import *; from typing import *
 """
 
 
-def launch(requests, replies, control):
-    """Answer requests, each to run the program once. To control go its process and, at its end, how it went."""
-    libc("prctl", 1, signal.SIGKILL, 0, 0, 0)  # do not outlive the referee
-    try:
-        with open("/proc/self/oom_score_adj", "w") as file:  # if memory runs out, this goes first and not the trainer
-            file.write("1000")
-    except OSError:
-        pass
-    while True:
-        request = receive(requests, INPUT)
-        stdin = os.memfd_create("stdin")  # files: no pipe that could be full or empty
-        stdout = os.memfd_create("stdout")
-        os.write(stdin, request["stdin"].encode("utf-8", "surrogatepass")) if request["stdin"] else None
-        os.lseek(stdin, 0, os.SEEK_SET)
-        folder = f"{request['base']}/run"
-        os.mkdir(folder)
+class Launcher:
+    """Runs the program once per order, which is its standard input, and says how that went."""
+
+    def __init__(self, settings, orders, control, requests, replies):
+        self.settings = settings
+        self.orders = orders
+        self.control = control
+        self.requests = requests  # the player's end
+        self.replies = replies  # the player's end
+        self.folder = f"{settings['base']}/run"
+        self.left = settings["seconds"]  # of processor time
+        self.deadline = time.monotonic() + PATIENCE * settings["seconds"]
+        self.kills = out_of_memory_kills()
+
+    def serve(self):
+        """Until the referee is gone. An answer is [why the run failed or None, what the program printed]."""
+        libc("prctl", 1, signal.SIGKILL, 0, 0, 0)  # do not outlive the referee
+        try:
+            with open("/proc/self/oom_score_adj", "w") as file:
+                file.write("1000")  # where memory runs out this goes first, and not the trainer
+        except OSError:
+            pass
+        self.program = receive(self.orders, INPUT)
+        prepare(self.folder, usual=self.program["kind"] != "stdin")
+        while True:
+            stdin = receive(self.orders, INPUT)
+            try:
+                answer = self.run(stdin)
+            except OSError as error:
+                answer = [f"unknown: {error}", ""]
+            send(self.control, answer)
+
+    def run(self, stdin):
+        """[why it failed or None, what it printed]"""
+        # In and out are files: no pipe that could be full or empty.
+        source = os.memfd_create("stdin")
+        printed = os.memfd_create("stdout")
+        null = os.open("/dev/null", os.O_WRONLY)
+        with open(source, "wb", closefd=False) as file:
+            file.write(stdin.encode("utf-8", "surrogatepass"))
+        os.lseek(source, 0, os.SEEK_SET)
+        os.mkdir(self.folder)
         player = os.fork()
         if player == 0:
-            libc("prctl", 1, signal.SIGKILL, 0, 0, 0)
-            os.chdir(folder)
-            null = os.open("/dev/null", os.O_WRONLY)
-            for fd, place in ((stdin, 0), (stdout, 1), (null, 2), (requests, 100), (replies, 101), (100, 3), (101, 4)):
-                os.dup2(fd, place)
-            os.closerange(5, 1 << 16)
-            play(request, folder)
-            sys.exit()  # as at the end of any program: threads are waited for, exit handlers run, output is written
-        send(control, ["started", player])
-        _, status, usage = os.wait4(player, 0)
-        printed = os.pread(stdout, OUTPUT, 0).decode("utf-8", "surrogateescape")
-        os.close(stdin)
-        os.close(stdout)
-        remove(folder)
-        send(control, ["ended", os.WIFSIGNALED(status), usage.ru_utime + usage.ru_stime, printed])
+            try:
+                for place, fd in enumerate((source, printed, null, self.requests, self.replies)):
+                    os.dup2(fd, place)  # the last two lie above 4: the pipes of orders were there before
+                os.closerange(5, 1 << 16)
+                play(self.program, self.settings, self.folder)
+            except BaseException:
+                os._exit(1)
+            sys.exit()  # as any program ends: threads are waited for, exit handlers run, output is written
+        reason = self.watch(player)
+        size = os.fstat(printed).st_size
+        text = os.pread(printed, OUTPUT, 0).decode("utf-8", "surrogateescape")
+        if size > OUTPUT:
+            reason = reason or "output limit"
+        if not fits(self.folder):
+            reason = reason or "disk limit"
+        for fd in (source, printed, null):
+            os.close(fd)
+        remove(self.folder)
+        return [reason, text]
+
+    def watch(self, player):
+        """Wait for the player's end, and end it where it breaks a limit. Why it failed, or None."""
+        reason = None
+        start = time.monotonic()
+        while True:
+            ended, status, usage = os.wait4(player, os.WNOHANG)
+            if ended:
+                break
+            reason = reason or self.broken_limit(player)
+            if reason:
+                os.kill(player, signal.SIGKILL)
+            time.sleep(min(0.02, 0.001 + (time.monotonic() - start) / 10))
+        self.left -= usage.ru_utime + usage.ru_stime
+        if self.left < 0:
+            reason = reason or "time limit"
+        if os.WIFSIGNALED(status):
+            starved = os.WTERMSIG(status) == signal.SIGKILL and out_of_memory_kills() > self.kills
+            reason = reason or ("unknown: the machine ran out of memory" if starved else "died")
+        return reason
+
+    def broken_limit(self, player):
+        """The limit that a program has broken which still runs, or None."""
+        used = time.clock_gettime(~player << 3 | 2)  # the clock of that process
+        if used > self.left or time.monotonic() > self.deadline:
+            return "time limit"
+        if len(os.listdir(f"/proc/{player}/task")) > THREADS:
+            return "thread limit"
+        if os.listdir(self.folder):
+            os.kill(player, signal.SIGSTOP)  # or it could move folders about, always out of our sight
+            os.waitid(os.P_PID, player, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+            within = fits(self.folder)
+            os.kill(player, signal.SIGCONT)
+            return None if within else "disk limit"
+        return None
 
 
-def play(request, folder):
-    """Run the program: as `python solution.py`, or as a module whose functions are called until the pipe ends.
+def out_of_memory_kills():
+    """How many processes the kernel has ended for want of memory, or 0 where it does not tell."""
+    try:
+        with open("/proc/vmstat") as file:
+            return int(re.search(r"^oom_kill (\d+)", file.read(), re.MULTILINE)[1])
+    except (OSError, TypeError):
+        return 0
 
-    Replies are ["walls", states], ["loaded"], ["value", result] and ["raised", name of the exception's type].
-    """
+
+def prepare(folder, usual):
+    """What a program finds when it starts, other than its folder and descriptors."""
     import _sitebuiltins
     import builtins
 
-    is_module = request["is_module"]
     builtins.exit = _sitebuiltins.Quitter("exit", "Ctrl-D")
     builtins.quit = _sitebuiltins.Quitter("quit", "Ctrl-D")
-    module = type(sys)("solution" if is_module else "__main__")
-    module.__file__ = "solution.py"
-    sys.modules[module.__name__] = module
     sys.argv = ["solution.py"]
     os.environ.clear()
     os.environ["TMPDIR"] = folder
-    if is_module:
-        exec(PREAMBLE, module.__dict__)
-    walls = confine(folder, request["memory"], request["seconds"])
-    send(4, ["walls", walls])
-    if set(walls.values()) != {"on"} and not request["unsafe"]:
+    if usual:
+        names = {}
+        exec(USUAL, names)
+        for name in names:  # among the builtins they override nothing, and are not the program's own
+            builtins.__dict__.setdefault(name, names[name])
+
+
+def play(program, settings, folder):
+    """Run the program: as `python solution.py`, or as a module whose functions are called.
+
+    Replies are ["value", the states of the walls], then, of a module, ["value", None] when it is loaded and
+    ["value", result] per call; and in the end, where it raises an exception, ["raised", its type's name].
+    """
+    libc("prctl", 1, signal.SIGKILL, 0, 0, 0)  # do not outlive the launcher
+    os.chdir(folder)
+    is_module = program["kind"] != "stdin"
+    module = type(sys)("solution" if is_module else "__main__")
+    module.__file__ = "solution.py"
+    sys.modules[module.__name__] = module
+    walls = confine(folder, settings["memory"], settings["seconds"])
+    send(4, ["value", walls])
+    if set(walls.values()) != {"on"} and not settings["unsafe"]:
         os._exit(0)
 
     try:
         try:
-            exec(compile(request["prompt"], "prompt.py", "exec"), module.__dict__)
+            exec(compile(program["prompt"], "prompt.py", "exec"), module.__dict__)
         except Exception:
             pass  # it is a question in words
-        exec(compile(request["source"], "solution.py", "exec"), module.__dict__)
+        exec(compile(program["source"], "solution.py", "exec"), module.__dict__)
         if is_module:
-            send(4, ["loaded"])
+            send(4, ["value", None])
         while is_module:
             name, args, kwargs = receive(3, INPUT)
-            holder = module if hasattr(module, name) else module.Solution()
-            send(4, ["value", getattr(holder, name)(*args, **kwargs)])
+            if program["kind"] == "calls":
+                empty(folder)  # each call is a test of its own
+            send(4, ["value", find(module, name)(*args, **kwargs)])
     except BaseException as error:  # a program may raise anything
         if is_module or not isinstance(error, SystemExit):
-            send(4, ["raised", type(error).__name__])
+            send(4, ["raised", type(error).__name__[:80]])
             os._exit(1)
 
 
-def remove(folder):
-    """Delete a folder, however deep a program has nested it: what is in a folder is moved up before it goes."""
+def find(module, name):
+    """A function of the program, or a method of its class Solution, of which every test gets a fresh one."""
+    if name in module.__dict__:
+        return module.__dict__[name]
+    if "Solution" in module.__dict__:
+        return getattr(module.Solution(), name)
+    raise NameError(name)
+
+
+def empty(folder):
+    """Delete what lies in the program's folder. It runs in the player."""
+    import shutil
+
+    os.chdir(folder)
+    for name in os.listdir():
+        delete = shutil.rmtree if os.path.isdir(name) and not os.path.islink(name) else os.unlink
+        delete(name)
+
+
+def fits(folder):
+    """Whether a folder holds no more than DISK bytes and FILES entries, and all of it can be seen."""
+    size = 0
+    entries = 0
     pending = [folder]
-    for number, path in enumerate(pending):
+    try:
+        while pending:
+            for entry in os.scandir(pending.pop()):
+                entries += 1
+                size += 512 * entry.stat(follow_symlinks=False).st_blocks
+                if size > DISK or entries > FILES:
+                    return False
+                if entry.is_dir(follow_symlinks=False):
+                    pending.append(entry.path)
+    except OSError:
+        return False  # closed to us, or nested deeper than a path may be long
+    return True
+
+
+def remove(folder):
+    """Delete a folder, however deeply nested: the folders in a folder are moved up before it goes."""
+    pending = [folder]
+    for path in pending:
         for entry in os.scandir(path):
-            if entry.is_dir(follow_symlinks=False):
-                pending.append(f"{folder}-{number}-{len(pending)}")
-                os.rename(entry.path, pending[-1])
-            else:
+            if not entry.is_dir(follow_symlinks=False):
                 os.unlink(entry.path)
+                continue
+            try:
+                os.rmdir(entry.path)
+            except OSError:  # it is not empty
+                if not os.access(entry.path, os.R_OK | os.W_OK | os.X_OK):
+                    os.chmod(entry.path, 0o700)  # a program made it without them
+                pending.append(f"{folder}-{os.urandom(8).hex()}")
+                os.rename(entry.path, pending[-1])
         os.rmdir(path)
 
 
@@ -354,145 +508,116 @@ def remove(folder):
 
 
 class Player:
-    """The referee's end of the pipes, and its watch over what the program uses."""
+    """The referee's end of the pipes, and what it has found so far."""
 
     def __init__(self, settings):
         self.settings = settings
+        self.test = 0  # the number of the one that is running
         self.passed = 0
-        self.test = 1  # the number of the one that is running
-        self.pid = None  # of the process that runs it
-        self.spent = 0.0  # seconds of processor time of those that ended
         self.walls = None
-        self.deadline = time.monotonic() + PATIENCE * settings["seconds"]
+
+    def launch(self):
+        """Fork the launcher."""
+        orders, self.orders = os.pipe()  # first, so that these take 3 and 4
+        self.control, control = os.pipe()
         requests, self.requests = os.pipe()
         self.replies, replies = os.pipe()
-        self.control, control = os.pipe()
         if os.fork() == 0:
-            for fd in (self.requests, self.replies, self.control):
+            for fd in (self.orders, self.control, self.requests, self.replies):
                 os.close(fd)
-            launch(requests, replies, control)
-        for fd in (requests, control):  # but not replies: a program that closes its end must not look like a dead launcher
+            try:
+                Launcher(self.settings, orders, control, requests, replies).serve()
+            except Exception:  # the referee is gone. SystemExit passes: it is the end of a player
+                os._exit(1)
+        for fd in (orders, control, requests, replies):
             os.close(fd)
 
-    def watch(self, *_):
-        """Every tick: Failed where a limit is broken."""
-        reason = None
-        try:
-            used = self.spent + (time.clock_gettime(~self.pid << 3 | 2) if self.pid else 0)  # that process's clock
-            threads = len(os.listdir(f"/proc/{self.pid}/task")) if self.pid else 0
-        except OSError:
-            return  # it has just ended
-        if used > self.settings["seconds"] or time.monotonic() > self.deadline:
-            reason = "time limit"
-        elif threads > THREADS:
-            reason = "thread limit"
-        elif not fits(f"{self.settings['base']}/run"):
-            reason = "disk limit"
-        if reason:
-            raise Failed(reason)
-
-    def start(self, is_module=False, stdin=""):
-        """Run the program anew."""
-        send(self.requests, self.settings | {"is_module": is_module, "stdin": stdin})
-        _, self.pid = receive(self.control)
-        kind, walls = self.reply()
-        self.walls = self.walls or walls  # of the first run, before which no line of the program has run
+    def start(self, stdin=""):
+        """Run the program anew, up to its first line."""
+        send(self.orders, stdin)
+        self.walls = self.reply("value")  # no line of the program has run, so this is true
         if set(self.walls.values()) != {"on"} and not self.settings["unsafe"]:
-            raise Failed("no sandbox")
+            raise Failed(f"unknown: walls are missing: {self.walls}")
 
-    def reply(self):
-        """The next reply of the player. Failed if it raised something or is gone."""
-        while not select.select([self.replies], [], [], 0)[0]:
-            if select.select([self.replies, self.control], [], [])[0] == [self.control]:
-                self.end()
-                raise Failed("died")
-        message = receive(self.replies)
+    def call(self, name, args, kwargs):
+        """The result of one of its functions."""
+        try:
+            send(self.requests, [name, args, kwargs], self.control)
+        except EOFError:
+            pass  # it is gone, and reply() says why
+        return self.reply("value")
+
+    def reply(self, kind):
+        """Its next "value", or what it printed until it "ended"; Failed where it does something else."""
+        try:
+            message = receive(self.replies, OUTPUT, self.control)
+        except EOFError:
+            message = ["ended", self.end()]
         match message:
+            case [found, content] if found == kind:
+                return content
             case ["raised", str(name)]:
-                name = name[:80] if name.isidentifier() else "something"  # a program names its exceptions as it likes
-                raise Failed("memory limit" if name == "MemoryError" else f"raised {name} in test {self.test}")
-            case [str(kind), *content] if len(content) < 2:
-                return kind, *content, *[None] * (1 - len(content))
+                self.end()  # a limit that it broke is the better reason
+                if name == "MemoryError":
+                    raise Failed("memory limit")
+                name = name[:80] if name.isidentifier() else "something"  # a program names them as it likes
+                raise Failed(f"raised {name} in test {self.test}")
+            case ["ended", _]:
+                raise Failed("died")
         raise Failed("died: something else than a result came back")
 
     def end(self):
-        """Wait for the end of a program; what it printed."""
-        _, signaled, seconds, printed = receive(self.control, 8 * OUTPUT)
-        self.pid = None
-        self.spent += seconds
-        if self.spent > self.settings["seconds"]:
-            raise Failed("time limit")
-        if len(printed) >= OUTPUT - 3:  # a character cut in the middle counts less
-            raise Failed("output limit")
-        if signaled:
-            raise Failed("died")
+        """Wait until the program has ended. What it printed; Failed where it broke a limit."""
+        reason, printed = receive(self.control, 8 * OUTPUT)
+        if reason:
+            raise Failed(reason)
         return printed
 
-    def call(self, name, args, kwargs):
-        send(self.requests, [name, args, kwargs])
-        kind, value = self.reply()
-        if kind != "value":
-            raise Failed("died: something else than a result came back")
-        return value
+    def report(self, reason):
+        """The verdict, a line of JSON."""
+        found = {"reason": reason, "passed": self.passed, "walls": self.walls}
+        print(json.dumps(found), file=sys.__stdout__, flush=True)
 
 
-def fits(folder):
-    """Whether a folder holds no more than DISK bytes and FILES entries."""
-    size = entries = 0
-    pending = [folder]
-    try:
-        while pending:
-            for entry in os.scandir(pending.pop()):
-                entries += 1
-                size += 512 * entry.stat(follow_symlinks=False).st_blocks
-                if entry.is_dir(follow_symlinks=False):
-                    pending.append(entry.path)
-                if size > DISK or entries > FILES:
-                    return False
-    except FileNotFoundError:
-        pass  # it has just been deleted
-    except OSError:
-        return False  # nested deeper than a path may be long
-    return True
-
-
-def judge_stdin(player, tests):
+def judge_stdin(player, job):
     """Each test runs the program anew and compares its output."""
-    for player.test, stdin, expected in tests:
-        player.start(stdin=stdin)
-        if select.select([player.replies, player.control], [], [])[0] == [player.replies]:
-            player.reply()
-        if not same_output(player.end(), expected):
+    for player.test, stdin, expected in job["tests"]:
+        player.start(stdin)
+        if not same_output(player.reply("ended"), expected):
             raise Failed(f"wrong output in test {player.test}")
         player.passed += 1
 
 
-def judge_calls(player, tests):
+def judge_calls(player, job):
     """Each test calls a function; all in one process."""
-    player.start(is_module=True)
-    player.reply()
-    for player.test, name, args, accepted in tests:
+    player.test = 1
+    player.start()
+    player.reply("value")  # it is loaded
+    for player.test, name, args, accepted in job["tests"]:
         result = player.call(name, args, {})
         if not any(same_value(result, expected) for expected in accepted):
             raise Failed(f"wrong output in test {player.test}")
         player.passed += 1
 
 
-def judge_check(player, tests):
-    """HumanEval: check(candidate), on this side of the pipe, where candidate() asks the player. Tests are its calls."""
-    ((_, test, entry_point),) = tests
-    calls = []
+def judge_check(player, job):
+    """HumanEval: check(candidate), on this side of the pipe, where candidate() asks the player."""
+    ((player.test, test, entry_point),) = job["tests"]
+    player.start()
+    player.reply("value")  # it is loaded
+    player.test = 0
 
     def candidate(*args, **kwargs):
-        calls.append(args)
-        player.test = len(calls)
-        return player.call(entry_point, args, kwargs)
+        player.test += 1
+        try:
+            return player.call(entry_point, args, kwargs)
+        except Failed as failure:
+            player.report(str(failure))
+            os._exit(0)  # now, as the check might catch it
 
-    player.start(is_module=True)
-    player.reply()
     names = {}
     try:
-        exec(player.settings["prompt"], names)  # some checks use a function that the prompt defines
+        exec(job["prompt"], names)  # some checks use a function that the prompt defines
     except Exception:
         pass  # it is a question in words
     names[entry_point] = candidate
@@ -501,46 +626,46 @@ def judge_check(player, tests):
         names["check"](candidate)
     except AssertionError:
         raise Failed(f"wrong output in test {player.test}") from None
-    except Exception as error:
+    except BaseException as error:
         raise Failed(f"the check raised {type(error).__name__} in test {player.test}") from None
-    if not calls:
+    if player.test == 0:
         raise Failed("the check never calls its candidate")
     player.passed = 1
 
 
+BLANKS = " \t\r\f\v"
+NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
+
+
 def same_output(printed, expected):
-    """As judges compare: blanks at the ends of lines and empty lines at the end do not count; a number for a decimal may be
-    1e-6 off, relative or absolute; everything else is exact. Lines end at \\n only."""
-    lines = [[line.rstrip() for line in text.rstrip().split("\n")] for text in (printed, expected)]
-    return len(lines[0]) == len(lines[1]) and all(map(same_line, *lines))
+    """As judges compare: blanks at the ends of lines and empty lines at the end do not count; a number for a
+    decimal may be 1e-6 off, relative or absolute; everything else is exact. Lines end at \\n only."""
+    printed = [line.rstrip(BLANKS) for line in printed.rstrip(BLANKS + "\n").split("\n")]
+    expected = [line.rstrip(BLANKS) for line in expected.rstrip(BLANKS + "\n").split("\n")]
+    return len(printed) == len(expected) and all(map(same_line, printed, expected))
 
 
 def same_line(printed, expected):
     if printed == expected:
         return True
-    xs, ys = (re.split(r"(\s+)", line) for line in (printed, expected))
-    return len(xs) == len(ys) and all(x == y or close_decimal(x, y) for x, y in zip(xs, ys))
+    words = re.split(f"([{BLANKS}]+)", printed)
+    others = re.split(f"([{BLANKS}]+)", expected)
+    return len(words) == len(others) and all(a == b or close_decimal(a, b) for a, b in zip(words, others))
 
 
 def close_decimal(printed, expected):
-    number = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?"
-    if not (re.fullmatch(number, printed) and re.fullmatch(number, expected) and re.search("[.eE]", expected)):
+    if not (NUMBER.fullmatch(printed) and NUMBER.fullmatch(expected) and re.search("[.eE]", expected)):
         return False
-    return abs(float(printed) - float(expected)) <= 1e-6 * max(1, abs(float(expected)))
+    value = float(expected)
+    return abs(float(printed) - value) <= 1e-6 * max(1, abs(value)) < float("inf")
 
 
 def same_value(result, expected):
-    """Equal and of the same type, all the way down, but: a float may be met by a close float or int, a list (JSON has no
-    tuples) by a tuple."""
+    """Equal and of the same type, all the way down, but: a float may be met by a close float or int, a list
+    (JSON has no tuples) by a tuple."""
     kind = type(expected)
-    if kind in (float, complex):
-        if type(result) not in (int, float, kind):
-            return False
-        both_nan = result != result and expected != expected
-        try:  # 1e-12 for sums that should be 0, and no more: 0.0 is not 1e-9
-            return both_nan or result == expected or abs(result - expected) <= max(1e-12, 1e-6 * abs(expected)) < 1e300
-        except OverflowError:  # an int beyond all floats
-            return False
+    if kind is float:
+        return type(result) in (int, float) and close_float(result, expected)
     if kind is list and type(result) is tuple:
         result = list(result)
     if type(result) is not kind:
@@ -548,37 +673,49 @@ def same_value(result, expected):
     if kind in (list, tuple):
         return len(result) == len(expected) and all(map(same_value, result, expected))
     if kind in (dict, set, frozenset):
-        typed = [{(type(key), key) for key in keys} for keys in (result, expected)]  # or True would be the key 1
-        return typed[0] == typed[1] and (kind is not dict or all(same_value(result[k], expected[k]) for k in expected))
+        typed = {(type(key), key) for key in expected}  # or True would be the key 1
+        if {(type(key), key) for key in result} != typed:
+            return False
+        return kind is not dict or all(same_value(result[key], expected[key]) for key in expected)
     return result == expected
 
 
-def main():
-    """The referee. Its input is a job, its output one line of JSON: {"reason", "passed", "walls"}."""
-    settings = json.loads(sys.argv[1])
-    player = Player(settings)  # forked before the tests are read
-    import resource
+def close_float(result, expected):
+    """Within 1e-6, relative; of what should be 0 within 1e-12, for sums that cancel, but 0.0 is not 1e-9."""
+    if result == expected or result != result and expected != expected:  # nan is nan
+        return True
+    try:
+        return abs(result - expected) <= max(1e-12, 1e-6 * abs(expected)) < float("inf")
+    except OverflowError:  # an int beyond all floats
+        return False
 
-    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
-    verdict, sys.stdout = sys.stdout, sys.stderr  # a check may print
+
+def main():
+    """The referee. Its input is a job, its output what Player.report() prints."""
+    settings = json.loads(sys.argv[1])
+    player = Player(settings)
     reason = "passed"
     try:
+        libc("prctl", 1, signal.SIGKILL, 0, 0, 0)  # do not outlive the caller
+        player.launch()  # before the tests are read
+        sys.stdout = sys.stderr  # a check may print
+        set_limits(4 << 30, PATIENCE * settings["seconds"])  # or count to what the program returns
         job = json.loads(sys.stdin.buffer.read(), object_hook=revive)
-        player.settings |= {"source": job["source"], "prompt": job["prompt"]}
-        signal.signal(signal.SIGALRM, player.watch)
-        signal.setitimer(signal.ITIMER_REAL, TICK, TICK)
-        {"stdin": judge_stdin, "calls": judge_calls, "check": judge_check}[job["kind"]](player, job["tests"])
+        send(player.orders, {key: job[key] for key in ("kind", "source", "prompt")})
+        {"stdin": judge_stdin, "calls": judge_calls, "check": judge_check}[job["kind"]](player, job)
     except Failed as failure:
         reason = str(failure)
-    except BrokenPipeError:
-        reason = "died"
-    except MemoryError:
-        reason = "output limit"
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    print(json.dumps({"reason": reason, "passed": player.passed, "walls": player.walls}), file=verdict, flush=True)
+    except (OSError, MemoryError) as error:
+        reason = f"unknown: {type(error).__name__}: {error}"
+    player.report(reason)
 
+
+if __name__ == "__main__":
+    sys.exit(main())  # what follows is the caller's
 
 # 5. Caller --------------------------------------------------------------------------------------------------
+
+HERE = os.path.abspath(__file__)  # now, as the working folder may change
 
 
 @dataclass
@@ -591,38 +728,44 @@ class Verdict:
     components: dict = field(default_factory=dict)  # of code: "passed" tests out of "tests"
 
 
-def run_code(source, tests, *, entry_point="", prompt="", seconds=10.0, memory=1 << 30, limit=0, seed=0, unsafe=False):
+def run_code(
+    source, tests, *, entry_point="", prompt="", seconds=10.0, memory=1 << 30, limit=0, seed=0, unsafe=False
+):
     """Run a program on tests, isolated from everything.
 
     Args:
         source: Python, any text.
         tests: in a shape that check_tests() reads.
         entry_point: the function to test, for HumanEval's shape.
-        prompt: code that runs before source, and beside HumanEval's check. A text that is no code is passed over.
-        seconds: of processor time, for all tests together; 4 times that of wall clock. The verdict comes half a second
-            later at most. No more programs run at a time than there are cores; waiting for one does not count.
+        prompt: code that runs before source, and beside HumanEval's check; a text that is no code is passed
+            over.
+        seconds: of processor time, for all tests together; 4 times that of wall clock. The verdict comes half
+            a second later at most. Never more programs run than there are cores; waiting does not count.
         memory: bytes of address space.
         limit: tests to take, 0 for all; a sample of them depends on seed alone.
         unsafe: run even where walls are missing.
     Returns:
-        Verdict, score 1 where every test passes. The first that fails ends the run. None where the machine is to blame:
-        no process or folder could be made, or not even a program that is known to be right passes any more.
+        Verdict, score 1 where every test passes. The first that fails ends the run. None where the machine is
+        to blame: no process or folder could be made, memory ran out, or not even a right program passes.
     Raises:
         ValueError: tests in no known shape; no isolation here, and unsafe does not allow that.
     """
-    start = time.perf_counter()
     job = check_tests(tests, "tests", entry_point) | {"source": source, "prompt": prompt}
-    require_sandbox(unsafe)
     if 0 < limit < len(job["tests"]):
         job["tests"] = sorted(random.Random(seed).sample(job["tests"], limit), key=lambda test: test[0])
+    components = {"passed": 0, "tests": len(job["tests"])}
+    try:
+        sandbox_walls()
+    except OSError as error:  # they could not be tried
+        return Verdict(None, str(error), 0.0, components)
+    require_sandbox(unsafe)
+
     found = referee(job, seconds, memory, unsafe)
-    if found["reason"].startswith(("no sandbox", "no verdict")):
-        known = {"kind": "stdin", "tests": [(1, "", "1")], "source": "print(1)", "prompt": ""}
-        works = referee(known, 10.0, 1 << 30, unsafe)["reason"] == "passed"
-        found["reason"] = "died" if works else f"unknown: {found['reason']}"
+    if found["reason"] == "no verdict came back":
+        works = referee(KNOWN, 10.0, 1 << 30, unsafe)["reason"] == "passed"
+        found["reason"] = "died" if works else "unknown: no program runs any more"
     score = None if found["reason"].startswith("unknown") else float(found["reason"] == "passed")
-    components = {"passed": found["passed"], "tests": len(job["tests"])}
-    return Verdict(score, found["reason"], time.perf_counter() - start, components)
+    return Verdict(score, found["reason"], found["seconds"], components | {"passed": found["passed"]})
 
 
 def check_tests(tests, where, entry_point=""):
@@ -630,59 +773,74 @@ def check_tests(tests, where, entry_point=""):
 
     Args:
         tests: in one of these shapes
-            HumanEval     a text that defines check(candidate); entry_point names the function
-            programs      [{"input": text for standard input, "output": text expected on standard output}, ...]
-            functions     [{"fn_name" or "call": name, "args": [...], "expected": value}, ...]
-            APPS          {"inputs": [...], "outputs": [...]}, texts (or lists of lines) as above; with "fn_name", inputs are
-                          lists of arguments and outputs values, each in a list of one where all are
+            HumanEval   a text that defines check(candidate); entry_point names the function
+            programs    [{"input": text for standard input, "output": text expected on standard output}, ...]
+            functions   [{"fn_name" or "call": name, "args": [...], "expected": value}, ...]
+            APPS        {"inputs": [...], "outputs": [...]}, texts (or lists of lines) as above; with
+                        "fn_name", inputs are lists of arguments and outputs values, or lists of one value
         where: what to name in errors.
         entry_point: of HumanEval's shape.
     Returns:
-        dict: "kind" ("check", "calls" or "stdin") and "tests", a list of tuples that begin with the number of the test: of
+        dict: "kind" ("check", "calls" or "stdin") and "tests", tuples that begin with the test's number: of
         programs (number, input, output), of functions (number, name, args, results of which each is right).
     Raises:
         ValueError for any other shape.
     """
 
-    def must(condition, message):
-        if not condition:
-            raise ValueError(f"{where}: {message}")
+    try:
+        return read_tests(tests, entry_point)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
-    def text(value):
-        value = "\n".join(value) if isinstance(value, list) and all(isinstance(x, str) for x in value) else value
-        must(isinstance(value, str), f"a test of a program must be text, not {str(value)[:80]!r}")
-        return value
+
+def read_tests(tests, entry_point):
+    if not tests:
+        raise ValueError("there are no tests")
+    if isinstance(tests, str):
+        if not re.search(r"^def check\(", tests, re.MULTILINE):
+            raise ValueError("a text must define check(candidate), as HumanEval's")
+        if not (isinstance(entry_point, str) and entry_point.isidentifier()):
+            raise ValueError("entry_point must name the function that check() is given")
+        return {"kind": "check", "tests": [(1, tests, entry_point)]}
 
     wrapped = False
-    must(tests, "there are no tests")
-    if isinstance(tests, str):
-        must(re.search(r"^def check\(", tests, re.MULTILINE), "tests that are a text must define check(candidate), as HumanEval's")
-        must(isinstance(entry_point, str) and entry_point.isidentifier(), "entry_point must name the function that check() is given")
-        return {"kind": "check", "tests": [(1, tests, entry_point)]}
     if isinstance(tests, dict):
-        inputs, outputs = tests.get("inputs"), tests.get("outputs")
-        must(isinstance(inputs, list) and isinstance(outputs, list) and len(inputs) == len(outputs) > 0,
-             "tests need lists inputs and outputs of the same length, at least 1")
-        name = tests.get("fn_name")
+        inputs, outputs, name = (tests.get(key) for key in ("inputs", "outputs", "fn_name"))
+        if not (isinstance(inputs, list) and isinstance(outputs, list) and len(inputs) == len(outputs) > 0):
+            raise ValueError("tests need lists inputs and outputs of the same length, at least 1")
+        wrapped = all(isinstance(output, list) and len(output) == 1 for output in outputs)
         if name is None:
-            tests = [{"input": text(a), "output": text(b)} for a, b in zip(inputs, outputs)]
+            tests = [{"input": a, "output": b} for a, b in zip(inputs, outputs)]
         else:
-            wrapped = all(isinstance(x, list) and len(x) == 1 for x in outputs)
             tests = [{"fn_name": name, "args": a, "expected": b} for a, b in zip(inputs, outputs)]
-    must(isinstance(tests, list) and all(isinstance(test, dict) for test in tests), f"unknown kind of tests: {str(tests)[:80]!r}")
+    if not (isinstance(tests, list) and all(isinstance(test, dict) for test in tests)):
+        raise ValueError(f"unknown kind of tests: {str(tests)[:80]!r}")
     if all({"input", "output"} <= {*test} for test in tests):
-        return {"kind": "stdin", "tests": [(i, text(t["input"]), text(t["output"])) for i, t in enumerate(tests, 1)]}
-    read = []
+        programs = [(i, as_text(test["input"]), as_text(test["output"])) for i, test in enumerate(tests, 1)]
+        return {"kind": "stdin", "tests": programs}
+
+    calls = []
     for i, test in enumerate(tests, 1):
         name = test.get("fn_name", test.get("call"))
-        must(isinstance(name, str) and name.isidentifier() and isinstance(test.get("args"), list) and "expected" in test,
-             f"test {i} has neither input and output nor fn_name (or call), args and expected")
+        args = test.get("args")
+        named = isinstance(name, str) and name.isidentifier()
+        if not (named and isinstance(args, list) and "expected" in test):
+            raise ValueError(f"test {i} has neither input and output nor fn_name (or call), args, expected")
+        expected = test["expected"]
         try:
-            json.dumps(plain([test["args"], test["expected"]], depth=5))  # deeper by then in what is sent
+            json.dumps(plain([args, expected], depth=5))  # that deep it lies in what is sent
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{where}: test {i}: {str(error).replace('result', 'value')}") from None
-        read.append((i, name, test["args"], [test["expected"], *(test["expected"] if wrapped else [])]))
-    return {"kind": "calls", "tests": read}
+            raise ValueError(f"test {i}: {str(error).replace('result', 'value')}") from None
+        calls.append((i, name, args, [expected, *expected] if wrapped else [expected]))
+    return {"kind": "calls", "tests": calls}
+
+
+def as_text(value):
+    if isinstance(value, list) and all(isinstance(line, str) for line in value):
+        return "\n".join(value)
+    if not isinstance(value, str):
+        raise ValueError(f"a test of a program must be text, not {str(value)[:80]!r}")
+    return value
 
 
 @functools.lru_cache(maxsize=1)
@@ -693,30 +851,38 @@ def slots():
 
 
 def referee(job, seconds, memory, unsafe):
-    """What the referee says of a job: its dictionary, whose reason begins with "no verdict" where it said nothing."""
+    """What the referee says of a job, and the seconds that it took."""
     with slots():
+        start = time.perf_counter()
+        kills = out_of_memory_kills()
+        found = {"reason": "no verdict came back", "passed": 0, "walls": None}
         try:
-            with tempfile.TemporaryDirectory(prefix="sandbox-", ignore_cleanup_errors=True) as base:
+            base = tempfile.mkdtemp(prefix="sandbox-")
+            try:
                 settings = {"base": base, "seconds": seconds, "memory": memory, "unsafe": unsafe}
                 said, late = converse(settings, json.dumps(plain(job)).encode(), PATIENCE * seconds + 0.3)
-                for left in os.listdir(base):
-                    remove(os.path.join(base, left))
+            finally:
+                discard(base)
         except (OSError, MemoryError) as error:
-            return {"reason": f"unknown: {type(error).__name__}: {error}", "passed": 0, "walls": None}
+            return found | {"reason": f"unknown: {type(error).__name__}: {error}", "seconds": 0.0}
     if said:
-        return json.loads(said)
-    return {"reason": "time limit" if late else "no verdict came back", "passed": 0, "walls": None}
+        found = json.loads(said)
+    elif late:
+        found["reason"] = "time limit"
+    elif out_of_memory_kills() > kills:
+        found["reason"] = "unknown: the machine ran out of memory"
+    return found | {"seconds": time.perf_counter() - start}
 
 
 def converse(settings, job, timeout):
     """(the referee's output, whether it was too late). In the end all of its processes are gone."""
-    command = [sys.executable, "-I", "-S", "-X", "utf8", os.path.abspath(__file__), json.dumps(settings)]
+    command = [sys.executable, "-I", "-S", "-X", "utf8", HERE, json.dumps(settings)]
     environment = {"MALLOC_ARENA_MAX": "1"}  # or each thread reserves another 64 MB of address space
     if "LD_LIBRARY_PATH" in os.environ:  # Python may need it
         environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
     process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment, cwd="/",
-        start_new_session=True,
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment,
+        cwd="/", start_new_session=True,
     )
     late = False
     said = b""
@@ -731,6 +897,17 @@ def converse(settings, job, timeout):
             pass
         process.wait()
     return said, late
+
+
+def discard(base):
+    """Delete a run's folder. Its processes have been killed, but the last may take a moment to be gone."""
+    for _ in range(20):
+        try:
+            for name in os.listdir(base):
+                remove(os.path.join(base, name))
+            return os.rmdir(base)
+        except OSError:
+            time.sleep(0.01)
 
 
 # Emulated kernels (gVisor) may accept the calls without enforcing them, so every wall is tried.
@@ -749,20 +926,30 @@ print(refused(open, "/etc/passwd"), refused(open, "/proc/self/status"), refused(
       resource.getrlimit(resource.RLIMIT_NOFILE)[1] <= 64, resource.getrlimit(resource.RLIMIT_CPU)[1] < 99)
 """
 PROBED = "True True True True True True True True True -1 ['own'] True True"
+KNOWN = {"kind": "stdin", "tests": [(1, "", "1")], "source": "print(1)", "prompt": ""}
 
 
 @functools.lru_cache(maxsize=1)
 def sandbox_walls():
-    """The walls on this machine: {name: "on", or why it could not be built}. Tried once, with a program of ours."""
+    """The walls on this machine, tried once: {name: "on", or why it could not be built}.
+
+    Raises:
+        OSError where the machine could not even start it; the next call tries again.
+    """
     if sys.platform != "linux":
         return {"Landlock and seccomp": f"Linux has them, this is {sys.platform}"}
-    found = referee({"kind": "stdin", "tests": [(1, "", PROBED)], "source": PROBE, "prompt": ""}, 10.0, 1 << 30, True)
+    found = referee(KNOWN | {"tests": [(1, "", PROBED)], "source": PROBE}, 10.0, 1 << 30, True)
+    if found["reason"].startswith("unknown"):
+        raise OSError(found["reason"])
     return {**(found["walls"] or {}), "they hold": "on" if found["reason"] == "passed" else found["reason"]}
 
 
 def require_sandbox(unsafe=False):
-    """ValueError where walls are missing and unsafe does not allow that. Returns the walls."""
-    walls = sandbox_walls()
+    """The walls on this machine. ValueError where some are missing and unsafe does not allow that."""
+    try:
+        walls = sandbox_walls()
+    except OSError as error:
+        raise ValueError(f"the isolation of programs could not be tried: {error}") from None
     missing = [f"{name} ({why})" for name, why in walls.items() if why != "on"]
     if missing and not unsafe:
         raise ValueError(
@@ -770,7 +957,3 @@ def require_sandbox(unsafe=False):
             "--unsafe-local-execution runs them all the same, with the rights of this user"
         )
     return walls
-
-
-if __name__ == "__main__":
-    main()
