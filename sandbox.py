@@ -568,7 +568,10 @@ class Player:
 
     def end(self):
         """Wait until the program has ended. What it printed; Failed where it broke a limit."""
-        reason, printed = receive(self.control, 8 * OUTPUT)
+        try:
+            reason, printed = receive(self.control, 8 * OUTPUT)
+        except EOFError:
+            os._exit(1)  # the launcher is gone, which no program can bring about: no verdict
         if reason:
             raise Failed(reason)
         return printed
@@ -708,14 +711,18 @@ def main():
     except (OSError, MemoryError) as error:
         reason = f"unknown: {type(error).__name__}: {error}"
     player.report(reason)
+    os._exit(0)
 
 
 if __name__ == "__main__":
-    sys.exit(main())  # what follows is the caller's
+    main()  # never returns: what follows is the caller's
 
 # 5. Caller --------------------------------------------------------------------------------------------------
 
 HERE = os.path.abspath(__file__)  # now, as the working folder may change
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+# So many programs run at a time. torchrun says how many processes share the cores.
+SLOTS = threading.BoundedSemaphore(max(1, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 @dataclass
@@ -843,16 +850,9 @@ def as_text(value):
     return value
 
 
-@functools.lru_cache(maxsize=1)
-def slots():
-    """As many as there are cores for this process, shared by all that torchrun started here."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return threading.BoundedSemaphore(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-
-
 def referee(job, seconds, memory, unsafe):
     """What the referee says of a job, and the seconds that it took."""
-    with slots():
+    with SLOTS:
         start = time.perf_counter()
         kills = out_of_memory_kills()
         found = {"reason": "no verdict came back", "passed": 0, "walls": None}

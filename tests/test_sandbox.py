@@ -961,8 +961,7 @@ import json, resource, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
 sys.path.insert(0, sys.argv[1])
 import sandbox
-slots = threading.BoundedSemaphore(3)  # one more than the usual two cores, as some attacks only wait
-sandbox.slots = lambda: slots
+sandbox.SLOTS = threading.BoundedSemaphore(3)  # one more than the usual two cores, as some attacks only wait
 
 def judge(job):
     start = time.perf_counter()
@@ -1101,12 +1100,10 @@ def test_nothing_but_value_errors_leaves_run_code(source, text, value):
 @pytest.fixture
 def fresh_probe(monkeypatch):
     """As in a process that has not yet looked which walls there are."""
-    for name in ("sandbox_walls", "slots"):
-        getattr(sandbox, name).cache_clear()
+    sandbox.sandbox_walls.cache_clear()
     yield
     monkeypatch.undo()
-    for name in ("sandbox_walls", "slots"):
-        getattr(sandbox, name).cache_clear()
+    sandbox.sandbox_walls.cache_clear()
 
 
 @needs_sandbox
@@ -1166,26 +1163,40 @@ def test_unknown_on_a_full_disk(tmp_path, monkeypatch):
 
 
 @needs_sandbox
-def test_a_referee_that_is_killed(monkeypatch, tmp_path):
-    def kill_referee():
-        for _ in range(200):
+@pytest.mark.parametrize("which", [0, 1])  # the referee, the launcher
+@pytest.mark.parametrize("tests", [ONE, "def check(candidate):\n    candidate()\n"])
+def test_no_verdict_without_a_fault_of_the_machine(monkeypatch, tmp_path, tests, which):
+    def kill():
+        for _ in range(500):
             time.sleep(0.01)
-            if found := processes(str(tmp_path)):
+            found = sorted(processes(str(tmp_path)))
+            if len(found) == 3:  # referee, launcher, player
                 time.sleep(0.2)
-                for pid in found:
-                    os.kill(pid, signal.SIGKILL)
+                os.kill(found[which], signal.SIGKILL)
                 return
 
     sandbox.sandbox_walls()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    thread = threading.Thread(target=kill_referee)
+    thread = threading.Thread(target=kill)
     thread.start()
-    verdict = run_code("while True: pass", ONE, seconds=5)
+    source = "def f():\n  while True: pass\nif __name__ == '__main__': f()"
+    verdict = run_code(source, tests, seconds=5, entry_point="f")
     thread.join()
     assert (verdict.score, verdict.reason) == (0, "died")  # as a program that is known to be right does pass
+    assert verdict.seconds < 5 and not processes(str(tmp_path)) and not list(tmp_path.iterdir())
+
+
+@needs_sandbox
+@pytest.mark.parametrize("starved", [False, True])
+def test_no_verdict_on_a_machine_in_trouble(monkeypatch, starved):
+    sandbox.sandbox_walls()
+    kills = itertools.count()
+    if starved:
+        monkeypatch.setattr(sandbox, "out_of_memory_kills", lambda: next(kills))
     monkeypatch.setattr(sandbox, "converse", lambda *_: (b"", False))
-    verdict = run_code("while True: pass", ONE, seconds=5)
-    assert verdict.score is None and verdict.reason.startswith("unknown: ")
+    verdict = run_code("print(1)", ONE, seconds=5)
+    reason = "unknown: the machine ran out of memory" if starved else "unknown: no program runs any more"
+    assert (verdict.score, verdict.reason) == (None, reason)
 
 
 @needs_sandbox
