@@ -293,7 +293,8 @@ def power(x, y):
 
 
 def logarithm(x):
-    return alike(x, E)[0].ln() if type(x) is not float else math.log(x)
+    x, _ = alike(x, E)
+    return x.ln() if type(x) is Decimal else math.log(x)  # a TypeError for complex x
 
 
 FUNCTIONS = {

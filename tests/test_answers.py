@@ -727,8 +727,19 @@ def test_hostile_text_is_another_answer_and_takes_no_time(text):
 
 PIECES = r"\frac \sqrt \pm \cup \{ \} \pi \infty \text{ \left \right \% \\ \begin{pmatrix} \end{pmatrix} 1,000 2^{9^9} cm"
 PIECES += r" \sin \log \log_ \ln^ \left| \right| \lfloor \rfloor \binom \overline{3} \approx \$ ^\circ !! (B) three \exp"
+PIECES += r" \log i \ln(3i) \lfloor i \rfloor i! |i| e^i \arctan i"
 PIECES += r" m/s \over \choose 0.333... f(x)= \angle \in \mathbb{R} \text{and} square per \\[4pt] ** _{ 1e6"
 LATEX = st.lists(st.sampled_from([*"0123456789xyieE+-*/^_(){}[]|,.;:=<>!%&$ ~'²∞\ud800", *PIECES.split()])).map("".join)
+
+
+FUNCTIONS_OF_I = r"\log \ln \lg \exp \sin \arccos \sinh \lfloor | \sqrt \log_i \log_2 5^".split()
+
+
+@pytest.mark.parametrize("name", FUNCTIONS_OF_I)
+def test_no_function_of_i_raises(name):
+    for argument in ("i", "(2i)", "{3+4i}", "-i", r"\pi i", "i!", r"i\%", "i^i"):
+        text = rf"{name} {argument}" + {r"\lfloor": r"\rfloor", "|": "|"}.get(name, "")
+        assert not is_equivalent(text, "17") and not is_equivalent(rf"\binom{{{text}}}{{i}}!", "17")
 
 
 @PATIENT
