@@ -16,10 +16,11 @@ A player cannot leave its process group, so killing that ends everything. No roo
 container: it works as any user and inside a container. Linux 5.13 or newer, x86-64 or arm64.
 
 Promised: the program cannot read, write or delete files of others, reach the network, start or signal
-processes, nor learn what is expected; it ends within 4 times its limit of processor time and half a second,
-and nothing of it is left. Not stopped: reading what is installed beside Python's libraries; seeing sizes and
-times of files whose names it guesses; using one core, its memory and, until it ends, as much disk as files
-take that it has deleted but holds open (512 MB) or mapped (its memory again); holes in the kernel; guessing.
+processes, nor learn what is expected; it ends within 4 times its limit of processor time and half a second
+(and what a slow disk takes to delete 1,000 entries), and nothing of it is left. Not stopped: reading what is
+installed beside Python's libraries; seeing sizes and times of files whose names it guesses; using one core,
+its memory and, until it ends, as much disk as files take that it has deleted but holds open (512 MB) or
+mapped (its memory again); holes in the kernel; guessing.
 
 Standard library only; copy this file alone.
 """
