@@ -56,8 +56,8 @@ import train_sft
 from data import flag
 from model import FalconH1, generate
 from rewards import (
-    check_code, check_scorable, chosen, decided_by_tests, extract_answer, extract_code, is_equivalent, is_right,
-    open_judge, verify,
+    check_code, check_scorable, chosen, decided_by_tests, extract_answer, extract_code, is_equivalent,
+    is_right, open_judge, verify,
 )
 from sandbox import run_code
 

@@ -113,7 +113,8 @@ UNITS = """millimeter mm millimetre; centimeter cm centimetre; meter m metre; ki
     kilowatt kW; pascal Pa; volt V; ampere A; mole mol; kelvin K; radian rad; cent; dollar; euro; sterling"""
 UNITS = {spelling: line.split()[0] for line in UNITS.split(";") for spelling in line.split()}
 UNIT = "|".join(sorted(UNITS, key=len, reverse=True))
-SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "dozen": 12}
+SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12,
+          "dozen": 12}
 ORDINARY = set("yes no not odd even true false none all any per".split())  # words in any case
 # Letters are a word if they are four or more with a vowel (wxyz is a product), but for those like sinx.
 LETTERS_OF_WORD = re.compile(r"(?=.{4})[A-Za-z]*[aeiou][A-Za-z]*(?<!(?:sin|cos|tan|cot|sec|csc|log)[txyz])")
@@ -376,17 +377,21 @@ def number(function, *operands, units=frozenset()):
         raise ValueError("something else stands where a number should")
     count = max(len(x.values) for x in operands)
     limit = MAX_BITS if count == 1 else MAX_BITS // 4
-    values = []
-    for xs in zip(*(x.values if len(x.values) == count else x.values * count for x in operands)):
-        try:
-            with decimal.localcontext(DIGITS):
-                value = None if None in xs else function(*xs)
-        except (ArithmeticError, ValueError, TypeError):
-            value = None
-        if type(value) is Fraction and value.numerator.bit_length() + value.denominator.bit_length() > limit:
-            value = None
-        values.append(value)
-    return Number(tuple(values), frozenset().union(units, *(x.units for x in operands)))
+    points = zip(*(x.values if len(x.values) == count else x.values * count for x in operands))
+    with decimal.localcontext(DIGITS):
+        values = tuple(value_at(function, xs, limit) for xs in points)
+    return Number(values, frozenset().union(units, *(x.units for x in operands)))
+
+
+def value_at(function, xs, limit):
+    """function(*xs), None where that has no value, or an exact one of more than limit bits."""
+    try:
+        value = None if None in xs else function(*xs)
+    except (ArithmeticError, ValueError, TypeError):
+        return None
+    exact = type(value) is Fraction
+    bits = value.numerator.bit_length() + value.denominator.bit_length() if exact else 0
+    return value if bits <= limit else None
 
 
 # 2c. Tokens: pairs (kind, text); the kind is number, name, text, function or op. A text is all words up to
@@ -464,10 +469,9 @@ UNARY = {
 DEGREE = ("°", 1)
 PLAIN = {DEGREE: DIGITS.divide(PI, 180), ("%", 1): Fraction(100)}  # where the other has no unit
 # Words after a number that are no unit: they make it another number.
-NO_UNITS = ORDINARY | set("""is are except without or and more less least most than to over under below if
-    plus minus times root squared cubed factorial choose mod modulo negative inverse wrong incorrect ten th
-    st nd rd half halve third quarter fourth fifth sixth seventh eighth ninth tenth twelfth hundredth
-    thousandth millionth""".split())
+NO_UNITS = ORDINARY | set("""is are except without or and more less most least than to over under below if
+    plus minus times root squared cubed factorial choose mod modulo negative inverse wrong incorrect ten st nd
+    rd half halve third quarter score gross lakh crore quadrillion""".split())
 # What only names a value: x, AB, f(2), |AB|, an angle, words; what may be meant so: sin A, x + y, xy. Of its
 # tokens, n and N stand for a small and a capital name, t for a text, F for a function, d for a number.
 NAMED = re.compile(r"t+|n|N+|[nN]{1,2}\([^()]*\)|n?\\angle[nN]|[\[|]N+[\]|]|\((?:[nN],)+[nN]\)")
@@ -510,7 +514,7 @@ class Parser:
                 units = {(self.take(), 1)} - {("!", 1)}
                 value = number(UNARY[operator], value, units=units)
             elif operator == "_":  # 2516_8 is 2516 with a unit, H_2 is not
-                if type(getattr(value, "values", [None])[0]) is not Fraction or len(value.values) > 1:
+                if value.kind != "number" or list(map(type, value.values)) != [Fraction]:
                     raise ValueError("a base of something else than a number")
                 value = number(UNARY["°"], value, units={("_", number(abs, self.after("_")))})
             elif operator in RELATIONS:
@@ -639,7 +643,7 @@ def with_unit(value, text):
     for sign, word, exponent in re.findall(r'([/*]?)\s*"([^"]*)"(?:\s*\^\{?(-?[0-9]))?', text):
         name = unit_name(word)
         direction = -1 if sign == "/" else direction
-        if name in NO_UNITS:
+        if name in NO_UNITS or name.endswith("th") and name not in UNITS:  # seventh, twentieth, 5 th
             raise ValueError(f"{name} after a number")
         if name in SCALES:
             value = times(value, constant(SCALES[name]))
@@ -1044,10 +1048,11 @@ class Judge:
         """A verdict as verdict() returns it. What fails is tried again, later and later."""
         message = {"role": "user", "content": prompt}
         body = {"model": self.model, "messages": [message], "temperature": 0, "max_tokens": 2048}
+        body = json.dumps(body).encode()
         for attempt in range(self.retries + 1):
             time.sleep(self.wait * 2 ** (attempt - 1) if attempt else 0)
             try:
-                verdict = parse_verdict(self.post(json.dumps(body).encode()))
+                verdict = parse_verdict(self.post(body))
                 return "unknown: no clear verdict" if verdict == "unknown" else verdict
             except (OSError, http.client.HTTPException) as error:
                 why = f"{type(error).__name__}: {error}"

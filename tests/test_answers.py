@@ -20,6 +20,8 @@ PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow]) 
 # Pairs ------------------------------------------------------------------------------------------------------
 
 SAME = r"""
+2 trillion == 2000 billion
+5 months == 5
 xy_1 == y_1 x
 log_2 8 == 3
 1/2 == 0.5
@@ -259,6 +261,10 @@ def test_the_same(line):
 
 
 OTHER = r"""
+2 trillion != 2
+2\text{ score} != 2
+5\text{ twentieths} != 5
+10 elevenths != 10
 5\text{ MW} != 5\text{ mW}
 4 \quad 2 != 42
 \text{H}_2\text{O} != \text{H}_2\text{O}_2
