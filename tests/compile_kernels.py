@@ -40,10 +40,10 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED = {80: 163, 90: 227, 120: 99}  # KB of shared memory that a block may take
 CLOCK = 1.755e9
 TOKENS, SIZES = 32768, dict(H=24, G=1, P=128, N=256)
-FLOAT32 = {"step", "dt", "c", "before", "after", "D", "A", "initial", "final", "crossing", "diagonal", "row", "col", "through", "F", "E",
+FLOAT32 = {"step", "decays", "dt_", "flow", "D", "A", "initial", "final", "crossing", "diagonal", "row", "col", "through", "F", "E",
            "ddt", "state", "dweight", "part", "lse"}
 FLOAT64 = {"dA", "dD"}
-INT64 = {"start", "length", "first", "seq", "cu", "lengths"}
+INT64 = {"start", "left", "first", "lengths"}
 SCALARS = {"room": "i32", "splits": "i32", "span": "i32", "eps": "fp32", "multiplier": "fp32", "scale": "fp32", "high": "fp32"}
 
 
@@ -103,11 +103,11 @@ def report(name, binary, capability):
 def jobs(capability):
     """{name: (kernel, constants, launch options)} at the 7B model's shape and with its chunks."""
     tiles = s._tiling(CHUNK, SIZES["P"], SIZES["N"], torch.bfloat16, SHARED[capability] * 1024)
-    sizes = SIZES | dict(L=CHUNK, EDGE=tiles["decays"]["EDGE"], R=CHUNK // tiles["decays"]["EDGE"] + 1)
+    sizes = SIZES | dict(L=CHUNK, EDGE=tiles["dcb"]["BL"], R=CHUNK // tiles["dcb"]["BL"] + 1)
 
     def count(name, size, tile):
         return triton.cdiv(sizes[size], tiles[name][tile])
-    sums = dict(SIDE=count("dcb", "L", "BM"), SPLIT=count("dbc", "N", "BN"), PARTS=count("states", "P", "BP") * count("states", "N", "BN"))
+    sums = dict(SIDE=count("dcb", "L", "BL"), SPLIT=count("dbc", "N", "BN"), PARTS=count("states", "P", "BP") * count("states", "N", "BN"))
     scan = {
         "decays": (s._decays_kernel, {}),
         "cb": (s._cb_kernel, {}),
@@ -175,16 +175,16 @@ def workload(name, c):
     kernel, *_ = name.split()
     moved = kernel_bytes(t, h, p, n, l)["forward" if name in ("states", "scan") else "backward"][f"_{kernel}_kernel"]
     if kernel == "states":
-        return h * (p // c["BP"]) * (n // c["BN"]), [t // c["BL"]], c["BL"] / l, moved, 2 * t * h * p * n
-    side = l // c["BM"]
+        return h * (p // c["BP"]) * (n // c["BN"]), [t // c["BK"]], c["BK"] / l, moved, 2 * t * h * p * n
+    side = l // c["BL"]
     if kernel == "scan":
-        return t // c["BM"] * h, [n // c["BK"], (side - 1) / 2], 1, moved, 2 * t * h * p * (n + (l + c["BM"]) / 2)
+        return t // c["BL"] * h, [n // c["BK"], (side - 1) / 2], 1, moved, 2 * t * h * p * (n + (l + c["BL"]) / 2)
     if kernel == "dcb":  # two launches, whose bytes stand with the first; programs above the diagonal end at once
         diagonal = name == "dcb diagonal"
         tiles = side if diagonal else side * (side - 1) / 2
-        return tiles * t // l, [h], 1, 0 if diagonal else moved, 2 * tiles * c["BM"] ** 2 * t // l * h * p
-    trips = [h, (side + 1) / 2 * c["BM"] / c["BL"]]  # dbc: moved is what both of its runs do
-    return t // c["BM"] * (n // c["BN"]), trips, 1, moved / 2, 2 * t * n * (h * p + (l + c["BM"]) / 2)
+        return tiles * t // l, [h], 1, 0 if diagonal else moved, 2 * tiles * c["BL"] ** 2 * t // l * h * p
+    trips = [h, (side + 1) / 2 * c["BL"] / c["BK"]]  # dbc: moved is what both of its runs do
+    return t // c["BL"] * (n // c["BN"]), trips, 1, moved / 2, 2 * t * n * (h * p + (l + c["BL"]) / 2)
 
 
 def milliseconds(name, binary, c, options):
@@ -193,7 +193,7 @@ def milliseconds(name, binary, c, options):
     each = executed(instructions(binary), trips, branch)
     times = {"issue": programs * options["num_warps"] * each / (132 * 4 * CLOCK), "bytes": moved / 3.0e12, "tensor": operations / 798e12}
     if name.startswith("states"):
-        tile = 2 * c["BP"] * c["BN"] * c["BL"]  # operations of one product
+        tile = 2 * c["BP"] * c["BN"] * c["BK"]  # operations of one product
         times["serial"] = (2 * each + trips[0] * (tile / 4096 + 60)) / CLOCK
     return {key: v * 1e3 for key, v in times.items()}
 
