@@ -41,7 +41,7 @@ SHARED = {80: 163, 90: 227, 120: 99}  # KB of shared memory that a block may tak
 CLOCK = 1.755e9
 TOKENS, SIZES = 32768, dict(H=24, G=1, P=128, N=256)
 FLOAT32 = {"step", "decays", "dt_", "flow", "D", "A", "initial", "final", "crossing", "diagonal", "row", "col", "through", "F", "E",
-           "ddt", "state", "dweight", "part", "lse"}
+           "ddt", "state", "dtaps", "part", "lse"}
 FLOAT64 = {"dA", "dD"}
 INT64 = {"start", "left", "first", "lengths"}
 SCALARS = {"room": "i32", "splits": "i32", "span": "i32", "eps": "fp32", "multiplier": "fp32", "scale": "fp32", "high": "fp32"}
@@ -125,7 +125,7 @@ def jobs(capability):
     norm = dict(G=1, WIDTH=3072, BLOCK=4096, NORM=True, BEFORE=False, num_warps=16)
     attend = dict(HKV=2, ROWS=6, HD=128, BR=16, BD=128, BN=64, num_warps=4, num_stages=2)
     found |= {
-        "conv": (s._conv_kernel, conv | s._CONV_FORWARD | dict.fromkeys(("dy", "dweight"))),
+        "conv": (s._conv_kernel, conv | s._CONV_FORWARD | dict.fromkeys(("dy", "dtaps"))),
         "conv backward": (s._conv_kernel, conv | s._CONV_BACKWARD),
         "step": (s._step_kernel, step | dict(RAW=False, dt_bias=None)),
         "step of the mixer": (s._step_kernel, step | dict(RAW=True)),
