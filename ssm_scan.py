@@ -4,12 +4,12 @@ Three backends compute the same function and all of its gradients:
 
     "recurrent"   the definition, one token after another; in float64 the oracle of the tests
     "torch"       for CPUs: sequences are cut into chunks, and the scan becomes matrix products (section 2)
-    "triton"      for GPUs: the same in hand-written kernels, forward and backward (sections 3 and 4)
+    "triton"      for GPUs: the same in kernels, forward and backward (sections 3 and 4)
 
     python tests/compile_kernels.py 90          registers, spills, shared memory of the kernels, without a GPU
     TRITON_INTERPRET=1 python your_script.py    backend="triton" on a CPU, slowly, in Triton's interpreter
 
-The file stands alone: it needs torch, and triton on GPUs. Argument names follow mamba_ssm and causal_conv1d.
+To copy this file, take nothing else. Argument names follow mamba_ssm and causal_conv1d.
 
 Glossary (Mamba-2 is arXiv 2405.21060)
     b, t, h, p   batch, tokens, heads, channels per head (the paper's P, "head dim")
@@ -18,14 +18,14 @@ Glossary (Mamba-2 is arXiv 2405.21060)
     x            (b, t, h, p)   what is written into the state
     dt           (b, t, h)      step size Delta, positive, after softplus(dt + dt_bias) if that is asked for
     A            (h,)           negative; one step keeps exp(dt A) of the state ("scalar-identity A")
-    B, C         (b, t, g, n)   where to write in the state, and what to read from it (the SSM's keys, queries)
+    B, C         (b, t, g, n)   where to write in the state, what to read from it (the SSM's keys, queries)
     D            (h,)           skip connection from x to y
     S            (s, h, p, n)   the state, one p x n matrix per head, always float32 or wider
     cu_seqlens   (s + 1,)       where packed documents start, and the end: [0, 7, 19] is 7 and 12 tokens
 
-Deviations from Mamba-2: none in the function. Decays are differences of cumulative sums in float64 (the kernels
-store pairs of float32): a sum over a strongly decaying chunk reaches -10^4, where float32 has three digits left
-after the point. No chunk holds tokens of two documents, so nothing needs a mask and nothing can leak.
+Deviations from Mamba-2: none in the function. Decays are differences of cumulative sums in float64, or pairs of
+float32 in kernels: over a strongly decaying chunk a sum reaches -10^4, which leaves float32 three digits after
+the point. No chunk holds tokens of two documents, so nothing needs a mask and nothing can leak.
 """
 
 import math
@@ -42,14 +42,10 @@ try:
 
     _jit, constexpr = triton.jit, tl.constexpr
 except ImportError:  # macOS and Windows: the kernels below are plain functions that nobody calls
-    triton, tl, constexpr = None, None, int
-
-    def _jit(kernel):
-        return kernel
+    triton, tl, _jit, constexpr = None, None, lambda kernel: kernel, int
 
 
 # 1. The scan and its definition -----------------------------------------------------------------------------
-
 
 def ssd_scan(x, dt, A, B, C, *, D=None, dt_bias=None, dt_softplus=False, initial_states=None, cu_seqlens=None,
              chunk_size=256, backend=None, return_final_states=True):
@@ -59,20 +55,17 @@ def ssd_scan(x, dt, A, B, C, *, D=None, dt_bias=None, dt_softplus=False, initial
 
     Args:
         x, dt, A, B, C, D: see the glossary; any t >= 1, g divides h; x, B and C share one dtype.
-        dt_bias, dt_softplus: (h,) or None, bool. The step size is dt, or softplus(dt + dt_bias).
+        dt_bias, dt_softplus: (h,), bool. The step size is dt, or softplus(dt + dt_bias).
         initial_states: (s, h, p, n), zeros if None.
         cu_seqlens: (s + 1,) packs s sequences along t, and b = 1; None: s = b. A tuple under torch.compile.
         chunk_size: the most tokens per chunk; changes speed only.
         backend: "recurrent", "torch", "triton"; None picks "triton" on a GPU and "torch" elsewhere.
         return_final_states: False returns None instead, and saves 3 MB per sequence at 7B.
-
     Returns:
-        y (b, t, h, p) in x's dtype; the final states (s, h, p, n), float32 (float64 for float64 inputs).
-        Both are differentiable in every tensor.
-
+        y (b, t, h, p) in x's dtype and the final states (s, h, p, n), float32 or float64; both differentiable
+        in every tensor.
     Raises:
-        ValueError, naming the argument: a wrong shape, bad cu_seqlens, a missing backend, A >= 0. (On a GPU
-        A >= 0 gives y = NaN instead, because looking at A would make the host wait.)
+        ValueError, naming the argument. (A >= 0 gives NaN on a GPU: looking would make the host wait.)
     """
     backend = _backend(backend, x)
     _expect(x.dim() == 4 and x.shape[1] >= 1, "x", tuple(x.shape), "(b, t, h, p) with t >= 1")
@@ -96,9 +89,8 @@ def ssd_scan(x, dt, A, B, C, *, D=None, dt_bias=None, dt_softplus=False, initial
 
 
 def _step_size(dt, dt_bias, dt_softplus, dtype):
-    """softplus(dt + bias), in the dtype of the state: a bfloat16 step would lose the decay's digits."""
-    dt = dt.to(dtype)
-    dt = dt if dt_bias is None else dt + dt_bias.to(dtype)
+    """Delta in the dtype of the state: a bfloat16 step would lose the decay's digits."""
+    dt = dt.to(dtype) if dt_bias is None else dt.to(dtype) + dt_bias.to(dtype)
     return F.softplus(dt) if dt_softplus else dt
 
 
@@ -117,25 +109,24 @@ def _scan_recurrent(x, dt, B, C, A, S, cu, chunk_size):
 
 # 2. The scan in matrix products -----------------------------------------------------------------------------
 
-
 def _scan_chunked(x, dt, B, C, A, S, cu, chunk_size):
-    """The same in matrix products (Mamba-2, section 6). With c_i = sum_{j<=i} dt_j A inside a chunk of l tokens,
+    """The same in matrix products (Mamba-2, section 6). With c_i = sum_{j<=i} dt_j A in a chunk of l tokens,
 
-        y_i = sum_{j<=i} exp(c_i - c_j) (C_i . B_j) dt_j x_j      attention-like, within the chunk    (step 1)
-            + exp(c_i) S C_i                                      what the entering state adds        (step 4)
-        S'  = exp(c_l) S + sum_j exp(c_l - c_j) dt_j x_j B_j^T    the state handed on                 (steps 2, 3)
+        y_i = sum_{j<=i} exp(c_i - c_j) (C_i . B_j) dt_j x_j      attention-like, within the chunk      (step 1)
+            + exp(c_i) S C_i                                      what the entering state adds          (step 4)
+        S'  = exp(c_l) S + sum_j exp(c_l - c_j) dt_j x_j B_j^T    the state handed on               (steps 2, 3)
 
     Padding is 0, also dt: it neither writes nor decays, so c_l is right for chunks that are not full, too.
     """
     (h, p), (g, n) = x.shape[1:], B.shape[1:]
     lengths = [end - start for start, end in zip(cu, cu[1:])]
     l = min(chunk_size, chunk_of(p, n), max(lengths))
-    sizes = [size for length in lengths for size in (length, -length % l)]  # tokens 0, padding 0, tokens 1, ...
+    sizes = [size for length in lengths for size in (length, -length % l)]  # tokens 0, padding 0, tokens 1, ..
 
     def cut(v):  # (tokens, ...) -> (k, l, ...)
-        padding = v.new_zeros(l, *v.shape[1:])
-        pairs = zip(v.split(lengths), sizes[1::2])
-        return torch.cat([part for own, pad in pairs for part in (own, padding[:pad])]).unflatten(0, (-1, l))
+        padding = v.new_zeros(sum(sizes[1::2]), *v.shape[1:]).split(sizes[1::2])
+        parts = [part for pair in zip(v.split(lengths), padding) for part in pair]
+        return torch.cat(parts).unflatten(0, (-1, l))
 
     def by_group(v):  # (k, h, p, .) -> (k, g, p h / g, .)
         return v.reshape(len(v), g, -1, v.shape[-1])
@@ -150,8 +141,7 @@ def _scan_chunked(x, dt, B, C, A, S, cu, chunk_size):
     # Step 1, within the chunk.
     y = dtx @ _DecayedScores.apply(B @ C, c)  # (k, h, p, l)
 
-    # Step 2, what each chunk adds to the state: one (p h / g x l)(l x n) product per group. c_l - c_j is a sum
-    # over the tokens after j here, not a difference.
+    # Step 2, what each chunk adds to the state. c_l - c_j is a sum over the tokens after j, not a difference.
     rest = F.pad(a[..., 1:].flip(2).cumsum(2).flip(2), (0, 1)).to(x.dtype)
     written = dtx * _bounded_exp(rest)[:, :, None]  # (k, h, p, l)
     added = (by_group(written) @ B).view(-1, h, p, n)
@@ -174,7 +164,7 @@ def _scan_chunked(x, dt, B, C, A, S, cu, chunk_size):
 
 
 class _DecayedScores(torch.autograd.Function):
-    """(B C^T)_ji exp(c_i - c_j) at row j, column i >= j, else 0: bc (k, g, l, l), c (k, h, l) -> (k, h, l, l).
+    """(B C^T)_ji exp(c_i - c_j) at row j, column i >= j, else 0. bc (k, g, l, l), c (k, h, l) -> (k, h, l, l)
 
     dc_i = sum of column i - sum of row i, without the diagonal: there the two terms cancel exactly, and
     subtracting them would cost the digits that strong decays leave over."""
@@ -223,10 +213,10 @@ def chunk_of(p, n):
 #              | W W W | W W W |    |       |     only.
 #              +-------+-------+    +-------+
 #
-# Decays are 2^(c_i - c_j) <= 1 with c = log2(e) cumsum(dt A), never quotients of exponentials, which overflow.
+# Decays are 2^(c_i - c_j) <= 1, c = log2(e) cumsum(dt A), never quotients of exponentials, which overflow.
 # Below the diagonal they are a product, with c_r at a boundary between a tile's sources j and outputs i:
 #
-#     2^(c_i - c_j) dt_j  =  after[r, i] before[r, j]       after = 2^(c_i - c_r)    before = 2^(c_r - c_j) dt_j
+#     2^(c_i - c_j) dt_j = after[r, i] before[r, j]      after = 2^(c_i - c_r)    before = 2^(c_r - c_j) dt_j
 #
 # Boundary 0 is the chunk's start, the last one its end. Tiles on the diagonal take c itself, as a pair of
 # float32, the rounded sum and what rounding lost: neighbours late in a strongly decaying chunk differ by less
@@ -234,8 +224,8 @@ def chunk_of(p, n):
 #
 # Backward. With R_t = dL/dS_t, everything the loss sees of the state, the definition differentiates to
 #
-#     R_t = dy_t C_t^T + a_{t+1} R_{t+1}    dx_t = dt_t R_t B_t + D dy_t    d(dt_t) = x_t . R_t B_t + a_t's share
-#     a_t = exp(dt_t A)                     dB_t = dt_t R_t^T x_t           dC_t = S_t^T dy_t
+#     R_t = dy_t C_t^T + a_{t+1} R_{t+1}   dx_t = dt_t R_t B_t + D dy_t   d(dt_t) = x_t . R_t B_t + a_t's share
+#     a_t = exp(dt_t A)                    dB_t = dt_t R_t^T x_t          dC_t = S_t^T dy_t
 #
 # R is a scan like S, run from the last token to the first. So states, outputs, and dB and dC have one kernel
 # each for both directions. REVERSED turns the triangle around, and the arguments are:
@@ -255,19 +245,19 @@ def chunk_of(p, n):
 #
 #     sum_{j < t <= i} q_ij  +  sum_{i >= t} F_i  +  sum_{j < t} E_j  +  2^(c_l) <leaving R, entering S>
 #
-# The first sum is sum_{i >= t} (row_i - col_i), where row and col add up the same numbers q, but not the diagonal,
-# which is large and crosses no step. (y . dy - x . dx, shorter and common, has it in both terms and loses all
-# digits where decays are strong.) And d(dt_j) = (col_j + q_jj + E_j) / dt_j, so a step of 0 counts as 1e-30.
+# The first sum is sum_{i >= t} (row_i - col_i), where row and col add up the same numbers q, but not the
+# diagonal, which is large and crosses no step. (y . dy - x . dx, shorter and common, has it in both terms and
+# loses all digits where decays are strong.) d(dt_j) = (col_j + q_jj + E_j) / dt_j: steps of 0 count as 1e-30.
 #
-# No atomics: programs that share a sum store their parts, the last kernel adds them, and two runs give the same
+# No atomics: programs that share a sum store their parts, the last kernel adds them, and two runs give equal
 # bits. No autotuning: it stalls at every new shape, and different tiles round differently. Chunk and token
 # numbers are int64, because t h p passes 2^31 at 700,000 tokens of the 7B model.
 #
-# Arguments are pointers. start, left, first: see chunk_table; x, B, ... (tokens, h or g, p or n); cb, dcb
-# (k, g, l, l); states (k, h, p, n); decays: see _rows. s_v is the number of elements from one token of value to
-# the next, and so on. Capitals are known when a kernel is compiled: the sizes above; R boundaries, EDGE tokens
-# apart; BL, BP, BN, BK, the sides of tiles. A tile of cb is loaded whole, in wide loads, and selected from
-# afterwards: a mask would make it fetch element by element.
+# Arguments are pointers: start, left, first as in chunk_table; x, B, ... (tokens, h or g, p or n); cb, dcb
+# (k, g, l, l); states (k, h, p, n); decays as in _rows. s_v is the number of elements from one token of value
+# to the next, and so on. Capitals are known at compile time: the sizes above; R boundaries, EDGE tokens apart,
+# BL, BP, BN, BK, sides of tiles. A tile of cb is loaded whole, in wide loads, and selected from afterwards: a
+# mask would make it fetch element by element.
 
 
 @_jit
@@ -286,7 +276,7 @@ def _chunk_program(tiles, heads, start, left, L: constexpr):
 
 @_jit
 def _rows(decays, head, L: constexpr, R: constexpr):
-    """One head's decays in a chunk are 2 r + 3 rows of l float32: after and before at every boundary, dt, c, and
+    """One head's decays in a chunk, 2 r + 3 rows of l float32: after and before at every boundary, dt, c, and
     what c lost in rounding. Returns where after, before and dt start."""
     after = decays + head * (2 * R + 3) * L
     return after, after + R * L, after + 2 * R * L
@@ -364,10 +354,10 @@ def _cb_kernel(B, C, start, left, cb, s_b, s_c, G: constexpr, N: constexpr, L: c
 
 
 @_jit
-def _states_kernel(value, key, decays, start, left, first, initial, states, final, entering, crossing, s_v, s_k,
-                   H: constexpr, G: constexpr, P: constexpr, N: constexpr, L: constexpr, R: constexpr,
-                   BP: constexpr, BN: constexpr, BK: constexpr, REVERSED: constexpr):
-    """Steps 2 and 3. One program carries a BP x BN tile of one head's state through one sequence, BK tokens at a
+def _states_kernel(value, key, decays, start, left, first, initial, states, final, entering, crossing,
+                   s_v, s_k, H: constexpr, G: constexpr, P: constexpr, N: constexpr, L: constexpr,
+                   R: constexpr, BP: constexpr, BN: constexpr, BK: constexpr, REVERSED: constexpr):
+    """Steps 2 and 3. A program carries a BP x BN tile of one head's state through one sequence, BK tokens at a
     time, in float32 registers: states[k] = S, then S <- 2^(c_l) S + sum_j 2^(c_l - c_j) dt_j value_j key_j^T.
 
     REVERSED: states[k] = R, then R <- 2^(c_l) R + sum_i 2^(c_i) dy_i C_i^T. And with S = entering[k],
@@ -385,8 +375,8 @@ def _states_kernel(value, key, decays, start, left, first, initial, states, fina
     else:
         S = tl.load(initial + (s * H + h) * P * N + place, mask=in_p & in_n, other=0.0)
 
-    # All chunks but the last are full: one loop over all tokens, whose loads run ahead across chunks. What a chunk
-    # needs once, its decay 2^(c_l) and the state before it, is loaded a chunk ahead by hand.
+    # All chunks but the last are full: one loop over all tokens, whose loads run ahead across chunks. What a
+    # chunk needs once, its decay 2^(c_l) and the state before it, is loaded a chunk ahead by hand.
     begin = tl.load(first + s)
     token, tokens = tl.load(start + begin), tl.load(left + begin).to(tl.int32)
     parts = (tokens + BK - 1) // BK
@@ -406,9 +396,10 @@ def _states_kernel(value, key, decays, start, left, first, initial, states, fina
                 tl.store(crossing + head * TILES + tile, tl.sum(S * S_before.to(tl.float32)))
                 S_before = tl.load(entering + coming * P * N + place, mask=in_p & in_n, other=0.0)
         after, _, dt = _rows(decays, head, L, R)
-        j, at = tl.arange(0, BK), token + part * BK
+        j = tl.arange(0, BK)
+        at = token + part * BK
         real = j < tokens - part * BK
-        weight = tl.load((after if REVERSED else dt - L) + part % PER_CHUNK * BK + j)  # dt - L: the last before
+        weight = tl.load((after if REVERSED else dt - L) + part % PER_CHUNK * BK + j)  # dt - L: last before
         v = _load(value + at * s_v + h * P, j[None, :], s_v, p, real[None, :] & in_p)  # (BP, BK)
         q = _load(key + at * s_k + h // (H // G) * N, j[:, None], s_k, n, real[:, None] & in_n)  # (BK, BN)
         S = tl.dot((v.to(tl.float32) * weight[None, :]).to(v.dtype), q, S, input_precision="ieee")
@@ -473,8 +464,8 @@ def _scan_kernel(value, query, cb, states, decays, D, start, left, out, s_v, s_q
 @_jit
 def _dcb_kernel(x, dy, cb, decays, start, left, dcb, row, col, diagonal, s_x, H: constexpr, G: constexpr,
                 P: constexpr, L: constexpr, R: constexpr, BL: constexpr, BP: constexpr, DIAGONAL: constexpr):
-    """d(cb)_ij = sum over the group's heads of 2^(c_i - c_j) dt_j (dy_i . x_j), one tile per program, tiles on
-    the DIAGONAL in a launch of their own. Boundaries are where tiles meet.
+    """d(cb)_ij = sum over the group's heads of 2^(c_i - c_j) dt_j (dy_i . x_j), a tile per program. Tiles on the
+    DIAGONAL have their own launch. Boundaries are where tiles meet.
 
     Per head also diagonal_j = dy_j . x_j and, with q = d(cb) cb below the diagonal, the sums of the tile's q:
     row[k, h, tile's column, i] and col[k, h, tile's row, j]."""
@@ -542,14 +533,16 @@ def _dbc_kernel(value, own, other, dcb, states, decays, start, left, out, flow, 
         j = l0 + tl.arange(0, BK)
         later, sooner = (j[None, :], i[:, None]) if REVERSED else (i[:, None], j[None, :])
         d = tl.load(dcb + (k * G + g) * L * L + later * L + sooner)
-        o = _load(other + token * s_other + g * N, j[:, None], s_other, n, (j < num)[:, None] & in_n)  # (BK, BN)
+        in_chunk = (j < num)[:, None]
+        o = _load(other + token * s_other + g * N, j[:, None], s_other, n, in_chunk & in_n)  # (BK, BN)
         acc = tl.dot(tl.where(later >= sooner, d, 0.0).to(o.dtype), o, acc, input_precision="ieee")
     tl.store(out + (token + i)[:, None] * G * N + g * N + n, acc, mask=row & in_n)
 
 
 @_jit
-def _ddt_kernel(row, col, diagonal, F, E, crossing, cb, decays, A, start, left, ddt, dA, dD, H: constexpr,
-                G: constexpr, L: constexpr, R: constexpr, SIDE: constexpr, SPLIT: constexpr, PARTS: constexpr):
+def _ddt_kernel(row, col, diagonal, F, E, crossing, cb, decays, A, start, left, ddt, dA, dD,
+                H: constexpr, G: constexpr, L: constexpr, R: constexpr,
+                SIDE: constexpr, SPLIT: constexpr, PARTS: constexpr):
     """The gradient of log a_t by the formula above, for one chunk and head, summed in float64. From it ddt
     (tokens, h), and the chunk's share in dA and dD (k, h)."""
     _, h, k, token, num = _chunk_program(1, H, start, left, L)
@@ -582,13 +575,8 @@ def _ddt_kernel(row, col, diagonal, F, E, crossing, cb, decays, A, start, left, 
 
 # 4. The scan in Triton: launches ----------------------------------------------------------------------------
 
-
 def _power(size):
     return max(16, 1 << (size - 1).bit_length())  # tl.dot needs at least 16, tl.arange a power of two
-
-
-def _shared_memory(x):
-    return torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin if x.is_cuda else 0
 
 
 def _empty(like, *shape, dtype=None):
@@ -606,9 +594,13 @@ def _launch(kernel, programs, *args, **options):
         kernel[(programs,)](*args, **options)
 
 
+def _shared_memory(x):
+    return torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin if x.is_cuda else 0
+
+
 def _tiling(l, p, n, dtype, shared_memory):
-    """Tile sizes and launch options of every kernel, for chunks of l tokens. With 16 bits, Hopper and its 227 KB
-    of shared memory per block take tiles of 128; Ampere, Ada and consumer Blackwell, from 99 KB, take 64. float32
+    """Tile sizes and launch options of every kernel, for chunks of l tokens. With 16 bits, Hopper (227 KB of
+    shared memory per block) takes tiles of 128; Ampere, Ada and consumer Blackwell (from 99 KB) take 64. float32
     takes 32: its products run on no tensor core and need their registers for themselves."""
     full = dtype.itemsize == 4
     wide = not full and shared_memory >= 200_000 and p <= 128
@@ -621,7 +613,7 @@ def _tiling(l, p, n, dtype, shared_memory):
     return {
         "decays": dict(BH=4, num_warps=4),
         "cb": dict(BL=side, BK=min(64, bn), **large),
-        "states": dict(BP=min(32 if full else 64, bp), BN=min(64, bn), BK=min(256 if wide else 32, l), **small),
+        "states": dict(BP=min(edge, bp), BN=min(64, bn), BK=min(256 if wide else 32, l), **small),
         "scan": dict(BL=side, BP=bp, BK=min(inner, bn), **large | dict(num_stages=2)),
         "dcb": dict(BL=edge, BP=min(32, bp) if full else bp, **small),
         "dbc": dict(BL=side, BN=min(128 if wide else 64, bn), BP=bp, BK=inner, **large),
@@ -641,10 +633,10 @@ class _Plan:
         edge = self.tiles["dcb"]["BL"]
         r = l // edge + 1
         decays = _empty(A, len(start), h, 2 * r + 3, l)
-        self.given = dict(
-            x=x, step=dt, B=B, C=C, A=A, D=D, s_x=x.stride(0), s_b=B.stride(0), s_c=C.stride(0), decays=decays,
-            start=start, left=left, first=first, k=len(start), s=len(cu) - 1,
-            H=h, G=g, P=p, N=n, L=l, R=r, EDGE=edge, **given)
+        self.given = given | dict(
+            x=x, step=dt, B=B, C=C, A=A, D=D, s_x=x.stride(0), s_b=B.stride(0), s_c=C.stride(0),
+            start=start, left=left, first=first, decays=decays, k=len(start), s=len(cu) - 1,
+            H=h, G=g, P=p, N=n, L=l, R=r, EDGE=edge)
         self.launch(_decays_kernel, "decays", "Hk")
 
     def count(self, name, grid):
@@ -659,8 +651,8 @@ class _Plan:
 
 # Custom operators are opaque to torch.compile, which therefore has no graph break.
 @torch.library.custom_op("falcon_h1r::ssd", mutates_args=("y", "final", "states", "cb"))
-def _ssd(inputs: Sequence[torch.Tensor], initial: torch.Tensor | None, y: torch.Tensor,
-         final: torch.Tensor | None, states: torch.Tensor, cb: torch.Tensor, cu: Sequence[int], l: int) -> None:
+def _ssd(inputs: Sequence[torch.Tensor], initial: torch.Tensor | None, y: torch.Tensor, cb: torch.Tensor,
+         states: torch.Tensor, final: torch.Tensor | None, cu: Sequence[int], l: int) -> None:
     x, _, B, C, _, _ = inputs
     plan = _Plan(inputs, cu, l, cb=cb)
     plan.launch(_cb_kernel, "cb", "LLGk")
@@ -707,7 +699,7 @@ class _Scan(torch.autograd.Function):
         final = _empty(A, len(cu) - 1, h, p, n) if want_final else None
         states = _empty(x, k, h, p, n)  # that enter each chunk
         cb = _empty(x, k, g, l, l)
-        _ssd(inputs, S, y, final, states, cb, cu, l)
+        _ssd(inputs, S, y, cb, states, final, cu, l)
         ctx.save_for_backward(*inputs, states, cb)
         ctx.cu, ctx.l, ctx.from_state = cu, l, S is not None
         ctx.set_materialize_grads(False)  # None for final states that nobody used, instead of as many zeros
@@ -721,7 +713,8 @@ class _Scan(torch.autograd.Function):
         dy = x.new_zeros(x.shape) if dy is None else dy.contiguous()
         dfinal = None if dfinal is None else dfinal.contiguous()
         dinitial = _empty(A, len(ctx.cu) - 1, h, p, n) if ctx.from_state else None
-        gradients = [_empty(v, *v.shape) for v in inputs[:4]] + [_empty(A, k, h, dtype=torch.float64) for _ in "AD"]
+        gradients = [_empty(v, *v.shape) for v in inputs[:4]]
+        gradients += [_empty(A, k, h, dtype=torch.float64) for _ in "AD"]
         _ssd_backward(dy, dfinal, inputs, states, cb, gradients, dinitial, ctx.cu, ctx.l)
         *direct, dA, dD = gradients
         return dinitial, None, None, None, *direct, dA.sum(0).float(), dD.sum(0).float()
@@ -729,11 +722,10 @@ class _Scan(torch.autograd.Function):
 
 def _scan_triton(x, dt, B, C, A, D, S, cu, chunk_size, want_final):
     """x (tokens, h, p) in its own dtype, dt (tokens, h) float32 -> y with D x in it, final states."""
-    p, n, shared = x.shape[2], B.shape[2], _shared_memory(x)
+    p, n, kb = x.shape[2], B.shape[2], _shared_memory(x) // 1024
     _expect(p <= 256 and n <= 1024, "x, B", f"p = {p}, n = {n}", 'at most 256 and 1024, or backend="torch"')
-    found = f'"triton" on a GPU with {shared // 1024} KB of shared memory for a block'
-    enough = not shared or shared >= 99 * 1024
-    _expect(enough, "backend", found, 'at least 99 KB (Ampere and newer), or backend="torch"')
+    _expect(not kb or kb >= 99, "backend", f'"triton" on a GPU with {kb} KB of shared memory for a block',
+            'at least 99 KB (Ampere and newer), or backend="torch"')
     longest = max(end - start for start, end in zip(cu, cu[1:]))
     l = _power(min(chunk_size, 1024, longest))  # a program of _decays_kernel holds a chunk
     D = torch.zeros_like(A) if D is None else D
@@ -744,32 +736,27 @@ def _scan_triton(x, dt, B, C, A, D, S, cu, chunk_size, want_final):
 
 # 5. One token -----------------------------------------------------------------------------------------------
 
-
-def ssd_step(state, x, dt, A, B, C, *, D=None, dt_bias=None, dt_softplus=False, backend=None):
-    """One token of `ssd_scan`. Without gradients the state is updated in place: large batches spend the memory
-    bandwidth on it.
+def ssd_step(state, x, dt, A, B, C, *, D=None, dt_bias=None, dt_softplus=False):
+    """One token of `ssd_scan`. Without gradients the state is updated in place, as large batches spend the
+    memory bandwidth on it. (GPUs decode by `_step_triton`.)
 
     Args:
-        state: (b, h, p, n); the kernel needs float32 and contiguous (h, p, n), and has no gradient.
+        state: (b, h, p, n).
         x, dt, B, C: (b, h, p), (b, h), (b, g, n), (b, g, n). The others are as for ssd_scan.
-
     Returns:
         y (b, h, p) in x's dtype, and the new state.
     """
     _expect(x.dim() == 3, "x", tuple(x.shape), "(b, h, p)")
-    backend = _backend(backend, x)
     _check_scan(x, dt, A, B, C, D, dt_bias, state, x.shape[0])
-    dtype, in_place = state.dtype, not torch.is_grad_enabled()
+    dtype = state.dtype
     dt = _step_size(dt, dt_bias, dt_softplus, dtype)
     A, D = (v if v is None else v.to(dtype) for v in (A, D))
-    if backend == "triton" and dtype == torch.float32 and state[0].is_contiguous() and in_place:
-        return _step_triton(state, x, dt, A, B, C, D), state
 
     def by_group(v):  # (b, h, ...) -> (b, g, h / g, ...): the heads of a group share B and C
         return v.unflatten(1, (B.shape[1], -1))
 
     keep = torch.exp(dt * A)[..., None, None]
-    state = state.mul_(keep) if in_place else state * keep
+    state = state * keep if torch.is_grad_enabled() else state.mul_(keep)
     written = by_group(dt[..., None] * x)[..., None]  # (b, g, h / g, p, 1)
     by_group(state).addcmul_(written, B.to(dtype)[:, :, None, None])
     y = C.to(dtype)[:, :, None] @ by_group(state).flatten(2, 3).mT  # (b, g, 1, n) (b, g, n, p h / g)
@@ -778,18 +765,10 @@ def ssd_step(state, x, dt, A, B, C, *, D=None, dt_bias=None, dt_softplus=False, 
 
 
 @_jit
-def _rounded(v, like):
-    """v in float32, with no more digits than what `like` points at has."""
-    return v.to(like.dtype.element_ty).to(tl.float32)
-
-
-@_jit
-def _step_kernel(state, x, dt, A, B, C, D, dt_bias, y, low, high, s_state, s_x, s_dt, s_b, s_c, H: constexpr,
-                 G: constexpr, P: constexpr, N: constexpr, BP: constexpr, BN: constexpr, RAW: constexpr):
-    """S <- exp(dt A) S + dt x B^T in place and y = S C + D x, BP rows of one state per program.
-
-    RAW: A holds log(-A), and the step size is softplus(dt + dt_bias), clamped to [low, high] and rounded to dt's
-    dtype where torch rounds: a sampler with other step sizes than its trainer would drift away from it."""
+def _step_kernel(state, x, dt, A_log, B, C, D, dt_bias, y, low, high, s_state, s_x, s_dt, s_b, s_c,
+                 H: constexpr, G: constexpr, P: constexpr, N: constexpr, BP: constexpr, BN: constexpr):
+    """BP rows of one state per program. Steps are rounded where torch rounds: a sampler with others than its
+    trainer would drift away from it."""
     tile, h, b = _program((P + BP - 1) // BP, H)
     p = tile * BP + tl.arange(0, BP)
     n = tl.arange(0, BN)
@@ -799,39 +778,39 @@ def _step_kernel(state, x, dt, A, B, C, D, dt_bias, y, low, high, s_state, s_x, 
     xp = tl.load(x + b * s_x + h * P + p, mask=in_p, other=0.0).to(tl.float32)
     Bn = tl.load(B + b * s_b + group + n, mask=in_n, other=0.0).to(tl.float32)
     Cn = tl.load(C + b * s_c + group + n, mask=in_n, other=0.0).to(tl.float32)
-    delta = tl.load(dt + b * s_dt + h).to(tl.float32)
-    a = tl.load(A + h).to(tl.float32)
-    if RAW:
-        delta = _rounded(delta + tl.load(dt_bias + h).to(tl.float32), dt)
-        # softplus(v) = max(v, 0) + log(1 + u), u = exp(-|v|). 1 + u rounds away digits of a small u, and
-        # log(w) u / (w - 1) restores them.
-        u = tl.exp(-tl.abs(delta))
-        log1p = tl.where(1 + u == 1, u, tl.log(1 + u) * u / tl.where(1 + u == 1, 1.0, (1 + u) - 1))
-        delta = tl.minimum(tl.maximum(_rounded(tl.maximum(delta, 0.0) + log1p, dt), low), high)
-        a = -tl.exp(a)
-    S = S * tl.exp(delta * a) + (delta * xp)[:, None] * Bn[None, :]
+    DTYPE: constexpr = dt.dtype.element_ty
+    raw = tl.load(dt + b * s_dt + h).to(tl.float32) + tl.load(dt_bias + h).to(tl.float32)
+    raw = raw.to(DTYPE).to(tl.float32)
+    # softplus(v) = max(v, 0) + log(1 + u), u = exp(-|v|). 1 + u rounds away digits of a small u, and
+    # log(w) u / (w - 1) restores them.
+    u = tl.exp(-tl.abs(raw))
+    log1p = tl.where(1 + u == 1, u, tl.log(1 + u) * u / tl.where(1 + u == 1, 1.0, (1 + u) - 1))
+    softplus = (tl.maximum(raw, 0.0) + log1p).to(DTYPE).to(tl.float32)
+    delta = tl.minimum(tl.maximum(softplus, low), high)
+    decay = tl.exp(-delta * tl.exp(tl.load(A_log + h).to(tl.float32)))
+    S = S * decay + (delta * xp)[:, None] * Bn[None, :]
     tl.store(place, S, mask=in_p[:, None] & in_n[None, :])
     skip = tl.load(D + h).to(tl.float32) * xp
     tl.store(y + (b * H + h) * P + p, tl.sum(S * Cn[None, :], 1) + skip, mask=in_p)
 
 
-def _step_triton(state, x, dt, A, B, C, D, dt_bias=None, limit=(0.0, float("inf"))):
-    """y (b, h, p). With dt_bias the arguments are RAW, see the kernel."""
+def _step_triton(state, x, dt, A_log, B, C, D, dt_bias, limit=(0.0, float("inf"))):
+    """ssd_step in one kernel, from what the mixer has: A = -exp(A_log), step sizes softplus(dt + dt_bias), then
+    clamped to limit. state is float32 with contiguous (h, p, n), and updated in place. Returns y (b, h, p)."""
     (b, h, p), (g, n) = x.shape, B.shape[1:]
     _expect(n <= 512, "B", f"a state of {n}", "at most 512, what the registers of one program hold")
     y = _empty(x, b, h, p)
     x, dt, B, C = (_dense(v) for v in (x, dt, B, C))
-    D = torch.zeros_like(A) if D is None else D
     strides = (v.stride(0) for v in (state, x, dt, B, C))
-    _launch(_step_kernel, triton.cdiv(p, 16) * h * b, state, x, dt, A, B, C, D, dt_bias, y, *limit, *strides,
-            H=h, G=g, P=p, N=n, BP=16, BN=_power(n), RAW=dt_bias is not None, num_warps=4)
+    _launch(_step_kernel, triton.cdiv(p, 16) * h * b, state, x, dt, A_log, B, C, D, dt_bias, y, *limit,
+            *strides, H=h, G=g, P=p, N=n, BP=16, BN=_power(n), num_warps=4)
     return y
 
 
 # 6. The causal convolution ----------------------------------------------------------------------------------
 
-
-def causal_conv1d(x, weight, bias=None, *, initial_states=None, cu_seqlens=None, activation=None, backend=None):
+def causal_conv1d(x, weight, bias=None, *, initial_states=None, cu_seqlens=None, activation=None,
+                  backend=None):
     """Depthwise: a channel sees only itself, now and k - 1 tokens back (k = 4 in Falcon-H1).
 
         y_i = act(bias + sum_j weight[:, j] x_{i - k + 1 + j})        weight[:, k - 1] meets the current token
@@ -874,7 +853,7 @@ def causal_conv1d_step(state, x, weight, bias=None, *, activation=None):
     """One token: state (b, d, k - 1), x (b, d) -> y, new state (updated in place without gradients)."""
     _expect(x.dim() == 2, "x", tuple(x.shape), "(b, d)")
     _check_conv(x, weight, bias, activation, state, x.shape[0])
-    window = torch.cat([state.mT, x.unsqueeze(1)], 1)  # (b, k, d): channels last, so a CPU sums without striding
+    window = torch.cat([state.mT, x.unsqueeze(1)], 1)  # (b, k, d), channels last: a CPU sums without striding
     y = (window * weight.T).sum(1)
     y = y if bias is None else y + bias
     state = window[:, 1:].mT if torch.is_grad_enabled() else state.copy_(window[:, 1:].mT)
@@ -882,8 +861,8 @@ def causal_conv1d_step(state, x, weight, bias=None, *, activation=None):
 
 
 class _ConvTorch(torch.autograd.Function):
-    """x (tokens, d) of one sequence, taps (k + 1, d) with the bias last -> as x. In autograd each slice of x would
-    get a gradient as large as x, filled with zeros and added up."""
+    """x (tokens, d) of one sequence, taps (k + 1, d) with the bias last -> as x. In autograd each slice of x
+    would get a gradient as large as x, filled with zeros and added up."""
 
     @staticmethod
     def forward(ctx, x, taps):
@@ -906,29 +885,23 @@ class _ConvTorch(torch.autograd.Function):
         return dx, torch.stack(dtaps[::-1])
 
 
-# In Triton a program is one warp that walks over a block, up to BT tokens of one sequence. Each thread keeps the
-# last k inputs of a few neighbouring channels in registers, so it loads each input once, ROWS tokens at a time to
-# hide the latency of memory. The backward pass recomputes z, the value before the activation:
+# In Triton a program is one warp that walks over a block, up to BT tokens of one sequence. A thread keeps the
+# last k inputs of a few channels in registers, so it loads each input once, ROWS tokens at a time to hide the
+# latency of memory. The backward pass recomputes z, the value before the activation:
 #
 #     z_i = bias + sum_j w_j x_{i-k+1+j}      dz_i = act'(z_i) dy_i      dx_i = sum_j w_j dz_{i+k-1-j}
 #     dw_j = sum_i dz_i x_{i-k+1+j}           dbias = sum_i dz_i
 #
-# A second window, of the last k values of dz, completes dx_i at token i + k - 1. So a block walks k - 1 tokens
+# A second window, the last k values of dz, completes dx_i at token i + k - 1. So a block walks k - 1 tokens
 # past its own, with dz = 0 past the sequence, and leaves their share of dw and dbias to the next block.
-#
-# BD: 32 threads with 8 channels, 16 bytes of bfloat16; backward with 4, as 8 take 242 registers.
+# BD: 32 threads with 8 channels, 16 bytes of bfloat16; backward 4, because 8 take 242 registers.
 _CONV_FORWARD = dict(BT=128, BD=256, ROWS=8, num_warps=1)
 _CONV_BACKWARD = dict(BT=128, BD=128, ROWS=4, num_warps=1)
 
 
 @_jit
-def _row(pointers, mask):
-    return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
-
-
-@_jit
-def _conv_kernel(x, taps, dy, out, dtaps, start, left, s_x, CHANNELS: constexpr, K: constexpr, SILU: constexpr,
-                 BT: constexpr, BD: constexpr, ROWS: constexpr):
+def _conv_kernel(x, taps, dy, out, dtaps, start, left, s_x, CHANNELS: constexpr, K: constexpr,
+                 SILU: constexpr, BT: constexpr, BD: constexpr, ROWS: constexpr):
     """out = y. Given dy, out = dx, and dtaps[block] (k + 1, d) is the block's part of the sum."""
     EXTRA: constexpr = 0 if dy is None else K - 1
     tile, _, block = _program((CHANNELS + BD - 1) // BD, 1)
@@ -941,18 +914,18 @@ def _conv_kernel(x, taps, dy, out, dtaps, start, left, s_x, CHANNELS: constexpr,
     zero = tl.zeros((BD,), tl.float32)
     w, window = (), ()
     for j in tl.static_range(K + 1):
-        w += (_row(taps + j * CHANNELS + d, in_d),)
+        w += (tl.load(taps + j * CHANNELS + d, mask=in_d, other=0.0).to(tl.float32),)
     for j in tl.static_range(K - 1):
-        window += (_row(x + (token - (K - 1) + j) * s_x + d, in_d & (first == 0)),)
+        window += (_load(x, token - (K - 1) + j, s_x, d, in_d & (first == 0)).to(tl.float32),)
     dw, dzs = (zero,) * (K + 1), (zero,) * (K - 1)
     for i in range(0, num + EXTRA, ROWS):
         # All loads come before the first store, because the compiler cannot move them over it.
         xs, dys = (), ()
         for r in tl.static_range(ROWS):
             inside = in_d & (i + r < rest)
-            xs += (_row(x + (token + i + r) * s_x + d, inside),)
+            xs += (_load(x, token + i + r, s_x, d, inside).to(tl.float32),)
             if dy is not None:
-                dys += (_row(dy + (token + i + r) * CHANNELS + d, inside),)
+                dys += (_load(dy, token + i + r, CHANNELS, d, inside).to(tl.float32),)
         for r in tl.static_range(ROWS):
             window += (xs[r],)
             z = w[K]
@@ -982,8 +955,9 @@ def _conv(x: torch.Tensor, taps: torch.Tensor, dy: torch.Tensor | None, out: tor
           dtaps: torch.Tensor | None, cu: Sequence[int], silu: bool) -> None:
     sizes = _CONV_FORWARD if dy is None else _CONV_BACKWARD
     start, left, _ = chunk_table(tuple(cu), sizes["BT"], x.device)
-    _launch(_conv_kernel, len(start) * triton.cdiv(x.shape[1], sizes["BD"]), x, taps, dy, out, dtaps, start, left,
-            x.stride(0), CHANNELS=x.shape[1], K=len(taps) - 1, SILU=silu, **sizes)
+    programs = len(start) * triton.cdiv(x.shape[1], sizes["BD"])
+    _launch(_conv_kernel, programs, x, taps, dy, out, dtaps, start, left, x.stride(0),
+            CHANNELS=x.shape[1], K=len(taps) - 1, SILU=silu, **sizes)
 
 
 class _ConvTriton(torch.autograd.Function):
@@ -1006,7 +980,6 @@ class _ConvTriton(torch.autograd.Function):
 
 # 7. Checks, and where tokens go -----------------------------------------------------------------------------
 
-
 def _expect(ok, name, got, want):
     """Wrong shapes can broadcast into plausible nonsense: check every argument by name."""
     if not ok:
@@ -1021,7 +994,7 @@ def _expect_tensors(x, **expected):
 
 
 def check_cu_seqlens(cu_seqlens, b, t):
-    """Boundaries (s + 1,) as a tuple of ints, those of batch rows if None. They steer the host: keep them there."""
+    """Boundaries (s + 1,) as a tuple of ints, those of the batch rows if None. Keep them on the host."""
     if cu_seqlens is None:
         return tuple(range(0, b * t + 1, t))
     _expect(b == 1, "cu_seqlens", f"a batch of {b}", "packed sequences in a batch of 1")
@@ -1033,15 +1006,14 @@ def check_cu_seqlens(cu_seqlens, b, t):
 
 
 def _check_scan(x, dt, A, B, C, D, dt_bias, states, s):
-    """For one token (no t) and for many. The sign of A is checked only where that does not wait for a GPU."""
+    """For one token (no t) and for many."""
     *lead, h, p = x.shape
     *_, g, n = B.shape
     _expect_tensors(x, dt=(dt, (*lead, h)), A=(A, (h,)), B=(B, (*lead, g, n)), C=(C, B.shape), D=(D, (h,)),
                     dt_bias=(dt_bias, (h,)), initial_states=(states, (s, h, p, n)))
     _expect(h % g == 0, "B", f"{g} groups", f"a number that divides the {h} heads of x")
-    same = x.dtype == B.dtype == C.dtype
-    _expect(same, "dtype", f"x {x.dtype}, B {B.dtype}, C {C.dtype}", "the same for x, B and C")
-    if A.device.type == "cpu" and not torch.compiler.is_compiling():
+    _expect(x.dtype == B.dtype == C.dtype, "dtype", f"x {x.dtype}, B {B.dtype}, C {C.dtype}", "one for all")
+    if A.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere the host would wait
         _expect(bool((A < 0).all()), "A", "a value that is not negative", "A < 0 in every head")
 
 
@@ -1054,43 +1026,40 @@ def _check_conv(x, weight, bias, activation, states, s):
 def _backend(name, x):
     """The backend's name; None picks the fastest one where x is. The kernels have no float64."""
     runs = triton is not None and (x.is_cuda or "TRITON_INTERPRET" in os.environ) and x.dtype != torch.float64
-    known = name in (None, "recurrent", "torch", "triton")
-    _expect(known, "backend", repr(name), "recurrent, torch, triton or None")
-    _expect(name != "triton" or runs, "backend", f'"triton" for {x.dtype} on {x.device.type}',
-            "float32, bfloat16 or float16 on a GPU with triton installed")
+    _expect(name in (None, "recurrent", "torch") or (name == "triton" and runs), "backend",
+            f"{name!r} for {x.dtype} on {x.device.type}",
+            '"recurrent", "torch", None, or "triton" for 32 and 16 bits on a GPU with triton installed')
     return name or ("triton" if runs and x.is_cuda else "torch")
 
 
 class _GatherRows(torch.autograd.Function):
+    """x[index], but its backward is a gather or a store instead of a scatter-add: faster and deterministic.
+
+    x (tokens, ...), index (rows,), inverse (tokens,): where each token sits in index. It is needed if index
+    repeats tokens as padding, whose gradients are dropped: nothing may read padding."""
+
     @staticmethod
-    def forward(ctx, x, index, inverse):
+    def forward(ctx, x, index, inverse=None):
         ctx.save_for_backward(index, inverse)
         ctx.shape = x.shape
-        return x.index_select(0, index.flatten()).unflatten(0, index.shape)  # on a CPU much faster than x[index]
+        return x.index_select(0, index)  # on a CPU much faster than x[index]
 
     @staticmethod
     def backward(ctx, dout):
         index, inverse = ctx.saved_tensors
-        dout = dout.flatten(0, index.dim() - 1)
-        if inverse is not None:
-            return dout.index_select(0, inverse), None, None
-        return dout.new_zeros(ctx.shape).index_copy_(0, index.flatten(), dout), None, None
+        if inverse is None:
+            return dout.new_zeros(ctx.shape).index_copy_(0, index, dout), None, None
+        return dout.index_select(0, inverse), None, None
 
 
-def gather_rows(x, index, inverse=None):
-    """x[index], but its backward is a gather or a store instead of a scatter-add: faster and deterministic.
-
-    x (tokens, ...); index (rows,) or (rows, width). inverse (tokens,) is where each token sits in index.flatten().
-    It is needed if index repeats tokens as padding, whose gradients are dropped: nothing may read padding."""
-    return _GatherRows.apply(x, index, inverse)
+gather_rows = _GatherRows.apply
 
 
 def to_device(tensors, device):
-    """Copy CPU tensors of one dtype to `device`, in one copy from pinned memory that does not stop the host.
-    One `.to` each would make it wait, every time, until the GPU has caught up."""
+    """Copy CPU tensors of one dtype to `device`, in one copy from pinned memory: the host does not wait for it."""
     if device.type == "cpu":
         return tensors
-    # Each starts at a multiple of 16 bytes, as if allocated alone: other addresses make Triton recompile.
+    # Each starts at a multiple of 16 bytes: for other addresses Triton compiles again.
     padded = [F.pad(v.flatten(), (0, -v.numel() % 16)) for v in tensors]
     together = torch.cat(padded)
     if device.type == "cuda" and not torch.compiler.is_compiling():
@@ -1109,11 +1078,8 @@ def _chunks(cu, size):
 def chunk_table(cu, size, device):
     """Cut sequences with boundaries `cu` (a tuple) into chunks of at most `size` tokens, in token order.
 
-    Returns:
-        start (k,): the first token of each chunk.
-        left (k,): how many tokens its sequence has from there on; min(left, size) are in the chunk.
-        first (s + 1,): the first chunk of each sequence, and the number of chunks.
-    """
+    Returns start (k,), the first token of each chunk; left (k,), how many tokens its sequence has from there
+    on, min(left, size) of them in the chunk; first (s + 1,), each sequence's first chunk, and k at the end."""
     chunks, first = [], [0]
     for begin, end in zip(cu, cu[1:]):
         chunks += [(start, end - start) for start in range(begin, end, size)]
