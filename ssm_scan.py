@@ -23,9 +23,9 @@ Glossary (Mamba-2 is arXiv 2405.21060)
     S            (s, h, p, n)   the state, one p x n matrix per head, always float32 or wider
     cu_seqlens   (s + 1,)       where packed documents start, and the end: [0, 7, 19] is 7 and 12 tokens
 
-Deviations from Mamba-2: none in the function. Decays are differences of cumulative sums in float64, or pairs of
-float32 in kernels: over a strongly decaying chunk a sum reaches -10^4, which leaves float32 three digits after
-the point. No chunk holds tokens of two documents, so nothing needs a mask and nothing can leak.
+Deviations from Mamba-2: none in the function. Decays are differences of cumulative sums of float64, or (in
+kernels) pairs of float32: over a strongly decaying chunk a sum reaches -10^4, where float32 has three digits
+after the point. No chunk holds tokens of two documents, so nothing needs a mask and nothing can leak.
 """
 
 import math
@@ -112,16 +112,16 @@ def _scan_recurrent(x, dt, B, C, A, S, cu, chunk_size):
 def _scan_chunked(x, dt, B, C, A, S, cu, chunk_size):
     """The same in matrix products (Mamba-2, section 6). With c_i = sum_{j<=i} dt_j A in a chunk of l tokens,
 
-        y_i = sum_{j<=i} exp(c_i - c_j) (C_i . B_j) dt_j x_j      attention-like, within the chunk      (step 1)
-            + exp(c_i) S C_i                                      what the entering state adds          (step 4)
-        S'  = exp(c_l) S + sum_j exp(c_l - c_j) dt_j x_j B_j^T    the state handed on               (steps 2, 3)
+        y_i = sum_{j<=i} exp(c_i - c_j) (C_i . B_j) dt_j x_j      attention-like, within the chunk    (step 1)
+            + exp(c_i) S C_i                                      what the entering state adds        (step 4)
+        S'  = exp(c_l) S + sum_j exp(c_l - c_j) dt_j x_j B_j^T    the state handed on             (steps 2, 3)
 
     Padding is 0, also dt: it neither writes nor decays, so c_l is right for chunks that are not full, too.
     """
     (h, p), (g, n) = x.shape[1:], B.shape[1:]
     lengths = [end - start for start, end in zip(cu, cu[1:])]
     l = min(chunk_size, chunk_of(p, n), max(lengths))
-    sizes = [size for length in lengths for size in (length, -length % l)]  # tokens 0, padding 0, tokens 1, ..
+    sizes = [size for length in lengths for size in (length, -length % l)]  # tokens, padding, tokens, ...
 
     def cut(v):  # (tokens, ...) -> (k, l, ...)
         padding = v.new_zeros(sum(sizes[1::2]), *v.shape[1:]).split(sizes[1::2])
@@ -224,7 +224,7 @@ def chunk_of(p, n):
 #
 # Backward. With R_t = dL/dS_t, everything the loss sees of the state, the definition differentiates to
 #
-#     R_t = dy_t C_t^T + a_{t+1} R_{t+1}   dx_t = dt_t R_t B_t + D dy_t   d(dt_t) = x_t . R_t B_t + a_t's share
+#     R_t = dy_t C_t^T + a_{t+1} R_{t+1}   dx_t = dt_t R_t B_t + D dy_t   d(dt_t) = x_t . R_t B_t + ...
 #     a_t = exp(dt_t A)                    dB_t = dt_t R_t^T x_t          dC_t = S_t^T dy_t
 #
 # R is a scan like S, run from the last token to the first. So states, outputs, and dB and dC have one kernel
@@ -255,9 +255,9 @@ def chunk_of(p, n):
 #
 # Arguments are pointers: start, left, first as in chunk_table; x, B, ... (tokens, h or g, p or n); cb, dcb
 # (k, g, l, l); states (k, h, p, n); decays as in _rows. s_v is the number of elements from one token of value
-# to the next, and so on. Capitals are known at compile time: the sizes above; R boundaries, EDGE tokens apart,
-# BL, BP, BN, BK, sides of tiles. A tile of cb is loaded whole, in wide loads, and selected from afterwards: a
-# mask would make it fetch element by element.
+# to the next, and so on. Capitals are known at compile time: the sizes above, R boundaries EDGE tokens apart,
+# and the sides BL, BP, BN, BK of tiles. A tile of cb is loaded whole, in wide loads, and selected from
+# afterwards: a mask would make it fetch element by element.
 
 
 @_jit
@@ -291,9 +291,10 @@ def _decay(dt, i, j, L: constexpr):
 
 
 @_jit
-def _inside(i, size: constexpr, tile: constexpr):
-    """i < size, for tiles that may stick out; known to hold, and free, where they divide the size."""
-    return (i < size) | (size % tile == 0)
+def _range(start, tile: constexpr, size: constexpr):
+    """tile indices from start, and which of them are below size: all of them, for free, if tiles divide it."""
+    i = start + tl.arange(0, tile)
+    return i, (i < size) | (size % tile == 0)
 
 
 @_jit
@@ -307,8 +308,7 @@ def _products(a, b, i, j, num, s_a, s_b, SIZE: constexpr, BL: constexpr, BK: con
     """a_i . b_j of BL tokens i and BL tokens j, vectors of SIZE elements; 0 in the padding."""
     acc = tl.zeros((BL, BL), tl.float32)
     for k0 in range(0, SIZE, BK):
-        k = k0 + tl.arange(0, BK)
-        inside = _inside(k, SIZE, BK)
+        k, inside = _range(k0, BK, SIZE)
         ai = _load(a, i[:, None], s_a, k[None, :], (i < num)[:, None] & inside[None, :])  # (BL, BK)
         bj = _load(b, j[None, :], s_b, k[:, None], (j < num)[None, :] & inside[:, None])  # (BK, BL)
         acc = tl.dot(ai, bj, acc, input_precision="ieee")
@@ -357,7 +357,7 @@ def _cb_kernel(B, C, start, left, cb, s_b, s_c, G: constexpr, N: constexpr, L: c
 def _states_kernel(value, key, decays, start, left, first, initial, states, final, entering, crossing,
                    s_v, s_k, H: constexpr, G: constexpr, P: constexpr, N: constexpr, L: constexpr,
                    R: constexpr, BP: constexpr, BN: constexpr, BK: constexpr, REVERSED: constexpr):
-    """Steps 2 and 3. A program carries a BP x BN tile of one head's state through one sequence, BK tokens at a
+    """Steps 2 and 3. A program carries a BP x BN tile of a head's state through one sequence, BK tokens at a
     time, in float32 registers: states[k] = S, then S <- 2^(c_l) S + sum_j 2^(c_l - c_j) dt_j value_j key_j^T.
 
     REVERSED: states[k] = R, then R <- 2^(c_l) R + sum_i 2^(c_i) dy_i C_i^T. And with S = entering[k],
@@ -367,44 +367,47 @@ def _states_kernel(value, key, decays, start, left, first, initial, states, fina
     PER_CHUNK: constexpr = L // BK
     ROWS: constexpr = (2 * R + 3) * L
     tile, h, s = _program(TILES, H)
-    p = tile // ACROSS * BP + tl.arange(0, BP)[:, None]
-    n = tile % ACROSS * BN + tl.arange(0, BN)[None, :]
-    in_p, in_n, place = _inside(p, P, BP), _inside(n, N, BN), p * N + n
+    p, in_p = _range(tile // ACROSS * BP, BP, P)
+    n, in_n = _range(tile % ACROSS * BN, BN, N)
+    place = p[:, None] * N + n[None, :]
+    inside = in_p[:, None] & in_n[None, :]
     if initial is None:
         S = tl.zeros((BP, BN), tl.float32)
     else:
-        S = tl.load(initial + (s * H + h) * P * N + place, mask=in_p & in_n, other=0.0)
+        S = tl.load(initial + (s * H + h) * P * N + place, mask=inside, other=0.0)
 
     # All chunks but the last are full: one loop over all tokens, whose loads run ahead across chunks. What a
     # chunk needs once, its decay 2^(c_l) and the state before it, is loaded a chunk ahead by hand.
     begin = tl.load(first + s)
-    token, tokens = tl.load(start + begin), tl.load(left + begin).to(tl.int32)
+    token = tl.load(start + begin)
+    tokens = tl.load(left + begin).to(tl.int32)
     parts = (tokens + BK - 1) // BK
     head = (tl.load(first + s + 1) - 1 if REVERSED else begin) * H + h
     keep = tl.load(decays + head * ROWS + L - 1)
     if REVERSED:
-        S_before = tl.load(entering + head * P * N + place, mask=in_p & in_n, other=0.0)
+        S_before = tl.load(entering + head * P * N + place, mask=inside, other=0.0)
     for count in range(0, parts):
         part = parts - 1 - count if REVERSED else count
         head = (begin + part // PER_CHUNK) * H + h
         if (count == 0) | (part % PER_CHUNK == (PER_CHUNK - 1 if REVERSED else 0)):  # a chunk begins
-            tl.store(states + head * P * N + place, S, mask=in_p & in_n)
+            tl.store(states + head * P * N + place, S, mask=inside)
             S *= keep
             coming = tl.where(parts - count > PER_CHUNK, head + (-H if REVERSED else H), head)
             keep = tl.load(decays + coming * ROWS + L - 1)
             if REVERSED:
                 tl.store(crossing + head * TILES + tile, tl.sum(S * S_before.to(tl.float32)))
-                S_before = tl.load(entering + coming * P * N + place, mask=in_p & in_n, other=0.0)
+                S_before = tl.load(entering + coming * P * N + place, mask=inside, other=0.0)
         after, _, dt = _rows(decays, head, L, R)
         j = tl.arange(0, BK)
         at = token + part * BK
         real = j < tokens - part * BK
         weight = tl.load((after if REVERSED else dt - L) + part % PER_CHUNK * BK + j)  # dt - L: last before
-        v = _load(value + at * s_v + h * P, j[None, :], s_v, p, real[None, :] & in_p)  # (BP, BK)
-        q = _load(key + at * s_k + h // (H // G) * N, j[:, None], s_k, n, real[:, None] & in_n)  # (BK, BN)
-        S = tl.dot((v.to(tl.float32) * weight[None, :]).to(v.dtype), q, S, input_precision="ieee")
+        head_value, group_key = value + at * s_v + h * P, key + at * s_k + h // (H // G) * N
+        v = _load(head_value, j[None, :], s_v, p[:, None], real[None, :] & in_p[:, None])
+        q = _load(group_key, j[:, None], s_k, n[None, :], real[:, None] & in_n[None, :])
+        S = tl.dot((v.to(tl.float32) * weight[None, :]).to(v.dtype), q, S, input_precision="ieee")  # (BP, BK) (BK, BN)
     if final is not None:
-        tl.store(final + (s * H + h) * P * N + place, S, mask=in_p & in_n)
+        tl.store(final + (s * H + h) * P * N + place, S, mask=inside)
 
 
 @_jit
@@ -419,9 +422,10 @@ def _scan_kernel(value, query, cb, states, decays, D, start, left, out, s_v, s_q
     if tile * BL >= num:
         return
     head, group = k * H + h, h // (H // G)
-    l, p = tl.arange(0, BL), tl.arange(0, BP)[None, :]
-    i = tile * BL + l
-    row, in_p = (i < num)[:, None], _inside(p, P, BP)
+    i = tile * BL + tl.arange(0, BL)
+    row = (i < num)[:, None]
+    p, in_p = _range(0, BP, P)
+    p, in_p = p[None, :], in_p[None, :]
     value += token * s_v + h * P
     query += token * s_q + group * N
     cb += (k * G + group) * L * L
@@ -431,8 +435,7 @@ def _scan_kernel(value, query, cb, states, decays, D, start, left, out, s_v, s_q
     # Step 4, the state that enters (leaves) the chunk, decayed only up to that boundary.
     acc = tl.zeros((BL, BP), tl.float32)
     for n0 in range(0, N, BK):
-        n = n0 + tl.arange(0, BK)
-        in_n = _inside(n, N, BK)
+        n, in_n = _range(n0, BK, N)
         q = _load(query, i[:, None], s_q, n[None, :], row & in_n[None, :])  # (BL, BK)
         S = tl.load(states + head * P * N + p * N + n[:, None], mask=in_n[:, None] & in_p, other=0.0)
         acc = tl.dot(q, S, acc, input_precision="ieee")
@@ -445,7 +448,7 @@ def _scan_kernel(value, query, cb, states, decays, D, start, left, out, s_v, s_q
     begin, end = ((tile + 1) * BL, num) if REVERSED else (0, tile * BL)
     by_row, by_column = (before, after) if REVERSED else (after, before)
     for l0 in range(begin, end, BL):
-        j = l0 + l
+        j = l0 + tl.arange(0, BL)
         later, sooner = (j[None, :], i[:, None]) if REVERSED else (i[:, None], j[None, :])
         W = tl.load(cb + later * L + sooner).to(tl.float32) * tl.load(by_column + edge + j)[None, :]
         v = _load(value, j[:, None], s_v, p, (j < num)[:, None] & in_p)  # (BL, BP)
@@ -464,8 +467,8 @@ def _scan_kernel(value, query, cb, states, decays, D, start, left, out, s_v, s_q
 @_jit
 def _dcb_kernel(x, dy, cb, decays, start, left, dcb, row, col, diagonal, s_x, H: constexpr, G: constexpr,
                 P: constexpr, L: constexpr, R: constexpr, BL: constexpr, BP: constexpr, DIAGONAL: constexpr):
-    """d(cb)_ij = sum over the group's heads of 2^(c_i - c_j) dt_j (dy_i . x_j), a tile per program. Tiles on the
-    DIAGONAL have their own launch. Boundaries are where tiles meet.
+    """d(cb)_ij = sum over the group's heads of 2^(c_i - c_j) dt_j (dy_i . x_j), a tile per program. Those on
+    the DIAGONAL have their own launch. Boundaries are where tiles meet.
 
     Per head also diagonal_j = dy_j . x_j and, with q = d(cb) cb below the diagonal, the sums of the tile's q:
     row[k, h, tile's column, i] and col[k, h, tile's row, j]."""
@@ -483,8 +486,7 @@ def _dcb_kernel(x, dy, cb, decays, start, left, dcb, row, col, diagonal, s_x, H:
     for h in range(g * (H // G), (g + 1) * (H // G)):
         head = k * H + h
         after, before, dt = _rows(decays, head, L, R)
-        dy_h, x_h = dy + (token * H + h) * P, x + token * s_x + h * P
-        q = _products(dy_h, x_h, i, j, num, H * P, s_x, P, BL, BP)
+        q = _products(dy + (token * H + h) * P, x + token * s_x + h * P, i, j, num, H * P, s_x, P, BL, BP)
         if DIAGONAL:
             tl.store(diagonal + head * L + i, tl.sum(tl.where(i[:, None] == j[None, :], q, 0.0), 1))
             q = tl.where(i[:, None] >= j[None, :], q * _decay(dt, i[:, None], j[None, :], L), 0.0)
@@ -511,9 +513,11 @@ def _dbc_kernel(value, own, other, dcb, states, decays, start, left, out, flow, 
     i0, part = tile // SPLIT * BL, tile % SPLIT
     if i0 >= num:
         return
-    i, p = i0 + tl.arange(0, BL), tl.arange(0, BP)
-    n = part * BN + tl.arange(0, BN)[None, :]
-    row, in_n, in_p = (i < num)[:, None], _inside(n, N, BN), _inside(p, P, BP)
+    i = i0 + tl.arange(0, BL)
+    row = (i < num)[:, None]
+    p, in_p = _range(0, BP, P)
+    n, in_n = _range(part * BN, BN, N)
+    n, in_n = n[None, :], in_n[None, :]
     mine = _load(own + token * s_own + g * N, i[:, None], s_own, n, row & in_n).to(tl.float32)  # (BL, BN)
     acc = tl.zeros((BL, BN), tl.float32)
 
@@ -546,12 +550,15 @@ def _ddt_kernel(row, col, diagonal, F, E, crossing, cb, decays, A, start, left, 
     """The gradient of log a_t by the formula above, for one chunk and head, summed in float64. From it ddt
     (tokens, h), and the chunk's share in dA and dD (k, h)."""
     _, h, k, token, num = _chunk_program(1, H, start, left, L)
-    head, j = k * H + h, tl.arange(0, L)
-    inside, own_tile = j < num, j // (L // SIDE)
-    zero, across = tl.zeros((L,), tl.float32), 0.0
-    rows, cols, Fs, Es = zero, zero, zero, zero
+    head = k * H + h
+    j = tl.arange(0, L)
+    inside = j < num
+    own_tile = j // (L // SIDE)
+    zero = tl.zeros((L,), tl.float32)
+    rows, cols, Fs, Es, across = zero, zero, zero, zero, 0.0
     for part in tl.static_range(SIDE):  # of the tiles that were computed
-        place, computed = (head * SIDE + part) * L + j, part * (L // SIDE) < num
+        place = (head * SIDE + part) * L + j
+        computed = part * (L // SIDE) < num
         rows += tl.load(row + place, mask=inside & (part <= own_tile), other=0.0)
         cols += tl.load(col + place, mask=inside & (part >= own_tile) & computed, other=0.0)
     for part in tl.static_range(SPLIT):
@@ -600,8 +607,8 @@ def _shared_memory(x):
 
 def _tiling(l, p, n, dtype, shared_memory):
     """Tile sizes and launch options of every kernel, for chunks of l tokens. With 16 bits, Hopper (227 KB of
-    shared memory per block) takes tiles of 128; Ampere, Ada and consumer Blackwell (from 99 KB) take 64. float32
-    takes 32: its products run on no tensor core and need their registers for themselves."""
+    shared memory per block) takes tiles of 128; Ampere, Ada and consumer Blackwell (from 99 KB) take 64.
+    float32 takes 32: its products run on no tensor core and need their registers for themselves."""
     full = dtype.itemsize == 4
     wide = not full and shared_memory >= 200_000 and p <= 128
     edge = min(32 if full else 64, l)
@@ -669,9 +676,12 @@ def _ssd_backward(dy: torch.Tensor, dfinal: torch.Tensor | None, inputs: Sequenc
     """gradients: of x, dt, B and C, and (k, h) the parts of those of A and D."""
     x, _, B, C, A, _ = inputs
     dx, ddt, dB, dC, dA, dD = gradients
-    R, dcb = _empty(states, *states.shape), _empty(cb, *cb.shape)
+    R = _empty(states, *states.shape)
+    dcb = _empty(cb, *cb.shape)
     plan = _Plan(inputs, cu, l, dy=dy, cb=cb, dcb=dcb, ddt=ddt, dA=dA, dD=dD)
-    side, split, parts = plan.count("dcb", "L"), plan.count("dbc", "N"), plan.count("states", "PN")
+    side = plan.count("dcb", "L")
+    split = plan.count("dbc", "N")
+    parts = plan.count("states", "PN")
     shapes = dict(crossing=(parts,), diagonal=(l,), row=(side, l), col=(side, l), F=(split, l), E=(split, l))
     sums = {name: _empty(A, *dA.shape, *shape) for name, shape in shapes.items()}
     plan.given.update(sums, SIDE=side, SPLIT=split, PARTS=parts)
@@ -694,7 +704,8 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, S, cu, l, want_final, *inputs):
         x, _, B, _, A, _ = inputs
-        (h, p), (g, n), k = x.shape[1:], B.shape[1:], sum(_chunks(cu, l))
+        (h, p), (g, n) = x.shape[1:], B.shape[1:]
+        k = sum(_chunks(cu, l))
         y = _empty(x, *x.shape)
         final = _empty(A, len(cu) - 1, h, p, n) if want_final else None
         states = _empty(x, k, h, p, n)  # that enter each chunk
@@ -722,10 +733,7 @@ class _Scan(torch.autograd.Function):
 
 def _scan_triton(x, dt, B, C, A, D, S, cu, chunk_size, want_final):
     """x (tokens, h, p) in its own dtype, dt (tokens, h) float32 -> y with D x in it, final states."""
-    p, n, kb = x.shape[2], B.shape[2], _shared_memory(x) // 1024
-    _expect(p <= 256 and n <= 1024, "x, B", f"p = {p}, n = {n}", 'at most 256 and 1024, or backend="torch"')
-    _expect(not kb or kb >= 99, "backend", f'"triton" on a GPU with {kb} KB of shared memory for a block',
-            'at least 99 KB (Ampere and newer), or backend="torch"')
+    _expect(x.shape[2] <= 256, "x", f"{x.shape[2]} channels per head", 'at most 256, or backend="torch"')
     longest = max(end - start for start, end in zip(cu, cu[1:]))
     l = _power(min(chunk_size, 1024, longest))  # a program of _decays_kernel holds a chunk
     D = torch.zeros_like(A) if D is None else D
@@ -770,9 +778,9 @@ def _step_kernel(state, x, dt, A_log, B, C, D, dt_bias, y, low, high, s_state, s
     """BP rows of one state per program. Steps are rounded where torch rounds: a sampler with others than its
     trainer would drift away from it."""
     tile, h, b = _program((P + BP - 1) // BP, H)
-    p = tile * BP + tl.arange(0, BP)
-    n = tl.arange(0, BN)
-    in_p, in_n, group = p < P, n < N, h // (H // G) * N
+    group = h // (H // G) * N
+    p, in_p = _range(tile * BP, BP, P)
+    n, in_n = _range(0, BN, N)
     place = state + b * s_state + h * P * N + p[:, None] * N + n[None, :]
     S = tl.load(place, mask=in_p[:, None] & in_n[None, :], other=0.0)
     xp = tl.load(x + b * s_x + h * P + p, mask=in_p, other=0.0).to(tl.float32)
@@ -795,8 +803,8 @@ def _step_kernel(state, x, dt, A_log, B, C, D, dt_bias, y, low, high, s_state, s
 
 
 def _step_triton(state, x, dt, A_log, B, C, D, dt_bias, limit=(0.0, float("inf"))):
-    """ssd_step in one kernel, from what the mixer has: A = -exp(A_log), step sizes softplus(dt + dt_bias), then
-    clamped to limit. state is float32 with contiguous (h, p, n), and updated in place. Returns y (b, h, p)."""
+    """ssd_step in one kernel, from what the mixer has: A = -exp(A_log), step sizes softplus(dt + dt_bias)
+    clamped to limit. state is float32 with contiguous (h, p, n), updated in place. Returns y (b, h, p)."""
     (b, h, p), (g, n) = x.shape, B.shape[1:]
     _expect(n <= 512, "B", f"a state of {n}", "at most 512, what the registers of one program hold")
     y = _empty(x, b, h, p)
@@ -824,11 +832,12 @@ def causal_conv1d(x, weight, bias=None, *, initial_states=None, cu_seqlens=None,
         y (b, t, d) and the final states (s, d, k - 1), differentiable in every tensor.
     """
     _expect(x.dim() == 3 and x.shape[1] >= 1, "x", tuple(x.shape), "(b, t, d) with t >= 1")
-    (b, t, d), k, silu, backend = x.shape, weight.shape[-1], activation == "silu", _backend(backend, x)
+    b, t, d = x.shape
+    k = weight.shape[-1]
+    silu = activation == "silu"
+    backend = _backend(backend, x)
     cu = check_cu_seqlens(cu_seqlens, b, t)
     _check_conv(x, weight, bias, activation, initial_states, len(cu) - 1)
-    # The windows of more taps do not fit into the 255 registers of a thread.
-    _expect(backend != "triton" or k <= 8, "weight", f"{k} taps", 'at most 8, or backend="torch"')
     taps = torch.cat([weight.T, weight.new_zeros(1, d) if bias is None else bias[None]])  # (k + 1, d)
     row = x.flatten(0, 1)  # (tokens, d)
     bare = backend == "triton" and initial_states is None  # the kernel knows where sequences start
@@ -905,8 +914,7 @@ def _conv_kernel(x, taps, dy, out, dtaps, start, left, s_x, CHANNELS: constexpr,
     """out = y. Given dy, out = dx, and dtaps[block] (k + 1, d) is the block's part of the sum."""
     EXTRA: constexpr = 0 if dy is None else K - 1
     tile, _, block = _program((CHANNELS + BD - 1) // BD, 1)
-    d = tile * BD + tl.arange(0, BD)
-    in_d = _inside(d, CHANNELS, BD)
+    d, in_d = _range(tile * BD, BD, CHANNELS)
     token = tl.load(start + block)
     rest = tl.load(left + block)  # tokens from here to the end of the sequence
     num = tl.minimum(rest, BT)
@@ -1056,7 +1064,7 @@ gather_rows = _GatherRows.apply
 
 
 def to_device(tensors, device):
-    """Copy CPU tensors of one dtype to `device`, in one copy from pinned memory: the host does not wait for it."""
+    """Copy CPU tensors of one dtype to `device`, by one copy from pinned memory: no waiting."""
     if device.type == "cpu":
         return tensors
     # Each starts at a multiple of 16 bytes: for other addresses Triton compiles again.
@@ -1079,7 +1087,7 @@ def chunk_table(cu, size, device):
     """Cut sequences with boundaries `cu` (a tuple) into chunks of at most `size` tokens, in token order.
 
     Returns start (k,), the first token of each chunk; left (k,), how many tokens its sequence has from there
-    on, min(left, size) of them in the chunk; first (s + 1,), each sequence's first chunk, and k at the end."""
+    on, min(left, size) of them in the chunk; first (s + 1,), each sequence's first chunk, and k."""
     chunks, first = [], [0]
     for begin, end in zip(cu, cu[1:]):
         chunks += [(start, end - start) for start in range(begin, end, size)]
