@@ -292,7 +292,7 @@ def _decay(dt, i, j, L: constexpr):
 
 @_jit
 def _range(start, tile: constexpr, size: constexpr):
-    """tile indices from start, and which of them are below size: all of them, for free, if tiles divide it."""
+    """tile indices from start, and which are below size: all, known when compiling, if tiles divide it."""
     i = start + tl.arange(0, tile)
     return i, (i < size) | (size % tile == 0)
 
@@ -402,10 +402,11 @@ def _states_kernel(value, key, decays, start, left, first, initial, states, fina
         at = token + part * BK
         real = j < tokens - part * BK
         weight = tl.load((after if REVERSED else dt - L) + part % PER_CHUNK * BK + j)  # dt - L: last before
-        head_value, group_key = value + at * s_v + h * P, key + at * s_k + h // (H // G) * N
-        v = _load(head_value, j[None, :], s_v, p[:, None], real[None, :] & in_p[:, None])
-        q = _load(group_key, j[:, None], s_k, n[None, :], real[:, None] & in_n[None, :])
-        S = tl.dot((v.to(tl.float32) * weight[None, :]).to(v.dtype), q, S, input_precision="ieee")  # (BP, BK) (BK, BN)
+        head_value = value + at * s_v + h * P
+        group_key = key + at * s_k + h // (H // G) * N
+        v = _load(head_value, j[None, :], s_v, p[:, None], real[None, :] & in_p[:, None])  # (BP, BK)
+        q = _load(group_key, j[:, None], s_k, n[None, :], real[:, None] & in_n[None, :])  # (BK, BN)
+        S = tl.dot((v.to(tl.float32) * weight[None, :]).to(v.dtype), q, S, input_precision="ieee")
     if final is not None:
         tl.store(final + (s * H + h) * P * N + place, S, mask=inside)
 
@@ -744,27 +745,31 @@ def _scan_triton(x, dt, B, C, A, D, S, cu, chunk_size, want_final):
 
 # 5. One token -----------------------------------------------------------------------------------------------
 
-def ssd_step(state, x, dt, A, B, C, *, D=None, dt_bias=None, dt_softplus=False):
-    """One token of `ssd_scan`. Without gradients the state is updated in place, as large batches spend the
-    memory bandwidth on it. (GPUs decode by `_step_triton`.)
+def ssd_step(state, x, dt, A, B, C, *, D=None, dt_bias=None, dt_softplus=False, backend=None):
+    """One token of `ssd_scan`. Without gradients the state is updated in place, because large batches spend
+    the memory bandwidth on it.
 
     Args:
-        state: (b, h, p, n).
+        state: (b, h, p, n). The kernel needs it in float32 with contiguous (h, p, n), and has no gradient.
         x, dt, B, C: (b, h, p), (b, h), (b, g, n), (b, g, n). The others are as for ssd_scan.
     Returns:
         y (b, h, p) in x's dtype, and the new state.
     """
     _expect(x.dim() == 3, "x", tuple(x.shape), "(b, h, p)")
+    backend = _backend(backend, x)
     _check_scan(x, dt, A, B, C, D, dt_bias, state, x.shape[0])
     dtype = state.dtype
+    in_place = not torch.is_grad_enabled()
     dt = _step_size(dt, dt_bias, dt_softplus, dtype)
     A, D = (v if v is None else v.to(dtype) for v in (A, D))
+    if backend == "triton" and dtype == torch.float32 and state[0].is_contiguous() and in_place:
+        return _step_triton(state, x, dt, A, B, C, D), state
 
     def by_group(v):  # (b, h, ...) -> (b, g, h / g, ...): the heads of a group share B and C
         return v.unflatten(1, (B.shape[1], -1))
 
     keep = torch.exp(dt * A)[..., None, None]
-    state = state * keep if torch.is_grad_enabled() else state.mul_(keep)
+    state = state.mul_(keep) if in_place else state * keep
     written = by_group(dt[..., None] * x)[..., None]  # (b, g, h / g, p, 1)
     by_group(state).addcmul_(written, B.to(dtype)[:, :, None, None])
     y = C.to(dtype)[:, :, None] @ by_group(state).flatten(2, 3).mT  # (b, g, 1, n) (b, g, n, p h / g)
@@ -773,10 +778,12 @@ def ssd_step(state, x, dt, A, B, C, *, D=None, dt_bias=None, dt_softplus=False):
 
 
 @_jit
-def _step_kernel(state, x, dt, A_log, B, C, D, dt_bias, y, low, high, s_state, s_x, s_dt, s_b, s_c,
-                 H: constexpr, G: constexpr, P: constexpr, N: constexpr, BP: constexpr, BN: constexpr):
-    """BP rows of one state per program. Steps are rounded where torch rounds: a sampler with others than its
-    trainer would drift away from it."""
+def _step_kernel(state, x, dt, A, B, C, D, dt_bias, y, low, high, s_state, s_x, s_dt, s_b, s_c, H: constexpr,
+                 G: constexpr, P: constexpr, N: constexpr, BP: constexpr, BN: constexpr, RAW: constexpr):
+    """S <- exp(dt A) S + dt x B^T in place and y = S C + D x, BP rows of one state per program.
+
+    RAW: A holds log(-A), and the step size is softplus(dt + dt_bias), clamped to [low, high] and rounded where
+    torch rounds: a sampler with other step sizes than its trainer would drift away from it."""
     tile, h, b = _program((P + BP - 1) // BP, H)
     group = h // (H // G) * N
     p, in_p = _range(tile * BP, BP, P)
@@ -786,32 +793,34 @@ def _step_kernel(state, x, dt, A_log, B, C, D, dt_bias, y, low, high, s_state, s
     xp = tl.load(x + b * s_x + h * P + p, mask=in_p, other=0.0).to(tl.float32)
     Bn = tl.load(B + b * s_b + group + n, mask=in_n, other=0.0).to(tl.float32)
     Cn = tl.load(C + b * s_c + group + n, mask=in_n, other=0.0).to(tl.float32)
-    DTYPE: constexpr = dt.dtype.element_ty
-    raw = tl.load(dt + b * s_dt + h).to(tl.float32) + tl.load(dt_bias + h).to(tl.float32)
-    raw = raw.to(DTYPE).to(tl.float32)
-    # softplus(v) = max(v, 0) + log(1 + u), u = exp(-|v|). 1 + u rounds away digits of a small u, and
-    # log(w) u / (w - 1) restores them.
-    u = tl.exp(-tl.abs(raw))
-    log1p = tl.where(1 + u == 1, u, tl.log(1 + u) * u / tl.where(1 + u == 1, 1.0, (1 + u) - 1))
-    softplus = (tl.maximum(raw, 0.0) + log1p).to(DTYPE).to(tl.float32)
-    delta = tl.minimum(tl.maximum(softplus, low), high)
-    decay = tl.exp(-delta * tl.exp(tl.load(A_log + h).to(tl.float32)))
-    S = S * decay + (delta * xp)[:, None] * Bn[None, :]
+    delta = tl.load(dt + b * s_dt + h).to(tl.float32)
+    a = tl.load(A + h).to(tl.float32)
+    if RAW:
+        DTYPE: constexpr = dt.dtype.element_ty
+        delta = (delta + tl.load(dt_bias + h).to(tl.float32)).to(DTYPE).to(tl.float32)
+        # softplus(v) = max(v, 0) + log(1 + u), u = exp(-|v|). 1 + u rounds away digits of a small u, and
+        # log(w) u / (w - 1) restores them.
+        u = tl.exp(-tl.abs(delta))
+        log1p = tl.where(1 + u == 1, u, tl.log(1 + u) * u / tl.where(1 + u == 1, 1.0, (1 + u) - 1))
+        softplus = (tl.maximum(delta, 0.0) + log1p).to(DTYPE).to(tl.float32)
+        delta = tl.minimum(tl.maximum(softplus, low), high)
+        a = -tl.exp(a)
+    S = S * tl.exp(delta * a) + (delta * xp)[:, None] * Bn[None, :]
     tl.store(place, S, mask=in_p[:, None] & in_n[None, :])
     skip = tl.load(D + h).to(tl.float32) * xp
     tl.store(y + (b * H + h) * P + p, tl.sum(S * Cn[None, :], 1) + skip, mask=in_p)
 
 
-def _step_triton(state, x, dt, A_log, B, C, D, dt_bias, limit=(0.0, float("inf"))):
-    """ssd_step in one kernel, from what the mixer has: A = -exp(A_log), step sizes softplus(dt + dt_bias)
-    clamped to limit. state is float32 with contiguous (h, p, n), updated in place. Returns y (b, h, p)."""
+def _step_triton(state, x, dt, A, B, C, D, dt_bias=None, limit=(0.0, float("inf"))):
+    """y (b, h, p). With dt_bias the arguments are RAW, see the kernel."""
     (b, h, p), (g, n) = x.shape, B.shape[1:]
     _expect(n <= 512, "B", f"a state of {n}", "at most 512, what the registers of one program hold")
     y = _empty(x, b, h, p)
     x, dt, B, C = (_dense(v) for v in (x, dt, B, C))
+    D = torch.zeros_like(A) if D is None else D
     strides = (v.stride(0) for v in (state, x, dt, B, C))
-    _launch(_step_kernel, triton.cdiv(p, 16) * h * b, state, x, dt, A_log, B, C, D, dt_bias, y, *limit,
-            *strides, H=h, G=g, P=p, N=n, BP=16, BN=_power(n), num_warps=4)
+    _launch(_step_kernel, triton.cdiv(p, 16) * h * b, state, x, dt, A, B, C, D, dt_bias, y, *limit,
+            *strides, H=h, G=g, P=p, N=n, BP=16, BN=_power(n), RAW=dt_bias is not None, num_warps=4)
     return y
 
 

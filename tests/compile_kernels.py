@@ -1,4 +1,4 @@
-"""Compile every Triton kernel for one GPU generation, without a GPU, in bfloat16 at the shapes of the 7B model:
+"""Compile every Triton kernel for one GPU generation, without a GPU, in bfloat16, at shapes of the 7B model:
 
     python tests/compile_kernels.py 90            a JSON object per kernel: registers, stack (spills), shared
                                                   memory, tensor cores; at the end, for 90, the model's sums
@@ -12,7 +12,7 @@ four times on an H100 (132 SMs of 4 schedulers at 1.755 GHz):
     bytes     every operand moved once / 3.0e12 bytes per second, which copies were measured to reach
     tensor    operations of the products, whole tiles / 798e12 per second, measured for products of 8,192
     serial    of one program, where a sequence is a chain (states): 2 clocks per instruction of a warp that is
-              alone on its scheduler, the clocks of its products, 4,096 operations each, and 60 clocks per wait
+              alone on its scheduler, the clocks of its products, 4,096 operations each, and 60 clocks a wait
 """
 
 import argparse
@@ -45,7 +45,7 @@ TOKENS, SIZES = 32768, dict(H=24, G=1, P=128, N=256)
 
 # Types of arguments; pointers that are not listed point at bfloat16.
 POINTERS = {
-    "fp32": "step decays D A A_log initial final crossing diagonal row col flow F E ddt state dtaps part "
+    "fp32": "step decays D A initial final crossing diagonal row col flow F E ddt state dtaps part "
             "lse".split(),
     "fp64": "dA dD".split(),
     "i64": "start left first lengths".split()}
@@ -126,8 +126,9 @@ def jobs(capability):
     found = {name: (kernel, sizes | tiles[name.split()[0]] | own) for name, (kernel, own) in scan.items()} | {
         "conv": (s._conv_kernel, conv | s._CONV_FORWARD | dict(dy=None, dtaps=None)),
         "conv backward": (s._conv_kernel, conv | s._CONV_BACKWARD),
-        "step": (s._step_kernel, step),
-        "widest step": (s._step_kernel, step | dict(N=512, BN=512)),
+        "step": (s._step_kernel, step | dict(RAW=False, dt_bias=None)),
+        "step of the mixer": (s._step_kernel, step | dict(RAW=True)),
+        "widest step": (s._step_kernel, step | dict(RAW=True, N=512, BN=512)),
         "conv step": (decode._conv_step_kernel, dict(CHANNELS=3584, K=4, BD=128, num_warps=4)),
         "norm": (decode._norm_kernel, norm | dict(z=None, s_z=0)),
         "gated norm": (decode._norm_kernel, norm),
@@ -151,8 +152,8 @@ PARTS = {"states": "forward", "scan": "forward", "states reversed": "backward", 
 
 def executed(listing, trips, branch=1.0):
     """Instructions that a warp executes. The loops, in the order of their first instructions, run `trips` times
-    each (those that the compiler has unrolled are not there), and what the first forward jump inside a loop
-    skips in a share `branch` of them."""
+    each, and what the first forward jump inside a loop skips runs in a share `branch` of them. Loops that the
+    compiler has unrolled are not there."""
     jumps = [(address, int(target, 16)) for address, text in listing
              for target in re.findall(r"\bBRA\b[^;]*?(0x[0-9a-f]+)", text)]
     loops = sorted((target, address) for address, target in jumps if target < address)
@@ -171,7 +172,7 @@ def executed(listing, trips, branch=1.0):
 
 
 def workload(name, c):
-    """Programs, trips of their loops, share of a loop's branch, bytes moved, operations, of a modelled kernel."""
+    """Programs, trips of their loops, share of a loop's branch, bytes moved, operations."""
     t, h, p, n, l = TOKENS, SIZES["H"], SIZES["P"], SIZES["N"], CHUNK
     if name.startswith("conv"):
         backward = name == "conv backward"

@@ -1,4 +1,4 @@
-"""The chunked scan, the convolution and their steps against the definition, on all shapes that have an edge."""
+"""The chunked scan, the convolution and their steps against the definition, on every shape with an edge."""
 
 import json
 import os
@@ -127,7 +127,8 @@ def test_bad_scan_input_is_named(change, named):
 
 
 @pytest.mark.parametrize(("change", "named"), [
-    ({"weight": torch.zeros(2, 4)}, "weight"), ({"bias": torch.zeros(4)}, "bias"), ({"x": torch.zeros(4, 3)}, "x"),
+    ({"weight": torch.zeros(2, 4)}, "weight"), ({"bias": torch.zeros(4)}, "bias"),
+    ({"x": torch.zeros(4, 3)}, "x"),
     ({"activation": "relu"}, "activation"), ({"backend": "cuda"}, "backend"),
     ({"cu_seqlens": [0, 4]}, "cu_seqlens"), ({"initial_states": torch.zeros(1, 3, 3)}, "initial_states")])
 def test_bad_convolution_input_is_named(change, named):
@@ -286,7 +287,7 @@ def test_triton_chained_pieces_give_the_bits_of_a_whole_row(interpreter):
 
 
 def far_apart(v):
-    """v (1, t, ...) with its tokens 2^30 elements apart: of that address space only pages with tokens exist."""
+    """v (1, t, ...) with its tokens 2^30 elements apart: only the pages with tokens exist."""
     t, width, stride = v.shape[1], v[0, 0].numel(), 2**30
     storage = torch.UntypedStorage(4 * ((t - 1) * stride + width), device=DEVICE)
     far = torch.tensor([], dtype=torch.float32, device=DEVICE)
@@ -349,7 +350,7 @@ def test_triton_sums_in_float32_whatever_the_default_dtype(interpreter):
 
 def test_triton_makes_states_only_where_they_are_wanted(interpreter, monkeypatch):
     inputs, shapes, original = small(DEVICE, t=40), [], s._empty
-    monkeypatch.setattr(s, "_empty", lambda v, *shape, **kw: shapes.append(shape) or original(v, *shape, **kw))
+    monkeypatch.setattr(s, "_empty", lambda *args, **kw: shapes.append(args[1:]) or original(*args, **kw))
     options = dict(dt_softplus=True, cu_seqlens=(0, 10, 30, 40), chunk_size=16, backend="triton")
     without, wanted = leaves_of(inputs), leaves_of(inputs)
     y, S = s.ssd_scan(**without, **options, return_final_states=False)
@@ -365,15 +366,14 @@ def test_triton_makes_states_only_where_they_are_wanted(interpreter, monkeypatch
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_triton_step(interpreter, dtype):
     inputs = small(DEVICE, b=3, t=1, h=6, p=20, g=2, n=9, states=3)
-    state, D, bias, A = (inputs[k] for k in ("initial_states", "D", "dt_bias", "A"))
-    x, dt, B, C = (inputs[k][:, 0].to(dtype) for k in PER_TOKEN)
-    twin = state.clone()
-    y = s._step_triton(state, x, dt, (-A).log(), B, C, D, bias)
-    rounded = F.softplus((dt.float() + bias).to(dtype))  # as the mixer does
+    state = inputs.pop("initial_states")
+    token, twin = {k: inputs.pop(k)[:, 0].to(dtype) for k in PER_TOKEN}, state.clone()
     with torch.no_grad():
-        expected, _ = s.ssd_step(twin, x, rounded, A, B, C, D=D)
+        y, new = s.ssd_step(state, **token, **inputs, dt_softplus=True, backend="triton")
+        expected, _ = s.ssd_step(twin, **token, **inputs, dt_softplus=True, backend="torch")
     torch.testing.assert_close(y, expected)
     torch.testing.assert_close(state, twin, rtol=1e-6, atol=1e-6)
+    assert new is state
 
 
 def test_triton_compiles_into_one_graph():
@@ -550,7 +550,7 @@ def test_triton_compiles_ahead_of_time(tritons):
     assert not any(job.returncode for job in jobs)
     sums = found[90].pop()
     for capability, rows in found.items():
-        assert len(rows) == 22
+        assert len(rows) == 23
         for row in rows:
             assert row["tensor_core"] >= row["dots"] and row["scalar_products"] == 0, row
             assert row["stack"] <= 32, row
