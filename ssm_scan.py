@@ -151,9 +151,9 @@ def _scan_chunked(x, dt, B, C, A, S, cu, chunk_size):
     chunks = _chunks(cu, l)
     entering, finals = [], []
     for state, kept, new in zip(S, keep.split(chunks), added.split(chunks)):
-        for i in range(len(new)):
+        for factor, own in zip(kept.unbind(), new.unbind()):  # new[i] would have a gradient as large as new
             entering.append(state)
-            state = torch.addcmul(new[i], kept[i], state)
+            state = torch.addcmul(own, factor, state)
         finals.append(state)
 
     # Step 4, what the entering state adds to each token's output.
@@ -782,7 +782,7 @@ def _step_kernel(state, x, dt, A, B, C, D, dt_bias, y, low, high, s_state, s_x, 
                  G: constexpr, P: constexpr, N: constexpr, BP: constexpr, BN: constexpr, RAW: constexpr):
     """S <- exp(dt A) S + dt x B^T in place and y = S C + D x, BP rows of one state per program.
 
-    RAW: A holds log(-A), and the step size is softplus(dt + dt_bias), clamped to [low, high] and rounded where
+    RAW: A holds log(-A), and the step size is softplus(dt + dt_bias), clamped to [low, high], rounded where
     torch rounds: a sampler with other step sizes than its trainer would drift away from it."""
     tile, h, b = _program((P + BP - 1) // BP, H)
     group = h // (H // G) * N
