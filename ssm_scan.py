@@ -612,7 +612,8 @@ def _tiling(l, p, n, dtype, shared_memory):
     float32 takes 32: its products run on no tensor core and need their registers for themselves."""
     full = dtype.itemsize == 4
     wide = not full and shared_memory >= 200_000 and p <= 128
-    edge = min(32 if full else 64, l)
+    small_side = 32 if full else 64
+    edge = min(small_side, l)
     side = min(128, l) if wide else edge
     inner = min(64 if wide else 32, l)
     bp, bn = _power(p), _power(n)
@@ -621,7 +622,7 @@ def _tiling(l, p, n, dtype, shared_memory):
     return {
         "decays": dict(BH=4, num_warps=4),
         "cb": dict(BL=side, BK=min(64, bn), **large),
-        "states": dict(BP=min(edge, bp), BN=min(64, bn), BK=min(256 if wide else 32, l), **small),
+        "states": dict(BP=min(small_side, bp), BN=min(64, bn), BK=min(256 if wide else 32, l), **small),
         "scan": dict(BL=side, BP=bp, BK=min(inner, bn), **large | dict(num_stages=2)),
         "dcb": dict(BL=edge, BP=min(32, bp) if full else bp, **small),
         "dbc": dict(BL=side, BN=min(128 if wide else 64, bn), BP=bp, BK=inner, **large),
