@@ -151,9 +151,9 @@ PARTS = {"states": "forward", "scan": "forward", "states reversed": "backward", 
 
 
 def executed(listing, trips, branch=1.0):
-    """Instructions that a warp executes. Its loops, in the order of their first instructions, run `trips`
-    times each, and what the first forward jump inside a loop skips runs in a share `branch` of them. Loops that the
-    compiler has unrolled are not there."""
+    """Instructions that a warp executes. Loops, in the order of their first instructions, run `trips` times.
+    What the first forward jump inside a loop skips runs in a share `branch` of them. Loops that the compiler
+    has unrolled are not there."""
     jumps = [(address, int(target, 16)) for address, text in listing
              for target in re.findall(r"\bBRA\b[^;]*?(0x[0-9a-f]+)", text)]
     loops = sorted((target, address) for address, target in jumps if target < address)
