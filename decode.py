@@ -24,7 +24,7 @@ import math
 
 import torch
 
-from ssm_scan import (_backend, _check_conv, _expect, _jit, _launch, _power, _program, _step_triton,
+from ssm_scan import (_backend, _check_conv, _dense, _jit, _launch, _power, _program, _range, check,
                       constexpr, tl, triton)
 
 
@@ -67,8 +67,8 @@ def norm_step(y, weight, eps, *, z=None, groups=1, norm_before_gate=False):
 
     weight (I,), or None: only gate. Raises ValueError where a group has too many channels."""
     width = y.shape[-1] // groups
-    _expect(width <= 16384, "norm", f"{width} channels of a group",
-            "at most 16384, what the registers of one program hold")
+    check(width <= 16384, f"norm: got {width} channels of a group, expected at most 16384, "
+          "what the registers of one program hold")
     y, out = y.flatten(0, -2), torch.empty(y.shape, dtype=y.dtype, device=y.device)
     z = z if z is None else z.flatten(0, -2)
     _launch(_norm_kernel, len(y) * groups, y, z, weight, out, eps,
@@ -107,6 +107,54 @@ def _conv_step_kernel(state, x, weight, bias, y, s_slot, s_channel, s_place, s_x
     tl.store(y + b * CHANNELS + d, z * tl.sigmoid(z), mask=in_d)
 
 
+@_jit
+def _step_kernel(state, x, dt, A_log, B, C, D, dt_bias, y, low, high, s_state, s_x, s_dt, s_b, s_c,
+                 H: constexpr, G: constexpr, P: constexpr, N: constexpr, BP: constexpr, BN: constexpr):
+    """S <- exp(dt A) S + dt x B^T in place and y = S C + D x, BP rows of one state per program.
+
+    The step size is softplus(dt + dt_bias), clamped to [low, high], rounded where torch rounds: a sampler
+    with other step sizes than its trainer would drift away from it."""
+    tile, h, b = _program((P + BP - 1) // BP, H)
+    group = h // (H // G) * N
+    p, in_p = _range(tile * BP, BP, P)
+    n, in_n = _range(0, BN, N)
+    # The state is what takes the time, 128 KB per head at 7B: ask for it first.
+    place = state + b * s_state + h * P * N + p[:, None] * N + n[None, :]
+    inside = in_p[:, None] & in_n[None, :]
+    S = tl.load(place, mask=inside, other=0.0)
+    xp = tl.load(x + b * s_x + h * P + p, mask=in_p, other=0.0).to(tl.float32)
+    Bn = tl.load(B + b * s_b + group + n, mask=in_n, other=0.0).to(tl.float32)
+    Cn = tl.load(C + b * s_c + group + n, mask=in_n, other=0.0).to(tl.float32)
+
+    # softplus(v) = max(v, 0) + log(1 + u), u = exp(-|v|). 1 + u rounds away digits of a small u, and
+    # log(w) u / (w - 1) restores them.
+    DTYPE: constexpr = dt.dtype.element_ty
+    v = tl.load(dt + b * s_dt + h).to(tl.float32) + tl.load(dt_bias + h).to(tl.float32)
+    v = v.to(DTYPE).to(tl.float32)
+    u = tl.exp(-tl.abs(v))
+    log1p = tl.where(1 + u == 1, u, tl.log(1 + u) * u / tl.where(1 + u == 1, 1.0, (1 + u) - 1))
+    softplus = (tl.maximum(v, 0.0) + log1p).to(DTYPE).to(tl.float32)
+    delta = tl.minimum(tl.maximum(softplus, low), high)
+
+    a = -tl.exp(tl.load(A_log + h).to(tl.float32))
+    S = S * tl.exp(delta * a) + (delta * xp)[:, None] * Bn[None, :]
+    tl.store(place, S, mask=inside)
+    skip = tl.load(D + h).to(tl.float32) * xp
+    tl.store(y + (b * H + h) * P + p, tl.sum(S * Cn[None, :], 1) + skip, mask=in_p)
+
+
+def _step_triton(state, x, dt, A_log, B, C, D, dt_bias, limit=(0.0, float("inf"))):
+    """y (b, h, p), and the state in place. A token of x, dt, B and C may be a slice of a wider row."""
+    (b, h, p), (g, n) = x.shape, B.shape[1:]
+    check(n <= 512, f"B: got a state of {n}, expected at most 512, what the registers of one program hold")
+    y = torch.empty(b, h, p, dtype=x.dtype, device=x.device)
+    x, dt, B, C = (_dense(v) for v in (x, dt, B, C))
+    strides = (v.stride(0) for v in (state, x, dt, B, C))
+    _launch(_step_kernel, triton.cdiv(p, 16) * h * b, state, x, dt, A_log, B, C, D, dt_bias, y, *limit,
+            *strides, H=h, G=g, P=p, N=n, BP=16, BN=_power(n), num_warps=4)
+    return y
+
+
 def mamba_step(conv, state, xBC, dt, weight, bias, dt_bias, A_log, D, limit):
     """One token of the mixer: `causal_conv1d_step` with silu, then `ssd_step`. Both states change in place.
 
@@ -115,11 +163,11 @@ def mamba_step(conv, state, xBC, dt, weight, bias, dt_bias, A_log, D, limit):
     limit, a pair. Returns y (b, h, p). Raises ValueError, naming the argument, for shapes that do not fit."""
     (b, h, p, n), d, k = state.shape, xBC.shape[1], weight.shape[1]
     g = (d - h * p) // (2 * n)
-    _expect(g >= 1 and d == h * p + 2 * g * n and h % g == 0, "xBC", f"{d} channels",
-            f"h p + 2 g n for h, p, n = {h, p, n} and a g that divides h")
-    _expect(tuple(dt.shape) == (b, h), "dt", tuple(dt.shape), (b, h))
-    _expect(state.dtype == torch.float32 and state[0].is_contiguous(), "state", state.dtype,
-            "float32, each slot contiguous")
+    check(g >= 1 and d == h * p + 2 * g * n and h % g == 0,
+          f"xBC: got {d} channels, expected h p + 2 g n for h, p, n = {h, p, n} and a g that divides h")
+    check(tuple(dt.shape) == (b, h), f"dt: got {tuple(dt.shape)}, expected {b, h}")
+    check(state.dtype == torch.float32 and state[0].is_contiguous(),
+          f"state: got {state.dtype}, expected float32, each slot contiguous")
     _check_conv(xBC, weight, bias, "silu", conv, b)
     y = torch.empty(b, d, dtype=xBC.dtype, device=xBC.device)
     # 4 warps have 128 threads, one for each channel of a program.
@@ -239,9 +287,10 @@ def attend_step(q, k, v, cos, sin, lengths, keys, values, *, key_multiplier=1.0)
     (slots, hkv, length, hd), changed in place. A slot without room appends nothing. Raises ValueError for
     heads beyond what a kernel holds."""
     (slots, _, hq, hd), (hkv, length) = q.shape, keys.shape[1:3]
-    _expect(hd <= 256, "head_dim", hd, "at most 256, what the registers of one program hold")
-    _expect(hq // hkv <= 16, "query heads of a key head", hq // hkv, "at most 16, the rows of a tensor core")
-    _expect(keys.is_contiguous() and values.is_contiguous(), "cache", "keys or values with gaps", "none")
+    check(hd <= 256, f"head_dim: got {hd}, expected at most 256, what the registers of one program hold")
+    check(hq // hkv <= 16, f"query heads of a key head: got {hq // hkv}, expected at most 16, "
+          "the rows of a tensor core")
+    check(keys.is_contiguous() and values.is_contiguous(), "cache: got keys or values with gaps")
     q, k, v, cos, sin = (x.contiguous() for x in (q, k, v, cos, sin))
     span, bd = span_of(length, slots * hkv), _power(hd)
     splits = triton.cdiv(length, span)

@@ -68,8 +68,9 @@ def ssd_scan(x, dt, A, B, C, *, D=None, dt_bias=None, dt_softplus=False, initial
         ValueError, naming the argument. (A >= 0 gives NaN on a GPU: looking would make the host wait.)
     """
     backend = _backend(backend, x)
-    _expect(x.dim() == 4 and x.shape[1] >= 1, "x", tuple(x.shape), "(b, t, h, p) with t >= 1")
-    _expect(isinstance(chunk_size, int) and chunk_size >= 1, "chunk_size", chunk_size, "an integer >= 1")
+    check(x.dim() == 4 and x.shape[1] >= 1, f"x: got {tuple(x.shape)}, expected (b, t, h, p) with t >= 1")
+    check(isinstance(chunk_size, int) and chunk_size >= 1,
+          f"chunk_size: got {chunk_size}, expected an integer >= 1")
     cu = check_cu_seqlens(cu_seqlens, *x.shape[:2])
     _check_scan(x, dt, A, B, C, D, dt_bias, initial_states, len(cu) - 1)
 
@@ -254,7 +255,7 @@ def chunk_of(p, n):
 # numbers are int64, because t h p passes 2^31 at 700,000 tokens of the 7B model.
 #
 # Arguments are pointers: start, left, first as in chunk_table; x, B, ... (tokens, h or g, p or n); cb, dcb
-# (k, g, l, l); states (k, h, p, n); decays as in _rows. s_v is the number of elements from one token of value
+# (k, g, l, l); states (k, h, p, n); decays as in _rows. s_value is the number of elements from one token of value
 # to the next, and so on. Capitals are known at compile time: the sizes above, R boundaries EDGE tokens apart,
 # and the sides BL, BP, BN, BK of tiles. A tile of cb is loaded whole, in wide loads, and selected from
 # afterwards: a mask would make it fetch element by element.
@@ -341,7 +342,7 @@ def _decays_kernel(step, A, start, left, decays, H: constexpr, L: constexpr, R: 
 
 
 @_jit
-def _cb_kernel(B, C, start, left, cb, s_b, s_c, G: constexpr, N: constexpr, L: constexpr,
+def _cb_kernel(B, C, start, left, cb, s_B, s_C, G: constexpr, N: constexpr, L: constexpr,
                BL: constexpr, BK: constexpr):
     """cb = C B^T, one tile on or below the diagonal per program, whole, 0 in the padding."""
     SIDE: constexpr = L // BL
@@ -349,13 +350,13 @@ def _cb_kernel(B, C, start, left, cb, s_b, s_c, G: constexpr, N: constexpr, L: c
     i0, j0 = tile // SIDE * BL, tile % SIDE * BL
     if (j0 <= i0) & (i0 < num):
         i, j = i0 + tl.arange(0, BL), j0 + tl.arange(0, BL)
-        acc = _products(C + token * s_c + g * N, B + token * s_b + g * N, i, j, num, s_c, s_b, N, BL, BK)
+        acc = _products(C + token * s_C + g * N, B + token * s_B + g * N, i, j, num, s_C, s_B, N, BL, BK)
         tl.store(cb + ((k * G + g) * L + i[:, None]) * L + j[None, :], acc)
 
 
 @_jit
 def _states_kernel(value, key, decays, start, left, first, initial, states, final, entering, crossing,
-                   s_v, s_k, H: constexpr, G: constexpr, P: constexpr, N: constexpr, L: constexpr,
+                   s_value, s_key, H: constexpr, G: constexpr, P: constexpr, N: constexpr, L: constexpr,
                    R: constexpr, BP: constexpr, BN: constexpr, BK: constexpr, REVERSED: constexpr):
     """Steps 2 and 3. A program carries a BP x BN tile of a head's state through one sequence, BK tokens at a
     time, in float32 registers: states[k] = S, then S <- 2^(c_l) S + sum_j 2^(c_l - c_j) dt_j value_j key_j^T.
@@ -402,19 +403,19 @@ def _states_kernel(value, key, decays, start, left, first, initial, states, fina
         at = token + part * BK
         real = j < tokens - part * BK
         weight = tl.load((after if REVERSED else dt - L) + part % PER_CHUNK * BK + j)  # dt - L: last before
-        head_value = value + at * s_v + h * P
-        group_key = key + at * s_k + h // (H // G) * N
-        v = _load(head_value, j[None, :], s_v, p[:, None], real[None, :] & in_p[:, None])  # (BP, BK)
-        q = _load(group_key, j[:, None], s_k, n[None, :], real[:, None] & in_n[None, :])  # (BK, BN)
+        head_value = value + at * s_value + h * P
+        group_key = key + at * s_key + h // (H // G) * N
+        v = _load(head_value, j[None, :], s_value, p[:, None], real[None, :] & in_p[:, None])  # (BP, BK)
+        q = _load(group_key, j[:, None], s_key, n[None, :], real[:, None] & in_n[None, :])  # (BK, BN)
         S = tl.dot((v.to(tl.float32) * weight[None, :]).to(v.dtype), q, S, input_precision="ieee")
     if final is not None:
         tl.store(final + (s * H + h) * P * N + place, S, mask=inside)
 
 
 @_jit
-def _scan_kernel(value, query, cb, states, decays, D, start, left, out, s_v, s_q, H: constexpr, G: constexpr,
-                 P: constexpr, N: constexpr, L: constexpr, R: constexpr, EDGE: constexpr,
-                 BL: constexpr, BP: constexpr, BK: constexpr, REVERSED: constexpr):
+def _scan_kernel(value, query, cb, states, decays, D, start, left, out, s_value, s_query,
+                 H: constexpr, G: constexpr, P: constexpr, N: constexpr, L: constexpr, R: constexpr,
+                 EDGE: constexpr, BL: constexpr, BP: constexpr, BK: constexpr, REVERSED: constexpr):
     """Steps 1 and 4, BL rows of one chunk and head per program (the picture above):
     y_i = 2^(c_i) S C_i + sum_{j <= i} W_ij x_j + D x_i.
 
@@ -427,8 +428,8 @@ def _scan_kernel(value, query, cb, states, decays, D, start, left, out, s_v, s_q
     row = (i < num)[:, None]
     p, in_p = _range(0, BP, P)
     p, in_p = p[None, :], in_p[None, :]
-    value += token * s_v + h * P
-    query += token * s_q + group * N
+    value += token * s_value + h * P
+    query += token * s_query + group * N
     cb += (k * G + group) * L * L
     after, before, dt = _rows(decays, head, L, R)
     edge = (tile + REVERSED) * (BL // EDGE) * L  # the boundary next to this tile
@@ -437,7 +438,7 @@ def _scan_kernel(value, query, cb, states, decays, D, start, left, out, s_v, s_q
     acc = tl.zeros((BL, BP), tl.float32)
     for n0 in range(0, N, BK):
         n, in_n = _range(n0, BK, N)
-        q = _load(query, i[:, None], s_q, n[None, :], row & in_n[None, :])  # (BL, BK)
+        q = _load(query, i[:, None], s_query, n[None, :], row & in_n[None, :])  # (BL, BK)
         S = tl.load(states + head * P * N + p * N + n[:, None], mask=in_n[:, None] & in_p, other=0.0)
         acc = tl.dot(q, S, acc, input_precision="ieee")
     if REVERSED:
@@ -452,14 +453,14 @@ def _scan_kernel(value, query, cb, states, decays, D, start, left, out, s_v, s_q
         j = l0 + tl.arange(0, BL)
         later, sooner = (j[None, :], i[:, None]) if REVERSED else (i[:, None], j[None, :])
         W = tl.load(cb + later * L + sooner).to(tl.float32) * tl.load(by_column + edge + j)[None, :]
-        v = _load(value, j[:, None], s_v, p, (j < num)[:, None] & in_p)  # (BL, BP)
+        v = _load(value, j[:, None], s_value, p, (j < num)[:, None] & in_p)  # (BL, BP)
         acc = tl.dot(W.to(v.dtype), v, acc, input_precision="ieee")
     acc *= tl.load(by_row + edge + i)[:, None]
 
     # Step 1 on the diagonal, where every entry has its own decay.
     later, sooner = (i[None, :], i[:, None]) if REVERSED else (i[:, None], i[None, :])
     W = tl.load(cb + later * L + sooner).to(tl.float32) * _decay(dt, later, sooner, L)
-    v = _load(value, i[:, None], s_v, p, row & in_p)  # (BL, BP)
+    v = _load(value, i[:, None], s_value, p, row & in_p)  # (BL, BP)
     acc = tl.dot(tl.where(later >= sooner, W, 0.0).to(v.dtype), v, acc, input_precision="ieee")
     acc += tl.load(D + h) * v.to(tl.float32)
     tl.store(out + (token + i)[:, None] * H * P + h * P + p, acc, mask=row & in_p)
@@ -502,7 +503,7 @@ def _dcb_kernel(x, dy, cb, decays, start, left, dcb, row, col, diagonal, s_x, H:
 
 
 @_jit
-def _dbc_kernel(value, own, other, dcb, states, decays, start, left, out, flow, s_v, s_own, s_other,
+def _dbc_kernel(value, own, other, dcb, states, decays, start, left, out, flow, s_value, s_own, s_other,
                 H: constexpr, G: constexpr, P: constexpr, N: constexpr, L: constexpr, R: constexpr,
                 BL: constexpr, BN: constexpr, BP: constexpr, BK: constexpr, REVERSED: constexpr):
     """dC_i = sum_h 2^(c_i) S^T dy_i + sum_{j <= i} d(cb)_ij B_j, BL x BN per program, and per head
@@ -526,7 +527,8 @@ def _dbc_kernel(value, own, other, dcb, states, decays, start, left, out, flow, 
     for h in range(g * (H // G), (g + 1) * (H // G)):
         head = k * H + h
         after, _, dt = _rows(decays, head, L, R)
-        v = _load(value + token * s_v + h * P, i[:, None], s_v, p[None, :], row & in_p[None, :])  # (BL, BP)
+        head_value = value + token * s_value + h * P
+        v = _load(head_value, i[:, None], s_value, p[None, :], row & in_p[None, :])  # (BL, BP)
         S = tl.load(states + head * P * N + p[:, None] * N + n, mask=in_p[:, None] & in_n, other=0.0)
         term = tl.dot(v, S, input_precision="ieee") * tl.load((dt - L if REVERSED else after) + i)[:, None]
         tl.store(flow + (head * SPLIT + part) * L + i, tl.sum(term * mine, 1))
@@ -602,10 +604,6 @@ def _launch(kernel, programs, *args, **options):
         kernel[(programs,)](*args, **options)
 
 
-def _shared_memory(x):
-    return torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin if x.is_cuda else 0
-
-
 def _tiling(l, p, n, dtype, shared_memory):
     """Tile sizes and launch options of every kernel, for chunks of l tokens. With 16 bits, Hopper (227 KB of
     shared memory per block) takes tiles of 128; Ampere, Ada and consumer Blackwell (from 99 KB) take 64.
@@ -631,21 +629,21 @@ def _tiling(l, p, n, dtype, shared_memory):
 
 
 class _Plan:
-    """The kernels of one scan. given: their arguments that mean the same everywhere, by name."""
+    """The kernels of one scan. `given` are the arguments that mean the same to all of them, by name."""
 
     def __init__(self, inputs, cu, l, **given):
         """Computes the decays. inputs: x (tokens, h, p), dt (tokens, h), B, C (tokens, g, n), A, D (h,)."""
         x, dt, B, C, A, D = inputs
         (h, p), (g, n) = x.shape[1:], B.shape[1:]
+        shared = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin if x.is_cuda else 0
+        self.tiles = _tiling(l, p, n, x.dtype, shared)
         start, left, first = chunk_table(tuple(cu), l, x.device)
-        self.tiles = _tiling(l, p, n, x.dtype, _shared_memory(x))
         edge = self.tiles["dcb"]["BL"]
         r = l // edge + 1
         decays = _empty(A, len(start), h, 2 * r + 3, l)
         self.given = given | dict(
-            x=x, step=dt, B=B, C=C, A=A, D=D, s_x=x.stride(0), s_b=B.stride(0), s_c=C.stride(0),
-            start=start, left=left, first=first, decays=decays, k=len(start), s=len(cu) - 1,
-            H=h, G=g, P=p, N=n, L=l, R=r, EDGE=edge)
+            x=x, step=dt, B=B, C=C, A=A, D=D, start=start, left=left, first=first, decays=decays,
+            H=h, G=g, P=p, N=n, L=l, R=r, EDGE=edge, k=len(start), s=len(cu) - 1)
         self.launch(_decays_kernel, "decays", "Hk")
 
     def count(self, name, grid):
@@ -653,9 +651,12 @@ class _Plan:
         tiles = self.tiles[name]
         return math.prod(triton.cdiv(self.given[side], tiles.get("B" + side, 1)) for side in grid)
 
-    def launch(self, kernel, name, grid, **arguments):
-        given = {key: v for key, v in self.given.items() if key in kernel.arg_names}
-        _launch(kernel, self.count(name, grid), **given, **self.tiles[name], **arguments)
+    def launch(self, kernel, name, grid, **given):
+        """Adds the stride between tokens of every tensor: s_value for value, and so on."""
+        given = self.given | given
+        given |= {"s_" + key: v.stride(0) for key, v in given.items() if isinstance(v, torch.Tensor)}
+        given = {key: v for key, v in given.items() if key in kernel.arg_names}
+        _launch(kernel, self.count(name, grid), **given, **self.tiles[name])
 
 
 # Custom operators are opaque to torch.compile, which therefore has no graph break.
@@ -665,10 +666,9 @@ def _ssd(inputs: Sequence[torch.Tensor], initial: torch.Tensor | None, y: torch.
     x, _, B, C, _, _ = inputs
     plan = _Plan(inputs, cu, l, cb=cb)
     plan.launch(_cb_kernel, "cb", "LLGk")
-    plan.launch(_states_kernel, "states", "PNHs", value=x, key=B, s_v=x.stride(0), s_k=B.stride(0),
-                initial=initial, states=states, final=final, entering=None, crossing=None, REVERSED=False)
-    plan.launch(_scan_kernel, "scan", "LHk", value=x, query=C, s_v=x.stride(0), s_q=C.stride(0),
-                states=states, out=y, REVERSED=False)
+    plan.launch(_states_kernel, "states", "PNHs", value=x, key=B, initial=initial, states=states, final=final,
+                entering=None, crossing=None, REVERSED=False)
+    plan.launch(_scan_kernel, "scan", "LHk", value=x, query=C, states=states, out=y, REVERSED=False)
 
 
 @torch.library.custom_op("falcon_h1r::ssd_backward", mutates_args=("gradients", "dinitial"))
@@ -681,24 +681,23 @@ def _ssd_backward(dy: torch.Tensor, dfinal: torch.Tensor | None, inputs: Sequenc
     R = _empty(states, *states.shape)
     dcb = _empty(cb, *cb.shape)
     plan = _Plan(inputs, cu, l, dy=dy, cb=cb, dcb=dcb, ddt=ddt, dA=dA, dD=dD)
+    # Programs that share a sum: SIDE tiles of a row or column of dcb, SPLIT of dB and dC, PARTS of a state.
     side = plan.count("dcb", "L")
     split = plan.count("dbc", "N")
     parts = plan.count("states", "PN")
     shapes = dict(crossing=(parts,), diagonal=(l,), row=(side, l), col=(side, l), F=(split, l), E=(split, l))
     sums = {name: _empty(A, *dA.shape, *shape) for name, shape in shapes.items()}
     plan.given.update(sums, SIDE=side, SPLIT=split, PARTS=parts)
-    s_x, s_dy, s_b, s_c = (v.stride(0) for v in (x, dy, B, C))
 
-    plan.launch(_states_kernel, "states", "PNHs", value=dy, key=C, s_v=s_dy, s_k=s_c,
-                initial=dfinal, states=R, final=dinitial, entering=states, REVERSED=True)
-    plan.launch(_scan_kernel, "scan", "LHk", value=dy, query=B, s_v=s_dy, s_q=s_b,
-                states=R, out=dx, REVERSED=True)
+    plan.launch(_states_kernel, "states", "PNHs", value=dy, key=C, initial=dfinal, states=R, final=dinitial,
+                entering=states, REVERSED=True)
+    plan.launch(_scan_kernel, "scan", "LHk", value=dy, query=B, states=R, out=dx, REVERSED=True)
     plan.launch(_dcb_kernel, "dcb", "LLGk", DIAGONAL=False)
     plan.launch(_dcb_kernel, "dcb", "LGk", DIAGONAL=True)
-    plan.launch(_dbc_kernel, "dbc", "LNGk", value=dy, own=C, other=B, s_v=s_dy, s_own=s_c, s_other=s_b,
-                states=states, out=dC, flow=sums["F"], REVERSED=False)
-    plan.launch(_dbc_kernel, "dbc", "LNGk", value=x, own=B, other=C, s_v=s_x, s_own=s_b, s_other=s_c,
-                states=R, out=dB, flow=sums["E"], REVERSED=True)
+    plan.launch(_dbc_kernel, "dbc", "LNGk", value=dy, own=C, other=B, states=states, out=dC, flow=sums["F"],
+                REVERSED=False)
+    plan.launch(_dbc_kernel, "dbc", "LNGk", value=x, own=B, other=C, states=R, out=dB, flow=sums["E"],
+                REVERSED=True)
     plan.launch(_ddt_kernel, "ddt", "Hk")
 
 
@@ -735,7 +734,7 @@ class _Scan(torch.autograd.Function):
 
 def _scan_triton(x, dt, B, C, A, D, S, cu, chunk_size, want_final):
     """x (tokens, h, p) in its own dtype, dt (tokens, h) float32 -> y with D x in it, final states."""
-    _expect(x.shape[2] <= 256, "x", f"{x.shape[2]} channels per head", 'at most 256, or backend="torch"')
+    check(x.shape[2] <= 256, f"x: got {x.shape[2]} channels per head, expected at most 256, else backend=torch")
     longest = max(end - start for start, end in zip(cu, cu[1:]))
     l = _power(min(chunk_size, 1024, longest))  # a program of _decays_kernel holds a chunk
     D = torch.zeros_like(A) if D is None else D
@@ -746,83 +745,30 @@ def _scan_triton(x, dt, B, C, A, D, S, cu, chunk_size, want_final):
 
 # 5. One token -----------------------------------------------------------------------------------------------
 
-def ssd_step(state, x, dt, A, B, C, *, D=None, dt_bias=None, dt_softplus=False, backend=None):
-    """One token of `ssd_scan`. Without gradients the state is updated in place, because large batches spend
-    the memory bandwidth on it.
+def ssd_step(state, x, dt, A, B, C, *, D=None, dt_bias=None, dt_softplus=False):
+    """One token of `ssd_scan`, in torch (decode.py has a kernel for it). Without gradients the state is
+    updated in place, because large batches spend the memory bandwidth on it.
 
     Args:
-        state: (b, h, p, n). The kernel needs it in float32 with contiguous (h, p, n), and has no gradient.
-        x, dt, B, C: (b, h, p), (b, h), (b, g, n), (b, g, n). The others are as for ssd_scan.
+        state: (b, h, p, n). x, dt, B, C: (b, h, p), (b, h), (b, g, n), (b, g, n). The rest as for ssd_scan.
     Returns:
         y (b, h, p) in x's dtype, and the new state.
     """
-    _expect(x.dim() == 3, "x", tuple(x.shape), "(b, h, p)")
-    backend = _backend(backend, x)
+    check(x.dim() == 3, f"x: got {tuple(x.shape)}, expected (b, h, p)")
     _check_scan(x, dt, A, B, C, D, dt_bias, state, x.shape[0])
-    dtype = state.dtype
-    in_place = not torch.is_grad_enabled()
-    dt = _step_size(dt, dt_bias, dt_softplus, dtype)
-    A, D = (v if v is None else v.to(dtype) for v in (A, D))
-    if backend == "triton" and dtype == torch.float32 and state[0].is_contiguous() and in_place:
-        return _step_triton(state, x, dt, A, B, C, D), state
 
     def by_group(v):  # (b, h, ...) -> (b, g, h / g, ...): the heads of a group share B and C
         return v.unflatten(1, (B.shape[1], -1))
 
-    keep = torch.exp(dt * A)[..., None, None]
-    state = state.mul_(keep) if in_place else state * keep
+    dtype = state.dtype
+    dt = _step_size(dt, dt_bias, dt_softplus, dtype)
+    keep = torch.exp(dt * A.to(dtype))[..., None, None]
+    state = state * keep if torch.is_grad_enabled() else state.mul_(keep)
     written = by_group(dt[..., None] * x)[..., None]  # (b, g, h / g, p, 1)
     by_group(state).addcmul_(written, B.to(dtype)[:, :, None, None])
     y = C.to(dtype)[:, :, None] @ by_group(state).flatten(2, 3).mT  # (b, g, 1, n) (b, g, n, p h / g)
-    y = y.view(x.shape) if D is None else torch.addcmul(y.view(x.shape), D[:, None], x)
+    y = y.view(x.shape) if D is None else torch.addcmul(y.view(x.shape), D.to(dtype)[:, None], x)
     return y.to(x.dtype), state
-
-
-@_jit
-def _step_kernel(state, x, dt, A, B, C, D, dt_bias, y, low, high, s_state, s_x, s_dt, s_b, s_c, H: constexpr,
-                 G: constexpr, P: constexpr, N: constexpr, BP: constexpr, BN: constexpr, RAW: constexpr):
-    """S <- exp(dt A) S + dt x B^T in place and y = S C + D x, BP rows of one state per program.
-
-    RAW: A holds log(-A), and the step size is softplus(dt + dt_bias), clamped to [low, high], rounded where
-    torch rounds: a sampler with other step sizes than its trainer would drift away from it."""
-    tile, h, b = _program((P + BP - 1) // BP, H)
-    group = h // (H // G) * N
-    p, in_p = _range(tile * BP, BP, P)
-    n, in_n = _range(0, BN, N)
-    place = state + b * s_state + h * P * N + p[:, None] * N + n[None, :]
-    S = tl.load(place, mask=in_p[:, None] & in_n[None, :], other=0.0)
-    xp = tl.load(x + b * s_x + h * P + p, mask=in_p, other=0.0).to(tl.float32)
-    Bn = tl.load(B + b * s_b + group + n, mask=in_n, other=0.0).to(tl.float32)
-    Cn = tl.load(C + b * s_c + group + n, mask=in_n, other=0.0).to(tl.float32)
-    delta = tl.load(dt + b * s_dt + h).to(tl.float32)
-    a = tl.load(A + h).to(tl.float32)
-    if RAW:
-        DTYPE: constexpr = dt.dtype.element_ty
-        delta = (delta + tl.load(dt_bias + h).to(tl.float32)).to(DTYPE).to(tl.float32)
-        # softplus(v) = max(v, 0) + log(1 + u), u = exp(-|v|). 1 + u rounds away digits of a small u, and
-        # log(w) u / (w - 1) restores them.
-        u = tl.exp(-tl.abs(delta))
-        log1p = tl.where(1 + u == 1, u, tl.log(1 + u) * u / tl.where(1 + u == 1, 1.0, (1 + u) - 1))
-        softplus = (tl.maximum(delta, 0.0) + log1p).to(DTYPE).to(tl.float32)
-        delta = tl.minimum(tl.maximum(softplus, low), high)
-        a = -tl.exp(a)
-    S = S * tl.exp(delta * a) + (delta * xp)[:, None] * Bn[None, :]
-    tl.store(place, S, mask=in_p[:, None] & in_n[None, :])
-    skip = tl.load(D + h).to(tl.float32) * xp
-    tl.store(y + (b * H + h) * P + p, tl.sum(S * Cn[None, :], 1) + skip, mask=in_p)
-
-
-def _step_triton(state, x, dt, A, B, C, D, dt_bias=None, limit=(0.0, float("inf"))):
-    """y (b, h, p). With dt_bias the arguments are RAW, see the kernel."""
-    (b, h, p), (g, n) = x.shape, B.shape[1:]
-    _expect(n <= 512, "B", f"a state of {n}", "at most 512, what the registers of one program hold")
-    y = _empty(x, b, h, p)
-    x, dt, B, C = (_dense(v) for v in (x, dt, B, C))
-    D = torch.zeros_like(A) if D is None else D
-    strides = (v.stride(0) for v in (state, x, dt, B, C))
-    _launch(_step_kernel, triton.cdiv(p, 16) * h * b, state, x, dt, A, B, C, D, dt_bias, y, *limit,
-            *strides, H=h, G=g, P=p, N=n, BP=16, BN=_power(n), RAW=dt_bias is not None, num_warps=4)
-    return y
 
 
 # 6. The causal convolution ----------------------------------------------------------------------------------
@@ -841,7 +787,7 @@ def causal_conv1d(x, weight, bias=None, *, initial_states=None, cu_seqlens=None,
     Returns:
         y (b, t, d) and the final states (s, d, k - 1), differentiable in every tensor.
     """
-    _expect(x.dim() == 3 and x.shape[1] >= 1, "x", tuple(x.shape), "(b, t, d) with t >= 1")
+    check(x.dim() == 3 and x.shape[1] >= 1, f"x: got {tuple(x.shape)}, expected (b, t, d) with t >= 1")
     b, t, d = x.shape
     k = weight.shape[-1]
     silu = activation == "silu"
@@ -870,7 +816,7 @@ def causal_conv1d(x, weight, bias=None, *, initial_states=None, cu_seqlens=None,
 
 def causal_conv1d_step(state, x, weight, bias=None, *, activation=None):
     """One token: state (b, d, k - 1), x (b, d) -> y, new state (updated in place without gradients)."""
-    _expect(x.dim() == 2, "x", tuple(x.shape), "(b, d)")
+    check(x.dim() == 2, f"x: got {tuple(x.shape)}, expected (b, d)")
     _check_conv(x, weight, bias, activation, state, x.shape[0])
     window = torch.cat([state.mT, x.unsqueeze(1)], 1)  # (b, k, d), channels last: a CPU sums without striding
     y = (window * weight.T).sum(1)
@@ -998,28 +944,30 @@ class _ConvTriton(torch.autograd.Function):
 
 # 7. Checks, and where tokens go -----------------------------------------------------------------------------
 
-def _expect(ok, name, got, want):
-    """Wrong shapes can broadcast into plausible nonsense: check every argument by name."""
+def check(ok, message):
+    """Wrong shapes can broadcast into plausible nonsense: check every argument, by name."""
     if not ok:
-        raise ValueError(f"{name}: got {got}, expected {want}")
+        raise ValueError(message)
 
 
-def _expect_tensors(x, **expected):
+def check_tensors(x, **expected):
     """Check every name=(tensor or None, shape): its shape, and that it is on the device of x."""
     for name, (v, shape) in expected.items():
-        if v is not None and (tuple(v.shape) != tuple(shape) or v.device != x.device):
-            _expect(False, name, f"{tuple(v.shape)} on {v.device}", f"{tuple(shape)} on {x.device}")
+        if v is not None:
+            fits = tuple(v.shape) == tuple(shape) and v.device == x.device
+            got = f"{tuple(v.shape)} on {v.device}"
+            check(fits, f"{name}: got {got}, expected {tuple(shape)} on {x.device}")
 
 
 def check_cu_seqlens(cu_seqlens, b, t):
     """Boundaries (s + 1,) as a tuple of ints, those of the batch rows if None. Keep them on the host."""
     if cu_seqlens is None:
         return tuple(range(0, b * t + 1, t))
-    _expect(b == 1, "cu_seqlens", f"a batch of {b}", "packed sequences in a batch of 1")
+    check(b == 1, f"cu_seqlens: got a batch of {b}, expected packed sequences in a batch of 1")
     cu = tuple(cu_seqlens.tolist() if isinstance(cu_seqlens, torch.Tensor) else cu_seqlens)
     whole = len(cu) >= 2 and all(type(i) is int for i in cu) and (cu[0], cu[-1]) == (0, t)
     rising = whole and all(i < j for i, j in zip(cu, cu[1:]))
-    _expect(rising, "cu_seqlens", cu, f"strictly increasing integers from 0 to {t}, the number of tokens")
+    check(rising, f"cu_seqlens: got {cu}, expected strictly increasing integers from 0 to {t}, all tokens")
     return cu
 
 
@@ -1027,26 +975,27 @@ def _check_scan(x, dt, A, B, C, D, dt_bias, states, s):
     """For one token (no t) and for many."""
     *lead, h, p = x.shape
     *_, g, n = B.shape
-    _expect_tensors(x, dt=(dt, (*lead, h)), A=(A, (h,)), B=(B, (*lead, g, n)), C=(C, B.shape), D=(D, (h,)),
-                    dt_bias=(dt_bias, (h,)), initial_states=(states, (s, h, p, n)))
-    _expect(h % g == 0, "B", f"{g} groups", f"a number that divides the {h} heads of x")
-    _expect(x.dtype == B.dtype == C.dtype, "dtype", f"x {x.dtype}, B {B.dtype}, C {C.dtype}", "one for all")
+    check_tensors(x, dt=(dt, (*lead, h)), A=(A, (h,)), B=(B, (*lead, g, n)), C=(C, B.shape), D=(D, (h,)),
+                  dt_bias=(dt_bias, (h,)), initial_states=(states, (s, h, p, n)))
+    check(h % g == 0, f"B: got {g} groups, expected a number that divides the {h} heads of x")
+    dtypes = f"x {x.dtype}, B {B.dtype}, C {C.dtype}"
+    check(x.dtype == B.dtype == C.dtype, f"dtype: got {dtypes}, expected one for all")
     if A.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere the host would wait
-        _expect(bool((A < 0).all()), "A", "a value that is not negative", "A < 0 in every head")
+        check(bool((A < 0).all()), "A: got a value that is not negative, expected A < 0 in every head")
 
 
 def _check_conv(x, weight, bias, activation, states, s):
     d, k = x.shape[-1], weight.shape[-1]
-    _expect_tensors(x, weight=(weight, (d, k)), bias=(bias, (d,)), initial_states=(states, (s, d, k - 1)))
-    _expect(activation in (None, "silu"), "activation", repr(activation), 'None or "silu"')
+    check_tensors(x, weight=(weight, (d, k)), bias=(bias, (d,)), initial_states=(states, (s, d, k - 1)))
+    check(activation in (None, "silu"), f'activation: got {activation!r}, expected None or "silu"')
 
 
 def _backend(name, x):
     """The backend's name; None picks the fastest one where x is. The kernels have no float64."""
     runs = triton is not None and (x.is_cuda or "TRITON_INTERPRET" in os.environ) and x.dtype != torch.float64
-    _expect(name in (None, "recurrent", "torch") or (name == "triton" and runs), "backend",
-            f"{name!r} for {x.dtype} on {x.device.type}",
-            '"recurrent", "torch", None, or "triton" for 32 and 16 bits on a GPU with triton installed')
+    check(name in (None, "recurrent", "torch") or (name == "triton" and runs),
+          f'backend: got {name!r} for {x.dtype} on {x.device.type}, expected "recurrent", "torch", None, '
+          'or "triton" for 32 and 16 bits on a GPU with triton installed')
     return name or ("triton" if runs and x.is_cuda else "torch")
 
 

@@ -126,9 +126,8 @@ def jobs(capability):
     found = {name: (kernel, sizes | tiles[name.split()[0]] | own) for name, (kernel, own) in scan.items()} | {
         "conv": (s._conv_kernel, conv | s._CONV_FORWARD | dict(dy=None, dtaps=None)),
         "conv backward": (s._conv_kernel, conv | s._CONV_BACKWARD),
-        "step": (s._step_kernel, step | dict(RAW=False, dt_bias=None)),
-        "step of the mixer": (s._step_kernel, step | dict(RAW=True)),
-        "widest step": (s._step_kernel, step | dict(RAW=True, N=512, BN=512)),
+        "step": (decode._step_kernel, step),
+        "widest step": (decode._step_kernel, step | dict(N=512, BN=512)),
         "conv step": (decode._conv_step_kernel, dict(CHANNELS=3584, K=4, BD=128, num_warps=4)),
         "norm": (decode._norm_kernel, norm | dict(z=None, s_z=0)),
         "gated norm": (decode._norm_kernel, norm),

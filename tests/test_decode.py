@@ -139,7 +139,7 @@ def test_mixer_is_torchs(kernels, g, k, bias, limit, dtype):
     x, B, C = xBC.split([h * p, g * n, g * n], 1)
     dt = torch.nn.functional.softplus(wide[:, d:] + dt_bias).clamp(*limit)
     B, C = B.view(b, g, n), C.view(b, g, n)
-    expected, _ = s.ssd_step(state2, x.view(b, h, p), dt, -A_log.float().exp(), B, C, D=D, backend="torch")
+    expected, _ = s.ssd_step(state2, x.view(b, h, p), dt, -A_log.float().exp(), B, C, D=D)
     for ours, theirs in ((y.float(), expected.float()), (state, state2)):
         assert (ours - theirs).norm() / theirs.norm() < (1e-6 if dtype == torch.float32 else 1e-2)
     assert torch.equal(conv, conv2)
@@ -152,7 +152,7 @@ def test_small_steps_keep_their_digits(kernels):
     zero = torch.zeros(4, device=DEVICE)
     one = torch.ones(1, 4, 1, device=DEVICE)
     state = torch.zeros(1, 4, 1, 1, device=DEVICE)
-    y = s._step_triton(state, one, dt, zero, one[:, :1], one[:, :1], zero, zero)
+    y = decode._step_triton(state, one, dt, zero, one[:, :1], one[:, :1], zero, zero)
     expected = torch.nn.functional.softplus(dt[0].double())
     torch.testing.assert_close(y[0, :, 0].double(), expected, rtol=1e-6, atol=0)
 
@@ -285,8 +285,8 @@ def test_launches_of_a_block(monkeypatch, device, dtype):
     (lambda: decode.attend_step(*attention_inputs([1], 4, 1, 1, 258)), "head_dim: got 258, expected at most 256"),
     (lambda: decode.attend_step(*attention_inputs([1], 4, 17, 1, 128)), "query heads of .*: got 17, expected at most 16"),
     (lambda: decode.norm_step(random(1, 1, 16385), random(16385), 0.0), "16385 channels .* at most 16384"),
-    (lambda: s.ssd_step(random(1, 1, 1, 513), random(1, 1, 1), random(1, 1), -torch.ones(1, device=DEVICE),
-                        random(1, 1, 513), random(1, 1, 513), backend="triton"), "a state of 513, .* at most 512")])
+    (lambda: decode._step_triton(None, random(1, 1, 1), None, None, random(1, 1, 513), None, None, None),
+     "a state of 513, .* at most 512")])
 @torch.no_grad()
 def test_what_is_too_large_is_refused(call, message):
     with pytest.raises(ValueError, match=message):

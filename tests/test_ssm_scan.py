@@ -254,7 +254,8 @@ def test_triton_scan_in_half_precision(interpreter, dtype, y, rest):
 
 def test_triton_with_the_tiles_of_a_hopper(interpreter, monkeypatch):
     """128 x 128 with boundaries 64 apart, unlike the interpreter's own; float16 has the digits to tell."""
-    monkeypatch.setattr(s, "_shared_memory", lambda x: 227 * 1024)
+    tiling = s._tiling
+    monkeypatch.setattr(s, "_tiling", lambda *shape: tiling(*shape[:4], 227 * 1024))
     shape = dict(b=1, t=270, h=2, p=24, g=1, n=72, states=3)
     errors = triton_errors(shape, [0, 1, 70, 270], 512, dtype=torch.float16)
     assert all(e < (5e-3 if name == "dA" else 2e-3) for name, e in errors.items()), errors
@@ -361,19 +362,6 @@ def test_triton_makes_states_only_where_they_are_wanted(interpreter, monkeypatch
     y.sum().backward()
     assert S.shape == (3, 2, 3, 4) and shapes.count((3, 2, 3, 4)) == 1
     assert all(torch.equal(v.grad, wanted[k].grad) for k, v in without.items())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_triton_step(interpreter, dtype):
-    inputs = small(DEVICE, b=3, t=1, h=6, p=20, g=2, n=9, states=3)
-    state = inputs.pop("initial_states")
-    token, twin = {k: inputs.pop(k)[:, 0].to(dtype) for k in PER_TOKEN}, state.clone()
-    with torch.no_grad():
-        y, new = s.ssd_step(state, **token, **inputs, dt_softplus=True, backend="triton")
-        expected, _ = s.ssd_step(twin, **token, **inputs, dt_softplus=True, backend="torch")
-    torch.testing.assert_close(y, expected)
-    torch.testing.assert_close(state, twin, rtol=1e-6, atol=1e-6)
-    assert new is state
 
 
 def test_triton_compiles_into_one_graph():
@@ -550,7 +538,7 @@ def test_triton_compiles_ahead_of_time(tritons):
     assert not any(job.returncode for job in jobs)
     sums = found[90].pop()
     for capability, rows in found.items():
-        assert len(rows) == 23
+        assert len(rows) == 22
         for row in rows:
             assert row["tensor_core"] >= row["dots"] and row["scalar_products"] == 0, row
             assert row["stack"] <= 32, row
