@@ -1173,6 +1173,36 @@ def open_run(out, identity, outputs, *, fresh, device, **about):
     return lock
 
 
+def model_folder(folder):
+    """A checkpoint: the folder of a run, whose model/ is meant, or a folder in the published format."""
+    return Path(folder) / "model" if (Path(folder) / "model").is_dir() else Path(folder)
+
+
+def load_tokenizer(folder):
+    """The tokenizer of a checkpoint. It must fit the model's vocabulary, checked before any weight is read."""
+    folder = model_folder(folder)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder}: no checkpoint here (config.json is missing)")
+    tokenizer = Tokenizer.from_pretrained(folder)
+    words = json.loads((folder / "config.json").read_text())["vocab_size"]
+    if words < tokenizer.vocab_size:
+        raise ValueError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model room for {words} only")
+    return tokenizer
+
+
+def run_main(body):
+    """Run a script's body; what a user can put right ends in one line on stderr. Returns the exit status."""
+    try:
+        body()
+        return 0
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        return 130  # what shells report for Ctrl-C
+
+
 MOST_UNKNOWN = 0.02  # of all verdicts: so few cannot hide, or make, an effect that is worth reporting
 
 

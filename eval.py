@@ -155,7 +155,7 @@ def load(folder, device, dtype="auto"):
     """(model, tokenizer) of a checkpoint folder. dtype: of DTYPES; auto is bfloat16 on a GPU, else what is stored."""
     if not (Path(folder) / "config.json").is_file():
         raise ValueError(f"{folder}: no checkpoint here (config.json is missing); train one, or name one with --model")
-    tokenizer = train_sft.load_tokenizer(folder)
+    tokenizer = data.load_tokenizer(folder)
     if dtype == "auto" and device.startswith("cuda"):
         dtype = "bfloat16"
     return FalconH1.from_pretrained(folder, dtype=DTYPES[dtype], device=device), tokenizer

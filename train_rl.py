@@ -389,7 +389,7 @@ def load(args, ranks):
     check_code(problems, args.problems, args.unsafe_local_execution, quiet=ranks.rank > 0)
     settings = {"limit": args.code_tests, "unsafe": args.unsafe_local_execution}
     verifier = partial(verify, judge=open_judge(args), **settings)
-    tokenizer = train_sft.load_tokenizer(args.init)
+    tokenizer = data.load_tokenizer(args.init)
     return tokenizer, train_sft.shard(train_sft.load_model(args.init), ranks, args.checkpoint_activations, args.compile), problems, verifier
 
 

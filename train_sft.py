@@ -51,8 +51,8 @@ from tqdm import tqdm
 
 import data
 from data import flag
-from model import PRESETS, FalconH1, FalconH1Config, check, generate
-from ssm_scan import gather_rows, to_device
+from model import PRESETS, FalconH1, check, generate
+from ssm_scan import to_device
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Arguments
@@ -574,102 +574,13 @@ def backward_all(model, packs, ranks, loss_of):
 # 5. The loss
 
 
-class _TokenLogprobs(torch.autograd.Function):
-    """log softmax(scale h W^T)[target] and the entropy, a chunk of tokens at a time. The backward pass computes the logits
-    once more instead of keeping them:  dlogits = (onehot(target) - softmax) * dlogp. All chunks use the same memory: on a CPU,
-    where large tensors are mapped anew each time, that takes a quarter off the time."""
-
-    @staticmethod
-    def forward(ctx, h, weight, targets, scale, chunk):
-        logprobs, entropy, lse = (h.new_empty(len(h), dtype=torch.float32) for _ in range(3))
-        products, ps = h.new_empty(chunk, len(weight)), h.new_empty(chunk, len(weight), dtype=torch.float32)
-        for i in range(0, len(h), chunk):
-            part = slice(i, i + chunk)
-            logits = torch.mm(h[part], weight.T, out=products[: len(h) - i]).float().mul_(scale)  # (chunk, vocab)
-            largest = logits.amax(-1, keepdim=True)
-            p = torch.sub(logits, largest, out=ps[: len(h) - i]).exp_()  # softmax, not yet divided by its sum z
-            z = p.sum(-1)
-            lse[part] = largest[:, 0] + z.log()
-            logprobs[part] = logits.gather(1, targets[part, None])[:, 0] - lse[part]
-            entropy[part] = lse[part] - p.mul_(logits).sum(-1) / z
-            del logits  # before the next chunk's: two would be in memory at once
-        ctx.save_for_backward(h, weight, targets, lse)
-        ctx.scale, ctx.chunk = scale, chunk
-        ctx.mark_non_differentiable(entropy)
-        return logprobs, entropy
-
-    @staticmethod
-    def backward(ctx, dlogprobs, _):
-        h, weight, targets, lse = ctx.saved_tensors
-        dh, dweight = torch.empty_like(h), torch.zeros_like(weight, dtype=torch.float32)
-        dlogprobs = dlogprobs.float() * ctx.scale
-        products = h.new_empty(ctx.chunk, len(weight))
-        for i in range(0, len(h), ctx.chunk):
-            part = slice(i, i + ctx.chunk)
-            logits = torch.mm(h[part], weight.T, out=products[: len(h) - i]).float().mul_(ctx.scale)
-            d = logits.sub_(lse[part, None]).exp_().mul_(-dlogprobs[part, None])
-            d.scatter_add_(1, targets[part, None], dlogprobs[part, None])
-            d = d.to(h.dtype)
-            torch.mm(d, weight, out=dh[part])
-            add_product(dweight, d.T, h[part])
-            del logits, d
-        return dh, dweight.to(weight.dtype), None, None, None
-
-
-def add_product(total, a, b):
-    """total += a b, total in float32. On a GPU, cuBLAS adds a product in bf16 without rounding it."""
-    if total.is_cuda and a.dtype != total.dtype:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:
-        total.addmm_(a.to(total.dtype), b.to(total.dtype))
-
-
-def tokens_of_chunk(vocab, device):
-    """How many tokens' logits are in work at a time: 2^25 numbers (128 MB) on a CPU; on a GPU up to 2^28, of
-    10 bytes each (product in bf16, logits and softmax in float32): 2.7 GB, 2,048 tokens at 130,048 words.
-
-    Each chunk adds to the weight's gradient, 8 vocab d bytes of traffic beside 8 chunk vocab d operations. At
-    3 TB/s and 800 TFLOP/s that takes 267 / chunk of the products' time: 13% at 2,048 tokens, 7% at 4,096.
-    Multiples of 128 fill the products' tiles."""
-    if device.type == "cpu":
-        return max(1, 2**25 // vocab)
-    return min(4096, max(128, 2**28 // vocab // 128 * 128))
-
-
-def token_logprobs(h, weight, targets, scale=1.0, chunk=None):
-    """h (t, d), weight (vocab, d), targets (t,) -> log-probabilities (t,) and entropies (t,, no gradient), float32.
-
-    scale multiplies the logits: lm_head_multiplier / temperature. chunk: tokens at once (tokens_of_chunk)."""
-    chunk = chunk or tokens_of_chunk(len(weight), weight.device)
-    return _TokenLogprobs.apply(h, weight, targets, scale, max(1, min(len(h), chunk)))
-
-
-def target_logprobs(model, input_ids, targets, *, cu_seqlens=None, temperature=1.0):
-    """input_ids, targets (b, t) -> log-probabilities of the targets at `temperature`, and entropies of the distributions they come from,
-    both (b, t) float32, without ever holding all logits. Negative targets give 0 and no gradient.
-
-    Ids and targets may lie on the CPU when the model does not, and best do: to find the targets on a GPU, the
-    host must wait for it."""
-    (b, t), scale = targets.shape, model.config.lm_head_multiplier / temperature
-    kept = (targets.flatten() >= 0).nonzero()[:, 0]  # prompts have no targets and need no logits
-    tensors = input_ids, kept, targets.flatten()[kept]
-    if targets.device.type == "cpu":
-        tensors = to_device(tensors, next(model.parameters()).device)
-    input_ids, kept, wanted = tensors
-
-    def head(h, weight):  # within the model's forward pass, for which FSDP has gathered the weight
-        values = token_logprobs(gather_rows(h.flatten(0, 1), kept), weight, wanted, scale)
-        return tuple(v.new_zeros(b * t).index_copy(0, kept, v).view(b, t) for v in values)
-    return model(input_ids, cu_seqlens=cu_seqlens, head=head)
-
-
 def pack_logprobs(model, row, temperature=1.0):
     """Log-probabilities and entropies (t,) of a Pack's targets; positions without a target give 0."""
     cp, cu, ids = model.cp, row.cu_seqlens.tolist(), torch.from_numpy(row.input_ids)
     targets = torch.from_numpy(np.where(row.weights != 0, row.targets, -1))
     if cp is not None:
         ids, targets, cu = cp.own_tokens(ids, 0), cp.own_tokens(targets, -1), [*cu[:-1], cu[-1] + -cu[-1] % cp.size]
-    values = target_logprobs(model, ids[None], targets[None], cu_seqlens=cu, temperature=temperature)
+    values = model(ids[None], targets=targets[None], cu_seqlens=cu, temperature=temperature)
     return tuple(v[0] if cp is None else _AllGather.apply(v[0], cp)[: len(row.input_ids)] for v in values)
 
 
@@ -734,7 +645,7 @@ def load(args, ranks):
         check(data.main(["make", "--out", str(Path(args.data).parent)]) == 0, f"{args.data}: could not be made")
     if dist.is_initialized():
         dist.barrier()
-    tokenizer = load_tokenizer(args.init) if args.init else data.Tokenizer.byte_level()
+    tokenizer = data.load_tokenizer(args.init) if args.init else data.Tokenizer.byte_level()
     ranks.agree("the data", data.sizes_of(args.data))
     samples = data.SftFiles(args.data, tokenizer, args.context, args.trim, args.limit, ranks.each)
     check(len(samples) > args.held_out, f"{args.data}: {len(samples)} samples, of which --held-out keeps {args.held_out}")
@@ -751,19 +662,7 @@ def load(args, ranks):
 
 def load_model(folder):
     """A checkpoint: the folder of a run (its model/ is meant) or a model folder; float32 master weights."""
-    return FalconH1.from_pretrained(model_folder(folder), dtype=torch.float32, mapped=dist.is_initialized())
-
-
-def load_tokenizer(folder):
-    """The tokenizer of a checkpoint. It must fit the model's vocabulary, which is checked before any weight is read."""
-    folder = model_folder(folder)
-    tokenizer, words = data.Tokenizer.from_pretrained(folder), FalconH1Config.from_json(folder / "config.json").vocab_size
-    check(words >= tokenizer.vocab_size, f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model room for {words} only")
-    return tokenizer
-
-
-def model_folder(folder):
-    return Path(folder) / "model" if (Path(folder) / "model").is_dir() else Path(folder)
+    return FalconH1.from_pretrained(data.model_folder(folder), dtype=torch.float32, mapped=dist.is_initialized())
 
 
 def parse_mixture(text):

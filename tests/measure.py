@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from model import CHUNK, PRESETS, Cache, Decoder, FalconH1, FalconH1Config, draw, generate, prefill
 from ssm_scan import causal_conv1d, chunk_of, ssd_scan
 from tests.peers import peers
-from train_sft import make_optimizer, shares, target_logprobs, tokens_of_chunk
+from model import tokens_of_chunk
+from train_sft import make_optimizer, shares
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. The scan against its definition
@@ -306,7 +307,7 @@ def block_bytes(c, device="cuda"):
 
 
 def loss_bytes(c, tokens, device):
-    """The most bytes that the head's loss holds at a time, see train_sft.tokens_of_chunk: for the logits of a
+    """The most bytes that the head's loss holds at a time, see model.tokens_of_chunk: for the logits of a
     chunk in the forward pass, or in the backward pass for them and the head's float32 gradient (V, d)."""
     V, d = c.vocab_size, c.hidden_size
     logits = V * min(tokens, tokens_of_chunk(V, torch.device(device)))
@@ -537,7 +538,7 @@ def small_model(c=SMALL, batch=8, length=512, decoding=((1, 128), (16, 64), (256
 
     flops, tokens = flops_per_token(c, length), batch * length
     work = {"training": 3 * tokens * (flops["blocks"] + flops["head"]), "prefill": tokens * flops["blocks"]}
-    runs = {"training": [lambda: train(model, lambda: -target_logprobs(model, ids, ids)[0].mean()),
+    runs = {"training": [lambda: train(model, lambda: -model(ids, targets=ids)[0].mean()),
                          lambda: train(theirs, lambda: theirs(ids, labels=ids).loss)],
             "prefill": [lambda: prefill(model, ids.tolist()), read]}
     for name in work:
@@ -589,7 +590,7 @@ def large_model(c, device, dtype=torch.bfloat16, length=32768, batches=(1, 4, 16
 
     def train():
         model.zero_grad()
-        (-target_logprobs(model, ids, ids)[0].mean()).backward()
+        (-model(ids, targets=ids)[0].mean()).backward()
 
     for context, batch in itertools.product(contexts, batches):
         floor = decoding_floor(c, batch, context, dtype, bandwidth, rate)

@@ -22,7 +22,7 @@ import decode
 import model
 import ssm_scan
 import train_sft
-from model import PRESETS, Cache, Context, FalconH1, rope_table
+from model import PRESETS, Cache, Context, FalconH1, rope_table, token_logprobs
 from tests import measure, peers
 from tests.measure import (block_bytes, cache_bytes, decoding_floor, describe, diagram, flops_per_token, large_model, medians, parameters,
                            peak_bytes, scan_flops, small_model, training_bytes)
@@ -165,7 +165,7 @@ def test_bytes_of_the_loss_are_those_of_a_real_one(vocab, d, t):
     h, weight = torch.randn(t, d, requires_grad=True), torch.randn(vocab, d, requires_grad=True)
 
     def step():
-        train_sft.token_logprobs(h, weight, torch.zeros(t, dtype=torch.long))[0].sum().backward()
+        token_logprobs(h, weight, torch.zeros(t, dtype=torch.long))[0].sum().backward()
     size = measure.loss_bytes(replace(SMALL, vocab_size=vocab, hidden_size=d), t, "cpu")
     assert size == pytest.approx(peak_bytes(step, "cpu"), rel=0.02)
 
@@ -178,7 +178,7 @@ def test_bytes_of_the_loss_on_a_gpu():
     h, weight = (torch.randn(n, 8, dtype=torch.bfloat16) for n in (300, c.vocab_size))
 
     def forward():
-        train_sft.token_logprobs(h, weight, torch.zeros(300, dtype=torch.long), chunk=300)
+        token_logprobs(h, weight, torch.zeros(300, dtype=torch.long), chunk=300)
     assert measure.loss_bytes(c, 300, "cuda") == 10 * 300 * 5000
     assert peak_bytes(forward, "cpu") == pytest.approx(10 * 300 * 5000, rel=0.02)
 

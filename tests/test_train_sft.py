@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 import data
 import ssm_scan
 import train_sft as t
-from model import PRESETS, FalconH1, document_table, read_safetensors
+from model import PRESETS, FalconH1, document_table, read_safetensors, token_logprobs, tokens_of_chunk
 from tests.measure import peak_bytes
 
 ROOT = Path(__file__).parent.parent
@@ -72,7 +72,7 @@ def test_token_logprobs(chunk):
     torch.manual_seed(0)
     h, w, targets = torch.randn(7, 5, requires_grad=True), torch.randn(11, 5, requires_grad=True), torch.tensor([0, 1, 7, 3, 10, 5, 2])
     g = torch.randn(7)
-    logprobs, entropy = t.token_logprobs(h, w, targets, 0.7, chunk)
+    logprobs, entropy = token_logprobs(h, w, targets, 0.7, chunk)
     logprobs.backward(g)
     mine = h.grad.clone(), w.grad.clone()
     h.grad = w.grad = None
@@ -86,13 +86,13 @@ def test_token_logprobs(chunk):
 
 def test_tokens_of_chunk_by_hand():
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert t.tokens_of_chunk(130048, cpu) == 258  # 2^25 / 130,048 = 258.02
-    assert t.tokens_of_chunk(2**26, cpu) == 1
-    assert t.tokens_of_chunk(130048, gpu) == 2048  # 2^28 / 130,048 = 2,064.1, 16 tiles
-    assert t.tokens_of_chunk(261120, gpu) == 1024  # 1,028.01, 8 tiles
-    assert t.tokens_of_chunk(65536, gpu) == 4096  # 4,096 exactly
-    assert t.tokens_of_chunk(272, gpu) == 4096
-    assert t.tokens_of_chunk(2**28, gpu) == 128
+    assert tokens_of_chunk(130048, cpu) == 258  # 2^25 / 130,048 = 258.02
+    assert tokens_of_chunk(2**26, cpu) == 1
+    assert tokens_of_chunk(130048, gpu) == 2048  # 2^28 / 130,048 = 2,064.1, 16 tiles
+    assert tokens_of_chunk(261120, gpu) == 1024  # 1,028.01, 8 tiles
+    assert tokens_of_chunk(65536, gpu) == 4096  # 4,096 exactly
+    assert tokens_of_chunk(272, gpu) == 4096
+    assert tokens_of_chunk(2**28, gpu) == 128
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -103,7 +103,7 @@ def test_chunks_change_nothing(device, dtype):
     h, w = (v.to(device, dtype).requires_grad_() for v in (h, w))
     targets, results = torch.randint(512, (700,), device=device), []
     for chunk in (700, 256, 128, 1):
-        logprobs, entropy = t.token_logprobs(h, w, targets, 0.7, chunk)
+        logprobs, entropy = token_logprobs(h, w, targets, 0.7, chunk)
         results.append([logprobs, entropy, *torch.autograd.grad(logprobs, (h, w), g)])
     for other in results[1:]:
         for ours, whole in zip(other, results[0]):
@@ -246,7 +246,7 @@ def test_training_holds_no_copy_of_the_model(sft_file, tmp_path):
 def test_negative_targets_give_zero_and_no_gradient(targets):
     torch.manual_seed(0)
     model, ids, targets = FalconH1(PRESETS["tiny"]), torch.tensor([[1, 2, 3, 4]]), torch.tensor([targets])
-    logprobs, entropy = t.target_logprobs(model, ids, targets, temperature=2.0)
+    logprobs, entropy = model(ids, targets=targets, temperature=2.0)
     logp = (model(ids) / 2.0).log_softmax(-1)
     want = torch.where(targets < 0, 0, logp.gather(2, targets.clamp(min=0)[..., None])[..., 0])
     torch.testing.assert_close(logprobs, want)
