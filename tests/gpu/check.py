@@ -10,7 +10,7 @@ import torch
 
 import model
 import ssm_scan
-from tests.measure import CHUNK, cotangents, random_inputs, relative_errors, scan_results
+from tests.bench import CHUNK, cotangents, random_inputs, relative_errors, scan_results
 
 SHAPE = dict(h=4, p=16, g=1, n=16) if DRY else dict(h=24, p=128, g=1, n=256)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
