@@ -6,7 +6,8 @@
 # First, all at once and untimed: kernels compiled on every core (warm.py), errors, equal bits, graphs
 # (check.py), the tests marked gpu, and the small run: SFT killed and continued, RL, evaluation. Then, timed,
 # one by one: the scan and its kernels next to mamba_ssm and fla (scan.py), convolution, draw and AdamW
-# (parts.py), decoding (decoding.py), training steps (train.py), and ncu's counters of our kernels, if installed.
+# (parts.py), decoding (decoding.py), training steps (train.py), and what ncu counts in our kernels, if it is
+# installed.
 #
 # $OUT (runs/gpu) gets results.jsonl, a line at a time, ncu.csv, and at the end logs.tar.gz, a log per stage.
 # A stage that fails or takes too long costs only itself; none starts after $BUDGET seconds (480). Without a
