@@ -32,7 +32,7 @@ def train(layers, t, compile, packed, steps):
     torch.manual_seed(0)
     with torch.device(DEV):
         model = FalconH1(c)
-    model = train_sft.shard(model, ranks, recompute=True, compile=compile)
+    model = train_sft.shard(model, ranks, True, compile=compile)  # activations recomputed
     optimizer = train_sft.make_optimizer(model, 1e-5, 0.01)
 
     def step(seed):
