@@ -5,8 +5,8 @@
                                    mamba_ssm and fla if installed. About 5 s on two CPU cores.
     python -m tests.bench model    tokens per second and peak memory of training, prefill and greedy decoding,
                                    next to a floor. On a CPU of a small model, beside transformers' if it is
-                                   installed; on a GPU of the 7B shape. About 30 s on two CPU cores, with
-                                   transformers 3 minutes.
+                                   installed; on a GPU of the 7B shape. About 30 s on two idle CPU cores, with
+                                   transformers 2 minutes.
     python -m tests.bench sizes    a table of the presets: parameters, FLOPs, bytes. About 4 s.
 
 --device cpu or cuda; without it, a GPU if there is one. Not timed on a GPU yet. Functions that are compared
@@ -145,8 +145,7 @@ def sizes(tokens=32768):
     """Print the table of presets. Every number is in millions, of parameters, FLOPs or bytes."""
     print(f"Millions: parameters; FLOPs per token, forward and training, mean of {tokens:,}; bytes of")
     print("weights and cache per slot, bfloat16; bytes per GPU to train on one such row per GPU.\n")
-    columns = ["params", "forward", "training", "weights", "cache 1k", "cache 32k"]
-    columns += ["1 GPU", "8 GPUs", "64 GPUs"]
+    columns = ("params", "forward", "train", "weights", "cache 1k", "cache 32k", "1 GPU", "8 GPUs", "64 GPUs")
     print(f"{'preset':10s}", *(f"{column:>10s}" for column in columns))
     for name, c in PRESETS.items():
         total = sum(parameters(c).values())
@@ -308,7 +307,7 @@ def scan_speed(device):
     """Errors; then every scan's passes over one document, and over documents of 1,000 tokens ("packed")."""
     functions = {"torch": ours("torch")}
     shapes = {"small": (8, 64, 64)}  # h, p, n
-    lengths = (512,)
+    lengths = (2048,)
     if device == "cuda":
         functions |= {"triton": ours("triton"), **peers()}
         shapes = {"0.5B": (24, 64, 128), "7B": (24, 128, 256)}

@@ -19,7 +19,8 @@ DATA_SHEET = 989e12  # bfloat16 FLOPs per second of an H100 and an H200
 
 def row(t, vocab, seed, packed):
     """Random tokens; packed, documents of lognormal lengths, others in every step, as real data has them."""
-    r, cu = np.random.default_rng(seed), [0]
+    r = np.random.default_rng(seed)
+    cu = [0]
     while cu[-1] < t:
         cu.append(min(t, cu[-1] + int(np.clip(r.lognormal(8, 1), 64, t))) if packed else t)
     ids = r.integers(0, vocab, t)
@@ -28,7 +29,8 @@ def row(t, vocab, seed, packed):
 
 def train(layers, t, compile, packed, steps):
     c = replace(PRESETS["tiny" if DRY else "7b"], num_hidden_layers=layers)
-    ranks, (_, rate) = train_sft.start_ranks(DEV), floors(DEV)
+    ranks = train_sft.start_ranks(DEV)
+    _, rate = floors(DEV)
     torch.manual_seed(0)
     with torch.device(DEV):
         model = FalconH1(c)
