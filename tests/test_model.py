@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import model as m
 from model import (PRESETS, Cache, Decoder, FalconH1, FalconH1Config, Sampler, attend, document_table, draw, generate, prefill,
                    read_safetensors, slots_that_fit, ssm_multipliers, write_safetensors)
-from tests.measure import peak_bytes
+from tests.bench import peak_bytes
 
 SMALL = FalconH1Config(
     vocab_size=37, hidden_size=12, intermediate_size=20, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import decode
 import ssm_scan as s
 from tests.compile_kernels import executed
-from tests.measure import random_inputs, relative_errors
+from tests.bench import random_inputs, relative_errors
 
 SLOW = settings(deadline=None, max_examples=50, derandomize=True)
 

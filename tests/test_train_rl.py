@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tests.measure import cache_bytes, parameters
+from tests.bench import cache_bytes, parameters
 from tests.test_train_sft import dying, killed_and_resumed, model_of_a_gpu, refused, run, traffic_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves

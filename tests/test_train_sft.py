@@ -22,7 +22,7 @@ import data
 import ssm_scan
 import train_sft as t
 from model import PRESETS, FalconH1, document_table, read_safetensors, token_logprobs, tokens_of_chunk
-from tests.measure import peak_bytes
+from tests.bench import peak_bytes
 
 ROOT = Path(__file__).parent.parent
 
