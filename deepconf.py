@@ -1,7 +1,7 @@
 """DeepConf (arXiv 2508.15260): many traces of one problem, weighted, filtered and stopped by confidence.
 
     python deepconf.py runs/tiny/eval/traces.jsonl          # every method on recorded traces, without a model
-    python deepconf.py traces.jsonl --window 2048 --budget 512
+    python deepconf.py traces.jsonl --window 2048           # the paper's window
 
 Terms
     token confidence   C_i = -mean log P over the k = 20 most likely tokens; high is peaked is confident
@@ -102,7 +102,6 @@ def vote(answers, weights=None, same=None):
     answers: None abstains. weights: not negative; 1 each if None or if every voter's is 0. same(a, b): if two
     answers are one (default ==). It need not be symmetric or transitive: an answer joins the first group
     whose first member it matches. A group goes by that member; the first of equal groups wins."""
-    same = same or (lambda a, b: a == b)
     weights = np.ones(len(answers)) if weights is None else np.asarray(weights, np.float64)
     if weights.shape != (len(answers),) or not (np.isfinite(weights) & (weights >= 0)).all():
         raise ValueError(f"weights: {weights}, expected {len(answers)} finite numbers that are not negative")
@@ -115,7 +114,8 @@ def vote(answers, weights=None, same=None):
 
     sums = {}  # first answer of a group -> weight of the group
     for answer, weight in votes:
-        group = next((first for first in sums if first == answer or same(answer, first)), answer)
+        alike = (first for first in sums if first == answer or same and same(answer, first))
+        group = next(alike, answer)
         sums[group] = sums.get(group, 0.0) + weight
     best = max(sums, key=sums.get)
     return best, sums[best] / sum(sums.values())
@@ -375,12 +375,8 @@ def main(argv=None):
         parser = Flags(description=__doc__.partition("\n")[0], allow_abbrev=False)
         parser.add_argument("traces", help="traces.jsonl, complete traces")
         parser.add_argument("--window", type=int, default=16, help="tokens per group (the paper: 2048)")
-        parser.add_argument("--budget", type=int, default=32, help="traces per problem to use")
         args = parser.parse_args(argv)
-        problems = to_traces(read_records(args.traces))
-        problems = {name: traces[: args.budget] for name, traces in problems.items()}
-        print(f"{len(problems)} problems, {args.budget} traces each, window {args.window}\n")
-        show(problems, args.window, is_equivalent)
+        show(to_traces(read_records(args.traces)), args.window, is_equivalent)
 
     return run_main(body)
 

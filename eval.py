@@ -11,7 +11,7 @@ What it writes to --out
     traces.jsonl            every sampled reply, with answer, verdict and confidences; traces-sft.jsonl of the
                             other checkpoint, traces-low.jsonl, traces-high.jsonl of DeepConf online
     report.json, report.md  the table that is also printed; run.json: arguments, versions, hardware, commit
-    accuracy.png            the table as a picture; training.png: the runs' log.jsonl. Both need matplotlib
+    report.png              accuracy against tokens, and the training runs' log.jsonl; needs matplotlib
 
 Methods (rows of the report), n samples per problem
     pass@1                   the mean over samples
@@ -89,8 +89,7 @@ def mean_and_stderr(scores):
     mean = math.fsum(known) / m if m else None
     if m < 2:
         return mean, None
-    squares = math.fsum((x - mean) ** 2 for x in known)
-    return mean, math.sqrt(squares / (m - 1) / m)
+    return mean, math.sqrt(math.fsum((x - mean) ** 2 for x in known) / (m - 1) / m)
 
 
 # 2. Sampling ------------------------------------------------------------------------------------------------
@@ -221,7 +220,7 @@ def unknown_reasons(replies):
 # 4. Methods: a function per row of the report ---------------------------------------------------------------
 
 WARM_UP = 16  # traces before DeepConf online stops any (its paper, arXiv 2508.15260)
-BATCH = 4  # traces per problem that start together after that; one by one halves throughput and saves few tokens
+BATCH = 4  # traces that start together after that; one by one halves throughput and saves few tokens
 
 
 def report_row(method, samples, scores, tokens):
@@ -234,7 +233,7 @@ def report_row(method, samples, scores, tokens):
 
 
 def vote_row(method, samples, votes, tokens):
-    """A row for a vote. votes: per problem (answer, whatever); an answer is as right as a reply that gives it."""
+    """The row of a vote: an answer is right if a reply that gives it is. votes: per problem (answer, _)."""
     scores = [deepconf.is_right(answer, *ballot) for (answer, _), ballot in zip(votes, samples.ballots)]
     return report_row(method, samples, scores, tokens)
 
@@ -250,7 +249,9 @@ def pass_at_1(samples):
 
 def majority(samples):
     """One vote per reply, the usual self-consistency."""
-    votes = [deepconf.vote([reply.answer for reply in replies], same=same) for replies, same in samples.ballots]
+    votes = []
+    for replies, same in samples.ballots:
+        votes.append(deepconf.vote([reply.answer for reply in replies], same=same))
     return vote_row(f"majority@{samples.n}", samples, votes, samples.tokens)
 
 
@@ -265,13 +266,15 @@ def majority_at_equal_tokens(samples, low):
 
 
 def deepconf_offline(samples, window):
-    """All is sampled; then the most confident tenth votes, weighted by confidence."""
+    """All is sampled; then the most confident tenth votes, weighted by confidence: its lowest group."""
     votes = [deepconf.offline(replies, eta=10, window=window, same=same) for replies, same in samples.ballots]
     return vote_row(f"deepconf-offline@{samples.n}", samples, votes, samples.tokens)
 
 
 def deepconf_online(level, eta, sample, args, ballots):
-    """DeepConf while sampling: (row, Samples). eta: percentage of the warm-up traces kept. sample: as for evaluate."""
+    """Traces are stopped while they are sampled -> (row, Samples).
+
+    eta: percentage of the warm-up traces that is kept. sample: as for evaluate. ballots: of any Samples."""
     settings = {"n_init": WARM_UP, "eta": eta, "window": args.window, "batch": BATCH}
     online = [deepconf.Online(args.samples, same=same, **settings) for _, same in ballots]
     samples = sample(args.samples, f"traces-{level}.jsonl", online)
@@ -281,7 +284,7 @@ def deepconf_online(level, eta, sample, args, ballots):
 
 
 def evaluate(sample, args):
-    """All methods on one checkpoint -> (rows, the reply to show). sample(n, file, online): sample() on it."""
+    """All methods on one checkpoint -> (rows, replies). sample(n, file, online=None): sample() for it."""
     samples = sample(args.samples, "traces.jsonl")
     rows = [pass_at_1(samples), majority(samples), deepconf_offline(samples, args.window)]
     if args.samples > WARM_UP:
@@ -310,42 +313,40 @@ def table(rows):
 
 
 def write_report(args, rows, replies, problem, logs):
-    """Write report.json, report.md and the plots; print the first reply, which is to `problem`, and the table."""
+    """Write report.json, report.md and report.png; print the table, and the first reply to `problem`."""
     report = f"{table(rows)}\n\n{deepconf.calibration_sentence(replies, args.window)}\n"
     if reasons := unknown_reasons(replies):
         report += f"{reasons.total()} of {len(replies)} verdicts unknown: {data.describe(reasons)}.\n"
     out = Path(args.out)
     data.write_text(out / "report.json", json.dumps({"rows": rows}, indent=1) + "\n")
     data.write_text(out / "report.md", f"# Evaluation on {args.problems}\n\n{report}")
-    plot(out, rows, logs)
+    plot(out / "report.png", rows, logs)
     first = replies[0]
     print(f"\n{problem.prompt}\n{first.text}\nanswer {first.answer}, correct: {first.correct}\n\n{report}")
 
 
-def plot(out, rows, logs):
-    """accuracy.png: accuracy against tokens. training.png: a curve per checkpoint; logs: its name -> log.jsonl."""
+def plot(path, rows, logs):
+    """Accuracy against tokens, then a training curve per checkpoint. logs: its name -> the log.jsonl."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        print("no plots: matplotlib is not installed (pip install matplotlib)")
+        print("no picture: matplotlib is not installed (pip install matplotlib)")
         return
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
+    panels = 1 + len(logs)
+    figure = Figure(figsize=(6 * panels, 4), layout="constrained")
+    accuracy, *training = figure.subplots(1, panels, squeeze=False)[0]
     for r in rows:
         if r["accuracy"] is not None:
-            label = f"{r['checkpoint']} {r['method']}"
-            axes.errorbar(r["tokens"], 100 * r["accuracy"], 100 * (r["stderr"] or 0), fmt="s", label=label)
-    axes.set(xlabel="generated tokens, all problems", ylabel="accuracy, %")
-    axes.legend()
-    figure.savefig(out / "accuracy.png", dpi=150)
-    if logs:
-        figure = Figure(figsize=(6 * len(logs), 4), layout="constrained")
-        for axes, (name, path) in zip(figure.subplots(1, len(logs), squeeze=False)[0], logs.items()):
-            steps = [record for _, record in data.read_records(path)]
-            measure = "reward" if "reward" in steps[-1] else "loss"
-            axes.plot([step["step"] for step in steps], [step[measure] for step in steps])
-            axes.set(title=name, xlabel="step", ylabel=measure)
-        figure.savefig(out / "training.png", dpi=150)
+            accuracy.errorbar(r["tokens"], 100 * r["accuracy"], 100 * (r["stderr"] or 0), fmt="s",
+                              label=f"{r['checkpoint']} {r['method']}")
+    accuracy.set(xlabel="generated tokens, all problems", ylabel="accuracy, %")
+    accuracy.legend()
+    for axes, (name, log) in zip(training, logs.items()):
+        steps = [record for _, record in data.read_records(log)]
+        measure = "reward" if "reward" in steps[-1] else "loss"
+        axes.plot([step["step"] for step in steps], [step[measure] for step in steps])
+        axes.set(title=name, xlabel="step", ylabel=measure)
+    figure.savefig(path, dpi=150)
 
 
 # 6. --check and --chat --------------------------------------------------------------------------------------
@@ -354,8 +355,9 @@ def plot(out, rows, logs):
 def check_problem(problem, unsafe=False):
     """("right", None) if a problem's own solution is found right, else "failed" or "not checked", and why."""
     solution = problem.extra.get("solution")
+    solution = solution if isinstance(solution, str) else ""
     if decided_by_tests(problem):
-        if not isinstance(solution, str):
+        if not solution:
             return "not checked", "code without a solution: only its tests were read"
         entry_point = problem.extra.get("entry_point", "")
         start = problem.prompt if entry_point else ""  # HumanEval's solutions continue the prompt
@@ -363,14 +365,14 @@ def check_problem(problem, unsafe=False):
         verdict = run_code(start + solution, tests, entry_point=entry_point, prompt=start, unsafe=unsafe)
         status = {1: "right", 0: "failed", None: "not checked"}[verdict.score]
         return status, None if status == "right" else verdict.reason
+
     try:
         check_scorable(problem)
     except ValueError as error:
         if problem.domain == "math":
             return "failed", str(error)
         return "not checked", "answers in words: they need --judge"
-    answer = extract_answer(solution) if isinstance(solution, str) else None
-    answer = answer or problem.answer  # GSM8K's solutions have no box
+    answer = extract_answer(solution) or problem.answer  # GSM8K's solutions have no box
     if is_right(answer, problem):
         return "right", None
     return "failed", f"its solution answers {answer!r}, its answer is {problem.answer!r}"
@@ -390,8 +392,8 @@ def check_file(path, unsafe=False):
     print("| domain     |   rows |  right | failed | not checked |")
     print("|------------|--------|--------|--------|-------------|")
     for domain, count in sorted(counts.items()):
-        print(f"| {domain:10} | {count.total():6} | {count['right']:6} | {count['failed']:6} "
-              f"| {count['not checked']:11} |")
+        right, wrong, unchecked = (count[status] for status in ("right", "failed", "not checked"))
+        print(f"| {domain:10} | {count.total():6} | {right:6} | {wrong:6} | {unchecked:11} |")
     for line in [*sorted(set(reasons["not checked"])), *reasons["failed"][:10]]:
         print(line)
     if reasons["failed"]:
@@ -444,11 +446,11 @@ def together():
         yield
     except (ValueError, OSError) as e:
         error = str(e)
-    for message in gather(error):
-        if message is not None and RANK == 0:
-            raise ValueError(message)
-        if message is not None:
-            sys.exit(1)
+    errors = [message for message in gather(error) if message is not None]
+    if errors and RANK > 0:
+        sys.exit(1)
+    if errors:
+        raise ValueError(errors[0])
 
 
 # 8. The command line ----------------------------------------------------------------------------------------
@@ -457,7 +459,7 @@ SFT = "runs/tiny/sft/model"
 RL = "runs/tiny/rl/model"
 HELD_OUT = "runs/tiny/data/heldout.jsonl"
 MADE_BY = {SFT: "train_sft.py", RL: "train_rl.py", HELD_OUT: "train_sft.py"}
-OUTPUTS = ("traces*.jsonl", "report.json", "report.md", "accuracy.png", "training.png")
+OUTPUTS = ("traces*.jsonl", "report.json", "report.md", "report.png")
 
 
 @dataclass
@@ -473,7 +475,7 @@ class Args:
     window: int = flag(16, "tokens per confidence group, for traces of some 100 tokens; the paper: 2048")
     seed: int = flag(0, "of sampling")
     device: str = flag("", "cpu or cuda; empty: cuda where there is one")
-    dtype: str = flag("auto", "float32, bfloat16, or auto: bfloat16 on a GPU, as in RL, and on a CPU what is stored")
+    dtype: str = flag("auto", "float32, bfloat16, or auto: bfloat16 on a GPU, as in RL, else what is stored")
     fresh: bool = flag(False, "replace what another evaluation left in --out")
     check: str = flag("", "only check that the verifier finds the solutions in this file of problems right")
     code_tests: int = flag(0, "tests per code problem to run, a random sample of them; 0: all")
@@ -494,15 +496,13 @@ def check_args(args):
         raise ValueError("--temperature must be 0 or more, and --top-p above 0 and at most 1")
     if args.dtype not in DTYPES:
         raise ValueError(f"--dtype {args.dtype}: not one of {', '.join(DTYPES)}")
-    if args.chat and WORLD > 1:
-        raise ValueError("--chat is a talk with one process: start it with python")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.device != "cpu" and (args.device != "cuda" or not torch.cuda.is_available()):
         raise ValueError(f"--device {args.device}: expected cpu, or cuda on a machine with a GPU")
 
 
 def prepare(folders, args, device):
-    """(models and tokenizers, problems, judge). What a user can put right fails here, the cheapest check first."""
+    """([(model, tokenizer)], problems, judge): what a user got wrong fails here, cheap checks first."""
     for path in (*folders, args.problems):
         if path in MADE_BY and not Path(path).exists():
             raise ValueError(f"{path} is missing: run python {MADE_BY[path]} first")
@@ -513,12 +513,13 @@ def prepare(folders, args, device):
 
 
 def run(args):
+    """Evaluate --model, or the two checkpoints of the small run; torchrun's ranks all call this."""
     device = args.device
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(device)
     if WORLD > 1:
-        dist.init_process_group("gloo", timeout=timedelta(days=7))  # a rank may wait for one that samples longer
+        dist.init_process_group("gloo", timeout=timedelta(days=7))  # some ranks sample longer
 
     folders = [args.model] if args.model else [SFT, RL]
     with together():
@@ -532,7 +533,7 @@ def run(args):
 
     rows = []
     logs = {}
-    for folder, checkpoint in zip(folders, loaded):
+    for folder, checkpoint in zip(folders, loaded):  # all methods on the last; for SFT pass@1 is enough
         path = data.model_folder(folder).resolve()
         name = path.parent.name if path.name == "model" else path.name  # "rl" for runs/tiny/rl/model
         if (path.parent / "log.jsonl").is_file():
