@@ -547,8 +547,6 @@ def run(args):
     if RANK == 0:
         write_report(args, rows, replies, problems[0], logs)
         lock.close()
-    if WORLD > 1:
-        dist.destroy_process_group()
 
 
 def main(argv=None):
@@ -557,7 +555,11 @@ def main(argv=None):
         if args.check:
             return check_file(args.check, args.unsafe_local_execution)
         check_args(args)
-        chat(args) if args.chat else run(args)
+        try:
+            chat(args) if args.chat else run(args)
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
 
     return data.run_main(body)
 
