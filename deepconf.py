@@ -40,8 +40,11 @@ import numpy as np
 
 
 def _finite(values, name):
-    """values as float64 (t,); raises ValueError if there are none or one is not finite."""
-    values = np.asarray(values, np.float64)
+    """values as float64 (t,); raises ValueError if there are none or one is not a finite number."""
+    try:
+        values = np.asarray(values, np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}: expected a list of numbers") from None
     if values.ndim != 1 or not len(values):
         raise ValueError(f"{name}: shape {values.shape}, expected (t,) with t >= 1")
     for i in np.flatnonzero(~np.isfinite(values)):
@@ -292,10 +295,7 @@ def to_traces(records):
         for name, kind in FIELDS.items():
             if name not in record or not isinstance(record[name], kind):
                 raise ValueError(f"{where}: field {name}: missing or not {getattr(kind, '__name__', kind)}")
-        try:
-            _finite(record["confidences"], "confidences")
-        except (ValueError, TypeError) as e:
-            raise ValueError(f"{where}: field {e}") from None
+        _finite(record["confidences"], f"{where}: field confidences")
         problems.setdefault(record["problem"], []).append(SimpleNamespace(**record))
     return {name: sorted(traces, key=lambda t: t.sample) for name, traces in problems.items()}
 
