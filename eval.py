@@ -159,7 +159,7 @@ def sample(model, tokenizer, problems, args, judge, n, file, online=None):
         groups[reply.problem].append(reply)
     replies = [*itertools.chain(*groups.values())]
     with together():
-        if RANK == 0:
+        if RANK == 0:  # write before complaining: what was sampled must not be lost
             path = Path(args.out) / file
             data.write_jsonl(path, map(vars, replies))
             data.check_unknown(f"{path} holds every reply, but", unknown_reasons(replies), len(replies))
@@ -239,7 +239,7 @@ def vote_row(method, samples, votes, tokens):
 
 
 def pass_at_1(samples):
-    """The mean over the replies. It costs one reply per problem, so the n-th part of all."""
+    """The mean over the replies. It costs one reply per problem."""
     scores = []
     for replies, _ in samples.ballots:
         known = [reply.correct for reply in replies if reply.correct is not None]
@@ -274,6 +274,7 @@ def deepconf_offline(samples, window):
 def deepconf_online(level, eta, sample, args, ballots):
     """Traces are stopped while they are sampled -> (row, Samples).
 
+    The tokens of stopped traces count. Time falls less than tokens do, as batches grow thin at the end.
     eta: percentage of the warm-up traces that is kept. sample: as for evaluate. ballots: of any Samples."""
     settings = {"n_init": WARM_UP, "eta": eta, "window": args.window, "batch": BATCH}
     online = [deepconf.Online(args.samples, same=same, **settings) for _, same in ballots]
@@ -417,8 +418,7 @@ def chat(args):
         try:
             question = input("> ").strip()
         except EOFError:
-            print()
-            return
+            return print()
         if question:
             messages.append({"role": "user", "content": question})
             shown = ""
@@ -440,7 +440,9 @@ def gather(value):
 
 @contextmanager
 def together():
-    """All ranks leave the block together: a user's error on one of them ends all, and rank 0 says which."""
+    """All ranks leave the block together. A user's error on one of them ends all, and rank 0 says which.
+
+    Without this the others would wait in gather() for a rank that has ended."""
     error = None
     try:
         yield
@@ -502,10 +504,12 @@ def check_args(args):
 
 
 def prepare(folders, args, device):
-    """([(model, tokenizer)], problems, judge): what a user got wrong fails here, cheap checks first."""
-    for path in (*folders, args.problems):
-        if path in MADE_BY and not Path(path).exists():
-            raise ValueError(f"{path} is missing: run python {MADE_BY[path]} first")
+    """([(model, tokenizer)], problems, judge). A user's mistakes show here, cheap checks before loading."""
+    needed = [(folder, data.model_folder(folder) / "config.json") for folder in folders]
+    for path, file in [*needed, (args.problems, Path(args.problems))]:
+        if not file.is_file():
+            how = f": run python {MADE_BY[path]} first" if path in MADE_BY else ""
+            raise ValueError(f"{path if how else file} is missing{how}")
     problems = data.read_problems(args.problems, args.limit, partial(check_scorable, judge=args.judge))
     check_code(problems, args.problems, args.unsafe_local_execution, quiet=RANK > 0)
     judge = open_judge(args)
