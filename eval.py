@@ -11,7 +11,7 @@ What it writes to --out
     traces.jsonl            every sampled reply, with answer, verdict and confidences; traces-sft.jsonl of the
                             other checkpoint, traces-low.jsonl, traces-high.jsonl of DeepConf online
     report.json, report.md  the table that is also printed; run.json: arguments, versions, hardware, commit
-    report.png              accuracy against tokens, and the training runs' log.jsonl; needs matplotlib
+    accuracy.png            the table as a picture, accuracy against tokens; needs matplotlib
 
 Methods (rows of the report), n samples per problem
     pass@1                   the mean over samples
@@ -166,11 +166,8 @@ def sample(model, tokenizer, problems, args, judge, n, file, online=None):
 
     # Answers are one vote if they are equivalent, programs only if they are the same text.
     same = [None if decided_by_tests(problem) else same_answer for problem in problems]
-    return Samples([*zip(groups.values(), same)], n, count_tokens(replies), max(gather(seconds)))
-
-
-def count_tokens(replies):
-    return sum(reply.tokens for reply in replies)
+    tokens = sum(reply.tokens for reply in replies)
+    return Samples([*zip(groups.values(), same)], n, tokens, max(gather(seconds)))
 
 
 # 3. Verdicts ------------------------------------------------------------------------------------------------
@@ -256,12 +253,11 @@ def majority(samples):
 
 
 def majority_at_equal_tokens(samples, low):
-    """Majority of as many replies as fit into the tokens that DeepConf LOW took; low: its Samples.
-
-    The budget is per problem: LOW takes more where replies disagree."""
-    budgets = [count_tokens(replies) for replies, _ in low.ballots]
-    votes = [deepconf.majority_at(replies, budget, same)
-             for (replies, same), budget in zip(samples.ballots, budgets)]
+    """As many votes per problem as the tokens pay for that DeepConf LOW took. low: its Samples."""
+    votes = []
+    for (replies, same), (stopped, _) in zip(samples.ballots, low.ballots):
+        budget = sum(reply.tokens for reply in stopped)
+        votes.append(deepconf.majority_at(replies, budget, same))
     return vote_row("majority@equal-tokens", samples, votes, sum(tokens for _, tokens in votes))
 
 
@@ -313,40 +309,34 @@ def table(rows):
     return "\n".join(lines)
 
 
-def write_report(args, rows, replies, problem, logs):
-    """Write report.json, report.md and report.png; print the table, and the first reply to `problem`."""
+def write_report(args, rows, replies, problem):
+    """Write report.json, report.md and accuracy.png; print the table, and the first reply to `problem`."""
     report = f"{table(rows)}\n\n{deepconf.calibration_sentence(replies, args.window)}\n"
     if reasons := unknown_reasons(replies):
         report += f"{reasons.total()} of {len(replies)} verdicts unknown: {data.describe(reasons)}.\n"
     out = Path(args.out)
     data.write_text(out / "report.json", json.dumps({"rows": rows}, indent=1) + "\n")
     data.write_text(out / "report.md", f"# Evaluation on {args.problems}\n\n{report}")
-    plot(out / "report.png", rows, logs)
+    plot(out / "accuracy.png", rows)
     first = replies[0]
     print(f"\n{problem.prompt}\n{first.text}\nanswer {first.answer}, correct: {first.correct}\n\n{report}")
 
 
-def plot(path, rows, logs):
-    """Accuracy against tokens, then a training curve per checkpoint. logs: its name -> the log.jsonl."""
+def plot(path, rows):
+    """Accuracy, with its standard error, against generated tokens: a point per row."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         print("no picture: matplotlib is not installed (pip install matplotlib)")
         return
-    panels = 1 + len(logs)
-    figure = Figure(figsize=(6 * panels, 4), layout="constrained")
-    accuracy, *training = figure.subplots(1, panels, squeeze=False)[0]
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
     for r in rows:
         if r["accuracy"] is not None:
-            accuracy.errorbar(r["tokens"], 100 * r["accuracy"], 100 * (r["stderr"] or 0), fmt="s",
-                              label=f"{r['checkpoint']} {r['method']}")
-    accuracy.set(xlabel="generated tokens, all problems", ylabel="accuracy, %")
-    accuracy.legend()
-    for axes, (name, log) in zip(training, logs.items()):
-        steps = [record for _, record in data.read_records(log)]
-        measure = "reward" if "reward" in steps[-1] else "loss"
-        axes.plot([step["step"] for step in steps], [step[measure] for step in steps])
-        axes.set(title=name, xlabel="step", ylabel=measure)
+            axes.errorbar(r["tokens"], 100 * r["accuracy"], 100 * (r["stderr"] or 0), fmt="s",
+                          label=f"{r['checkpoint']} {r['method']}")
+    axes.set(xlabel="generated tokens, all problems", ylabel="accuracy, %")
+    axes.legend()
     figure.savefig(path, dpi=150)
 
 
@@ -461,7 +451,7 @@ SFT = "runs/tiny/sft/model"
 RL = "runs/tiny/rl/model"
 HELD_OUT = "runs/tiny/data/heldout.jsonl"
 MADE_BY = {SFT: "train_sft.py", RL: "train_rl.py", HELD_OUT: "train_sft.py"}
-OUTPUTS = ("traces*.jsonl", "report.json", "report.md", "report.png")
+OUTPUTS = ("traces*.jsonl", "report.*", "accuracy.png")
 
 
 @dataclass
@@ -491,9 +481,9 @@ class Args:
 def check_args(args):
     """Raise ValueError for flags out of range; choose the device."""
     for name, least in {"limit": 0, "code_tests": 0, "samples": 1, "max_new_tokens": 1, "window": 1}.items():
-        value = getattr(args, name)
-        if value < least:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+        if getattr(args, name) < least:
+            flag_name = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag_name} must be at least {least}, not {getattr(args, name)}")
     if not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1:
         raise ValueError("--temperature must be 0 or more, and --top-p above 0 and at most 1")
     if args.dtype not in DTYPES:
@@ -503,53 +493,44 @@ def check_args(args):
         raise ValueError(f"--device {args.device}: expected cpu, or cuda on a machine with a GPU")
 
 
-def prepare(folders, args, device):
-    """([(model, tokenizer)], problems, judge). A user's mistakes show here, cheap checks before loading."""
-    needed = [(folder, data.model_folder(folder) / "config.json") for folder in folders]
-    for path, file in [*needed, (args.problems, Path(args.problems))]:
-        if not file.is_file():
-            how = f": run python {MADE_BY[path]} first" if path in MADE_BY else ""
-            raise ValueError(f"{path if how else file} is missing{how}")
-    problems = data.read_problems(args.problems, args.limit, partial(check_scorable, judge=args.judge))
-    check_code(problems, args.problems, args.unsafe_local_execution, quiet=RANK > 0)
-    judge = open_judge(args)
-    return [load(folder, device, args.dtype) for folder in folders], problems, judge
-
-
 def run(args):
     """Evaluate --model, or the two checkpoints of the small run; torchrun's ranks all call this."""
-    device = args.device
-    if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        torch.cuda.set_device(device)
+    if args.device == "cuda":  # from here on "cuda" is the GPU of this rank
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if WORLD > 1:
         dist.init_process_group("gloo", timeout=timedelta(days=7))  # some ranks sample longer
 
     folders = [args.model] if args.model else [SFT, RL]
-    with together():
-        loaded, problems, judge = prepare(folders, args, device)
+    needed = [(folder, data.model_folder(folder) / "config.json") for folder in folders]
+    with together():  # a user's mistakes show here, cheap checks before the weights are read
+        judge = open_judge(args)
+        for path, file in [*needed, (args.problems, Path(args.problems))]:
+            if not file.is_file():
+                how = f": run python {MADE_BY[path]} first" if path in MADE_BY else ""
+                raise ValueError(f"{path if how else file} is missing{how}")
+        problems = data.read_problems(args.problems, args.limit, partial(check_scorable, judge=args.judge))
+        check_code(problems, args.problems, args.unsafe_local_execution, quiet=RANK > 0)
+        loaded = [load(folder, args.device, args.dtype) for folder in folders]
     with together():  # every rank has what it needs: only now may --fresh delete anything
         if RANK == 0:
             flags = vars(args)
             identity = {name: flags[name] for name in flags if name not in ("out", "fresh", "chat", "check")}
-            lock = data.open_run(args.out, identity, OUTPUTS, fresh=args.fresh, device=device, ranks=WORLD)
+            about = {"device": args.device, "ranks": WORLD}
+            lock = data.open_run(args.out, identity, OUTPUTS, fresh=args.fresh, **about)
             print(" ".join(f"{name}={value}" for name, value in flags.items()))
 
     rows = []
-    logs = {}
-    for folder, checkpoint in zip(folders, loaded):  # all methods on the last; for SFT pass@1 is enough
+    for folder, checkpoint in zip(folders, loaded):
         path = data.model_folder(folder).resolve()
         name = path.parent.name if path.name == "model" else path.name  # "rl" for runs/tiny/rl/model
-        if (path.parent / "log.jsonl").is_file():
-            logs[name] = path.parent / "log.jsonl"
         sample_it = partial(sample, *checkpoint, problems, args, judge)
         if folder == folders[-1]:
             new, replies = evaluate(sample_it, args)
-        else:
+        else:  # SFT, to compare with
             new = [pass_at_1(sample_it(min(4, args.samples), f"traces-{name}.jsonl"))]
         rows += [{"checkpoint": name, **row} for row in new]
     if RANK == 0:
-        write_report(args, rows, replies, problems[0], logs)
+        write_report(args, rows, replies, problems[0])
         lock.close()
 
 
@@ -559,13 +540,12 @@ def main(argv=None):
         if args.check:
             return check_file(args.check, args.unsafe_local_execution)
         check_args(args)
-        try:
-            chat(args) if args.chat else run(args)
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
+        chat(args) if args.chat else run(args)
 
-    return data.run_main(body)
+    status = data.run_main(body)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return status
 
 
 if __name__ == "__main__":

@@ -149,6 +149,7 @@ def place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ev, "generate", scripted_generate)
     monkeypatch.setattr(ev, "load", lambda folder, device, dtype: (None, data.Tokenizer.byte_level()))
+    data.write_text("runs/x/rl/model/config.json", "{}")
     write_problems(("easy", "5"), ("split", "7"), ("hard", "1"))
     return tmp_path
 
@@ -174,7 +175,7 @@ def test_report_of_the_script(place, capsys):
     each = LENGTH + len(r"\boxed{5}") + 1
     assert rows["pass@1"]["accuracy"] == pytest.approx((1 + 1 / 2 + 0) / 3)
     assert rows["pass@1"]["tokens"] == 3 * each and rows["majority@32"]["tokens"] == 3 * 32 * each
-    # Right in easy and split, whose right half is the more confident one; in hard all agree on a wrong answer.
+    # Right in easy and split, whose right half is more confident; in hard all agree on a wrong answer.
     for method in ("deepconf-offline@32", "deepconf-low@32"):
         assert rows[method]["accuracy"] == pytest.approx(2 / 3)
         assert rows[method]["stderr"] == pytest.approx(math.sqrt((2 / 9 + 4 / 9) / 2 / 3))
@@ -259,15 +260,14 @@ def test_two_spellings_of_one_answer_are_one_vote_and_one_verdict(place, monkeyp
     assert {row["accuracy"] for row in report().values()} == {1.0}
 
 
-def test_the_default_evaluates_both_checkpoints_and_names_the_command_that_is_missing(place, capsys):
-    for missing, command in (("sft/model", "train_sft.py"), ("rl/model", "train_rl.py"),
-                             ("data/heldout.jsonl", "train_sft.py")):
+def test_the_default_evaluates_both_checkpoints_or_names_the_missing_command(place, capsys):
+    for file, missing, command in (("sft/model/config.json", "sft/model", "train_sft.py"),
+                                   ("rl/model/config.json", "rl/model", "train_rl.py"),
+                                   ("data/heldout.jsonl", "data/heldout.jsonl", "train_sft.py")):
         assert ev.main([]) == 1
         expected = f"error: runs/tiny/{missing} is missing: run python {command} first\n"
         assert capsys.readouterr().err == expected and not Path("runs/tiny/eval").exists()
-        Path("runs/tiny", missing).mkdir(parents=True)
-    Path("runs/tiny/data/heldout.jsonl").rmdir()
-    write_problems(("easy", "5"), path="runs/tiny/data/heldout.jsonl")
+        write_problems(("easy", "5"), path=f"runs/tiny/{file}")
     assert ev.main([]) == 0
     rows = json.loads(Path("runs/tiny/eval/report.json").read_text())["rows"]
     assert [row["checkpoint"] for row in rows] == ["sft"] + ["rl"] * 6
@@ -336,14 +336,13 @@ def test_chat_streams_and_keeps_history(place, monkeypatch, capsys):
     assert not Path("out").exists()
 
 
-def test_plots(place, capsys, monkeypatch):
+def test_plot(place, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
-    data.write_jsonl("runs/x/rl/log.jsonl", [{"step": 1, "loss": 1.0, "reward": 0.1}])
     assert ev.main([*ARGV, "--samples", "4"]) == 0
-    assert Path("out/report.png").read_bytes().startswith(b"\x89PNG")
+    assert Path("out/accuracy.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # as if it were not installed
     assert ev.main([*ARGV, "--samples", "4", "--fresh"]) == 0
-    assert "pip install matplotlib" in capsys.readouterr().out and not Path("out/report.png").exists()
+    assert "pip install matplotlib" in capsys.readouterr().out and not Path("out/accuracy.png").exists()
 
 
 # 4. A real model, and two ranks -----------------------------------------------------------------------------
@@ -368,12 +367,12 @@ def test_a_checkpoint_that_is_missing_or_too_small(babbler, monkeypatch, capsys)
     monkeypatch.chdir(babbler)
     FalconH1(replace(PRESETS["tiny"], vocab_size=271)).save_pretrained("small")
     data.Tokenizer.byte_level().save("small")
-    for folder, why in [("nothing", "no checkpoint here"), ("small", "the model room for 271 only\n")]:
+    for folder, why in [("nothing", "nothing/config.json is missing"), ("small", "the model room for 271 only\n")]:
         assert ev.main([*BABBLE, "--model", folder, "--out", folder + "-out"]) == 1
         assert why in capsys.readouterr().err and not Path(folder + "-out").exists()
 
 
-# Every rank runs this, one evaluation after another: (function that rank 1 fails in or "verify", arguments).
+# Every rank runs this, one evaluation after another: (port, where rank 1 fails or "verify", arguments).
 # Answers depend on the text, so that the babbler's are not all alike.
 RANKS = f"""
 import contextlib, io, json, os, sys
@@ -399,6 +398,7 @@ for port, name, argv in json.loads(sys.argv[1]):
             status = ev.main(argv)
         except SystemExit as exit:
             status = exit.code
+            ev.dist.destroy_process_group()
     setattr(ev, name, original)
     files = sorted((file.name, file.stat().st_mtime_ns) for file in os.scandir(argv[-1]))
     print(json.dumps([status, out.getvalue(), err.getvalue(), files]), flush=True)
