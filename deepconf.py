@@ -108,7 +108,6 @@ def vote(answers, weights=None, same=None):
     weights = np.ones(len(answers)) if weights is None else np.asarray(weights, np.float64)
     if weights.shape != (len(answers),) or not (np.isfinite(weights) & (weights >= 0)).all():
         raise ValueError(f"weights: {weights}, expected {len(answers)} finite numbers that are not negative")
-
     votes = [(answer, float(weight)) for answer, weight in zip(answers, weights) if answer is not None]
     if not votes:
         return None, 0.0
@@ -117,8 +116,7 @@ def vote(answers, weights=None, same=None):
 
     sums = {}  # first answer of a group -> weight of the group
     for answer, weight in votes:
-        alike = (first for first in sums if first == answer or same and same(answer, first))
-        group = next(alike, answer)
+        group = next((first for first in sums if first == answer or same and same(answer, first)), answer)
         sums[group] = sums.get(group, 0.0) + weight
     best = max(sums, key=sums.get)
     return best, sums[best] / sum(sums.values())
@@ -239,7 +237,6 @@ class Online:
             trace.lowest = trace.total / trace.tokens
         trace.ended = True
         trace.answer = None if trace.stopped else answer
-
         warm = [self.traces[i] for i in range(self.n_init) if i in self.traces and self.traces[i].ended]
         if self.threshold is None and len(warm) == self.n_init:
             lowest = [t.lowest for t in warm if t.answer is not None]
@@ -362,8 +359,8 @@ def show(problems, window, same):
         accuracy = 100 * _mean(known)
         stderr = 100 * (_mean((known - _mean(known)) ** 2) / max(1, len(known))) ** 0.5
         cost = sum(tokens for _, tokens in results) / whole
-        unknown = len(results) - len(known)
-        print(f"| {method} | {accuracy:.1f} | {stderr:.1f} | {cost:.2f} | {len(known)} | {unknown} |")
+        print(f"| {method} | {accuracy:.1f} | {stderr:.1f} | {cost:.2f} ", end="")
+        print(f"| {len(known)} | {len(results) - len(known)} |")
     print("\n" + calibration_sentence([t for traces in problems.values() for t in traces], window))
 
 

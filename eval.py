@@ -253,7 +253,7 @@ def majority(samples):
 
 
 def majority_at_equal_tokens(samples, low):
-    """As many votes per problem as the tokens pay for that DeepConf LOW took. low: its Samples."""
+    """As many votes per problem as fit into the tokens that DeepConf LOW took for it. low: its Samples."""
     votes = []
     for (replies, same), (stopped, _) in zip(samples.ballots, low.ballots):
         budget = sum(reply.tokens for reply in stopped)
@@ -292,13 +292,13 @@ def evaluate(sample, args):
     return rows, [*itertools.chain(*(replies for replies, _ in samples.ballots))]
 
 
-# 5. Report and plots ----------------------------------------------------------------------------------------
+# 5. Report and plot -----------------------------------------------------------------------------------------
 
 LINE = "| {:10} | {:21} | {:>10} | {:>6} | {:>10} | {:>7} | {:>8} | {:>7} |"
 
 
 def table(rows):
-    """A Markdown table whose columns also line up in a terminal."""
+    """The rows as Markdown, with columns that also line up in a terminal."""
     names = ("checkpoint", "method", "accuracy %", "stderr", "tokens", "seconds", "problems", "unknown")
     head = LINE.format(*names)
     lines = [head, re.sub("[^|]", "-", head)]
@@ -385,6 +385,7 @@ def check_file(path, unsafe=False):
     for domain, count in sorted(counts.items()):
         right, wrong, unchecked = (count[status] for status in ("right", "failed", "not checked"))
         print(f"| {domain:10} | {count.total():6} | {right:6} | {wrong:6} | {unchecked:11} |")
+    # Each reason for not checking once, and the first ten failures.
     for line in [*sorted(set(reasons["not checked"])), *reasons["failed"][:10]]:
         print(line)
     if reasons["failed"]:
@@ -392,7 +393,9 @@ def check_file(path, unsafe=False):
 
 
 def chat(args):
-    """Talk to a checkpoint. The history holds whole replies; render_chat drops reasoning of earlier turns."""
+    """Talk to a checkpoint; replies are shown as they are written.
+
+    The history holds whole replies: render_chat drops the reasoning of earlier turns."""
     model, tokenizer = load(args.model or RL, args.device, args.dtype)
     messages = []
     shown = ""
@@ -494,7 +497,7 @@ def check_args(args):
 
 
 def run(args):
-    """Evaluate --model, or the two checkpoints of the small run; torchrun's ranks all call this."""
+    """Evaluate --model, or the two checkpoints of the small run. All ranks call this."""
     if args.device == "cuda":  # from here on "cuda" is the GPU of this rank
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if WORLD > 1:
@@ -519,6 +522,7 @@ def run(args):
             lock = data.open_run(args.out, identity, OUTPUTS, fresh=args.fresh, **about)
             print(" ".join(f"{name}={value}" for name, value in flags.items()))
 
+    # The last checkpoint gets all methods, the one before only what shows the gain by RL.
     rows = []
     for folder, checkpoint in zip(folders, loaded):
         path = data.model_folder(folder).resolve()
@@ -526,7 +530,7 @@ def run(args):
         sample_it = partial(sample, *checkpoint, problems, args, judge)
         if folder == folders[-1]:
             new, replies = evaluate(sample_it, args)
-        else:  # SFT, to compare with
+        else:
             new = [pass_at_1(sample_it(min(4, args.samples), f"traces-{name}.jsonl"))]
         rows += [{"checkpoint": name, **row} for row in new]
     if RANK == 0:

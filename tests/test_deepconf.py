@@ -31,7 +31,7 @@ def test_formulas_by_hand():
 
 
 def test_calibration_by_hand():
-    # Lowest groups of right traces: 2 and 3, of wrong ones: 1 and 3. Of four pairs two are in order, one ties.
+    # Lowest groups of right traces: 2, 3, of wrong ones: 1, 3. Of four pairs two are in order, one ties.
     right = [trace("a", 2, 4, correct=True), trace("a", 3, correct=True)]
     wrong = [trace("b", 1, correct=False), trace("b", 3, correct=False)]
     assert d.calibration_sentence([*right, *wrong, trace("c", 9)], 1).startswith(
