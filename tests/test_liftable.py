@@ -33,9 +33,8 @@ ids, mask = data.render_chat([{"role": "user", "content": "1+1?"}], data.Tokeniz
 assert len(data.read_problems("made/rl.jsonl")) == 3 and len(ids) == len(mask)
 """),
     ("deepconf.py", """
-import deepconf
-from types import SimpleNamespace
-traces = [SimpleNamespace(answer=a, confidences=[c] * 4) for a, c in [("7", 2.0), ("8", 1.0)] * 9]
+import deepconf, types
+traces = [types.SimpleNamespace(answer=a, confidences=[c] * 4) for a, c in [("7", 2.0), ("8", 1.0)] * 9]
 assert deepconf.offline(traces, window=2) == deepconf.replay(traces, window=2).result() == ("7", 1.0)
 """),
     ("sandbox.py", """
@@ -46,9 +45,8 @@ verdict = sandbox.run_code("print(2 * int(input()))", [{"input": "2", "output": 
 assert verdict.score == 1, verdict
 """),
     ("rewards.py sandbox.py", r"""
-import rewards
-from types import SimpleNamespace
-problem = SimpleNamespace(prompt="q", answer="0.5", domain="math", extra={})
+import rewards, types
+problem = types.SimpleNamespace(prompt="q", answer="0.5", domain="math", extra={})
 assert rewards.verify(r"so \boxed{\frac12}", problem).score == 1
 assert rewards.verify(r"so \boxed{2}", problem).score == 0
 """),
