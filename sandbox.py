@@ -22,7 +22,6 @@ processes, nor learn what is expected; it ends within 4 times its limit of proce
 installed beside Python's libraries; seeing sizes and times of files whose names it guesses; using one core,
 its memory and, until it ends, as much disk as files take that it has deleted but holds open (512 MB) or
 mapped (its memory again); holes in the kernel; guessing.
-
 Standard library only; to copy it, take this file alone.
 """
 
@@ -36,21 +35,27 @@ import os
 import re
 import select
 import signal
+import site
 import struct
 import sys
 import threading
 import time
 
+with contextlib.suppress(ImportError):  # not every platform has them
+    import ctypes
+    import resource
 if __name__ != "__main__":  # only the caller needs these; without them the referee starts 10 ms sooner
     import random
     import subprocess
     import tempfile
 
-OUTPUT = 8 << 20  # bytes that a program may print, a file may have, or a result may take
-DISK = 64 << 20  # bytes in its folder
-FILES = 1000  # entries in it
-THREADS = 256
-PATIENCE = 4  # seconds of wall clock per second of processor time
+# Bytes that a program may print, a file may have, or a result may take.
+OUTPUT = 8 << 20
+# Bytes in a program's folder, and entries.
+DISK = 64 << 20
+FILES = 1000
+# Seconds of wall clock per second of processor time.
+PATIENCE = 4
 
 # 1. The caller ----------------------------------------------------------------------------------------------
 
@@ -63,7 +68,7 @@ NO_VERDICT = "no verdict came back"
 
 
 class Verdict(collections.namedtuple("Verdict", "score reason seconds", defaults=[0.0])):
-    """What a verifier says about one reply.
+    """What a verifier says about one reply:
 
     score: 1.0, 0.0, or None: unknown, which says nothing about the reply.
     reason: "passed", or why not: "wrong output in test 3", "time limit", "unknown: ...", ...
@@ -131,15 +136,12 @@ def check_tests(tests, where, entry_point=""):
         if not condition:
             raise ValueError(f"{where}: {problem}")
 
-    def is_name(value):
-        return isinstance(value, str) and value.isidentifier()
-
     check(tests, "there are no tests")
     if isinstance(tests, str):
         check(re.search(r"^def check\(", tests, re.MULTILINE), "a text must define check(candidate)")
-        check(is_name(entry_point), "entry_point must name the function that check() is given")
+        named = isinstance(entry_point, str) and entry_point.isidentifier()
+        check(named, "entry_point must name the function that check() is given")
         return "check", [(1, tests, entry_point)]
-
     wrapped = False
     if isinstance(tests, dict):  # APPS becomes one of the other two
         inputs, outputs, name = (tests.get(key) for key in ("inputs", "outputs", "fn_name"))
@@ -148,6 +150,7 @@ def check_tests(tests, where, entry_point=""):
         wrapped = all(isinstance(output, list) and len(output) == 1 for output in outputs)
         keys = ("input", "output") if name is None else ("args", "expected")
         tests = [dict(zip(keys, pair), fn_name=name) for pair in zip(inputs, outputs)]
+    # Now a list, all of programs or all of functions.
     known = isinstance(tests, list) and all(isinstance(test, dict) for test in tests)
     check(known, f"tests must be a text, a dictionary or a list of dictionaries, not {type(tests).__name__}")
 
@@ -155,9 +158,11 @@ def check_tests(tests, where, entry_point=""):
     read = []
     for i, test in enumerate(tests, 1):
         name = test.get("fn_name", test.get("call"))
-        shaped = is_name(name) and isinstance(test.get("args"), list) and "expected" in test
-        check(programs or shaped, f"test {i} has neither input and output nor fn_name (or call), args, expected")
+        named = isinstance(name, str) and name.isidentifier()
+        shaped = programs or named and isinstance(test.get("args"), list) and "expected" in test
+        check(shaped, f"test {i} has neither input and output nor fn_name (or call), args, expected")
         try:
+            # A text stays a text; what APPS wraps in a list may also be the result itself.
             if programs:
                 row = as_text(test["input"]), [as_text(test["output"])]
             else:
@@ -180,38 +185,34 @@ def as_text(value):
 # Emulated kernels (gVisor) may accept the calls that build walls without enforcing them, so all are tried.
 PROBE = """
 import os, resource, socket
-attempts = ["open('/etc/passwd')", "os.open('/tmp', os.O_RDWR | os.O_TMPFILE)", "os.listdir('/')", "os.fork()",
-    "os.execv('/bin/true', ['true'])", "os.kill(os.getppid(), 0)", "os.setsid()", "socket.socket()",
-    "resource.setrlimit(resource.RLIMIT_NOFILE, (99, 99))"]
+attempts = ["open('/etc/passwd')", "os.open('/tmp', os.O_RDWR | os.O_TMPFILE)", "os.listdir('/')",
+    "os.fork()", "os.execv('/bin/true', ['true'])", "os.kill(os.getppid(), 0)", "os.setsid()",
+    "socket.socket()", "resource.setrlimit(resource.RLIMIT_NOFILE, (99, 99))"]
 for attempt in attempts:
     try:
         eval(attempt)
     except (PermissionError, ValueError):  # ValueError: of a limit
         continue
     raise type(attempt.split("(")[0].replace(".", "_"), (Exception,), {})  # the reason will name it
-open("own", "w").write("x")
-print(os.listdir("."))
+print(open("own", "w").write("x"), os.listdir("."))
 """
 
 
 @functools.lru_cache(maxsize=1)
 def sandbox_walls():
-    """The walls on this machine, tried once: {name: "on", or why it is not}.
-
-    Raises:
-        OSError: the machine could not even start the probe; the next call tries again.
-    """
+    """The walls on this machine, tried once: {name: "on", or why it is not}. Raises OSError if the machine
+    could not even start the probe; the next call tries again."""
     if sys.platform != "linux":
         return {"Landlock and seccomp": f"Linux has them, this is {sys.platform}"}
     program = {"source": PROBE, "prompt": "", "seconds": 10.0, "memory": 1 << 30, "unsafe": False}
-    reason, _ = judge("programs", [(1, "", ["['own']"])], program)
-    if reason.startswith("unknown") and NO_WALLS not in reason:
+    reason, _ = judge("programs", [(1, "", ["1 ['own']"])], program)
+    if reason.startswith("unknown") and "walls" not in reason:
         raise OSError(reason)
     return dict.fromkeys(WALLS, "on") if reason == "passed" else {"walls that hold": reason}
 
 
 def require_sandbox(unsafe=False):
-    """sandbox_walls(), or ValueError if some are missing and unsafe does not allow that."""
+    """sandbox_walls(), or ValueError where some are missing and unsafe does not allow that."""
     walls = sandbox_walls()
     missing = ", ".join(f"{name} ({why})" for name, why in walls.items() if why != "on")
     if missing and not unsafe:
@@ -221,13 +222,10 @@ def require_sandbox(unsafe=False):
 
 
 def judge(kind, tests, program):
-    """Start a referee. Returns the verdict's reason and seconds.
-
-    Raises:
-        OSError, MemoryError: there is no process or no folder to be had.
-    """
-    environment = {"LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH", "")}  # Python may need it
-    environment["MALLOC_ARENA_MAX"] = "1"  # or each thread reserves another 64 MB of address space
+    """Let a referee judge a program. Returns the verdict's reason and the seconds that it took. Raises
+    OSError or MemoryError where there is no process or no folder to be had."""
+    # Python may need the one; without the other each thread reserves another 64 MB of address space.
+    environment = {"LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH", ""), "MALLOC_ARENA_MAX": "1"}
     with SLOTS:
         start = time.perf_counter()
         kills = out_of_memory_kills()
@@ -241,24 +239,21 @@ def judge(kind, tests, program):
                 [sys.executable, "-I", "-S", "-X", "utf8", HERE, base], stdin=subprocess.PIPE, cwd="/",
                 stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment, start_new_session=True,
             )
-            reason = converse(process, encode(tests), PATIENCE * program["seconds"] + 0.2)
+            try:
+                said, _ = process.communicate(encode(tests), PATIENCE * program["seconds"] + 0.2)
+                reason = said.decode() or NO_VERDICT
+            except subprocess.TimeoutExpired:
+                reason = "time limit"
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)  # nobody in it could leave the group
+                process.wait()
         finally:
             remove(base)
+        # Whom the kernel ends for want of memory, the program did not end.
         if reason in ("died", NO_VERDICT) and out_of_memory_kills() != kills:
             reason = "unknown: the machine ran out of memory"
         return reason, time.perf_counter() - start
-
-
-def converse(process, tests, timeout):
-    """What the referee prints. In the end all of its processes are gone."""
-    try:
-        return process.communicate(tests, timeout=timeout)[0].decode() or NO_VERDICT
-    except subprocess.TimeoutExpired:
-        return "time limit"
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # nobody in it could leave the group
-        process.wait()
 
 
 def out_of_memory_kills():
@@ -334,7 +329,7 @@ class Referee:
     def call(self, name, args, kwargs):
         """The result of one of the program's functions. Failed if it does not return one."""
         try:
-            os.write(self.requests, encode([name, args, kwargs]))
+            send(self.requests, [name, args, kwargs])
             return receive(self.replies, OUTPUT)
         except (EOFError, BrokenPipeError):
             self.printed()  # the player has ended, and most likely for a reason
@@ -347,6 +342,7 @@ def compare_tests(referee, program, tests):
     """Each test is a run of the program or a call of one of its functions."""
     functions = program["kind"] == "functions"
     same = same_value if functions else same_output
+    # A run of the program ends by itself, in the order of the tests; a call is asked for.
     for referee.test, *question, accepted in tests:
         result = referee.call(*question, {}) if functions else referee.printed()
         if not any(same(result, expected) for expected in accepted):
@@ -371,9 +367,8 @@ def run_check(referee, program, tests):
         exec(test, names)
         names["check"](candidate)
     except BaseException as error:
-        failed = isinstance(error, AssertionError)
-        reason = "wrong output" if failed else f"the check raised {type(error).__name__}"
-        raise Failed(f"{reason} in test {referee.test}") from None
+        what = "wrong output" if type(error) is AssertionError else f"the check raised {type(error).__name__}"
+        raise Failed(f"{what} in test {referee.test}") from None
     if referee.test == 0:
         raise Failed("the check never calls its candidate")
 
@@ -385,22 +380,21 @@ NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 def same_output(printed, expected):
     """As judges compare: blanks at the ends of lines and empty lines at the end do not count; a number for a
     decimal may be 1e-6 off, relative or absolute; everything else is exact. Lines end at \\n only."""
-    words = trimmed_words(printed)
-    others = trimmed_words(expected)
-    return len(words) == len(others) and all(map(same_word, words, others))
-
-
-def trimmed_words(text):
-    """Words and what lies between them, in turn."""
-    lines = [line.rstrip(BLANKS) for line in text.rstrip(BLANKS + "\n").split("\n")]
-    return re.split(f"([{BLANKS}\n]+)", "\n".join(lines))
+    # Words and what lies between them, in turn.
+    sides = []
+    for text in (printed, expected):
+        lines = [line.rstrip(BLANKS) for line in text.rstrip(BLANKS + "\n").split("\n")]
+        sides.append(re.split(f"([{BLANKS}\n]+)", "\n".join(lines)))
+    return len(sides[0]) == len(sides[1]) and all(map(same_word, *sides))
 
 
 def same_word(printed, expected):
+    """Equal, or a number that is close to an expected decimal."""
     numbers = NUMBER.fullmatch(printed) and NUMBER.fullmatch(expected) and re.search("[.eE]", expected)
     if printed == expected or not numbers:
         return printed == expected
-    return math.isclose(float(printed), float(expected), rel_tol=1e-6, abs_tol=1e-6)
+    value = float(expected)
+    return math.isfinite(value) and math.isclose(float(printed), value, rel_tol=1e-6, abs_tol=1e-6)
 
 
 def same_value(result, expected):
@@ -418,8 +412,7 @@ def same_value(result, expected):
     if kind in (list, tuple):
         return len(result) == len(expected) and all(map(same_value, result, expected))
     if kind in (dict, set, frozenset):
-        typed = {(type(key), key) for key in expected}  # or True would be the key 1
-        if {(type(key), key) for key in result} != typed:
+        if {(type(key), key) for key in result} != {(type(key), key) for key in expected}:  # as True == 1
             return False
         return kind is not dict or all(same_value(result[key], expected[key]) for key in expected)
     return result == expected
@@ -439,13 +432,14 @@ class Launcher:
         self.used = 0.0  # seconds of processor time, by players that have ended
 
     def serve(self):
+        """Run the program, answer, and so on; the referee ends all when it has seen enough."""
         libc("prctl", 1, signal.SIGKILL, 0, 0, 0)  # do not outlive the parent
         for stdin in self.program["inputs"]:
             try:
                 answer = self.run(stdin)
             except OSError as error:
                 answer = [f"unknown: {error}", ""]
-            os.write(self.control, encode(answer))
+            send(self.control, answer)
         os._exit(0)
 
     def run(self, stdin):
@@ -465,16 +459,17 @@ class Launcher:
         while self.channel:
             os.close(self.channel.pop())  # the player alone holds these ends now: they close when it ends
 
+        # What the program left behind says why it failed, but a limit that it broke says more.
         reason = self.watch(player)
         text = os.pread(printed, OUTPUT, 0).decode("utf-8", "surrogateescape")
         raised = os.pread(report, 99, 0).decode(errors="replace")
-        if not reason and os.fstat(printed).st_size > OUTPUT:
-            reason = "output limit"
-        if not reason and not fits(self.folder):
-            reason = "disk limit"
-        if not reason and raised:  # a program names its exceptions as it likes
+        if os.fstat(printed).st_size > OUTPUT:
+            reason = reason or "output limit"
+        if not fits(self.folder):
+            reason = reason or "disk limit"
+        if raised:  # a program names its exceptions as it likes
             raised = raised if raised.isidentifier() else "something"
-            reason = "memory limit" if raised == "MemoryError" else f"raised {raised}"
+            reason = reason or ("memory limit" if raised == "MemoryError" else f"raised {raised}")
         for fd in (source, printed, report):
             os.close(fd)
         remove(self.folder)
@@ -486,26 +481,24 @@ class Launcher:
         os.chdir(self.folder)
         missing = confine(self.folder, self.program["memory"], self.program["seconds"])
         if missing and not self.program["unsafe"]:
-            os.write(self.control, encode([f"unknown: {NO_WALLS}: {missing}", ""]))
+            send(self.control, [f"unknown: walls are missing: {missing}", ""])
             os._exit(1)
         for place, fd in enumerate(files):
             os.dup2(fd, place)  # on none that is still to move: 3 and 4 are the pipe of control
         os.closerange(len(files), 1 << 16)
 
     def watch(self, player):
-        """Wait for the player's end, and end it if it breaks a limit. Why it failed, or None.
-
-        The limit of wall clock is the caller's to watch.
-        """
+        """Wait for the player's end, and end it if it breaks a limit. Why it failed, or None. The limit of
+        wall clock is the caller's to watch."""
         reason = None
         ended = os.pidfd_open(player)
         while not reason and not select.select([ended], [], [], 0.05)[0]:
             os.kill(player, signal.SIGSTOP)  # or it could rename folders to keep them out of our sight
             os.waitid(os.P_PID, player, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
-            used = self.used + time.clock_gettime(~player << 3 | 2)  # the clock of that process
-            if used > self.program["seconds"]:
+            # ~pid << 3 | 2 is the clock of that process.
+            if self.used + time.clock_gettime(~player << 3 | 2) > self.program["seconds"]:
                 reason = "time limit"
-            elif len(os.listdir(f"/proc/{player}/task")) > THREADS:
+            elif len(os.listdir(f"/proc/{player}/task")) > 256:
                 reason = "thread limit"
             elif not fits(self.folder):
                 reason = "disk limit"
@@ -529,12 +522,8 @@ from itertools import *; from math import *; from typing import *
 
 
 def play(program, folder):
-    """Run the program: as `python solution.py`, or as a module whose functions are called.
-
-    If it raises an exception, that type's name is its report, which can but say why a 0 is a 0.
-    """
-    import site
-
+    """Run the program: as `python solution.py`, or as a module whose functions are called. If it raises an
+    exception, that type's name is its report, which can but say why a 0 is a 0."""
     site.setquit()  # exit() and quit()
     sys.argv = ["solution.py"]
     os.environ.clear()
@@ -545,9 +534,9 @@ def play(program, folder):
     sys.modules[module.__name__] = module
     try:
         if is_module:
-            usual = {}
-            exec(USUAL, usual)
-            vars(builtins).update(usual | vars(builtins))  # there they override nothing
+            # They go among the builtins, where they override nothing and are not the program's own.
+            exec(USUAL, usual := {})
+            vars(builtins).update(usual | vars(builtins))
         run_prompt(program["prompt"], vars(module))
         exec(compile(program["source"], "solution.py", "exec"), vars(module))
         requests = open(REQUESTS, "rb", closefd=False) if is_module else None
@@ -556,7 +545,7 @@ def play(program, folder):
             os.chdir(folder)
             empty(folder)  # of what the call before has left
             owner = module if name in vars(module) else module.Solution()
-            os.write(REPLIES, encode(getattr(owner, name)(*args, **kwargs)))
+            send(REPLIES, getattr(owner, name)(*args, **kwargs))
     except BaseException as error:  # a program may raise anything
         if is_module or not isinstance(error, SystemExit):
             os.write(REPORT, type(error).__name__[:80].encode("utf-8", "replace"))
@@ -572,15 +561,11 @@ def run_prompt(prompt, names):
 # 4. The walls -----------------------------------------------------------------------------------------------
 
 WALLS = ["no rights", "no new rights", "Landlock", "seccomp", "limits"]
-NO_WALLS = "no isolation"
 
 
 def confine(folder, memory, seconds):
-    """From here on this process can compute, and write to folder, and nothing else.
-
-    Returns:
-        The walls that could not be built, and why; an empty text if all stand.
-    """
+    """From here on this process can compute, and write to folder, and nothing else. Returns the walls that
+    could not be built, and why; an empty text if all stand."""
     builders = [
         lambda: libc("capset", struct.pack("Ii", 0x20080522, 0), bytes(24)),
         lambda: libc("prctl", 38, 1, 0, 0, 0),  # which the next two ask for
@@ -599,16 +584,13 @@ def confine(folder, memory, seconds):
 
 def set_limits(memory, seconds):
     """The kernel's limits. That of time counts whole seconds: the launcher is more exact."""
-    import resource  # here, as not every platform has it
-
-    limits = {"AS": memory, "CPU": int(seconds) + 2, "NOFILE": 64, "SIGPENDING": 64}
+    # Of a file one byte more than allowed, to tell too much from all.
+    limits = {"AS": memory, "CPU": int(seconds) + 2, "FSIZE": OUTPUT + 1, "NOFILE": 64, "SIGPENDING": 64}
     limits |= {"CORE": 0, "MEMLOCK": 0, "MSGQUEUE": 0}
-    limits["FSIZE"] = OUTPUT + 1  # one byte more than allowed, to tell too much from all
     for name, limit in limits.items():
         number = getattr(resource, f"RLIMIT_{name}")
-        hard = resource.getrlimit(number)[1]
-        limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
-        resource.setrlimit(number, (limit, limit))
+        hard = resource.getrlimit(number)[1] % (1 << 64)  # -1 stands for none. It cannot be raised
+        resource.setrlimit(number, (min(limit, hard), min(limit, hard)))
 
 
 # Landlock's rights, a bit each: 0 execute, 1 write or 2 read a file; 3 list a folder; remove 4 a folder or
@@ -621,14 +603,13 @@ ON_FILES = sum(1 << right for right in (1, 2, 14))  # the others are for folders
 
 def restrict_files(folder):
     """Landlock: no file can be opened but Python's libraries, for reading, and what lies in folder."""
-    # What is handled is refused: these rights to files, TCP since version 4, other sockets since 6.
+    # What is handled is refused: this many rights to files, TCP since version 4, other sockets since 6. The
+    # kernel takes as many bytes of that as its version knows.
     version = libc("syscall", 444, None, 0, 1)
-    known = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)) - 1
-    handled = struct.pack("3Q", known, 3, 3)
-    length = 8 if version < 4 else 16 if version < 6 else 24
-    rules = libc("syscall", 444, handled[:length], length, 0)
-
-    # Allowed is:
+    rights, length = {1: (13, 8), 2: (14, 8), 3: (15, 8), 4: (15, 16), 5: (16, 16)}.get(version, (16, 24))
+    known = (1 << rights) - 1
+    rules = libc("syscall", 444, struct.pack("3Q", known, 3, 3)[:length], length, 0)
+    # What is allowed of it:
     libraries = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", "/etc/localtime"]
     libraries += ["/usr/share/zoneinfo", f"{sys.base_prefix}/lib", *sys.path]
     allowed = dict.fromkeys(libraries, READ) | {"/dev/null": READ | WRITE, folder: READ | WRITE}
@@ -640,25 +621,24 @@ def restrict_files(folder):
 
 # The system calls that fail with "not permitted": name, number on x86-64, number on arm64.
 FORBIDDEN = """
-    processes   fork 57 -  vfork 58 -  execve 59 221  execveat 322 281  setpgid 109 154  setsid 112 157
-    signals     kill 62 129  tkill 200 130  tgkill 234 131  rt_sigqueueinfo 129 138  rt_tgsigqueueinfo 297 240
-    network     socket 41 198  socketpair 53 199
-    inspection  ptrace 101 117  process_vm_readv 310 270  process_vm_writev 311 271  kcmp 312 272
-                perf_event_open 298 241  userfaultfd 323 282  syslog 103 116  fanotify_init 300 262
-                inotify_init 253 -  inotify_init1 294 26  name_to_handle_at 303 264  open_by_handle_at 304 265
-    priorities  setpriority 141 140  sched_setparam 142 118  sched_setscheduler 144 119  sched_setattr 314 274
-                sched_setaffinity 203 122  ioprio_set 251 30  migrate_pages 256 238  move_pages 279 239
-    settings    prctl 157 167  personality 135 92  unshare 272 97  setns 308 268  bpf 321 280
-    users       setuid 105 146  setgid 106 144  setreuid 113 145  setregid 114 143  setresuid 117 147
-                setresgid 119 149  setgroups 116 159  add_key 248 217  request_key 249 218  keyctl 250 219
-    mounts      mount 165 40  umount2 166 39  pivot_root 155 41  chroot 161 51  sync 162 81  syncfs 306 267
-    memory      memfd_create 319 279  shmget 29 194  shmat 30 196  shmctl 31 195  semget 64 190  semop 65 193
-                semctl 66 191  semtimedop 220 192  msgget 68 186  msgsnd 69 189  msgrcv 70 188  msgctl 71 187
-                mq_open 240 180  mq_unlink 241 181  io_setup 206 0
-    files       chmod 90 -  fchmod 91 52  fchmodat 268 53  chown 92 -  fchown 93 55  lchown 94 -
-                fchownat 260 54  utime 132 -  utimes 235 -  futimesat 261 -  utimensat 280 88  truncate 76 45
-                setxattr 188 5  lsetxattr 189 6  fsetxattr 190 7  removexattr 197 14  lremovexattr 198 15
-                fremovexattr 199 16
+process   fork 57 -  vfork 58 -  execve 59 221  execveat 322 281  setpgid 109 154  setsid 112 157
+signal    kill 62 129  tkill 200 130  tgkill 234 131  rt_sigqueueinfo 129 138  rt_tgsigqueueinfo 297 240
+network   socket 41 198  socketpair 53 199
+inspect   ptrace 101 117  process_vm_readv 310 270  process_vm_writev 311 271  kcmp 312 272
+          perf_event_open 298 241  userfaultfd 323 282  syslog 103 116  fanotify_init 300 262
+          inotify_init 253 -  inotify_init1 294 26  name_to_handle_at 303 264  open_by_handle_at 304 265
+priority  setpriority 141 140  sched_setparam 142 118  sched_setscheduler 144 119  sched_setattr 314 274
+          sched_setaffinity 203 122  ioprio_set 251 30  migrate_pages 256 238  move_pages 279 239
+setting   prctl 157 167  personality 135 92  unshare 272 97  setns 308 268  bpf 321 280
+user      setuid 105 146  setgid 106 144  setreuid 113 145  setregid 114 143  setresuid 117 147
+          setresgid 119 149  setgroups 116 159  add_key 248 217  request_key 249 218  keyctl 250 219
+mount     mount 165 40  umount2 166 39  pivot_root 155 41  chroot 161 51  sync 162 81  syncfs 306 267
+memory    memfd_create 319 279  shmget 29 194  shmat 30 196  shmctl 31 195  semget 64 190  semop 65 193
+          semctl 66 191  semtimedop 220 192  msgget 68 186  msgsnd 69 189  msgrcv 70 188  msgctl 71 187
+          mq_open 240 180  mq_unlink 241 181  io_setup 206 0
+file      chmod 90 -  fchmod 91 52  fchmodat 268 53  chown 92 -  fchown 93 55  lchown 94 -  fchownat 260 54
+          utime 132 -  utimes 235 -  futimesat 261 -  utimensat 280 88  truncate 76 45  setxattr 188 5
+          lsetxattr 189 6  fsetxattr 190 7  removexattr 197 14  lremovexattr 198 15  fremovexattr 199 16
 """
 NEWER = 424  # newer calls (2019: pidfds, io_uring, clone3) fail with "no such call"; C libraries fall back
 
@@ -679,12 +659,9 @@ CHECKED = {
 
 
 def filter_calls():
-    """seccomp: a program for the kernel's little machine, which sees each call's number and arguments.
-
-    An instruction: what to do, steps ahead if so, steps ahead if not, operand.
-    """
-    import ctypes
-
+    """seccomp: a program for the kernel's little machine, which sees each call's number and arguments. An
+    instruction says what to do, how many steps to skip if so, how many if not, and has an operand. The number
+    lies at 0, the instruction set at 4, argument i at 16 + 8 i."""
     load, mask, equal, at_least, leave = 0x20, 0x54, 0x15, 0x35, 0x06
     allow = (leave, 0, 0, 0x7FFF0000)
     refuse = (leave, 0, 0, 0x00050000 | 1)  # EPERM
@@ -694,17 +671,16 @@ def filter_calls():
         (load, 0, 0, 4), (equal, 1, 0, (0xC000003E, 0xC00000B7)[column]), (leave, 0, 0, 0x80000000),
         (load, 0, 0, 0), (at_least, 0, 1, NEWER), (leave, 0, 0, 0x00050000 | 38),  # ENOSYS
     ]
-    for numbers in re.findall(r"\w+ (\d+|-) (\d+|-)", FORBIDDEN):
-        if numbers[column] != "-":
-            program += [(equal, 0, 1, int(numbers[column])), refuse]
+    for number in re.findall([r"\w+ (\d+) ", r"\w+ \d+ (\d+)"][column], FORBIDDEN):
+        program += [(equal, 0, 1, int(number)), refuse]
     for *numbers, argument, bits, passing in CHECKED.values():
         body = [(load, 0, 0, 16 + 8 * argument), (mask, 0, 0, bits)]
         for value in passing:
             body += [(equal, 0, 1, value), allow]
         if numbers[column] is not None:
             program += [(equal, 0, len(body) + 1, numbers[column]), *body, refuse]
-
     program.append(allow)
+    # The kernel wants a pointer to the instructions, and how many there are.
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in program))
     pointer = struct.pack("HP", len(program), ctypes.addressof(code))
     libc("prctl", 22, 2, ctypes.create_string_buffer(pointer), 0, 0)
@@ -712,8 +688,6 @@ def filter_calls():
 
 def libc(function, *args):
     """Call the C library; OSError where it returns -1."""
-    import ctypes  # here, as not every Python has it
-
     result = getattr(ctypes.CDLL(None, use_errno=True), function)(*args)
     if result == -1:
         raise OSError(ctypes.get_errno(), f"{function}: {os.strerror(ctypes.get_errno())}")
@@ -723,6 +697,12 @@ def libc(function, *args):
 # 5. Messages and folders ------------------------------------------------------------------------------------
 
 TAGGED = {kind.__name__: kind for kind in (tuple, set, frozenset, bytes, dict)}
+
+
+def send(fd, value):
+    """Write a message, a line of JSON. os.write alone would end halfway in a player that is stopped."""
+    with open(fd, "wb", closefd=False) as file:
+        file.write(encode(value))
 
 
 def receive(file, most=-1):
@@ -735,15 +715,12 @@ def receive(file, most=-1):
 
 
 def encode(value):
-    """A message: a line of JSON. os.write puts all of it into a pipe, however long."""
     return json.dumps(plain(value)).encode() + b"\n"
 
 
 def plain(value):
-    """value in JSON's types, what JSON lacks as {type: list}. TypeError for all that is not plain data.
-
-    The dictionaries of collections become plain ones.
-    """
+    """value in JSON's types, what JSON lacks as {type: list}; dictionaries of collections become plain ones.
+    TypeError for all that is not plain data: no object of a program's own class gets out."""
     kind = type(value)
     if value is None or kind in (bool, int, float, str):
         return value
@@ -764,8 +741,7 @@ def revive(tagged):
 
 def fits(folder):
     """Whether a folder holds no more than DISK bytes and FILES entries, nested no deeper than paths go."""
-    size = 0
-    entries = 0
+    size = entries = 0
     pending = [folder]
     for path in pending:
         for entry in os.scandir(path):
