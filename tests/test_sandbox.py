@@ -29,10 +29,16 @@ FOLDER = Path(sandbox.__file__).parent
 
 # 1. Reading tests -------------------------------------------------------------------------------------------
 
+NAN = float("nan")
+INF = float("inf")
+ENDLESS = []
+ENDLESS.append(ENDLESS)
 CHECK = "def check(candidate):\n    assert candidate(1) == 2\n    assert candidate(5) == 6\n"
 ONE = [{"input": "", "output": "1"}]
 ADD = [{"input": "1 2\n", "output": "3\n"}, {"input": "10 20", "output": "30"}]
-TOTAL = "print(sum(map(int, input().split())))"
+SUM = "sum(map(int, input().split()))"
+TOTAL = f"print({SUM})"
+RIGHT, WRONG = "passed", "wrong output in test 1"
 
 
 def calls(*pairs, name="f"):
@@ -62,19 +68,11 @@ def test_check_tests_reads_every_shape(tests, read):
 @pytest.mark.parametrize(
     ("tests", "entry_point", "error"),
     [
-        ([], "", "no tests"),
-        ({}, "", "no tests"),
-        ("", "f", "no tests"),
-        (None, "", "no tests"),
-        (7, "", "not int"),
-        ([1], "", "list of dictionaries"),
-        ([10**5000], "", "list of dictionaries"),
-        ("assert f(1) == 2", "f", "must define check"),
-        (CHECK, "", "entry_point"),
-        (CHECK, "a.b", "entry_point"),
-        (CHECK, None, "entry_point"),
-        ({"inputs": ["1"]}, "", "inputs and outputs"),
-        ({"inputs": ["1"], "outputs": []}, "", "same length"),
+        ([], "", "no tests"), ({}, "", "no tests"), ("", "f", "no tests"), (None, "", "no tests"),
+        (7, "", "not int"), ([1], "", "list of dictionaries"), ([10**5000], "", "list of dictionaries"),
+        ("assert f(1) == 2", "f", "must define check"), (CHECK, "", "entry_point"),
+        (CHECK, "a.b", "entry_point"), (CHECK, None, "entry_point"),
+        ({"inputs": ["1"]}, "", "inputs and outputs"), ({"inputs": ["1"], "outputs": []}, "", "same length"),
         ({"inputs": [], "outputs": []}, "", "same length"),
         ({"inputs": "1", "outputs": "1"}, "", "inputs and outputs"),
         ({"inputs": [1], "outputs": ["1"]}, "", "test 1: .* must be text"),
@@ -89,8 +87,8 @@ def test_check_tests_reads_every_shape(tests, read):
         ({"inputs": ["1"], "outputs": ["1"], "fn_name": "f"}, "", "test 1 has neither"),
         ({"inputs": [[1]], "outputs": ["1"], "fn_name": 5}, "", "test 1 has neither"),
         (calls((print, 1)), "", "test 1: .*type builtin_function_or_method"),
-        (calls((1, 1j)), "", "test 1: .*type complex"),
-        (calls((10**5000, 1)), "", "test 1: .*digits"),
+        (calls((1, 1j)), "", "test 1: .*type complex"), (calls((10**5000, 1)), "", "test 1: .*digits"),
+        (calls((1, ENDLESS)), "", "test 1: .*recursion"),
     ],
 )
 def test_check_tests_names_what_is_wrong(tests, entry_point, error):
@@ -100,13 +98,6 @@ def test_check_tests_names_what_is_wrong(tests, entry_point, error):
         run_code("print(1)", tests, entry_point=entry_point)
 
 
-def test_tests_without_a_bottom_are_an_error():
-    endless = []
-    endless.append(endless)
-    with pytest.raises(ValueError, match="x: test 1: .*recursion"):
-        check_tests(calls((1, endless)), "x")
-
-
 # 2. What passes ---------------------------------------------------------------------------------------------
 
 
@@ -114,58 +105,53 @@ def test_tests_without_a_bottom_are_an_error():
 @pytest.mark.parametrize(
     ("source", "reason"),
     [
-        ("a, b = map(int, input().split())\nprint(a + b)", "passed"),
-        ("import sys\nsys.stdout.write(f'{sum(map(int, sys.stdin.read().split()))}   \\n\\n')", "passed"),
-        ("import os\nos.write(1, b'%d' % sum(map(int, os.read(0, os.fstat(0).st_size).split())))", "passed"),
-        ("print(sum(map(int, open(0).read().split())))\nraise SystemExit(1)", "passed"),
-        ("print(sum(map(int, open('/dev/stdin').read().split())))", "passed"),
-        (f"if __name__ == '__main__': {TOTAL}", "passed"),
-        (f"import threading\nthreading.Thread(target=lambda: {TOTAL}).start()", "passed"),
-        (f"import atexit\natexit.register(lambda: {TOTAL})", "passed"),
-        (f"class A:\n  def __del__(self): {TOTAL}\nkept = A()", "passed"),
+        ("a, b = map(int, input().split())\nprint(a + b)", RIGHT),
+        ("import sys\nsys.stdout.write(f'{sum(map(int, sys.stdin.read().split()))}   \\n\\n')", RIGHT),
+        ("import os\nos.write(1, b'%d' % sum(map(int, os.read(0, os.fstat(0).st_size).split())))", RIGHT),
+        ("print(sum(map(int, open(0).read().split())))\nraise SystemExit(1)", RIGHT),
+        ("print(sum(map(int, open('/dev/stdin').read().split())))", RIGHT),
+        (f"if __name__ == '__main__': {TOTAL}", RIGHT),
+        (f"import threading\nthreading.Thread(target=lambda: {TOTAL}).start()", RIGHT),
+        (f"import atexit\natexit.register(lambda: {TOTAL})", RIGHT),
+        (f"class A:\n  def __del__(self): {TOTAL}\nkept = A()", RIGHT),
         ("import dataclasses, pickle\n@dataclasses.dataclass\nclass A:\n  x: int\n"
-         "print(pickle.loads(pickle.dumps(A(sum(map(int, input().split()))))).x)", "passed"),
+         "print(pickle.loads(pickle.dumps(A(sum(map(int, input().split()))))).x)", RIGHT),
         ("import re, heapq, bisect, decimal, datetime, functools, itertools, random, string, tempfile\n"
          "with tempfile.TemporaryFile('w+') as f:\n  print(input(), file=f); f.seek(0)\n"
-         "  print(sum(map(int, f.read().split())))", "passed"),
+         "  print(sum(map(int, f.read().split())))", RIGHT),
         ("import sys\nsys.setrecursionlimit(10**6)\nf = lambda n: n and 1 + f(n - 1)\n"
-         "print(f(50_000) - 50_000 + sum(map(int, input().split())))", "passed"),
+         "print(f(50_000) - 50_000 + sum(map(int, input().split())))", RIGHT),
         ("import sys, threading\nsys.setrecursionlimit(10**6)\nthreading.stack_size(2**27)\n"
-         f"t = threading.Thread(target=lambda: {TOTAL})\nt.start(); t.join()", "passed"),
+         f"t = threading.Thread(target=lambda: {TOTAL})\nt.start(); t.join()", RIGHT),
         ("from concurrent.futures import ThreadPoolExecutor as T\nimport time\n"
-         "list(T(40).map(time.sleep, [0.1] * 40))\nprint(sum(T(1).map(int, input().split())))", "passed"),
-        (f"{TOTAL}; exit()", "passed"),
-        (f"{TOTAL}; quit(3)", "passed"),
-        (f"{TOTAL}\nimport os\nassert os.path.basename(__file__) == 'solution.py'", "passed"),
-        ("import sys\nprint(sum(map(int, input().split())), file=sys.__stdout__)", "passed"),
-        ("with open(1, 'w') as out: print(sum(map(int, input().split())), file=out)", "passed"),
-        (f"import io, sys\nsys.stdout = io.TextIOWrapper(sys.stdout.buffer)\n{TOTAL}", "passed"),
+         "list(T(40).map(time.sleep, [0.1] * 40))\nprint(sum(T(1).map(int, input().split())))", RIGHT),
+        (f"{TOTAL}; exit()", RIGHT), (f"{TOTAL}; quit(3)", RIGHT),
+        (f"{TOTAL}\nimport os\nassert os.path.basename(__file__) == 'solution.py'", RIGHT),
+        ("import sys\nprint(sum(map(int, input().split())), file=sys.__stdout__)", RIGHT),
+        ("with open(1, 'w') as out: print(sum(map(int, input().split())), file=out)", RIGHT),
+        (f"import io, sys\nsys.stdout = io.TextIOWrapper(sys.stdout.buffer)\n{TOTAL}", RIGHT),
         (f"import io, sys\nreal, sys.stdout = sys.stdout, io.StringIO()\n{TOTAL}\n"
-         "real.write(sys.stdout.getvalue())", "passed"),
+         "real.write(sys.stdout.getvalue())", RIGHT),
         (f"import sys\nclass W:\n  def __init__(s, f): s.f = f\n  def write(s, x): s.f.write(x)\n"
-         f"  def flush(s): s.f.flush()\nsys.stdout = W(sys.stdout)\n{TOTAL}", "passed"),
-        ("import sys\nsys.stdin = open(0, closefd=False)\nsys.stdout.reconfigure(line_buffering=True)\n" + TOTAL,
-         "passed"),
-        (f"import os\n{TOTAL}\nos.mkdir('work'); open('work/x', 'w').write('y')", "passed"),
-        (f"import sys\n{TOTAL}\nsys.stdout.flush()\nimport os; os._exit(1)", "passed"),
-        ("s = 'a\u2028b'\n" + TOTAL, "passed"),
+         f"  def flush(s): s.f.flush()\nsys.stdout = W(sys.stdout)\n{TOTAL}", RIGHT),
+        (f"import sys\nsys.stdin = open(0, closefd=False)\nsys.stdout.reconfigure(line_buffering=True)\n{TOTAL}",
+         RIGHT),
+        (f"import os\n{TOTAL}\nos.mkdir('work'); open('work/x', 'w').write('y')", RIGHT),
+        (f"import sys\n{TOTAL}\nsys.stdout.flush()\nimport os; os._exit(1)", RIGHT),
+        ("s = 'a\u2028b'\n" + TOTAL, RIGHT),
         (f"import sys\nassert sys.argv == ['solution.py'] and sys.modules['__main__'].READ is None\n{TOTAL}",
          "raised AttributeError in test 1"),
-        ("print(List)", "raised NameError in test 1"),
-        ("print(3)", "wrong output in test 2"),
-        ("print('3', 30)", "wrong output in test 1"),
-        ("print(sum(map(int, input().split())), file=__import__('sys').stderr)", "wrong output in test 1"),
-        ("", "wrong output in test 1"),
+        ("print(List)", "raised NameError in test 1"), ("print(3)", "wrong output in test 2"),
+        ("print('3', 30)", WRONG),
+        ("print(sum(map(int, input().split())), file=__import__('sys').stderr)", WRONG), ("", WRONG),
         (f"{TOTAL}\n1 / 0", "raised ZeroDivisionError in test 1"),
         (f"{TOTAL}\nimport sys; sys.stdout.flush(); raise type('E' * 10**6, (Exception,), {{}})",
          f"raised {'E' * 80} in test 1"),
-        ("1 +", "raised SyntaxError in test 1"),
-        ("input(); input()", "raised EOFError in test 1"),
+        ("1 +", "raised SyntaxError in test 1"), ("input(); input()", "raised EOFError in test 1"),
         ("x = '\0'", f"raised {'SyntaxError' if sys.version_info >= (3, 11, 4) else 'ValueError'} in test 1"),
-        ("x = '\udcff'", "raised UnicodeEncodeError in test 1"),
-        ("x = [0] * 10**10", "memory limit"),
+        ("x = '\udcff'", "raised UnicodeEncodeError in test 1"), ("x = [0] * 10**10", "memory limit"),
         ("while True: print('x' * 1000)", "output limit"),
-        ("import os\nprint(sum(map(int, input().split())))\nos._exit(0)", "wrong output in test 1"),
+        ("import os\nprint(sum(map(int, input().split())))\nos._exit(0)", WRONG),
         ("import os\nos.abort()", "died"),
     ],
 )
@@ -178,15 +164,12 @@ def test_programs(source, reason):
 @pytest.mark.parametrize(
     ("source", "reason"),
     [
-        ("def f(x): return x + 1", "passed"),
-        ("class Solution:\n  def f(self, x): return x + 1", "passed"),
-        ("def f(x):\n  print('seen', x)\n  return x + 1\nif __name__ == '__main__': 1 / 0", "passed"),
-        ("import os\ndef f(x):\n  os.mkdir('work')\n  os.chdir('work')\n  return x + 1", "passed"),
-        ("import os\ndef f(x):\n  os.makedirs('a/b/c')\n  open('a/b/x', 'w')\n  return x + 1", "passed"),
-        ("def f(x): return 2", "wrong output in test 2"),
-        ("def f(x): return x + 1.0", "wrong output in test 1"),
-        ("def f(x): return str(x + 1)", "wrong output in test 1"),
-        ("def f(x): return [2, 6]", "wrong output in test 1"),
+        ("def f(x): return x + 1", RIGHT), ("class Solution:\n  def f(self, x): return x + 1", RIGHT),
+        ("def f(x):\n  print('seen', x)\n  return x + 1\nif __name__ == '__main__': 1 / 0", RIGHT),
+        ("import os\ndef f(x):\n  os.mkdir('work')\n  os.chdir('work')\n  return x + 1", RIGHT),
+        ("import os\ndef f(x):\n  os.makedirs('a/b/c')\n  open('a/b/x', 'w')\n  return x + 1", RIGHT),
+        ("def f(x): return 2", "wrong output in test 2"), ("def f(x): return x + 1.0", WRONG),
+        ("def f(x): return str(x + 1)", WRONG), ("def f(x): return [2, 6]", WRONG),
         ("def f(x): return 1 / 0", "raised ZeroDivisionError in test 1"),
         ("def f(x): exit()", "raised SystemExit in test 1"),
         ("def f(x): raise SystemExit", "raised SystemExit in test 1"),
@@ -199,16 +182,15 @@ def test_programs(source, reason):
         ("raise SystemExit", "raised SystemExit in test 1"),
         ("def f(x):\n  a = []\n  a.append(a)\n  return a", "raised RecursionError in test 1"),
         ("def f(x): return 10**5000", "raised ValueError in test 1"),
-        ("def f(x): return '0' * 10**7", "output limit"),
-        ("def f(x): import os; os._exit(0)", "died"),
+        ("def f(x): return '0' * 10**7", "output limit"), ("def f(x): import os; os._exit(0)", "died"),
     ],
 )
 def test_functions(source, reason):
     assert run_code(source, calls((1, 2), (5, 6)), seconds=5).reason == reason
 
 
-NAMES = """List Optional Counter defaultdict deque heappush heapq math itertools accumulate functools lru_cache cache
-    reduce bisect bisect_left string re inf collections random gcd sqrt"""
+NAMES = """List Optional Counter defaultdict deque heappush heapq math itertools accumulate functools cache
+    lru_cache reduce bisect bisect_left string re inf collections random gcd sqrt"""
 
 
 @needs_sandbox
@@ -216,15 +198,14 @@ NAMES = """List Optional Counter defaultdict deque heappush heapq math itertools
     ("source", "prompt", "name", "reason"),
     [
         ("class Solution:\n  def f(self, x: List[int]) -> Optional[int]:\n    return ["
-         + ",".join(NAMES.split()) + "] and 8", "", "f", "passed"),
-        ("def f(x): return pow(x, 3, 5) + 5", "", "f", "passed"),  # the builtin and not math's, which takes two
-        ("def f(x): return gcd", "gcd = 8", "f", "passed"),
-        ("gcd = 8\ndef f(x): return gcd", "", "f", "passed"),
-        ("class Solution:\n  def gcd(self, x): return 8", "", "gcd", "passed"),
-        ("class Solution:\n  def print(self, x): return 8", "", "print", "passed"),
+         + ",".join(NAMES.split()) + "] and 8", "", "f", RIGHT),
+        ("def f(x): return pow(x, 3, 5) + 5", "", "f", RIGHT),
+        ("def f(x): return gcd", "gcd = 8", "f", RIGHT), ("gcd = 8\ndef f(x): return gcd", "", "f", RIGHT),
+        ("class Solution:\n  def gcd(self, x): return 8", "", "gcd", RIGHT),
+        ("class Solution:\n  def print(self, x): return 8", "", "print", RIGHT),
         ("", "", "gcd", "raised AttributeError in test 1"),
-        ("def f(x): return 8", "Write f, please!", "f", "passed"),
-        ("from __future__ import annotations\ndef f(x: Nothing): return 8", "", "f", "passed"),
+        ("def f(x): return 8", "Write f, please!", "f", RIGHT),
+        ("from __future__ import annotations\ndef f(x: Nothing): return 8", "", "f", RIGHT),
     ],
 )
 def test_the_usual_names_are_there_and_override_nothing(source, prompt, name, reason):
@@ -233,8 +214,8 @@ def test_the_usual_names_are_there_and_override_nothing(source, prompt, name, re
 
 @needs_sandbox
 def test_every_plain_type_crosses_the_pipe():
-    values = [None, True, 0, -(10**30), 0.1, -0.0, 1e300, float("inf"), "\udcff\0é\n", [[], [1, [2]]], (1, (2,)),
-              {1, 2}, set(), {"a": [1], (1, 2): {3: 4}, None: ()}, {"set": [1]}, {"dict": []}, {}, b"a", frozenset()]
+    values = [None, True, 0, -(10**30), 0.1, -0.0, 1e300, INF, "\udcff\0é\n", [[], [1, [2]]], (1, (2,)),
+              {1, 2}, set(), frozenset(), {"a": [1], (1, 2): {3: 4}, None: ()}, {"set": [1]}, {"dict": []}, {}, b"a"]
     assert run_code("def f(x): return x", calls(*((value, value) for value in values))).reason == "passed"
     kinds = calls(*((value, type(value).__name__) for value in values))
     assert run_code("def f(x): return type(x).__name__", kinds).reason == "passed"
@@ -264,14 +245,13 @@ def test_a_large_test_for_a_program_that_does_not_listen(body):
 @pytest.mark.parametrize(
     ("source", "expected", "reason"),
     [
-        # The end of the line is the last byte that it may print.
-        (f"print('x' * {OUTPUT - 1})", "x" * (OUTPUT - 1), "passed"),
+        (f"print('x' * {OUTPUT - 1})", "x" * (OUTPUT - 1), RIGHT),
         (f"print('x' * {OUTPUT - 1} + ' ')", "", "output limit"),
         (f"import os\nos.write(1, b'x' * {OUTPUT + 5})", "", "output limit"),
-        (f"print(chr(233) * {OUTPUT // 2 - 1})", "", "wrong output in test 1"),
+        (f"print(chr(233) * {OUTPUT // 2 - 1})", "", WRONG),
         (f"print('a' + chr(233) * {OUTPUT // 2})", "", "output limit"),
-        ("import sys\nsys.stdout.buffer.write(bytes(range(256)) * 99)", "", "wrong output in test 1"),
-        ("import sys\nsys.stdout.buffer.write('é'.encode() + b'\\xff\\x80')", "é\udcff\udc80\n", "passed"),
+        ("import sys\nsys.stdout.buffer.write(bytes(range(256)) * 99)", "", WRONG),
+        ("import sys\nsys.stdout.buffer.write('é'.encode() + b'\\xff\\x80')", "é\udcff\udc80\n", RIGHT),
     ],
 )
 def test_output_up_to_the_limit(source, expected, reason):
@@ -280,37 +260,43 @@ def test_output_up_to_the_limit(source, expected, reason):
 
 # 3. How results are compared --------------------------------------------------------------------------------
 
-NAN = float("nan")
-INF = float("inf")
+SAME_OUTPUT = [
+    ("3", "3\n"), ("3 \t\r\n\n \n", "3"), ("", ""), ("\n", ""), ("a b\nc", "a b  \nc\n"), ("\n1", "\n1"),
+    ("0.3333333333333333", "0.333333333"), ("3", "3.0"), ("1e3", "1000.0"), ("1000000.4", "1000000.0"),
+    ("0.0000009", "0.0"), ("-0.0", "0.0"), ("x = 0.50000001", "x = 0.5"), ("1 2.00 a", "1 2.0 a"),
+    ("nan", "nan"), ("1e999", "1e999"), (".5", "0.5"), ("+1.0", "1.0"), ("a\u2028b", "a\u2028b"),
+]
+OTHER_OUTPUT = [
+    ("3", "4"), ("", "3"), ("3", ""), ("3\n3", "3"), (" 3", "3"), ("\n3", "3"), ("a  b", "a b"), ("A", "a"),
+    ("a\tb", "a b"), ("a\n\nb", "a\nb"), ("0.51", "0.50"), ("3.0", "3"), ("3.0000001", "3"), ("1e0", "1"),
+    ("03", "3"), ("1000001.1", "1000000.0"), ("0.000002", "0.0"), ("0.333", "0.333333333"), ("nan", "1.0"),
+    ("1.0", "nan"), ("inf", "1e308"), ("1e308", "inf"), ("5", "1e999"), ("1e999", "5.0"), ("1e999", "2e999"),
+    ("-inf", "inf"), ("1e9999999", "1.0"), ("1.0", "1e99999"), ("1_0.0", "10.0"), ("\u0661.0", "1.0"),
+    ("a\u2028b", "a\nb"), ("a\x0cb", "a\nb"), ("a\x85", "a\n"), ("a\u2028", "a"), ("a\xa0", "a"),
+    ("0x1.8p0", "1.5"), ("1.5,", "1.5"), ("True", "1.0"), ("1.0 2", "1.0"), ("a b", "a\nb"),
+]
+SAME_VALUE = [
+    (1, 1), (1, 1.0), (1.0, 1.0), (0.1 + 0.2, 0.3), (NAN, NAN), (INF, INF), ((1, 2), [1, 2]), ((1,), (1,)),
+    ([(1, 2)], [[1, 2]]), ({"a": 0.5}, {"a": 0.5}), ({1}, {1}), (None, None), (10**400, 10**400), ({}, {}),
+    (1e-13, 0.0), (1e9 + 1, 1e9), (-0.0, 0.0), ({"a": (1,)}, {"a": [1]}), ([], []), ("a", "a"),
+]
+OTHER_VALUE = [
+    (True, 1), (1, True), (1.0, 1), ("1", 1), (True, 1.0), (1.001, 1.0), (NAN, 1.0), (1.0, NAN),
+    (INF, 1e308), (1e308, INF), (10**400, 1.0), (10**400, INF), (-(10**400), -INF), (INF, -INF),
+    (1e9 + 2001, 1e9), (0.0, 1e-9), (1e-9, 0.0), (2e-9, 1e-9), ([1, 2], (1, 2)), ([1], [1, 2]),
+    ({True: 1}, {1: 1}), ({1: True}, {1: 1}), ([True], [1]), ({"a": 1, "b": 2}, {"a": 1}), (None, False),
+    ([], None), ({1}, [1]), ({True}, {1}), ([1.0], [1]), ("a", ["a"]), ({"a": 1}, {"b": 1}), ([[1]], [[2]]),
+]
 
 
 @pytest.mark.parametrize(
-    ("printed", "expected"),
-    [
-        ("3", "3\n"), ("3 \t\r\n\n \n", "3"), ("", ""), ("\n", ""), ("a b\nc", "a b  \nc\n"), ("\n1", "\n1"),
-        ("0.3333333333333333", "0.333333333"), ("3", "3.0"), ("1e3", "1000.0"), ("1000000.4", "1000000.0"),
-        ("0.0000009", "0.0"), ("-0.0", "0.0"), ("x = 0.50000001", "x = 0.5"), ("1 2.00 a", "1 2.0 a"),
-        ("nan", "nan"), ("1e999", "1e999"), (".5", "0.5"), ("+1.0", "1.0"), ("a\u2028b", "a\u2028b"),
-    ],
+    ("compare", "pairs", "same"),
+    [(same_output, SAME_OUTPUT, True), (same_output, OTHER_OUTPUT, False),
+     (same_value, SAME_VALUE, True), (same_value, OTHER_VALUE, False)],
 )
-def test_same_output(printed, expected):
-    assert same_output(printed, expected)
-
-
-@pytest.mark.parametrize(
-    ("printed", "expected"),
-    [
-        ("3", "4"), ("", "3"), ("3", ""), ("3\n3", "3"), (" 3", "3"), ("\n3", "3"), ("a  b", "a b"), ("A", "a"),
-        ("a\tb", "a b"), ("a\n\nb", "a\nb"), ("0.51", "0.50"), ("3.0", "3"), ("3.0000001", "3"), ("1e0", "1"),
-        ("03", "3"), ("1000001.1", "1000000.0"), ("0.000002", "0.0"), ("0.333", "0.333333333"), ("nan", "1.0"),
-        ("1.0", "nan"), ("inf", "1e308"), ("1e308", "inf"), ("5", "1e999"), ("1e999", "5.0"), ("1e999", "2e999"),
-        ("-inf", "inf"), ("1e9999999", "1.0"), ("1.0", "1e99999"), ("1_0.0", "10.0"), ("\u0661.0", "1.0"),
-        ("a\u2028b", "a\nb"), ("a\x0cb", "a\nb"), ("a\x85", "a\n"), ("a\u2028", "a"), ("a\xa0", "a"),
-        ("0x1.8p0", "1.5"), ("1.5,", "1.5"), ("True", "1.0"), ("1.0 2", "1.0"), ("a b", "a\nb"),
-    ],
-)
-def test_other_output(printed, expected):
-    assert not same_output(printed, expected)
+def test_results_are_compared(compare, pairs, same):
+    for result, expected in pairs:
+        assert compare(result, expected) is same, (result, expected)
 
 
 def test_outputs_are_compared_in_linear_time():
@@ -321,36 +307,10 @@ def test_outputs_are_compared_in_linear_time():
     assert time.perf_counter() - start < 5
 
 
-@pytest.mark.parametrize(
-    ("result", "expected"),
-    [
-        (1, 1), (1, 1.0), (1.0, 1.0), (0.1 + 0.2, 0.3), (NAN, NAN), (INF, INF), ((1, 2), [1, 2]), ((1,), (1,)),
-        ([(1, 2)], [[1, 2]]), ({"a": 0.5}, {"a": 0.5}), ({1}, {1}), (None, None), (10**400, 10**400), ({}, {}),
-        (1e-13, 0.0), (1e9 + 1, 1e9), (-0.0, 0.0), ({"a": (1,)}, {"a": [1]}), ([], []), ("a", "a"),
-    ],
-)
-def test_same_value(result, expected):
-    assert same_value(result, expected)
-
-
-@pytest.mark.parametrize(
-    ("result", "expected"),
-    [
-        (True, 1), (1, True), (1.0, 1), ("1", 1), (True, 1.0), (1.001, 1.0), (NAN, 1.0), (1.0, NAN),
-        (INF, 1e308), (1e308, INF), (10**400, 1.0), (10**400, INF), (-(10**400), -INF), (INF, -INF),
-        (1e9 + 2001, 1e9), (0.0, 1e-9), (1e-9, 0.0), (2e-9, 1e-9), ([1, 2], (1, 2)), ([1], [1, 2]),
-        ({True: 1}, {1: 1}), ({1: True}, {1: 1}), ([True], [1]), ({"a": 1, "b": 2}, {"a": 1}), (None, False),
-        ([], None), ({1}, [1]), ({True}, {1}), ([1.0], [1]), ("a", ["a"]), ({"a": 1}, {"b": 1}), ([[1]], [[2]]),
-    ],
-)
-def test_other_value(result, expected):
-    assert not same_value(result, expected)
-
-
 # 4. HumanEval's checks --------------------------------------------------------------------------------------
 
 PROMPT = "def helper(n):\n    return n * 2\n\ndef f(n):\n    \"\"\"Twice, and one more.\"\"\"\n"
-HELPED = "def check(candidate):\n    for i in range(5):\n        assert abs(candidate(i) - helper(i) - 1) < 1e-6\n"
+HELPED = "for i in range(5): assert abs(candidate(i) - helper(i) - 1) < 1e-6"
 SAME = "def f(n): return n"
 
 
@@ -358,26 +318,26 @@ SAME = "def f(n): return n"
 @pytest.mark.parametrize(
     ("body", "source", "reason"),
     [
-        (HELPED, PROMPT + "    return helper(n) + 1", "passed"),
-        (HELPED, "def f(n):\n  return helper(n) + 1", "passed"),
-        (HELPED, "def f(n: List[int]):\n  return helper(n) + 1", "passed"),
-        (HELPED, "def helper(n): return 99\ndef f(n): return 100", "wrong output in test 1"),
+        (HELPED, PROMPT + "    return helper(n) + 1", RIGHT),
+        (HELPED, "def f(n):\n  return helper(n) + 1", RIGHT),
+        (HELPED, "def f(n: List[int]):\n  return helper(n) + 1", RIGHT),
+        (HELPED, "def helper(n): return 99\ndef f(n): return 100", WRONG),
         (HELPED, PROMPT, "the check raised TypeError in test 1"),
         (HELPED, "def f(n): return 2 * n + (n < 3)", "wrong output in test 4"),
-        ("assert candidate([1, 2], key=(3, 4)) == ([1, 2], (3, 4))", "def f(*a, key): return (*a, key)", "passed"),
-        ("x = [1]; assert candidate(x) == [1, 2] and x == [1]", "def f(x):\n  x.append(2)\n  return x", "passed"),
-        ("assert f(1) == candidate(1) == 1", SAME, "passed"),
+        ("assert candidate([1], key=(3, 4)) == ([1], (3, 4))", "def f(*a, key): return (*a, key)", RIGHT),
+        ("x = []; assert candidate(x) == [2] and x == []", "def f(x):\n  x.append(2)\n  return x", RIGHT),
+        ("assert f(1) == candidate(1) == 1", SAME, RIGHT),
         ("assert True", "def f(n): pass", "the check never calls its candidate"),
-        ("print('noise'); assert candidate(1) == 1", SAME, "passed"),
+        ("print('noise'); assert candidate(1) == 1", SAME, RIGHT),
         ("try: candidate(1)\n  except: pass", "def f(n): 1 / 0", "raised ZeroDivisionError in test 1"),
         ("candidate(1); import sys; sys.exit()", SAME, "the check raised SystemExit in test 1"),
         ("candidate(1)\n  while True: pass", SAME, "time limit"),
-        ("while True:\n    try: candidate(1)\n    except: pass", "def f(n): 1 / 0", "raised ZeroDivisionError in test 1"),
+        ("while True:\n    try: candidate(1)\n    except: pass", "def f(n): return n + ''", "raised TypeError in test 1"),
         ("assert 0 < 10 ** 10 ** candidate(1)", "def f(n): return 9", "time limit"),
     ],
 )
 def test_checks(body, source, reason):
-    test = body if body == HELPED else f"def check(candidate):\n  {body}"
+    test = f"def check(candidate):\n  {body}"
     seconds = 0.2 if reason == "time limit" else 3
     start = time.perf_counter()
     verdict = run_code(source, test, entry_point="f", prompt=PROMPT, seconds=seconds)
@@ -456,13 +416,13 @@ def test_a_program_ends_after_its_time(source, tests, least):
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
-        ("for i in range(999): open(str(i), 'w').close()\nprint(1)", "passed"),
+        ("for i in range(999): open(str(i), 'w').close()\nprint(1)", RIGHT),
         ("for i in range(1100): open(str(i), 'w').close()\nprint(1)", "disk limit"),
-        ("for i in range(7): open(str(i), 'wb').write(bytes(8 << 20))\nprint(1)", "passed"),
+        ("for i in range(7): open(str(i), 'wb').write(bytes(8 << 20))\nprint(1)", RIGHT),
         ("for i in range(9): open(str(i), 'wb').write(bytes(8 << 20))\nprint(1)", "disk limit"),
         ("import threading, time\nthreading.stack_size(1 << 16)\n"
          "for _ in range(400): threading.Thread(target=time.sleep, args=(9,)).start()", "thread limit"),
-        ("x = bytearray(900 << 20)\nprint(1)", "passed"),
+        ("x = bytearray(900 << 20)\nprint(1)", RIGHT),
         ("x = bytearray(1100 << 20)\nprint(1)", "memory limit"),
         ("f = open('x', 'wb')\nf.write(bytes(9 << 20))\nprint(1)", "raised OSError in test 1"),
         ("import os\nfor i in range(3000):\n  os.mkdir('d')\n  os.chdir('d')", "disk limit"),
@@ -473,7 +433,7 @@ def test_a_program_ends_after_its_time(source, tests, least):
         ("import os\nos.umask(0o777)", "raised OSError in test 1"),
         ("import os, tempfile\nassert os.listdir('.') == []\nd = tempfile.mkdtemp()\nos.umask(0o077)\n"
          "os.rename(d, 'e')\nos.symlink('e', 'f')\nassert sorted(os.listdir('.')) == ['e', 'f']\nprint(1)",
-         "passed"),
+         RIGHT),
     ],
 )
 def test_resources(body, reason, tmp_path, monkeypatch):
@@ -547,31 +507,28 @@ def readable():
 
 
 def run_as(user, folder, script, stdin=""):
-    """Run a script as this or an ordinary user, in fresh folders that must be empty in the end; what it prints."""
+    """What a script prints, run as this or an ordinary user, in fresh folders that it must leave empty."""
     others = {}
     if user != "this user":
         if os.getuid():
             pytest.skip("the tests already run as an ordinary user")
         others = {"user": 65534, "group": 65534, "extra_groups": []}
-    places = []
-    for name in ("cwd", "tmp"):
-        # In memory where possible: a disk that others keep busy may take a second to delete 1,000 folders.
-        memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else "/tmp"
-        places.append(tempfile.mkdtemp(prefix=f"{name}-", dir=memory))
-        if others:
-            os.chown(places[-1], 65534, 65534)
+    # In memory where possible: a disk that others keep busy may take a second to delete 1,000 folders.
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else "/tmp"
+    places = [tempfile.mkdtemp(prefix="attacks-", dir=memory) for _ in range(2)]
+    for place in places:
+        os.chown(place, others.get("user", -1), others.get("group", -1))
     environment = {"PATH": os.environ["PATH"], "TMPDIR": places[1]}
     for python in [sys.executable, os.path.realpath(sys.executable), "/usr/bin/python3"]:
         try:
-            subprocess.run([python, "-c", "import ctypes, resource, concurrent.futures"], check=True, **others)
+            subprocess.run([python, "-c", "import ctypes, concurrent.futures"], check=True, **others)
         except (OSError, subprocess.CalledProcessError):
             continue
-        done = subprocess.run([python, "-c", script, str(folder)], input=stdin, capture_output=True, text=True,
+        done = subprocess.run([python, "-c", script, folder], input=stdin, capture_output=True, text=True,
                               cwd=places[0], env=environment, **others)
         assert done.returncode == 0, done.stderr
-        assert all_gone(places[1])
+        assert all_gone(places[1]) and os.listdir(places[0]) == os.listdir(places[1]) == []
         for place in places:
-            assert os.listdir(place) == []
             os.rmdir(place)
         return done.stdout
     pytest.skip("no Python that an ordinary user may run")
@@ -618,17 +575,20 @@ def test_a_right_program_that_forges_what_comes_next(forged):
     assert run_code(source, ADD, seconds=3).score == 0
 
 
+SIMPLE = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary() | st.just(1j)
+KEYS = st.text() | st.integers()
+VALUES = st.recursive(SIMPLE, lambda inner: st.lists(inner) | st.dictionaries(KEYS, inner)
+                      | st.tuples(inner, inner), max_leaves=9)
+
+
 @needs_sandbox
 @settings(max_examples=5, suppress_health_check=[HealthCheck.too_slow])
-@given(st.text(st.characters(), max_size=60), st.text(max_size=9), st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary() | st.complex_numbers(),
-    lambda inner: st.lists(inner) | st.dictionaries(st.text() | st.integers(), inner) | st.tuples(inner, inner),
-    max_leaves=9))
+@given(st.text(st.characters(), max_size=60), st.text(max_size=9), VALUES)
 @example("import os; os._exit(0)", "", {"tuple": []})
 @example("print(1)\n```\n```", "\ud800", {"set": {"dict": None}})
 def test_nothing_but_value_errors_leaves_run_code(source, text, value):
-    for tests in ([{"input": text, "output": text}], [{"call": "f", "args": [value], "expected": value}], value,
-                  {"inputs": value, "outputs": [value]}, [value], [{"fn_name": text, "args": value, "expected": 1}]):
+    for tests in ([{"input": text, "output": text}], calls((value, value)), value, [value],
+                  {"inputs": value, "outputs": [value]}, [{"fn_name": text, "args": value, "expected": 1}]):
         for code in (source, f"def f(x):\n  return x, {source}"):
             try:
                 verdict = run_code(code, tests, seconds=5, prompt=text, entry_point="f")
@@ -768,17 +728,6 @@ def test_no_process_outlives_a_caller_that_is_killed(source, tmp_path):
 # 8. Many at once, and platforms without walls ---------------------------------------------------------------
 
 
-@needs_sandbox
-def test_one_that_hangs_delays_nobody():
-    sources = [TOTAL, "import time\ntime.sleep(60)", "", "print(3)"] + [TOTAL] * 6
-    start = time.perf_counter()
-    with ThreadPoolExecutor(4) as pool:
-        verdicts = list(pool.map(lambda source: run_code(source, ADD, seconds=0.3), sources))
-    assert time.perf_counter() - start < 4 * 0.3 + 3
-    reasons = ["passed", "time limit", "wrong output in test 1", "wrong output in test 2"] + ["passed"] * 6
-    assert [verdict.reason for verdict in verdicts] == reasons
-
-
 @pytest.fixture
 def altered(tmp_path):
     """A copy of sandbox.py, changed in one place, as a function that runs a script beside it."""
@@ -802,7 +751,7 @@ VERSION = 'version = libc("syscall", 444, None, 0, 1)'
     ("old", "new", "named"),
     [
         (VERSION, 'version = libc("syscall", 999, None, 0, 1)', "Landlock ("),
-        ("        filter_calls,\n", "        lambda: None,\n", "raised os_fork"),  # built, but it does not hold
+        ("        filter_calls,\n", "        lambda: None,\n", "raised os_fork"),
         ("        lambda: restrict_files(folder),\n", "        lambda: None,\n", "raised open"),
     ],
 )
