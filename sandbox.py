@@ -485,7 +485,7 @@ class Launcher:
             os._exit(1)
         for place, fd in enumerate(files):
             os.dup2(fd, place)  # on none that is still to move: 3 and 4 are the pipe of control
-        os.closerange(len(files), 1 << 16)
+        os.closerange(len(files), 1 << 10)  # numbers are given from 0 up, and few were
 
     def watch(self, player):
         """Wait for the player's end, and end it if it breaks a limit. Why it failed, or None. The limit of

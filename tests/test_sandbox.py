@@ -19,20 +19,28 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import sandbox
-from sandbox import OUTPUT, check_tests, run_code, same_output, same_value
-from tests.cases.attacks import ATTACKS, PRELUDE, SECRET
+from sandbox import OUTPUT, check_tests, same_output, same_value
+from tests.cases.attacks import ATTACKS, MODES, RUNNER, SECRET, attack_source
 
 MISSING = [f"{name}: {why}" for name, why in sandbox.sandbox_walls().items() if why != "on"]
 needs_sandbox = pytest.mark.skipif(bool(MISSING), reason=f"no isolation here: {MISSING}")
-on_linux = pytest.mark.skipif(sys.platform != "linux", reason="Linux only")
 FOLDER = Path(sandbox.__file__).parent
+SECONDS = 0.1  # for an attack
+
+
+def run_code(*args, **settings):
+    if MISSING:
+        pytest.skip(f"no isolation here: {MISSING}")
+    return sandbox.run_code(*args, **settings)
+
+
 
 # 1. Reading tests -------------------------------------------------------------------------------------------
 
 NAN = float("nan")
 INF = float("inf")
-ENDLESS = []
-ENDLESS.append(ENDLESS)
+ENDLESS = [1]
+ENDLESS[0] = ENDLESS
 CHECK = "def check(candidate):\n    assert candidate(1) == 2\n    assert candidate(5) == 6\n"
 ONE = [{"input": "", "output": "1"}]
 ADD = [{"input": "1 2\n", "output": "3\n"}, {"input": "10 20", "output": "30"}]
@@ -95,13 +103,12 @@ def test_check_tests_names_what_is_wrong(tests, entry_point, error):
     with pytest.raises(ValueError, match=f"^problem 7: .*{error}"):
         check_tests(tests, "problem 7", entry_point)
     with pytest.raises(ValueError, match=error):
-        run_code("print(1)", tests, entry_point=entry_point)
+        sandbox.run_code("print(1)", tests, entry_point=entry_point)
 
 
 # 2. What passes ---------------------------------------------------------------------------------------------
 
 
-@needs_sandbox
 @pytest.mark.parametrize(
     ("source", "reason"),
     [
@@ -134,8 +141,8 @@ def test_check_tests_names_what_is_wrong(tests, entry_point, error):
          "real.write(sys.stdout.getvalue())", RIGHT),
         (f"import sys\nclass W:\n  def __init__(s, f): s.f = f\n  def write(s, x): s.f.write(x)\n"
          f"  def flush(s): s.f.flush()\nsys.stdout = W(sys.stdout)\n{TOTAL}", RIGHT),
-        (f"import sys\nsys.stdin = open(0, closefd=False)\nsys.stdout.reconfigure(line_buffering=True)\n{TOTAL}",
-         RIGHT),
+        ("import sys\nsys.stdin = open(0, closefd=False)\n"
+         f"sys.stdout.reconfigure(line_buffering=True)\n{TOTAL}", RIGHT),
         (f"import os\n{TOTAL}\nos.mkdir('work'); open('work/x', 'w').write('y')", RIGHT),
         (f"import sys\n{TOTAL}\nsys.stdout.flush()\nimport os; os._exit(1)", RIGHT),
         ("s = 'a\u2028b'\n" + TOTAL, RIGHT),
@@ -160,7 +167,6 @@ def test_programs(source, reason):
     assert (verdict.reason, verdict.score) == (reason, float(reason == "passed"))
 
 
-@needs_sandbox
 @pytest.mark.parametrize(
     ("source", "reason"),
     [
@@ -193,7 +199,6 @@ NAMES = """List Optional Counter defaultdict deque heappush heapq math itertools
     lru_cache reduce bisect bisect_left string re inf collections random gcd sqrt"""
 
 
-@needs_sandbox
 @pytest.mark.parametrize(
     ("source", "prompt", "name", "reason"),
     [
@@ -212,10 +217,9 @@ def test_the_usual_names_are_there_and_override_nothing(source, prompt, name, re
     assert run_code(source, calls((2, 8), name=name), prompt=prompt).reason == reason
 
 
-@needs_sandbox
 def test_every_plain_type_crosses_the_pipe():
     values = [None, True, 0, -(10**30), 0.1, -0.0, 1e300, INF, "\udcff\0é\n", [[], [1, [2]]], (1, (2,)),
-              {1, 2}, set(), frozenset(), {"a": [1], (1, 2): {3: 4}, None: ()}, {"set": [1]}, {"dict": []}, {}, b"a"]
+              {1, 2}, set(), frozenset(), {"a": [1], (1, 2): {3: 4}, None: ()}, {"set": [1]}, {"dict": []}]
     assert run_code("def f(x): return x", calls(*((value, value) for value in values))).reason == "passed"
     kinds = calls(*((value, type(value).__name__) for value in values))
     assert run_code("def f(x): return type(x).__name__", kinds).reason == "passed"
@@ -223,16 +227,14 @@ def test_every_plain_type_crosses_the_pipe():
         assert run_code(f"import collections\nf = collections.{kind}", calls(("aab", expected))).score == 1
 
 
-@needs_sandbox
 def test_large_tests():
-    long = "x" * (20 << 20)
+    long = "x" * (10 << 20)
     assert run_code("print(len(input()))", [{"input": long, "output": str(len(long))}]).reason == "passed"
     assert run_code("f = len", calls((long, len(long)))).reason == "passed"
-    numbers = list(range(10**6))
+    numbers = list(range(3 * 10**5))
     assert run_code("f = sorted", calls((numbers, numbers))).reason == "passed"
 
 
-@needs_sandbox
 @pytest.mark.parametrize("body", ["os._exit(0)", "os.closerange(0, 9)", "os.close(4)", "time.sleep(9)"])
 def test_a_large_test_for_a_program_that_does_not_listen(body):
     start = time.perf_counter()
@@ -241,7 +243,6 @@ def test_a_large_test_for_a_program_that_does_not_listen(body):
     assert time.perf_counter() - start < 4 * 0.2 + 0.5 + 0.3  # to prepare the tests
 
 
-@needs_sandbox
 @pytest.mark.parametrize(
     ("source", "expected", "reason"),
     [
@@ -314,7 +315,6 @@ HELPED = "for i in range(5): assert abs(candidate(i) - helper(i) - 1) < 1e-6"
 SAME = "def f(n): return n"
 
 
-@needs_sandbox
 @pytest.mark.parametrize(
     ("body", "source", "reason"),
     [
@@ -332,7 +332,7 @@ SAME = "def f(n): return n"
         ("try: candidate(1)\n  except: pass", "def f(n): 1 / 0", "raised ZeroDivisionError in test 1"),
         ("candidate(1); import sys; sys.exit()", SAME, "the check raised SystemExit in test 1"),
         ("candidate(1)\n  while True: pass", SAME, "time limit"),
-        ("while True:\n    try: candidate(1)\n    except: pass", "def f(n): return n + ''", "raised TypeError in test 1"),
+        ("while True:\n    try: candidate(1)\n    except: pass", "def f(): 1", "raised TypeError in test 1"),
         ("assert 0 < 10 ** 10 ** candidate(1)", "def f(n): return 9", "time limit"),
     ],
 )
@@ -348,7 +348,6 @@ def test_checks(body, source, reason):
 # 5. Limits --------------------------------------------------------------------------------------------------
 
 
-@needs_sandbox
 def test_all_tests_count_and_samples_depend_on_the_seed_alone():
     tests = [{"input": str(i), "output": "0" if i == 7 else str(i)} for i in range(20)]
     assert run_code("print(input())", tests).reason == "wrong output in test 8"
@@ -366,7 +365,6 @@ def test_all_tests_count_and_samples_depend_on_the_seed_alone():
 BUSY = "import time\nwhile time.process_time() < {}: pass\nprint(1)"
 
 
-@needs_sandbox
 def test_processor_time_is_what_counts():
     """Whatever else runs: twice as many jobs as cores, in two processes that do not know of each other."""
     script = f"import sandbox\nprint(sandbox.run_code({BUSY.format(0.5)!r}, {ONE}, seconds=0.8).reason)"
@@ -395,7 +393,6 @@ def test_never_more_programs_than_cores(tmp_path, monkeypatch):
     assert [future.result().reason for future in running] == ["passed"] * 8
 
 
-@needs_sandbox
 @pytest.mark.parametrize(
     ("source", "tests", "least"),
     [
@@ -412,7 +409,6 @@ def test_a_program_ends_after_its_time(source, tests, least):
     assert least < time.perf_counter() - start < 4 * 0.3 + 0.5
 
 
-@needs_sandbox
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
@@ -444,38 +440,6 @@ def test_resources(body, reason, tmp_path, monkeypatch):
 
 # 6. Attacks -------------------------------------------------------------------------------------------------
 
-MODES = {
-    "program": ("print(f(1))", [{"input": "1", "output": SECRET}]),
-    "function": ("", calls((1, SECRET))),
-    "check": ("", f"def check(candidate):\n    assert candidate(1) == {SECRET!r}\n"),
-}
-SECONDS = 0.2
-RUNNER = """
-import json, resource, sys, threading, time
-from concurrent.futures import ThreadPoolExecutor
-sys.path.insert(0, sys.argv[1])
-import sandbox
-sandbox.SLOTS = threading.BoundedSemaphore(3)  # one more than the usual two cores, as some attacks only wait
-
-def judge(job):
-    start = time.perf_counter()
-    verdict = sandbox.run_code(job["source"], job["tests"], entry_point="f", seconds=job["seconds"])
-    return [verdict.score, verdict.reason, time.perf_counter() - start]
-
-jobs = json.load(sys.stdin)
-judge(jobs[0])
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-with ThreadPoolExecutor(3) as pool:
-    verdicts = list(pool.map(judge, jobs))
-print(json.dumps([verdicts, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before]))
-"""
-
-
-def attack_source(name):
-    body = ATTACKS[name].replace("MARKED", f"marked-{os.getpid()}")
-    return PRELUDE + "def attack(x):\n" + "".join(f"    {line}\n" for line in body.splitlines())
-
-
 def processes(text):
     """Those that have text on their command line, which forks share."""
     found = []
@@ -491,9 +455,9 @@ def processes(text):
 def all_gone(text, seconds=1):
     """Whether these processes have ended, for which the killed may need a moment."""
     deadline = time.monotonic() + seconds
-    while processes(text) and time.monotonic() < deadline:
+    while (left := processes(text)) and time.monotonic() < deadline:
         time.sleep(0.01)
-    return not processes(text)
+    return not left
 
 
 @pytest.fixture(scope="module")
@@ -508,11 +472,9 @@ def readable():
 
 def run_as(user, folder, script, stdin=""):
     """What a script prints, run as this or an ordinary user, in fresh folders that it must leave empty."""
-    others = {}
-    if user != "this user":
-        if os.getuid():
-            pytest.skip("the tests already run as an ordinary user")
-        others = {"user": 65534, "group": 65534, "extra_groups": []}
+    others = {"user": 65534, "group": 65534, "extra_groups": []} if user != "this user" else {}
+    if others and os.getuid():
+        pytest.skip("the tests already run as an ordinary user")
     # In memory where possible: a disk that others keep busy may take a second to delete 1,000 folders.
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else "/tmp"
     places = [tempfile.mkdtemp(prefix="attacks-", dir=memory) for _ in range(2)]
@@ -536,15 +498,14 @@ def run_as(user, folder, script, stdin=""):
 
 @pytest.fixture(scope="module", params=["this user", "an ordinary user"])
 def attacked(request, readable):
-    """The verdicts on all attacks in all modes, {(attack, mode): (score, reason, seconds)}, of one user."""
+    """The verdicts on all attacks, {(attack, mode): (score, reason, seconds)}, of one user."""
     if MISSING:
         pytest.skip(f"no isolation here: {MISSING}")
-    keys = list(itertools.product(ATTACKS, MODES))
-    jobs = []
-    for name, mode in keys:
-        extra, tests = MODES[mode]
-        jobs.append({"source": attack_source(name) + extra, "tests": tests, "seconds": SECONDS})
-    verdicts, growth = json.loads(run_as(request.param, readable, RUNNER, stdin=json.dumps(jobs)))
+    # An ordinary user does without the check: it differs from a function in the referee only.
+    modes = list(MODES) if request.param == "this user" else ["program", "function"]
+    keys = list(itertools.product(ATTACKS, modes))
+    jobs = [[attack_source(name) + MODES[mode][0], MODES[mode][1]] for name, mode in keys]
+    verdicts, growth = json.loads(run_as(request.param, readable, RUNNER, stdin=json.dumps([jobs, SECONDS])))
     assert growth < 50_000  # KiB of the caller's memory
     return dict(zip(keys, verdicts))
 
@@ -552,7 +513,7 @@ def attacked(request, readable):
 @pytest.mark.parametrize("name", ATTACKS)
 def test_attacks(name, attacked):
     for mode in MODES:
-        score, reason, took = attacked[name, mode]
+        score, reason, took = attacked.get((name, mode), (0, "not tried", 0))
         assert score == 0 and reason != "passed", (mode, reason)
         assert took < 4 * SECONDS + 0.5, (mode, reason, took)
     outside = ["/", "/tmp", "/var/tmp", "/dev/shm", "/root", "/home", "/srv", "/etc", "/usr/lib", "/lib"]
@@ -567,7 +528,6 @@ def test_attacks_can_succeed_without_the_walls(name):
     assert names["f"](1) == SECRET
 
 
-@needs_sandbox
 @pytest.mark.parametrize("forged", [[None, "30"], ["unknown: x", ""], 5, {"bytes": 5}, {"dict": 1}, {}, [[]]])
 def test_a_right_program_that_forges_what_comes_next(forged):
     source = f"{TOTAL}\nimport os, sys\nsys.stdout.flush()\nfor fd in range(3, 20):\n  try: "
@@ -581,7 +541,6 @@ VALUES = st.recursive(SIMPLE, lambda inner: st.lists(inner) | st.dictionaries(KE
                       | st.tuples(inner, inner), max_leaves=9)
 
 
-@needs_sandbox
 @settings(max_examples=5, suppress_health_check=[HealthCheck.too_slow])
 @given(st.text(st.characters(), max_size=60), st.text(max_size=9), VALUES)
 @example("import os; os._exit(0)", "", {"tuple": []})
@@ -610,16 +569,11 @@ def fresh_probe(monkeypatch):
     sandbox.sandbox_walls.cache_clear()
 
 
-@needs_sandbox
 @pytest.mark.parametrize("probed", [True, False])
 @pytest.mark.parametrize(
     ("module", "name", "error"),
-    [
-        (subprocess, "Popen", BlockingIOError(11, "no more")),
-        (subprocess, "Popen", MemoryError()),
-        (tempfile, "mkdtemp", OSError(28, "No space")),
-        (tempfile, "mkdtemp", FileNotFoundError(2, "no folder")),
-    ],
+    [(subprocess, "Popen", BlockingIOError(11, "no more")), (subprocess, "Popen", MemoryError()),
+     (tempfile, "mkdtemp", OSError(28, "No space")), (tempfile, "mkdtemp", FileNotFoundError(2, "no folder"))],
 )
 def test_unknown_without_a_process_or_folder(fresh_probe, monkeypatch, module, name, error, probed):
     def fail(*_, **__):
@@ -652,12 +606,11 @@ print(json.dumps(found))
 @needs_sandbox
 def test_unknown_where_a_fork_fails(readable):
     found = json.loads(run_as("an ordinary user", readable, UNDER_NPROC))
-    for most, score, reason in found:
-        assert (score, reason) == (1, "passed") if most == 99 else score is None or reason == "passed", found
+    assert all(score is None or reason == "passed" for _, score, reason in found), found
     assert [score for most, score, _ in found if most < 3] == [None] * 6
+    assert [score for most, score, _ in found if most == 99] == [1, 1]
 
 
-@needs_sandbox
 @pytest.mark.parametrize("entries", [1, 2, 3])  # the mounted folder, the job's folder, its program
 def test_unknown_on_a_full_disk(tmp_path, monkeypatch, entries):
     command = ["mount", "-t", "tmpfs", "-o", f"nr_inodes={entries}", "tmpfs", tmp_path]
@@ -671,18 +624,14 @@ def test_unknown_on_a_full_disk(tmp_path, monkeypatch, entries):
         subprocess.run(["umount", tmp_path], check=True)
 
 
-@needs_sandbox
 @pytest.mark.parametrize("which", [0, 1])  # the referee, the launcher
 @pytest.mark.parametrize("tests", [ONE, "def check(candidate):\n    candidate()\n"])
 def test_no_verdict_without_a_fault_of_the_machine(monkeypatch, tmp_path, tests, which):
     def kill():
-        for _ in range(500):
+        while len(found := sorted(processes(str(tmp_path)))) != 3:  # referee, launcher, player
             time.sleep(0.01)
-            found = sorted(processes(str(tmp_path)))
-            if len(found) == 3:  # referee, launcher, player
-                time.sleep(0.1)
-                os.kill(found[which], signal.SIGKILL)
-                return
+        time.sleep(0.1)
+        os.kill(found[which], signal.SIGKILL)
 
     sandbox.sandbox_walls()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
@@ -695,17 +644,14 @@ def test_no_verdict_without_a_fault_of_the_machine(monkeypatch, tmp_path, tests,
     assert verdict.seconds < 5 and all_gone(str(tmp_path)) and not list(tmp_path.iterdir())
 
 
-@needs_sandbox
 @pytest.mark.parametrize("starved", [False, True])
 def test_no_verdict_on_a_machine_in_trouble(monkeypatch, starved):
     sandbox.sandbox_walls()
-    kills = itertools.count()
-    if starved:
-        monkeypatch.setattr(sandbox, "out_of_memory_kills", lambda: next(kills))
+    kills = itertools.count() if starved else itertools.repeat(0)
+    monkeypatch.setattr(sandbox, "out_of_memory_kills", lambda: next(kills))
     monkeypatch.setattr(subprocess.Popen, "communicate", lambda *_: (b"", None))
-    verdict = run_code("print(1)", ONE, seconds=5)
-    reason = "unknown: the machine ran out of memory" if starved else "unknown: no program runs any more"
-    assert (verdict.score, verdict.reason) == (None, reason)
+    reason = "the machine ran out of memory" if starved else "no program runs any more"
+    assert run_code("print(1)", ONE)[:2] == (None, f"unknown: {reason}")
 
 
 @needs_sandbox
@@ -716,10 +662,9 @@ def test_no_process_outlives_a_caller_that_is_killed(source, tmp_path):
     script = f"import sandbox\nsandbox.run_code({source!r}, {tests!r}, entry_point='f', seconds=30)"
     environment = os.environ | {"TMPDIR": str(tmp_path)}
     caller = subprocess.Popen([sys.executable, "-c", script], cwd=FOLDER, env=environment)
-    deadline = time.monotonic() + 5
-    while len(processes(str(tmp_path))) != 3 and time.monotonic() < deadline:
+    while len(processes(str(tmp_path))) != 3:
         time.sleep(0.01)
-    time.sleep(0.2)
+    time.sleep(0.1)
     caller.kill()
     caller.wait()
     assert all_gone(str(tmp_path))
@@ -746,7 +691,7 @@ def altered(tmp_path):
 VERSION = 'version = libc("syscall", 444, None, 0, 1)'
 
 
-@on_linux
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux only")
 @pytest.mark.parametrize(
     ("old", "new", "named"),
     [
@@ -767,8 +712,7 @@ verdict = sandbox.run_code({loop!r}, {ADD!r}, seconds=0.3, unsafe=True)
 print(verdict.reason, verdict.seconds < 4 * 0.3 + 0.5)
 """
     first, second, right, late = altered(old, new, script).splitlines()
-    assert first == second and "cannot isolate" in first and named in first
-    assert "--unsafe-local-execution" in first
+    assert first == second and all(text in first for text in ("isolate", named, "--unsafe-local-execution"))
     assert (right, late) == ("passed", "time limit True") and all_gone(str(tmp_path))
 
 

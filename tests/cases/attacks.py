@@ -5,6 +5,8 @@ compute, but many look for, and that is also the result of an attack that has wo
 name of a file that must not be there in the end.
 """
 
+import os
+
 SECRET = "SECRET-" + "97531"
 
 PRELUDE = '''
@@ -424,3 +426,37 @@ for name in (here, os.path.dirname(here), os.environ["TMPDIR"]):
 must_fail(os.rename, os.environ["TMPDIR"], os.path.dirname(os.environ["TMPDIR"]) + "/MARKED")
 """,
 }
+
+# What follows f(x), and tests that it cannot pass, in each of the three shapes.
+MODES = {
+    "program": ("print(f(1))", [{"input": "1", "output": SECRET}]),
+    "function": ("", [{"fn_name": "f", "args": [1], "expected": SECRET}]),
+    "check": ("", f"def check(candidate):\n    assert candidate(1) == {SECRET!r}\n"),
+}
+
+
+def attack_source(name):
+    body = ATTACKS[name].replace("MARKED", f"marked-{os.getpid()}")
+    return PRELUDE + "def attack(x):\n" + "".join(f"    {line}\n" for line in body.splitlines())
+
+
+# Reads [[source, tests], ...] and a limit of seconds; prints their verdicts and by how many KiB it has grown.
+RUNNER = """
+import json, resource, sys, threading, time
+from concurrent.futures import ThreadPoolExecutor
+sys.path.insert(0, sys.argv[1])
+import sandbox
+sandbox.SLOTS = threading.BoundedSemaphore(3)  # one more than the usual two cores, as some attacks only wait
+
+def judge(job):
+    start = time.perf_counter()
+    verdict = sandbox.run_code(*job, entry_point="f", seconds=seconds)
+    return [verdict.score, verdict.reason, time.perf_counter() - start]
+
+jobs, seconds = json.load(sys.stdin)
+judge(jobs[0])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+with ThreadPoolExecutor(3) as pool:
+    verdicts = list(pool.map(judge, jobs))
+print(json.dumps([verdicts, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before]))
+"""
