@@ -573,7 +573,7 @@ def fresh_probe(monkeypatch):
 @pytest.mark.parametrize(
     ("module", "name", "error"),
     [(subprocess, "Popen", BlockingIOError(11, "no more")), (subprocess, "Popen", MemoryError()),
-     (tempfile, "mkdtemp", OSError(28, "No space")), (tempfile, "mkdtemp", FileNotFoundError(2, "no folder"))],
+     (tempfile, "mkdtemp", OSError(28, "No space")), (tempfile, "mkdtemp", FileNotFoundError(2, "no such"))],
 )
 def test_unknown_without_a_process_or_folder(fresh_probe, monkeypatch, module, name, error, probed):
     def fail(*_, **__):
