@@ -203,7 +203,7 @@ def watch(store, rank, world):
 def shard(model, ranks, recompute=False, compile=False):
     """FSDP2: each rank keeps a slice of every parameter, gathers a block's when it needs them, and averages gradients.
     On a GPU compute is bf16 over float32 master weights and float32 reductions; on a CPU it is float32 throughout."""
-    model.model.recompute = recompute
+    model.model.checkpoint_activations = recompute
     for block in model.model.layers if compile else ():
         block.forward = torch.compile(block.forward, dynamic=True)  # the forward alone: FSDP's hooks stay outside
     if not dist.is_initialized():
