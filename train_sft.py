@@ -37,7 +37,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +53,7 @@ import data
 from data import flag
 from model import PRESETS, FalconH1, check, generate
 from ssm_scan import to_device
+
 
 # 1. Arguments -----------------------------------------------------------------------------------------------
 
@@ -85,7 +86,6 @@ class Args:
     device: str = flag("", "cpu or cuda; empty: cuda if available")
     fresh: bool = flag(False, "start over, deleting an earlier run in --out")
 
-
 def check_at_least(least, args, *names):
     for name in names:
         value = getattr(args, name)
@@ -101,7 +101,6 @@ def local_tokens(model, values, fill=0):
         values = np.split(padded, model.cp.size)[model.cp.rank]
     return torch.from_numpy(values)
 
-
 def pack_logprobs(model, row, temperature=1.0):
     """Log-probability and entropy, in nats, of a Pack's targets, those of this rank's local_tokens.
 
@@ -114,7 +113,6 @@ def pack_logprobs(model, row, temperature=1.0):
     values = model(ids[None], targets=targets[None], cu_seqlens=cu_seqlens, temperature=temperature)
     return tuple(v[0] for v in values)
 
-
 def sft_loss(model, row, total_weight):
     """-sum_i w_i log p(target_i) / total_weight over this rank's tokens of a Pack.
 
@@ -124,7 +122,6 @@ def sft_loss(model, row, total_weight):
     weights, = to_device([local_tokens(model, row.weights)], next(model.parameters()).device)
     logprobs, _ = pack_logprobs(model, row)
     return -(weights * logprobs).sum() / total_weight
-
 
 def total_loss_weight(packs):
     """The divisor of a global batch's loss: the summed weights of all tokens to predict, on all ranks."""
@@ -139,7 +136,6 @@ def learning_rate(step, steps, peak, warmup):
     """Linear up over the first `warmup` share of the steps, then linear down to 0; step counts from 0."""
     rising = max(1, round(warmup * steps))
     return peak * min((step + 1) / rising, (steps - step) / max(1, steps - rising))
-
 
 def accumulate_gradients(model, packs, ranks, loss_of):
     """Add up the gradient of the sum of loss_of(pack) over a global batch; this rank computes its local_rows.
@@ -157,7 +153,6 @@ def accumulate_gradients(model, packs, ranks, loss_of):
         total += loss.detach().double()
     return total
 
-
 def train_step(model, optimizer, packs, lr, clip, ranks):
     """One update on a global batch of packs. Returns its loss and the gradient norm before clipping."""
     total = total_loss_weight(packs)
@@ -171,6 +166,7 @@ def main():
     args = data.parse_args(Args, __doc__.partition("\n\n")[0])
     check_at_least(1, args, "steps", "batch", "context", "eval_every", "save_every")
     check_at_least(0, args, "held_out", "limit", "seed", "lr", "warmup", "weight_decay", "clip")
+    check(args.preset in PRESETS, f"--preset {args.preset}: not one of {', '.join(PRESETS)}")
     ranks = start_ranks(args.device, args.cp, args.replicas)
     ranks.check_same_on_all("the arguments", asdict(args))
 
@@ -178,7 +174,11 @@ def main():
     tokenizer = data.load_tokenizer(args.init) if args.init else data.Tokenizer.byte_level()
     samples = open_samples(args, tokenizer, ranks)
     loader, held_out = split_samples(samples, args, ranks)
-    model = shard(make_model(args), ranks, args.checkpoint_activations, args.compile)
+    torch.manual_seed(args.seed)
+    model = load_model(args.init) if args.init else FalconH1(PRESETS[args.preset])
+    longest = model.config.max_position_embeddings
+    check(args.context <= longest, f"--context {args.context} exceeds max_position_embeddings {longest}")
+    model = shard(model, ranks, args.checkpoint_activations, args.compile)
 
     # Continue after the last checkpoint, if there is one.
     run = Run(args, ranks, tokenizer)
@@ -186,9 +186,6 @@ def main():
     state = run.resume(model, optimizer)
     if state["step"] > 0:
         loader.load_state_dict(state["loader"])
-    elif ranks.rank == 0:
-        parameters = sum(p.numel() for p in model.parameters())
-        print(f"{parameters:,} parameters, {len(samples):,} samples, {ranks.world} rank(s)")
     evaluation = partial(evaluate, model, tokenizer, held_out, args, ranks)
 
     with run:
@@ -221,7 +218,6 @@ def main():
                 run.save(done, model, optimizer, {"loader": loader.state_dict(), "record": record})
             run.write(done, record | evaluation(done))
 
-
 def open_samples(args, tokenizer, ranks):
     """The SftFiles of --data, the same on all ranks; the default file is made if it is missing."""
     check(args.pack_tokens >= args.context,
@@ -232,7 +228,6 @@ def open_samples(args, tokenizer, ranks):
     ranks.check_same_on_all("the data", data.sizes_of(args.data))
     return data.SftFiles(args.data, tokenizer, args.context, args.trim, args.limit, ranks.share_out)
 
-
 def split_samples(samples, args, ranks):
     """A Loader of the samples to train on, and the list of held-out samples, spread evenly over the files."""
     check(len(samples) > args.held_out,
@@ -242,7 +237,6 @@ def split_samples(samples, args, ranks):
     loader = data.Loader(rows, args.batch, args.seed, parse_mixture(args.mixture), samples.checksum)
     return loader, ranks.share_out(samples.__getitem__, held_out)
 
-
 def parse_mixture(text):
     """ "math=0.6,code=0.4" -> {"math": 0.6, "code": 0.4}; "" -> None."""
     try:
@@ -251,22 +245,10 @@ def parse_mixture(text):
     except ValueError:
         raise ValueError(f"--mixture {text!r}: expected domain=weight,domain=weight") from None
 
-
-def make_model(args):
-    """The model to start from, not yet sharded."""
-    check(args.preset in PRESETS, f"--preset {args.preset}: not one of {', '.join(PRESETS)}")
-    torch.manual_seed(args.seed)
-    model = load_model(args.init) if args.init else FalconH1(PRESETS[args.preset])
-    longest = model.config.max_position_embeddings
-    check(args.context <= longest, f"--context {args.context} exceeds max_position_embeddings {longest}")
-    return model
-
-
 def load_model(folder):
     """A checkpoint's model, float32. With several ranks its tensors stay in their file until shard()."""
     mapped = dist.is_initialized()
     return FalconH1.from_pretrained(data.model_folder(folder), dtype=torch.float32, mapped=mapped)
-
 
 def evaluate(model, tokenizer, held_out, args, ranks, step):
     """Every --eval-every steps and at the end {"held_out": loss in nats per token}, else {}.
@@ -281,7 +263,6 @@ def evaluate(model, tokenizer, held_out, args, ranks, step):
         tqdm.write("sample: " + " ".join(text.split()), file=sys.stdout)
     return {"held_out": loss}
 
-
 @torch.no_grad()
 def held_out_loss(model, samples, pack_tokens, ranks):
     """Mean loss per token of the samples, weighted as in training."""
@@ -289,7 +270,6 @@ def held_out_loss(model, samples, pack_tokens, ranks):
     total = total_loss_weight(packs)
     loss = sum(sft_loss(model, row, total).double() for row in ranks.local_rows(packs))
     return float(ranks.all_sum(loss))
-
 
 def sample_text(model, tokenizer, sample, max_new_tokens=200):
     """The first prompt of a sample and the model's greedy answer."""
@@ -309,7 +289,6 @@ def sample_text(model, tokenizer, sample, max_new_tokens=200):
 # How long a collective waits for other ranks. In RL a rank waits while another samples longer: 49,152 tokens at
 # 20 per second take 41 minutes, and a rank may need several such rounds and then wait for its verifier.
 LONGEST_WAIT = timedelta(hours=6)
-
 
 @dataclass
 class Ranks:
@@ -346,10 +325,8 @@ class Ranks:
     def gather(self, items):
         """The whole list, on every rank, of which rank r holds the items r, r + world, r + 2 world, ..."""
         parts = self.all_values(items)
-        whole = [None] * sum(map(len, parts))
-        for r, part in enumerate(parts):
-            whole[r :: self.world] = part
-        return whole
+        total = sum(map(len, parts))
+        return [parts[i % self.world][i // self.world] for i in range(total)]
 
     def share_out(self, function, items, desc=""):
         """[function(item) for item in items] on every rank, each call made by one. desc: label of a bar."""
@@ -362,7 +339,6 @@ class Ranks:
         values = self.all_values(value)
         for r, other in enumerate(values):
             check(other == values[0], f"ranks 0 and {r} disagree about {what}: {values[0]} and {other}")
-
 
 def start_ranks(device, cp=1, replicas=1):
     """Ranks of this process, alone or started by torchrun. device: "cpu", "cuda", or "" for the better one.
@@ -385,7 +361,6 @@ def start_ranks(device, cp=1, replicas=1):
     if device != "cpu":  # FSDP2 keeps float32 weights and computes in bf16, and wants a group for that
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return Ranks(device=device)
-
 
 def run_main(body):
     """data.run_main on every rank: user errors print one line. Returns the exit status."""
@@ -425,7 +400,6 @@ def shard(model, ranks, checkpoint_activations=False, compile=False):
     for part in (*model.model.layers, model):
         fully_shard(part.to(ranks.device, torch.float32), mesh=mesh, mp_policy=policy)
     return model
-
 
 @torch.no_grad()
 def unsharded_copy(model, copy=None, keep=True):
@@ -468,7 +442,6 @@ def unsharded_copy(model, copy=None, keep=True):
 # to_heads sends such a group to every rank that has heads of it. Each rank convolves with the weights of its own
 # channels and of the B and C it got; if several ranks compute a gradient of one weight, FSDP adds them up.
 
-
 def split_heads(heads, n, groups):
     """Heads of each of n ranks, and groups (key and value heads, or B and C) that these read.
 
@@ -484,7 +457,6 @@ def split_heads(heads, n, groups):
             if (blocks == blocks[..., :1]).all():
                 return own, blocks[..., 0]
 
-
 def gather_index(parts):
     """The columns of a projection that each of n ranks wants.
 
@@ -495,7 +467,6 @@ def gather_index(parts):
         start = first + items[:, :, None] * width  # (n, k, 1)
         columns.append((start + torch.arange(width)).flatten(1))
     return torch.cat(columns, 1), [part.shape[1] for part in columns]
-
 
 class ContextParallel:
     """What FalconH1 and local_tokens need to know about the ranks that share a row."""
@@ -546,7 +517,6 @@ class ContextParallel:
         bias = None if bias is None else bias[self.channels]
         return weight[self.channels], bias, A[self.heads], D[self.heads]
 
-
 class _AllToAll(torch.autograd.Function):
     """Send x[j] to rank j, receive out[j] from it. Its own inverse, and so its own gradient."""
 
@@ -571,7 +541,6 @@ def make_optimizer(model, lr, weight_decay):
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=lr, fused=True)
 
-
 def optimizer_step(model, optimizer, loss, lr, clip):
     """Clip, step, clear. Returns the loss and the gradient norm before clipping, over all ranks.
 
@@ -593,7 +562,6 @@ def optimizer_step(model, optimizer, loss, lr, clip):
 # Arguments that may differ between the parts of one run.
 VOLATILE = ("out", "fresh", "device", "cp", "replicas", "checkpoint_activations", "compile", "save_every",
             "eval_every")
-
 
 class Run:
     """The folder of a run: its arguments, its log, its checkpoints.
@@ -684,15 +652,13 @@ class Run:
         state, folder = self.ranks.all_values(found)[0]
         if folder is not None:
             weights, moments = get_state_dict(model, optimizer)
-            try:
-                dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=folder)
-            except dcp.CheckpointException as e:
-                why = str(e).strip().splitlines()[-1]
-                raise ValueError(f"{folder}: a checkpoint of another model: {why}") from None
+            dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=folder)
             set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
         self.last_logged, = self.ranks.share_out(self._trim_log, [state["step"]])  # rank 0 trims it
         if self.ranks.rank == 0 and folder is None:
+            parameters = sum(p.numel() for p in model.parameters())
             print("  ".join(f"{k}={v}" for k, v in asdict(self.args).items()))
+            print(f"{parameters:,} parameters, {self.ranks.world} rank(s)")
         elif self.ranks.rank == 0:
             print(f"{folder}: continuing after step {state['step']}")
             # The export is missing if the run was killed right after the rename.
@@ -718,22 +684,14 @@ class Run:
         data.write_jsonl(self.log, records)
         return max([record["step"] for record in records], default=0)
 
-
 def fingerprint(path):
     """[size, SHA-256] of a file."""
     with open(path, "rb") as file:
         return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
 
-
 class _Reader(dcp.FileSystemReader):
-    """Reads a checkpoint's index once. dcp.load asks for it in every call; for hundreds of shards that is slow."""
-
-    index = None
-
-    def read_metadata(self, *args, **kwargs):
-        self.index = self.index or super().read_metadata(*args, **kwargs)
-        return self.index
-
+    """Parses a checkpoint's index once: dcp.load asks for it in every call, a second of work for 8 shards at 7B."""
+    read_metadata = lru_cache(1)(dcp.FileSystemReader.read_metadata)
 
 def export(config, tokenizer, checkpoint, folder):
     """Write the model of a finished checkpoint to folder, in the published format.
@@ -750,7 +708,6 @@ def export(config, tokenizer, checkpoint, folder):
         model = FalconH1(config)
     model.save_pretrained(folder, read)
     tokenizer.save(folder)
-
 
 if __name__ == "__main__":
     sys.exit(run_main(main))
