@@ -20,10 +20,8 @@ weights, optimizer, step and positions.
 
 Deviations from the paper: the samples of a batch are packed (the paper does not say); a sample's difficulty
 weight enters the loss and its normalisation alike, so a batch of hard samples takes no larger step; the tiny
-run's learning rate and batch are its own.
-
-Sections 1 to 4 are the method; 5 to 9 also serve train_rl.py. To copy this file, also take model.py,
-decode.py, ssm_scan.py and data.py.
+run's learning rate and batch are its own. To copy this file, also take model.py, decode.py, ssm_scan.py and
+data.py. Sections 1 to 4 are the method; train_rl.py uses the others, too.
 """
 
 import hashlib
@@ -58,44 +56,49 @@ from ssm_scan import to_device
 # 1. Arguments -----------------------------------------------------------------------------------------------
 
 @dataclass
-class Args:
+class CommonArgs:
+    """The flags of both trainers."""
+    pack_tokens: int = flag(4096, "longest row, in tokens: bounds memory, does not change the result")
+    clip: float = flag(1.0, "largest norm of the whole gradient")
+    seed: int = flag(0, "of weights, data order and sampling")
+    limit: int = flag(0, "use the first samples or problems only; 0: all")
+    cp: int = flag(1, "context-parallel size: ranks that share each row's tokens; divides ranks and heads")
+    replicas: int = flag(1, "replicas of the sharded model (HSDP); one per node: only gradients leave it")
+    checkpoint_activations: bool = flag(False, "recompute activations backward: less memory, more compute")
+    compile: bool = flag(False, "torch.compile the per-token part of each block; takes a minute at the start")
+    device: str = flag("", "cpu or cuda; empty: cuda if available")
+    fresh: bool = flag(False, "start over, deleting an earlier run in --out")
+
+@dataclass
+class Args(CommonArgs):
     out: str = flag("runs/tiny/sft", "folder of the run")
-    data: str = flag("runs/tiny/data/sft.jsonl", "SFT samples: files of any size, separated by commas, * for "
-                     "any part of a name; the default file is made if it is missing")
+    data: str = flag("runs/tiny/data/sft.jsonl", "files of samples: a, b or *.jsonl; the default one is made")
     init: str = flag("", "checkpoint folder to start from; empty: --preset, random weights and byte tokens")
     preset: str = flag("tiny", "model size if --init is empty")
     steps: int = flag(2000, "optimizer steps")
     batch: int = flag(16, "samples per global batch")
-    pack_tokens: int = flag(4096, "longest row, in tokens: bounds memory, does not change the result")
     context: int = flag(1024, "longest sample, in tokens")
     trim: bool = flag(False, "cut longer samples on the right instead of refusing them; logs how many")
     lr: float = flag(4e-3, "peak learning rate (the paper's 1.024e-3 is for published multipliers)")
     warmup: float = flag(0.04, "share of steps with rising learning rate; it then falls linearly to 0")
     weight_decay: float = flag(0.01, "AdamW decay of matrices; vectors have none")
-    clip: float = flag(1.0, "largest norm of the whole gradient")
     mixture: str = flag("", "domain weights, e.g. math=0.6,code=0.4; empty: by size")
-    held_out: int = flag(100, "samples kept out of training, spread evenly over the files; 0: no evaluation")
+    held_out: int = flag(100, "samples kept out of training, spread over the files; 0: no evaluation")
     eval_every: int = flag(300, "steps between evaluations: held-out loss and a sample text")
     save_every: int = flag(300, "steps between checkpoints")
-    seed: int = flag(0, "of weights and data order")
-    limit: int = flag(0, "use the first samples only; 0: all")
-    cp: int = flag(1, "context-parallel size: ranks that share each row's tokens; divides ranks and heads")
-    replicas: int = flag(1, "replicas of the sharded model (HSDP); one per node: only gradients leave it")
-    checkpoint_activations: bool = flag(False, "recompute activations backward: saves memory, 1/3 more compute")
-    compile: bool = flag(False, "torch.compile the per-token part of each block; takes a minute at the start")
-    device: str = flag("", "cpu or cuda; empty: cuda if available")
-    fresh: bool = flag(False, "start over, deleting an earlier run in --out")
 
-def check_at_least(least, args, *names):
-    for name in names:
-        value = getattr(args, name)
-        check(value >= least, f"--{name.replace('_', '-')} {value}: must be at least {least}")
+def check_numbers(args, *counts):
+    """Check that no number is negative, and that those named in `counts` are at least 1."""
+    for name, value in asdict(args).items():
+        least = 1 if name in counts else 0
+        valid = isinstance(value, str) or value >= least
+        check(valid, f"--{name.replace('_', '-')} {value}: must be at least {least}")
 
 
 # 2. The loss ------------------------------------------------------------------------------------------------
 
 def local_tokens(model, values, fill=0):
-    """The tokens of a row that this rank computes: values (t,), NumPy -> a tensor, of a padded share under --cp."""
+    """The part of a row that this rank computes: values (t,), NumPy -> tensor; under --cp a share, padded."""
     if model.cp is not None:
         padded = np.pad(values, (0, -len(values) % model.cp.size), constant_values=fill)
         values = np.split(padded, model.cp.size)[model.cp.rank]
@@ -116,9 +119,9 @@ def pack_logprobs(model, row, temperature=1.0):
 def sft_loss(model, row, total_weight):
     """-sum_i w_i log p(target_i) / total_weight over this rank's tokens of a Pack.
 
-    w_i is the loss mask times the sample's weight, total_weight their sum over the *global* batch. It is the
-    paper's L_r = R * sum_i(l_i m_i) / (eps + sum over all ranks of sum_i m_i) without the factor R, the number
-    of ranks, which accumulate_gradients applies."""
+    w_i is the loss mask times the sample's weight, total_weight their sum over the *global* batch. This is the
+    paper's L_r = R * sum_i(l_i m_i) / (eps + sum over all ranks of sum_i m_i) without its factor R, the number
+    of ranks: accumulate_gradients applies it."""
     weights, = to_device([local_tokens(model, row.weights)], next(model.parameters()).device)
     logprobs, _ = pack_logprobs(model, row)
     return -(weights * logprobs).sum() / total_weight
@@ -140,7 +143,7 @@ def learning_rate(step, steps, peak, warmup):
 def accumulate_gradients(model, packs, ranks, loss_of):
     """Add up the gradient of the sum of loss_of(pack) over a global batch; this rank computes its local_rows.
 
-    Returns this rank's part of that sum, float64, on the device. The parts of all ranks add up to the loss."""
+    Returns this rank's part of that sum, float64, on the device. The parts of all ranks are the loss."""
     rows = ranks.local_rows(packs)
     total = 0
     for i, row in enumerate(rows):
@@ -164,16 +167,14 @@ def train_step(model, optimizer, packs, lr, clip, ranks):
 
 def main():
     args = data.parse_args(Args, __doc__.partition("\n\n")[0])
-    check_at_least(1, args, "steps", "batch", "context", "eval_every", "save_every")
-    check_at_least(0, args, "held_out", "limit", "seed", "lr", "warmup", "weight_decay", "clip")
+    check_numbers(args, "steps", "batch", "context", "eval_every", "save_every")
     check(args.preset in PRESETS, f"--preset {args.preset}: not one of {', '.join(PRESETS)}")
     ranks = start_ranks(args.device, args.cp, args.replicas)
     ranks.check_same_on_all("the arguments", asdict(args))
 
     # Bad input must cost nothing: read everything before Run() deletes what --fresh replaces.
     tokenizer = data.load_tokenizer(args.init) if args.init else data.Tokenizer.byte_level()
-    samples = open_samples(args, tokenizer, ranks)
-    loader, held_out = split_samples(samples, args, ranks)
+    samples, loader, held_out = open_samples(args, tokenizer, ranks)
     torch.manual_seed(args.seed)
     model = load_model(args.init) if args.init else FalconH1(PRESETS[args.preset])
     longest = model.config.max_position_embeddings
@@ -187,11 +188,9 @@ def main():
     if state["step"] > 0:
         loader.load_state_dict(state["loader"])
     evaluation = partial(evaluate, model, tokenizer, held_out, args, ranks)
-
     with run:
         if run.last_logged < state["step"]:  # the run was killed between saving and logging
             run.write(state["step"], state["record"] | evaluation(state["step"]))
-
         for step in range(state["step"], args.steps):
             start = time.time()
             done = step + 1
@@ -200,13 +199,13 @@ def main():
             batch = ranks.share_out(samples.__getitem__, next(loader))
             packs = data.pack(batch, args.pack_tokens, ranks.dp_size)
 
-            # One update. An error names the samples, and says what is left of the run.
+            # One update. An error names the samples.
             lr = learning_rate(step, args.steps, args.lr, args.warmup)
             try:
                 loss, norm = train_step(model, optimizer, packs, lr, args.clip, ranks)
             except ValueError as e:
-                drawn = f"samples {step * args.batch} to {done * args.batch - 1} of the stream"
-                raise ValueError(f"step {done}, {drawn}: {e}; {run.earlier_steps}") from None
+                last = done * args.batch - 1
+                raise run.failed(done, f"samples {step * args.batch} to {last} of the stream: {e}") from None
             record = {"loss": loss, "grad_norm": norm, "lr": lr}
             record["tokens"] = sum(len(row.input_ids) for row in packs)
             record["seconds"] = round(time.time() - start, 3)
@@ -219,23 +218,18 @@ def main():
             run.write(done, record | evaluation(done))
 
 def open_samples(args, tokenizer, ranks):
-    """The SftFiles of --data, the same on all ranks; the default file is made if it is missing."""
-    check(args.pack_tokens >= args.context,
-          f"--pack-tokens {args.pack_tokens} must hold a sample of --context {args.context}")
+    """SftFiles, a Loader of the samples to train on, and the list of held-out ones, spread over the files."""
+    check(args.pack_tokens >= args.context, f"--pack-tokens must be at least --context, {args.context}")
     if args.data == Args.data and not Path(args.data).exists() and ranks.rank == 0:
         data.main(["make", "--out", str(Path(args.data).parent)])
     ranks.all_values(None)  # wait for rank 0
     ranks.check_same_on_all("the data", data.sizes_of(args.data))
-    return data.SftFiles(args.data, tokenizer, args.context, args.trim, args.limit, ranks.share_out)
-
-def split_samples(samples, args, ranks):
-    """A Loader of the samples to train on, and the list of held-out samples, spread evenly over the files."""
-    check(len(samples) > args.held_out,
-          f"{args.data}: {len(samples)} samples, of which --held-out keeps {args.held_out}")
+    samples = data.SftFiles(args.data, tokenizer, args.context, args.trim, args.limit, ranks.share_out)
+    check(len(samples) > args.held_out, f"{args.data}: has {len(samples)} samples, --held-out keeps them all")
     held_out = np.linspace(0, len(samples) - 1, args.held_out, dtype=int)
     rows = {domain: np.setdiff1d(numbers, held_out) for domain, numbers in samples.rows.items()}
     loader = data.Loader(rows, args.batch, args.seed, parse_mixture(args.mixture), samples.checksum)
-    return loader, ranks.share_out(samples.__getitem__, held_out)
+    return samples, loader, ranks.share_out(samples.__getitem__, held_out)
 
 def parse_mixture(text):
     """ "math=0.6,code=0.4" -> {"math": 0.6, "code": 0.4}; "" -> None."""
@@ -250,50 +244,39 @@ def load_model(folder):
     mapped = dist.is_initialized()
     return FalconH1.from_pretrained(data.model_folder(folder), dtype=torch.float32, mapped=mapped)
 
+@torch.no_grad()
 def evaluate(model, tokenizer, held_out, args, ranks, step):
-    """Every --eval-every steps and at the end {"held_out": loss in nats per token}, else {}.
+    """Every --eval-every steps and at the end {"held_out": mean loss per token, weighted as in training}.
 
-    Rank 0 also prints what the model answers to one of the held-out prompts."""
+    Rank 0 also prints the greedy answer to one of the held-out prompts. {} in other steps."""
     if not held_out or (step < args.steps and step % args.eval_every):
         return {}
-    loss = held_out_loss(model, held_out, args.pack_tokens, ranks)
-    sampler = unsharded_copy(model, keep=ranks.rank == 0)  # freed when this function returns
-    if ranks.rank == 0:
-        text = sample_text(sampler, tokenizer, held_out[step % len(held_out)])
-        tqdm.write("sample: " + " ".join(text.split()), file=sys.stdout)
-    return {"held_out": loss}
-
-@torch.no_grad()
-def held_out_loss(model, samples, pack_tokens, ranks):
-    """Mean loss per token of the samples, weighted as in training."""
-    packs = data.pack(samples, pack_tokens, ranks.dp_size)
+    packs = data.pack(held_out, args.pack_tokens, ranks.dp_size)
     total = total_loss_weight(packs)
     loss = sum(sft_loss(model, row, total).double() for row in ranks.local_rows(packs))
-    return float(ranks.all_sum(loss))
 
-def sample_text(model, tokenizer, sample, max_new_tokens=200):
-    """The first prompt of a sample and the model's greedy answer."""
-    if not sample.mask.any():
-        return "(the prompt alone fills --context)"
-    prompt = sample.ids[: int(sample.mask.argmax())].tolist()
-    room = min(max_new_tokens, model.config.max_position_embeddings - len(prompt))
-    trace = generate(model, [prompt], max_new_tokens=room, temperature=0, stop_ids=tokenizer.stop_ids)[0]
-    return tokenizer.decode(prompt) + " >>> " + tokenizer.decode(trace.tokens)
+    sampler = unsharded_copy(model)  # freed when this function returns
+    sample = held_out[step % len(held_out)]
+    if ranks.rank == 0 and sample.mask.any():  # not if --trim left the prompt alone
+        prompt = sample.ids[: int(sample.mask.argmax())].tolist()
+        room = min(200, model.config.max_position_embeddings - len(prompt))
+        trace, = generate(sampler, [prompt], max_new_tokens=room, temperature=0, stop_ids=tokenizer.stop_ids)
+        text = tokenizer.decode(prompt) + " >>> " + tokenizer.decode(trace.tokens)
+        tqdm.write("sample: " + " ".join(text.split()), file=sys.stdout)
+    return {"held_out": float(ranks.all_sum(loss))}
 
 
 # 5. Ranks ---------------------------------------------------------------------------------------------------
-# A rank that dies ends the run: torchrun stops the others on its node within a second, and elsewhere the next
-# collective fails, as the dead process's connections are closed. A host that vanishes without closing them is
-# noticed by the time-out only.
+# A rank that dies ends the run: torchrun stops the others on its node within a second; elsewhere the next
+# collective fails, as the dead process's connections are closed. The time-out is for hosts that vanish.
 
-# How long a collective waits for other ranks. In RL a rank waits while another samples longer: 49,152 tokens at
-# 20 per second take 41 minutes, and a rank may need several such rounds and then wait for its verifier.
+# In RL a rank may wait long while another samples: 49,152 tokens at 20 per second take 41 minutes, and it may
+# need several such rounds, and then its verifier.
 LONGEST_WAIT = timedelta(hours=6)
 
 @dataclass
 class Ranks:
     """This process among those that train together; cp neighbours share each row."""
-
     rank: int = 0
     world: int = 1
     device: str = "cpu"
@@ -325,13 +308,11 @@ class Ranks:
     def gather(self, items):
         """The whole list, on every rank, of which rank r holds the items r, r + world, r + 2 world, ..."""
         parts = self.all_values(items)
-        total = sum(map(len, parts))
-        return [parts[i % self.world][i // self.world] for i in range(total)]
+        return [parts[i % self.world][i // self.world] for i in range(sum(map(len, parts)))]
 
     def share_out(self, function, items, desc=""):
         """[function(item) for item in items] on every rank, each call made by one. desc: label of a bar."""
-        own = items[self.rank :: self.world]
-        bar = tqdm(own, desc, disable=not desc or self.rank > 0, delay=2)  # seconds
+        bar = tqdm(items[self.rank :: self.world], desc, disable=not desc or self.rank > 0, delay=2)
         return self.gather([function(item) for item in bar])
 
     def check_same_on_all(self, what, value):
@@ -370,7 +351,7 @@ def run_main(body):
         if status == 0:
             dist.barrier()  # rank 0 may host the rendezvous, so nobody leaves before the others
         sys.stdout.flush()
-        os._exit(status)  # not sys.exit: gloo's threads may abort at shutdown, and a good run would look failed
+        os._exit(status)  # not sys.exit: gloo's threads may abort at shutdown, a good run would look failed
     if dist.is_initialized():
         dist.destroy_process_group()
     return status
@@ -402,33 +383,26 @@ def shard(model, ranks, checkpoint_activations=False, compile=False):
     return model
 
 @torch.no_grad()
-def unsharded_copy(model, copy=None, keep=True):
+def unsharded_copy(model, copy=None):
     """A model to sample from: the model itself, or under FSDP a whole copy of it (bf16 on a GPU).
 
-    Every rank must call, since each holds a slice; one parameter at a time is gathered.
-
-    Args:
-        copy: an earlier copy, to be refreshed in place.
-        keep: False on a rank that will not sample. It takes part, keeps nothing, and gets None."""
+    copy: an earlier one, to be refreshed in place. Every rank must call: each holds a slice."""
     if not dist.is_initialized():
         return model
-    if keep and copy is None:
+    if copy is None:
         device = next(model.parameters()).device
         with torch.device("meta"):
             copy = FalconH1(model.config)
         copy = copy.to(torch.bfloat16 if device.type == "cuda" else torch.float32).to_empty(device=device)
-    target = copy.state_dict() if keep else {}
+    target = copy.state_dict()
     for name, p in model.state_dict().items():  # state_dict reshards what the last forward pass has gathered
-        whole = p.full_tensor()
-        if keep:
-            target[name].copy_(whole)
-        del whole  # before the next one is gathered
+        target[name].copy_(p.full_tensor())
     return copy
 
 
 # 7. Context parallelism -------------------------------------------------------------------------------------
-# As in DeepSpeed Ulysses (arXiv 2309.14509), n neighbouring ranks share every row. Norms, projections, MLP and
-# head work per token. Attention, convolution and scan need whole sequences, but their heads are independent. So
+# As in DeepSpeed Ulysses (arXiv 2309.14509), n neighbouring ranks share every row. Norms, projections, MLP
+# and head work per token. Attention, convolution and scan need whole sequences, but heads are independent. So
 # two all-to-alls per mixer change who holds what, here for n = 2; in between, the block is unchanged:
 #
 #                             rank 0                               rank 1
@@ -438,19 +412,19 @@ def unsharded_copy(model, copy=None, keep=True):
 #       to_tokens
 #     o_proj, MLP, head       first half of tokens, all heads      second half of tokens, all heads
 #
-# Heads share what they read: several query heads one key and value head, several SSM heads one group's B and C.
-# to_heads sends such a group to every rank that has heads of it. Each rank convolves with the weights of its own
-# channels and of the B and C it got; if several ranks compute a gradient of one weight, FSDP adds them up.
+# Heads share what they read: several query heads a key and value head, several SSM heads a group's B and C.
+# to_heads sends such a group to every rank that has heads of it. Each rank convolves with the weights of the
+# channels it got; where several ranks compute a gradient of one weight, FSDP adds them up.
 
 def split_heads(heads, n, groups):
     """Heads of each of n ranks, and groups (key and value heads, or B and C) that these read.
 
-    Returns own (n, heads / n) and read (n, k): rank r gets k groups, each for its next heads / n / k heads."""
+    Returns own (n, heads / n) and read (n, k): a rank's j-th group serves its j-th heads / n / k heads."""
     size = heads // n
     own = torch.arange(heads).view(n, size)
     needed = own * groups // heads
-    # The fewest groups that serve all ranks alike, as all-to-all needs equal shapes. k = size always does: every
-    # head then has its own copy.
+    # The fewest groups that serve all ranks alike, as all-to-all needs equal shapes. With k = size every head
+    # has its own copy.
     for k in range(1, size + 1):
         if size % k == 0:
             blocks = needed.view(n, k, size // k)
@@ -464,8 +438,7 @@ def gather_index(parts):
     Returns index (n, columns), and the number of columns of each part."""
     columns = []
     for first, width, items in parts:
-        start = first + items[:, :, None] * width  # (n, k, 1)
-        columns.append((start + torch.arange(width)).flatten(1))
+        columns.append((first + items[:, :, None] * width + torch.arange(width)).flatten(1))  # (n, k * width)
     return torch.cat(columns, 1), [part.shape[1] for part in columns]
 
 class ContextParallel:
@@ -500,8 +473,8 @@ class ContextParallel:
         self.heads = index[self.rank, xBC:] - dt
 
     def to_heads(self, x, part):
-        """x (1, s, columns, ...), this rank's tokens -> its columns of all tokens, (1, n s, size, ...) for each
-        size of `part`, which is self.attention or self.mamba."""
+        """x (1, s, columns, ...), this rank's tokens -> its columns of all tokens, one (1, n s, size, ...) per
+        size in `part`, which is self.attention or self.mamba."""
         index, sizes = part
         wanted = x.squeeze(0).index_select(1, index.flatten())  # (s, n * own, ...)
         wanted = wanted.unflatten(1, index.shape).movedim(1, 0)  # (n, s, own, ...)
@@ -560,14 +533,13 @@ def optimizer_step(model, optimizer, loss, lr, clip):
 # 9. The run's folder ----------------------------------------------------------------------------------------
 
 # Arguments that may differ between the parts of one run.
-VOLATILE = ("out", "fresh", "device", "cp", "replicas", "checkpoint_activations", "compile", "save_every",
-            "eval_every")
+VOLATILE = "out fresh device cp replicas checkpoint_activations compile save_every eval_every".split()
 
 class Run:
     """The folder of a run: its arguments, its log, its checkpoints.
 
-    Only rank 0 writes, except the shards of a checkpoint. Used in a `with`: however the block ends, a checkpoint
-    that was begun is completed. volatile: the script's own arguments that may change, beside VOLATILE."""
+    Only rank 0 writes, except the shards of a checkpoint. Used in a `with`: however the block ends, a
+    checkpoint that was begun is completed. volatile: arguments that may change, beside VOLATILE."""
 
     def __init__(self, args, ranks, tokenizer, volatile=()):
         self.args = args
@@ -576,7 +548,6 @@ class Run:
         self.out = Path(args.out)
         self.log = self.out / "log.jsonl"
         self.trainer = self.out / "trainer"
-        self.earlier_steps = f"{self.trainer} holds what was saved before"  # for error messages
         if ranks.rank == 0:
             identity = {k: v for k, v in asdict(args).items() if k not in (*VOLATILE, *volatile)}
             self.lock = data.open_run(self.out, identity, ("log.jsonl", "trainer", "model"), fresh=args.fresh,
@@ -595,23 +566,26 @@ class Run:
         if self.ranks.rank == 0 and error[0] is None:
             print(f"the model is in {self.out / 'model'}")
 
+    def failed(self, step, why):
+        return ValueError(f"step {step}, {why}; {self.trainer} holds what was saved before")
+
     def write(self, step, record, shown=()):
-        """Append record to log.jsonl and print it with the time left; shown: the fields to print, () for all."""
+        """Append record to log.jsonl; print it with the time left, or the fields `shown` of it."""
         if self.saving.done():
             self.saving.result()  # a full disk ends the run now, not at the next checkpoint
         if self.ranks.rank > 0:
             return
         with open(self.log, "a", encoding="utf-8") as log:
             log.write(json.dumps({"step": step, **record}) + "\n")
-        fields = {k: v for k, v in record.items() if k in (shown or record)}
-        text = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in fields.items())
+        fields = [(k, v) for k, v in record.items() if k in (shown or record)]
+        text = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in fields)
         left = record["seconds"] * (self.args.steps - step)
         tqdm.write(f"step {step:5d}/{self.args.steps}  {text}  left {left:.0f}s", file=sys.stdout)
 
     def save(self, step, model, optimizer, state):
         """Begin checkpoint `step`: copy what it needs to the host; training goes on while files are written.
 
-        state: a JSON-able dict that `resume` will return. OSError if the checkpoint before could not be saved."""
+        state: a JSON-able dict that `resume` returns. OSError if the checkpoint before could not be saved."""
         self.saving.result()
         temporary = self.trainer / f"step-{step:09d}.tmp"
         if self.ranks.rank == 0:
@@ -619,10 +593,9 @@ class Run:
         weights, moments = get_state_dict(model, optimizer)
         tensors = {"model": weights, "optimizer": moments}
         writing = dcp.async_save(tensors, checkpoint_id=temporary, process_group=self.group)
-        state = {"step": step, **state}
-        self.saving = self.thread.submit(self._complete, writing, temporary, model.config, state)
+        self.saving = self.thread.submit(self._complete, step, writing, temporary, model.config, state)
 
-    def _complete(self, writing, temporary, config, state):
+    def _complete(self, step, writing, temporary, config, state):
         """When all shards are written: checksums, the rename that makes the checkpoint count, the export.
 
         The last two checkpoints are kept, so that a damaged one does not lose the run."""
@@ -632,7 +605,7 @@ class Run:
             if self.ranks.rank > 0:
                 return
             files = {path.name: fingerprint(path) for path in temporary.iterdir()}
-            data.write_text(temporary / "state.json", json.dumps({"files": files, **state}))
+            data.write_text(temporary / "state.json", json.dumps({"step": step, "files": files, **state}))
             shutil.rmtree(final, ignore_errors=True)
             temporary.rename(final)
             for old in sorted(self.trainer.glob("step-?????????"))[:-2]:
@@ -640,8 +613,8 @@ class Run:
         except (OSError, RuntimeError, dcp.CheckpointException) as e:  # all three may mean a full disk
             shutil.rmtree(temporary, ignore_errors=True)
             why = str(e).strip().splitlines()[-1]
-            raise OSError(f"{self.out}: step {state['step']} could not be saved ({why}); {self.earlier_steps}. "
-                          "If the disk is full, make room and give the same command again") from None
+            raise OSError(f"{self.out}: step {step} could not be saved ({why}); {self.trainer} holds what "
+                          "was saved before. Make room and give the same command again") from None
         export(config, self.tokenizer, final, self.out / "model")
 
     def resume(self, model, optimizer):
@@ -656,9 +629,7 @@ class Run:
             set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
         self.last_logged, = self.ranks.share_out(self._trim_log, [state["step"]])  # rank 0 trims it
         if self.ranks.rank == 0 and folder is None:
-            parameters = sum(p.numel() for p in model.parameters())
             print("  ".join(f"{k}={v}" for k, v in asdict(self.args).items()))
-            print(f"{parameters:,} parameters, {self.ranks.world} rank(s)")
         elif self.ranks.rank == 0:
             print(f"{folder}: continuing after step {state['step']}")
             # The export is missing if the run was killed right after the rename.
@@ -666,7 +637,7 @@ class Run:
         return state
 
     def _newest(self):
-        """(state, folder) of the newest checkpoint whose files are all as they were written, or (step 0, None)."""
+        """(state, folder) of the newest checkpoint that has all its files unchanged, or (step 0, None)."""
         for folder in sorted(self.trainer.glob("step-?????????"), reverse=True):
             try:
                 state = json.loads((folder / "state.json").read_text())
@@ -690,7 +661,7 @@ def fingerprint(path):
         return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
 
 class _Reader(dcp.FileSystemReader):
-    """Parses a checkpoint's index once: dcp.load asks for it in every call, a second of work for 8 shards at 7B."""
+    """Parses a checkpoint's index once: dcp.load asks in every call, and at 7B in 8 shards it takes 0.5 s."""
     read_metadata = lru_cache(1)(dcp.FileSystemReader.read_metadata)
 
 def export(config, tokenizer, checkpoint, folder):
