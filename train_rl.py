@@ -1,9 +1,9 @@
-"""GRPO with verifiable rewards (Falcon-H1R, section 3): sample groups of answers, score them, learn from both.
+"""GRPO with verifiable rewards (Falcon-H1R, section 3): sample groups of answers, score them, learn.
 
     python train_rl.py                                the small CPU run: from runs/tiny/sft to runs/tiny/rl
     torchrun --nproc-per-node 2 train_rl.py --fresh   the same on two ranks
 
-One step: sample G traces per prompt until enough groups carry signal (backfill); advantages within each group;
+One step: sample G traces per prompt until enough groups carry signal (backfill); advantages within a group;
 one update on exactly the tokens that were sampled, stop token included, at the temperature of sampling.
 
 What is logged, by name
@@ -98,12 +98,12 @@ def advantages(rewards, gate=1e-4):
     return (r - r.mean()) / (r.std() + 1e-6)
 
 def clipped_policy_loss(new, old, advantage, clip_low, clip_high):
-    """-min(rho A, clip(rho, 1 - low, 1 + high) A) per token, rho = exp(new - old). (PPO; two bounds: DAPO.)"""
+    """-min(rho A, clip(rho, 1 - low, 1 + high) A) per token, rho = exp(new - old); two bounds as in DAPO."""
     rho = torch.exp(new - old)
     return -torch.minimum(rho * advantage, rho.clamp(1 - clip_low, 1 + clip_high) * advantage)
 
 def tis_weight(old, sampler, cap):
-    """min(exp(old - sampler), cap), without gradient: the trainer's probability over the sampler's, capped."""
+    """min(exp(old - sampler), cap) without gradient: the trainer's probability over the sampler's."""
     return torch.exp((old - sampler).detach()).clamp(max=cap)
 
 def k3(new, old):
@@ -146,9 +146,8 @@ def reward(verdict, text, ended, prompt, args):
 
 def check_verifier():
     """Check the verifier on known pairs: one that always says no would train on noise."""
-    pairs = {("<think>x</think>\\boxed{\\frac12}", "0.5"): 1, ("<think>x</think>\\boxed{41}", "42"): 0,
-             ("no answer", "42"): 0}
-    for (text, gold), score in pairs.items():
+    for text, gold, score in (("<think>x</think>\\boxed{\\frac12}", "0.5", 1), ("no answer", "42", 0),
+                              ("<think>x</think>\\boxed{41}", "42", 0)):
         right = verify(text, data.Problem("canary", "math", "", gold)).score == score
         check(right, f"the verifier is broken: {text!r} against {gold!r}")
 
@@ -158,12 +157,12 @@ def check_verifier():
 @dataclass
 class Rollout:
     """One scored trace, in the form that data.pack takes (ids, mask, weight), with what the loss needs."""
-    ids: np.ndarray  # (prompt + n,) int32
+    ids: list  # of the prompt and of the n sampled tokens
     prompt: int  # tokens of the prompt
     sampler: list  # log-probabilities of the n sampled tokens under the sampler
     score: float  # None: unknown
     correct: bool
-    logged: dict  # what step_metrics wants to know of it
+    logged: dict  # what step_metrics and print_samples want to know
     advantage: float = 0.0
     token_weight: float = 0.0
     weight: float = 1.0
@@ -173,40 +172,32 @@ class Rollout:
         """(prompt + n,) bool, True on the sampled tokens, the stop token included."""
         return np.arange(len(self.ids)) >= self.prompt
 
-class Prompts:
-    """Problems in an order that is shuffled anew each epoch; `position` is all its state."""
-
-    def __init__(self, problems, tokenizer, seed, position=0):
-        self.problems = problems
-        self.seed = seed
-        self.position = position
-        chats = [[{"role": "user", "content": problem.prompt}] for problem in problems]
-        self.ids = [data.render_chat(chat, tokenizer, generation_prompt=True)[0] for chat in chats]
-
-    def take(self, count):
-        """The next `count` prompts, as (problem, prompt ids)."""
-        taken = []
-        for _ in range(count):
-            epoch, place = divmod(self.position, len(self.problems))
-            i = np.random.default_rng([self.seed, epoch]).permutation(len(self.problems))[place]
-            taken.append((self.problems[i], self.ids[i]))
-            self.position += 1
-        return taken
+def take_prompts(prompts, seed, position, count):
+    """Prompts number position, position + 1, ... of an endless stream that is shuffled anew each epoch."""
+    taken = []
+    for n in range(position, position + count):
+        epoch, place = divmod(n, len(prompts))
+        order = np.random.default_rng([seed, epoch]).permutation(len(prompts))
+        taken.append(prompts[order[place]])
+    return taken
 
 def new_rollout(trace, problem, prompt, text, verdict, args):
     """The Rollout of a Trace; prompt: the ids before it, text: its tokens' text."""
     scored = reward(verdict, text, trace.stop == "stop", problem.prompt, args)
-    logged = {**scored, "length": len(trace.tokens), "truncated": trace.stop == "length", "text": text,
-              "prompt": problem.prompt, "gold": problem.answer, "domain": problem.domain,
-              "reason": verdict.reason, "t_verify": verdict.seconds}
-    ids = np.array([*prompt, *trace.tokens], np.int32)
+    logged = scored | {
+        "domain": problem.domain, "prompt": problem.prompt, "gold": problem.answer, "text": text,
+        "length": len(trace.tokens), "truncated": trace.stop == "length", "reason": verdict.reason,
+        "unparsed": verdict.reason in UNPARSED, "timeouts": verdict.reason == "time limit",
+        "killed": verdict.reason.split(":")[0] in KILLED, "unknown": verdict.score is None,
+        "t_verify": verdict.seconds}
+    ids = [*prompt, *trace.tokens]
     return Rollout(ids, len(prompt), trace.logprobs, scored["score"], scored["correct"], logged)
 
-def sample_groups(sampler, prompts, tokenizer, verifier, args, seed, ranks, stats):
+def sample_groups(sampler, tokenizer, verifier, args, ranks, stats, prompts, seed):
     """Sample and score args.group traces per prompt, a (problem, ids); verifier(text, problem) -> Verdict.
 
-    Every rank samples its share of the prompts. Returns all groups on every rank, in the order of the prompts:
-    lists of Rollout, without those of unknown verdict."""
+    Every rank samples its share of the prompts. Returns all groups on every rank, in the order of prompts: lists
+    of Rollout, without those of unknown verdict."""
     start = time.time()
     pool = ThreadPoolExecutor(2 * (os.cpu_count() or 1))
 
@@ -222,9 +213,9 @@ def sample_groups(sampler, prompts, tokenizer, verifier, args, seed, ranks, stat
         trace.judged = pool.submit(judge, trace)
 
     try:
-        traces = generate(sampler, [ids for _, ids in prompts], samples=args.group, slots=args.slots, seed=seed,
+        traces = generate(sampler, [ids for _, ids in prompts], samples=args.group, seed=seed,
                           temperature=args.temperature, max_new_tokens=args.max_new_tokens,
-                          stop_ids=tokenizer.stop_ids, admit=admit, on_trace=on_trace)
+                          stop_ids=tokenizer.stop_ids, slots=args.slots, admit=admit, on_trace=on_trace)
         stats["t_sample"] += time.time() - start
         start = time.time()
         groups = [[] for _ in prompts]
@@ -237,20 +228,21 @@ def sample_groups(sampler, prompts, tokenizer, verifier, args, seed, ranks, stat
     stats["samples"] += [r.logged for group in groups for r in group]
     return [[r for r in group if r.score is not None] for group in groups]
 
-def collect(sampler, prompts, cache, step, tokenizer, verifier, args, ranks, stats):
+def collect(sample, prompts, cache, step, position, args, stats):
     """Groups with signal for one update: from the cache, then from as many calls as it takes (backfill).
 
-    Surplus groups go into the cache, first in, first out, as (step, group): a group keeps the log-probabilities
-    of the sampler it is from."""
+    sample: sample_groups from `prompts` on. Every call takes the next args.prompts of `prompts`, from `position`
+    on. Surplus groups go into the cache, first in, first out, as (step, group). A group keeps the
+    log-probabilities of the sampler that it is from."""
     cache[:] = [(sampled, group) for sampled, group in cache if step - sampled <= args.cache_age]
     chosen = [cache.pop(0) for _ in range(min(len(cache), args.prompts))]
     stats["cached"] = len(chosen)
     stats["age"] = mean(step - sampled for sampled, _ in chosen)
     while len(chosen) < args.prompts and stats["calls"] < args.max_calls:
         seed = args.seed * 1_000_003 + step * 1_009 + stats["calls"]  # a stream for every call of the run
+        taken = take_prompts(prompts, args.seed, position + stats["calls"] * args.prompts, args.prompts)
         stats["calls"] += 1
-        taken = prompts.take(args.prompts)
-        for group in sample_groups(sampler, taken, tokenizer, verifier, args, seed, ranks, stats):
+        for group in sample(taken, seed):
             values = advantages([r.score for r in group], SIGNAL)
             stats["groups"] += 1
             if values is None:
@@ -280,8 +272,8 @@ def grpo_loss(model, row, args, positives, old=None):
 
         sum of token_weight * TIS * clipped_policy_loss - mu * sum over correct answers of log p / positives
 
-    positives: tokens of all correct answers of the batch. old (t,): log-probabilities before the first update,
-    None then."""
+    positives: tokens of all correct answers of the batch. old (t,): the log-probabilities before the first
+    update, None then."""
     names = ("sampler", "advantage", "token_weight", "correct")
     values = [train_sft.local_tokens(model, pack_values(row, name)) for name in names]
     sampler, advantage, weight, correct = to_device(values, next(model.parameters()).device)
@@ -365,16 +357,12 @@ def step_metrics(stats, loss, norm, lr, ranks):
     metrics |= {name: total / sums["tokens"] for name, total in sums.items() if name != "tokens"}
     metrics["mismatch_max"] = max(ranks.all_values(float(torch.stack(stats["mismatch_max"]).max())))
 
-    # Replies and their verdicts.
-    for name in ("well_formed", "mixed", "length", "truncated"):
+    # Means over replies.
+    for name in ("well_formed", "mixed", "length", "truncated", "unparsed", "timeouts", "killed", "unknown"):
         metrics[name] = mean(x[name] for x in samples)
     metrics["length_right"] = mean(x["length"] for x in known if x["correct"])
     metrics["length_wrong"] = mean(x["length"] for x in known if not x["correct"])
     metrics["sampled"] = sum(x["length"] for x in samples)
-    metrics["unparsed"] = mean(x["reason"] in UNPARSED for x in samples)
-    metrics["timeouts"] = mean(x["reason"] == "time limit" for x in samples)
-    metrics["killed"] = mean(x["reason"].split(":")[0] in KILLED for x in samples)
-    metrics["unknown"] = mean(x["correct"] is None for x in samples)
     metrics["t_verify"] = float(sum(x["t_verify"] for x in samples))
     return metrics
 
@@ -386,13 +374,6 @@ def print_samples(samples):
             about = f"{label}: {x['prompt']} (gold {x['gold']}, score {x['score']:g})"
             tqdm.write(f"{about} {x['text']!r}", file=sys.stdout)
 
-def count_verdicts(verdicts, samples, last):
-    """The run's {"all": count, "unknown": {reason: count}} after a step; ValueError if too many are unknown."""
-    count = verdicts["all"] + len(samples)
-    unknown = Counter(verdicts["unknown"]) + Counter(x["reason"] for x in samples if x["correct"] is None)
-    if last or count >= 100:  # 1 of the first 10 says little
-        data.check_unknown("the run so far", unknown, count)
-    return {"all": count, "unknown": unknown}
 
 
 # 6. Training ------------------------------------------------------------------------------------------------
@@ -400,22 +381,14 @@ def count_verdicts(verdicts, samples, last):
 def check_args(args):
     train_sft.check_numbers(args, "steps", "prompts", "max_new_tokens", "updates", "max_calls", "save_every",
                             "eval_every")
-    check(args.group >= 2, f"--group {args.group}: one answer has nothing to be compared with, give 2 or more")
-    check(args.temperature > 0, f"--temperature {args.temperature}: must be above 0, or all answers are alike")
+    check(args.group >= 2, f"--group {args.group}: one answer has nothing to be compared with, give at least 2")
+    check(args.temperature > 0, f"--temperature {args.temperature}: at 0 all answers are the same")
     token_weights([1], args.normalise)
     check(args.format_penalty + args.language_penalty < SIGNAL,
           f"--format-penalty plus --language-penalty must be below {SIGNAL}, or style could beat being right")
     for path, default in ((args.init, Args.init), (args.problems, Args.problems)):
         hint = ": run python train_sft.py first" if path == default else ""
         check(Path(path).exists(), f"{path} is missing{hint}")
-
-def to_json(cache):
-    return [(step, [asdict(r) | {"ids": r.ids.tolist(), "logged": {}} for r in group]) for step, group in cache]
-
-def from_json(cache):
-    def rollout(fields):
-        return Rollout(**fields | {"ids": np.array(fields["ids"], np.int32)})
-    return [(step, [rollout(fields) for fields in group]) for step, group in cache]
 
 def main():
     args = data.parse_args(Args, __doc__.partition("\n\n")[0])
@@ -434,14 +407,17 @@ def main():
     verifier = partial(verify, judge=open_judge(args), limit=args.code_tests, unsafe=unsafe)
     model = train_sft.load_model(args.init)
     model = train_sft.shard(model, ranks, args.checkpoint_activations, args.compile)
+    chats = [[{"role": "user", "content": problem.prompt}] for problem in problems]
+    ids = [data.render_chat(chat, tokenizer, generation_prompt=True)[0] for chat in chats]
+    prompts = list(zip(problems, ids))
 
     # Continue after the last checkpoint, if there is one.
     run = train_sft.Run(args, ranks, tokenizer, volatile=("judge", "judge_cache"))
     optimizer = train_sft.make_optimizer(model, args.lr, args.weight_decay)
-    state = {"position": 0, "cache": [], "verdicts": {"all": 0, "unknown": {}}} | run.resume(model, optimizer)
-    prompts = Prompts(problems, tokenizer, args.seed, state["position"])
-    cache = from_json(state["cache"])
-    verdicts = state["verdicts"]
+    state = {"position": 0, "cache": [], "unknown": {}} | run.resume(model, optimizer)
+    position = state["position"]
+    cache = [(sampled, [Rollout(**r) for r in group]) for sampled, group in state["cache"]]
+    unknown = Counter(state["unknown"])  # unknown verdicts of the run, by reason
     sampler = train_sft.unsharded_copy(model)
 
     with run:
@@ -449,24 +425,23 @@ def main():
             run.write(state["step"], state["record"], SHOWN)
         for step in range(state["step"], args.steps):
             start = time.time()
-            first = prompts.position
+            done = step + 1
             stats = new_stats()
-            lr = args.lr * min(1, (step + 1) / max(1, args.warmup_steps))
 
             # Sample until enough groups carry signal, then learn from them. Errors name the prompts.
+            first = position
+            lr = args.lr * min(1, done / max(1, args.warmup_steps))
+            verify_step = partial(verifier, seed=args.seed * 1_000_003 + step)  # picks the --code-tests
             try:
-                if step % args.eval_every == 0:
-                    check_verifier()
-                verify_step = partial(verifier, seed=args.seed * 1_000_003 + step)  # picks the --code-tests
-                groups = collect(sampler, prompts, cache, step, tokenizer, verify_step, args, ranks, stats)
-                verdicts = count_verdicts(verdicts, stats["samples"], last=step + 1 == args.steps)
-                check(groups, f"no signal in {stats['groups']} groups: {stats['all_right']} all right, "
-                      f"{stats['all_wrong']} all wrong. Are the problems too easy or too hard for this model, or "
-                      "can the verifier not read its answers? See --eval-every 1, eval.py --check FILE")
+                sample = partial(sample_groups, sampler, tokenizer, verify_step, args, ranks, stats)
+                groups = collect(sample, prompts, cache, step, position, args, stats)
+                position += stats["calls"] * args.prompts
+                unknown = unknown + Counter(x["reason"] for x in stats["samples"] if x["unknown"])
+                check_signal(groups, stats, unknown, position * args.group, done == args.steps)
                 before = time.time()
                 loss, norm = train_step(model, optimizer, groups, args, lr, ranks, stats)
             except ValueError as e:
-                raise run.failed(step, f"prompts {first} to {prompts.position - 1} of the stream: {e}") from None
+                raise run.failed(done, f"prompts {first} to {position - 1} of the stream: {e}") from None
 
             # The next step samples from the new weights.
             sampler = train_sft.unsharded_copy(model, sampler)
@@ -475,12 +450,21 @@ def main():
             record["seconds"] = round(time.time() - start, 3)
 
             # What a resumed run continues from: the next prompt, the surplus groups, the verdicts so far.
-            if step + 1 == args.steps or (step + 1) % args.save_every == 0:
-                saved = {"position": prompts.position, "cache": to_json(cache), "verdicts": verdicts}
-                run.save(step + 1, model, optimizer, {**saved, "record": record})
-            if ranks.rank == 0 and (step + 1) % args.eval_every == 0:
+            if done == args.steps or done % args.save_every == 0:
+                kept = [(sampled, [asdict(r) for r in group]) for sampled, group in cache]
+                saved = {"position": position, "cache": kept, "unknown": unknown, "record": record}
+                run.save(done, model, optimizer, saved)
+            if ranks.rank == 0 and done % args.eval_every == 0:
                 print_samples(stats["samples"])
-            run.write(step + 1, record, SHOWN)
+            run.write(done, record, SHOWN)
+
+def check_signal(groups, stats, unknown, verdicts, last):
+    """ValueError if too many of the run's verdicts are unknown, or no group carries signal."""
+    if last or verdicts >= 100:  # 1 of the first 10 says little
+        data.check_unknown("the run so far", unknown, verdicts)
+    check(groups, f"none of {stats['groups']} groups carries any signal ({stats['all_right']} all right, "
+          f"{stats['all_wrong']} all wrong): the problems are too easy or too hard for this model, or the "
+          "verifier cannot read its answers; see --eval-every 1 and eval.py --check FILE")
 
 if __name__ == "__main__":
     sys.exit(train_sft.run_main(main))
