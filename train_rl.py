@@ -122,7 +122,6 @@ def token_weights(lengths, normalise):
 
 
 # 2. Rewards -------------------------------------------------------------------------------------------------
-
 # The penalties add up to less (see check_args). So a right reply with all of them beats a wrong one without,
 # and a group's rewards span this much exactly if some are right and some wrong: style alone is no signal.
 SIGNAL = 0.5
@@ -196,8 +195,8 @@ def new_rollout(trace, problem, prompt, text, verdict, args):
 def sample_groups(sampler, tokenizer, verifier, args, ranks, stats, prompts, seed):
     """Sample and score args.group traces per prompt, a (problem, ids); verifier(text, problem) -> Verdict.
 
-    Every rank samples its share of the prompts. Returns all groups on every rank, in the order of prompts: lists
-    of Rollout, without those of unknown verdict."""
+    Every rank samples its share of the prompts. Returns all groups on every rank, in the order of prompts:
+    lists of Rollout, without those of unknown verdict."""
     start = time.time()
     pool = ThreadPoolExecutor(2 * (os.cpu_count() or 1))
 
@@ -231,13 +230,14 @@ def sample_groups(sampler, tokenizer, verifier, args, ranks, stats, prompts, see
 def collect(sample, prompts, cache, step, position, args, stats):
     """Groups with signal for one update: from the cache, then from as many calls as it takes (backfill).
 
-    sample: sample_groups from `prompts` on. Every call takes the next args.prompts of `prompts`, from `position`
-    on. Surplus groups go into the cache, first in, first out, as (step, group). A group keeps the
-    log-probabilities of the sampler that it is from."""
+    sample(prompts, seed) -> groups. A call takes the next args.prompts of `prompts`, from `position` on.
+    Surplus groups go into the cache, first in, first out, as (step, group), and keep their log-probabilities."""
+    # From the cache, unless the policy has moved on for too long.
     cache[:] = [(sampled, group) for sampled, group in cache if step - sampled <= args.cache_age]
     chosen = [cache.pop(0) for _ in range(min(len(cache), args.prompts))]
     stats["cached"] = len(chosen)
     stats["age"] = mean(step - sampled for sampled, _ in chosen)
+    # Backfill: a group without signal gives no gradient, so sample further prompts instead.
     while len(chosen) < args.prompts and stats["calls"] < args.max_calls:
         seed = args.seed * 1_000_003 + step * 1_009 + stats["calls"]  # a stream for every call of the run
         taken = take_prompts(prompts, args.seed, position + stats["calls"] * args.prompts, args.prompts)
@@ -252,6 +252,7 @@ def collect(sample, prompts, cache, step, position, args, stats):
             for r, value in zip(group, values):
                 r.advantage = float(value)
             chosen.append((step, group))
+    # What is left over waits for a later step; the oldest make room.
     cache.extend(chosen[args.prompts :])
     del cache[: max(0, len(cache) - args.cache)]
     return [group for _, group in chosen[: args.prompts]]
@@ -277,6 +278,7 @@ def grpo_loss(model, row, args, positives, old=None):
     names = ("sampler", "advantage", "token_weight", "correct")
     values = [train_sft.local_tokens(model, pack_values(row, name)) for name in names]
     sampler, advantage, weight, correct = to_device(values, next(model.parameters()).device)
+    # Scored as it was sampled: at the sampler's temperature, over the full distribution.
     new, entropy = train_sft.pack_logprobs(model, row, args.temperature)
     old = new.detach() if old is None else old
     tis = tis_weight(old, sampler, args.tis_cap)
@@ -300,6 +302,7 @@ def token_stats(args, new, old, entropy, sampler, advantage, sampled):
 
 def train_step(model, optimizer, groups, args, lr, ranks, stats):
     """args.updates passes over the groups. Returns loss and gradient norm of the last one."""
+    # Normalise over the whole batch, on all ranks, before it is split into rows.
     rollouts = [r for group in groups for r in group]
     for r, weight in zip(rollouts, token_weights([len(r.sampler) for r in rollouts], args.normalise)):
         r.token_weight = weight
@@ -347,8 +350,8 @@ def step_metrics(stats, loss, norm, lr, ranks):
 
     # Groups and calls, seconds.
     metrics |= {name: stats[name] / max(1, stats["groups"]) for name in ("all_right", "all_wrong")}
-    metrics |= {name: stats[name] for name in ("calls", "cached", "age")}
     metrics |= {name: round(stats[name], 3) for name in ("t_sample", "t_score", "t_update")}
+    metrics |= {name: stats[name] for name in ("calls", "cached", "age")}
 
     # Means over the sampled tokens of the update, on all ranks.
     totals = ranks.all_sum(torch.stack(list(stats["sums"].values())))
@@ -371,8 +374,8 @@ def print_samples(samples):
     for label, right in (("right", True), ("wrong", False)):
         x = next((x for x in samples if x["correct"] == right), None)
         if x is not None:
-            about = f"{label}: {x['prompt']} (gold {x['gold']}, score {x['score']:g})"
-            tqdm.write(f"{about} {x['text']!r}", file=sys.stdout)
+            about = f"{x['prompt']} (gold {x['gold']}, score {x['score']:g})"
+            tqdm.write(f"{label}: {about} {x['text']!r}", file=sys.stdout)
 
 
 
@@ -381,7 +384,7 @@ def print_samples(samples):
 def check_args(args):
     train_sft.check_numbers(args, "steps", "prompts", "max_new_tokens", "updates", "max_calls", "save_every",
                             "eval_every")
-    check(args.group >= 2, f"--group {args.group}: one answer has nothing to be compared with, give at least 2")
+    check(args.group >= 2, f"--group {args.group}: one answer has nothing to be compared with")
     check(args.temperature > 0, f"--temperature {args.temperature}: at 0 all answers are the same")
     token_weights([1], args.normalise)
     check(args.format_penalty + args.language_penalty < SIGNAL,
@@ -390,6 +393,16 @@ def check_args(args):
         hint = ": run python train_sft.py first" if path == default else ""
         check(Path(path).exists(), f"{path} is missing{hint}")
 
+def open_prompts(args, tokenizer, ranks):
+    """The prompts of --problems, a list of (problem, ids), the same on all ranks."""
+    problems = data.read_problems(args.problems, args.limit, partial(check_scorable, judge=args.judge))
+    text = "".join(p.prompt + p.answer for p in problems)
+    ranks.check_same_on_all("the problems' checksum", zlib.crc32(text.encode(errors="surrogatepass")))
+    check_code(problems, args.problems, args.unsafe_local_execution, quiet=ranks.rank > 0)
+    chats = [[{"role": "user", "content": problem.prompt}] for problem in problems]
+    return [(problem, data.render_chat(chat, tokenizer, generation_prompt=True)[0])
+            for problem, chat in zip(problems, chats)]
+
 def main():
     args = data.parse_args(Args, __doc__.partition("\n\n")[0])
     check_args(args)
@@ -397,19 +410,13 @@ def main():
     ranks = train_sft.start_ranks(args.device, args.cp, args.replicas)
     ranks.check_same_on_all("the arguments", asdict(args))
 
-    # Read everything before Run() deletes what --fresh replaces. Every rank must see the same problems.
+    # Bad input must cost nothing: read everything before Run() deletes what --fresh replaces.
     tokenizer = data.load_tokenizer(args.init)
-    problems = data.read_problems(args.problems, args.limit, partial(check_scorable, judge=args.judge))
-    text = "".join(p.prompt + p.answer for p in problems)
-    ranks.check_same_on_all("the problems' checksum", zlib.crc32(text.encode(errors="surrogatepass")))
+    prompts = open_prompts(args, tokenizer, ranks)
     unsafe = args.unsafe_local_execution
-    check_code(problems, args.problems, unsafe, quiet=ranks.rank > 0)
     verifier = partial(verify, judge=open_judge(args), limit=args.code_tests, unsafe=unsafe)
     model = train_sft.load_model(args.init)
     model = train_sft.shard(model, ranks, args.checkpoint_activations, args.compile)
-    chats = [[{"role": "user", "content": problem.prompt}] for problem in problems]
-    ids = [data.render_chat(chat, tokenizer, generation_prompt=True)[0] for chat in chats]
-    prompts = list(zip(problems, ids))
 
     # Continue after the last checkpoint, if there is one.
     run = train_sft.Run(args, ranks, tokenizer, volatile=("judge", "judge_cache"))
@@ -419,7 +426,6 @@ def main():
     cache = [(sampled, [Rollout(**r) for r in group]) for sampled, group in state["cache"]]
     unknown = Counter(state["unknown"])  # unknown verdicts of the run, by reason
     sampler = train_sft.unsharded_copy(model)
-
     with run:
         if run.last_logged < state["step"]:  # the run was killed between saving and logging
             run.write(state["step"], state["record"], SHOWN)
@@ -429,21 +435,22 @@ def main():
             stats = new_stats()
 
             # Sample until enough groups carry signal, then learn from them. Errors name the prompts.
-            first = position
             lr = args.lr * min(1, done / max(1, args.warmup_steps))
             verify_step = partial(verifier, seed=args.seed * 1_000_003 + step)  # picks the --code-tests
             try:
                 sample = partial(sample_groups, sampler, tokenizer, verify_step, args, ranks, stats)
                 groups = collect(sample, prompts, cache, step, position, args, stats)
-                position += stats["calls"] * args.prompts
                 unknown = unknown + Counter(x["reason"] for x in stats["samples"] if x["unknown"])
-                check_signal(groups, stats, unknown, position * args.group, done == args.steps)
+                verdicts = (position + stats["calls"] * args.prompts) * args.group  # of the whole run
+                check_signal(groups, stats, unknown, verdicts, done == args.steps)
                 before = time.time()
                 loss, norm = train_step(model, optimizer, groups, args, lr, ranks, stats)
             except ValueError as e:
-                raise run.failed(done, f"prompts {first} to {position - 1} of the stream: {e}") from None
+                last = position + stats["calls"] * args.prompts - 1
+                raise run.failed(done, f"prompts {position} to {last} of the stream: {e}") from None
 
-            # The next step samples from the new weights.
+            # The next step samples other prompts, from the new weights.
+            position += stats["calls"] * args.prompts
             sampler = train_sft.unsharded_copy(model, sampler)
             stats["t_update"] = time.time() - before
             record = step_metrics(stats, loss, norm, lr, ranks)

@@ -119,12 +119,11 @@ def pack_logprobs(model, row, temperature=1.0):
 def sft_loss(model, row, total_weight):
     """-sum_i w_i log p(target_i) / total_weight over this rank's tokens of a Pack.
 
-    w_i is the loss mask times the sample's weight, total_weight their sum over the *global* batch. This is the
-    paper's L_r = R * sum_i(l_i m_i) / (eps + sum over all ranks of sum_i m_i) without its factor R, the number
-    of ranks: accumulate_gradients applies it."""
+    w_i is the loss mask times the sample's weight, total_weight their sum over the *global* batch. This is
+        L_r = R * sum_i(l_i m_i) / (eps + sum over all ranks of sum_i m_i)
+    of the paper without its factor R, the number of ranks: accumulate_gradients applies it."""
     weights, = to_device([local_tokens(model, row.weights)], next(model.parameters()).device)
-    logprobs, _ = pack_logprobs(model, row)
-    return -(weights * logprobs).sum() / total_weight
+    return -(weights * pack_logprobs(model, row)[0]).sum() / total_weight
 
 def total_loss_weight(packs):
     """The divisor of a global batch's loss: the summed weights of all tokens to predict, on all ranks."""
@@ -199,9 +198,9 @@ def main():
             batch = ranks.share_out(samples.__getitem__, next(loader))
             packs = data.pack(batch, args.pack_tokens, ranks.dp_size)
 
-            # One update. An error names the samples.
-            lr = learning_rate(step, args.steps, args.lr, args.warmup)
+            # One update. An error, such as a loss that is not finite, names the samples.
             try:
+                lr = learning_rate(step, args.steps, args.lr, args.warmup)
                 loss, norm = train_step(model, optimizer, packs, lr, args.clip, ranks)
             except ValueError as e:
                 last = done * args.batch - 1
@@ -255,7 +254,7 @@ def evaluate(model, tokenizer, held_out, args, ranks, step):
     total = total_loss_weight(packs)
     loss = sum(sft_loss(model, row, total).double() for row in ranks.local_rows(packs))
 
-    sampler = unsharded_copy(model)  # freed when this function returns
+    sampler = unsharded_copy(model)  # every rank takes part; freed when this function returns
     sample = held_out[step % len(held_out)]
     if ranks.rank == 0 and sample.mask.any():  # not if --trim left the prompt alone
         prompt = sample.ids[: int(sample.mask.argmax())].tolist()
@@ -452,14 +451,12 @@ class ContextParallel:
         self.size = n
         self.rank = ranks.rank % n
         self.group = dist.new_subgroups(n, timeout=LONGEST_WAIT)[0]
-
         # Attention's projections are one list of heads: those of q, then k, then v.
         own, read = split_heads(config.num_attention_heads, n, config.num_key_value_heads)
         k = config.num_attention_heads
         v = k + config.num_key_value_heads
         index, sizes = gather_index([(0, 1, own), (k, 1, read), (v, 1, read)])
         self.attention = index.to(ranks.device), sizes
-
         # Mamba's are channels: those of x, then B, C and dt. The mixer takes x, B and C as one, and dt.
         own, read = split_heads(config.mamba_n_heads, n, config.mamba_n_groups)
         B, C, dt = np.cumsum(config.mamba_widths[1:4]).tolist()  # their first channels
@@ -473,8 +470,9 @@ class ContextParallel:
         self.heads = index[self.rank, xBC:] - dt
 
     def to_heads(self, x, part):
-        """x (1, s, columns, ...), this rank's tokens -> its columns of all tokens, one (1, n s, size, ...) per
+        """x (1, s, columns, ...), this rank's tokens -> its columns of all tokens, (1, n s, size, ...) per
         size in `part`, which is self.attention or self.mamba."""
+        # One piece for every rank: its columns of this rank's tokens.
         index, sizes = part
         wanted = x.squeeze(0).index_select(1, index.flatten())  # (s, n * own, ...)
         wanted = wanted.unflatten(1, index.shape).movedim(1, 0)  # (n, s, own, ...)
@@ -531,8 +529,7 @@ def optimizer_step(model, optimizer, loss, lr, clip):
 
 
 # 9. The run's folder ----------------------------------------------------------------------------------------
-
-# Arguments that may differ between the parts of one run.
+# Arguments that a resumed run may change.
 VOLATILE = "out fresh device cp replicas checkpoint_activations compile save_every eval_every".split()
 
 class Run:
@@ -556,7 +553,7 @@ class Run:
         # A thread completes checkpoints. Its messages to other ranks must not mix with those of training.
         self.group = dist.new_group(backend="gloo", timeout=LONGEST_WAIT) if dist.is_initialized() else None
         self.thread = ThreadPoolExecutor(1)
-        self.saving = self.thread.submit(lambda: None)  # the checkpoint begun last; none yet
+        self.saving = self.thread.submit(int)  # the checkpoint begun last; none yet
 
     def __enter__(self):
         return self
@@ -669,16 +666,15 @@ def export(config, tokenizer, checkpoint, folder):
 
     Reads one tensor at a time: nobody holds the whole model, and no other rank is needed."""
     reader = _Reader(checkpoint)
-
     def read(name, like):
         value = torch.empty(like.shape)
         dcp.load({"model": {name: value}}, storage_reader=reader, no_dist=True)
         return value
-
     with torch.device("meta"):
         model = FalconH1(config)
     model.save_pretrained(folder, read)
     tokenizer.save(folder)
+
 
 if __name__ == "__main__":
     sys.exit(run_main(main))

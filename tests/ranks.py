@@ -1,5 +1,5 @@
-"""Ranks as processes, for test_train_sft.py and test_train_rl.py, forked from a server that has imported torch, which
-takes seconds. What they run is defined here, where they find it by name."""
+"""Ranks as processes, for test_train_sft.py and test_train_rl.py, forked from a server that has imported torch:
+that takes seconds. What they run is defined here, where they find it by name."""
 
 import gc
 import importlib
@@ -37,7 +37,7 @@ class Result(NamedTuple):
 
 
 def launch(body, *args, ranks=1):
-    """Run body() in processes, args being their command line -> a Result per rank, or that of the only one."""
+    """Run body() in processes, args being the command line -> a Result per rank, or that of the only one."""
     with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -73,7 +73,7 @@ def _rank(body, args, rank, ranks, port, folder):
 
 
 def die_at(script, moment, rank=0):
-    """A script whose rank kills itself before it logs a step ("log of step 3") or writes a file (its path)."""
+    """A script whose rank kills itself before it logs ("log of step 3") or writes a file (end of its path)."""
     def dying(function, name):
         def inner(*args):
             if name(*args).endswith(moment) and int(os.environ.get("RANK", 0)) == rank:
@@ -109,7 +109,7 @@ def differ(what):
 
 
 def count_copies(script, expected):
-    """A script that checks how many unsharded copies are alive when it trains, and that they are up to date."""
+    """A script that checks how many unsharded copies are alive when it trains, and that they are current."""
     gc.disable()  # a copy is to go when its last user has gone, not some time later
     module = importlib.import_module(script)
     unsharded_copy, train_step, made = train_sft.unsharded_copy, module.train_step, []
@@ -134,20 +134,21 @@ def count_copies(script, expected):
 
 
 def compare_gradients(folders, file, settings):
-    """Loss and gradient of a batch on all ranks against one process; settings: (cp, replicas, pack_tokens)."""
+    """Loss and gradient of a batch on all ranks and one process; settings: (cp, replicas, pack_tokens)."""
     samples = [*data.SftFiles(file, data.Tokenizer.byte_level(), 512, limit=9)]
-    whole = [_gradient(train_sft.load_model(folder), data.pack(samples, 4096), train_sft.Ranks()) for folder in folders]
+    packs = data.pack(samples, 4096)
+    whole = [_gradient(train_sft.load_model(folder), packs, train_sft.Ranks()) for folder in folders]
     start = train_sft.start_ranks("cpu")
     for folder, (one, expected) in zip(folders, whole):
         for cp, replicas, pack_tokens in settings:
             if folder.name == "uneven" and cp < start.world:
                 continue
             ranks = replace(start, cp=cp, replicas=replicas)
-            model = train_sft.shard(train_sft.load_model(folder), ranks, checkpoint_activations=pack_tokens < 512)
+            model = train_sft.shard(train_sft.load_model(folder), ranks, pack_tokens < 512)
             loss, grad = _gradient(model, data.pack(samples, pack_tokens, ranks.dp_size), ranks)
-            off = float((grad - expected).norm() / expected.norm())
-            print(f"cp {cp}, replicas {replicas}: loss off by {abs(loss / one - 1):.1e}, gradient by {off:.1e}")
-            check(abs(loss / one - 1) < 1e-6 and off < 1e-6, "the ranks do not compute what one process does")
+            off = abs(loss / one - 1), float((grad - expected).norm() / expected.norm())
+            print(f"cp {cp}, replicas {replicas}: loss off by {off[0]:.1e}, gradient by {off[1]:.1e}")
+            check(max(off) < 1e-6, "the ranks do not compute what one process does")
 
 
 def _gradient(model, packs, ranks):

@@ -3,26 +3,22 @@
 import json
 import math
 import shutil
-import weakref
 from collections import Counter
 from dataclasses import asdict, replace
 from functools import partial
 
-import numpy as np
 import pytest
 import torch
 from tests import ranks as processes
 from tests.ranks import launch
 from tests.test_train_sft import assert_same_run, model_of_a_gpu, read_log, refused, traffic_of
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import data
 import rewards
 import sandbox
 import train_rl as r
 import train_sft
-from model import PRESETS, Cache, FalconH1, Running, Sampler, Trace, generate
+from model import PRESETS, FalconH1, Trace, generate
 
 RIGHT, WRONG = rewards.Verdict(1.0, "right"), rewards.Verdict(0.0, "wrong")
 UNKNOWN = rewards.Verdict(None, "unknown: down")
@@ -56,29 +52,32 @@ def test_clipped_policy_loss_by_hand():
     loss = r.clipped_policy_loss(new, old, A, 0.2, 0.28)
     assert loss.tolist() == pytest.approx([-1, -1.28, -0.5, 2, 0.8, -2.2])
     loss.sum().backward()
-    assert new.grad.tolist() == pytest.approx([-1, 0, -0.5, 2, 0, -2.2])  # no gradient where the clip is active
+    assert new.grad.tolist() == pytest.approx([-1, 0, -0.5, 2, 0, -2.2])  # none where the clip is active
 
 
 def test_other_formulas_by_hand():
     w = r.tis_weight(torch.tensor([0.0, -1.0, 3.0], requires_grad=True), torch.zeros(3), 2)
     assert w.tolist() == pytest.approx([1, math.exp(-1), 2]) and not w.requires_grad
-    assert r.k3(torch.tensor([0.0, 1.0, -1.0]), torch.zeros(3)).tolist() == pytest.approx([0, math.e - 2, 1 / math.e])
-    assert r.token_weights([1, 4], "sequence") == [0.5, 0.125] and r.token_weights([1, 4], "token") == [0.2, 0.2]
+    k3 = r.k3(torch.tensor([0.0, 1.0, -1.0]), torch.zeros(3))
+    assert k3.tolist() == pytest.approx([0, math.e - 2, 1 / math.e])
+    assert r.token_weights([1, 4], "sequence") == [0.5, 0.125]
+    assert r.token_weights([1, 4], "token") == [0.2, 0.2]
     for normalise in ("sequence", "token"):
         weights = r.token_weights([3, 5, 9], normalise)
         assert sum(n * w for n, w in zip([3, 5, 9], weights)) == pytest.approx(1)
 
 
 def test_token_stats_by_hand():
-    """Four tokens: below the clip with A < 0, above it with A > 0, above it with A < 0 (not clipped), not sampled."""
+    """Four tokens: below the clip with A < 0, above it with A > 0 and with A < 0 (not clipped), not sampled."""
     rho = torch.tensor([0.5, 2.0, 2.0, 2.0])
     old, sampler = torch.full((4,), 0.5).log(), torch.tensor([0.5, 0.2, 0.25, 0.1]).log()
-    stats = r.token_stats(r.Args(), old + rho.log(), old, torch.ones(4), sampler, torch.tensor([-1.0, 1, -1, 1]),
-                          torch.tensor([True, True, True, False]))
+    advantage, sampled = torch.tensor([-1.0, 1, -1, 1]), torch.tensor([True, True, True, False])
+    stats = r.token_stats(r.Args(), old + rho.log(), old, torch.ones(4), sampler, advantage, sampled)
     sums = {name: float(v.sum()) for name, v in stats.items()}
     k3 = math.log(2) - 0.5 + 2 * (1 - math.log(2))  # rho - 1 - log rho
-    assert sums == pytest.approx({"tokens": 3, "entropy": 3, "clip_frac_low": 1, "clip_frac_high": 1, "kl": k3,
-                                  "mismatch": 0.55, "capped": 1}, rel=1e-5)  # 0.5 / 0.2 is above 2
+    assert sums == pytest.approx({
+        "tokens": 3, "entropy": 3, "clip_frac_low": 1, "clip_frac_high": 1, "kl": k3, "mismatch": 0.55,
+        "capped": 1}, rel=1e-5)  # 0.5 / 0.2 is above 2
 
 
 @pytest.mark.parametrize(("text", "ended", "correct", "well_formed"), [
@@ -92,7 +91,8 @@ def test_token_stats_by_hand():
     ("<think>x</think>\\boxed{41 = 42}", True, False, True),
 ])
 def test_reward(text, ended, correct, well_formed):
-    score = r.reward(r.verify(text, data.Problem("1", "math", "q?", "42")), text, ended, "How much?", r.Args())
+    verdict = r.verify(text, data.Problem("1", "math", "q?", "42"))
+    score = r.reward(verdict, text, ended, "How much?", r.Args())
     assert (score["correct"], score["well_formed"]) == (correct, well_formed)
     assert score["score"] == pytest.approx(correct - 0.1 * (not well_formed))
     score = r.reward(UNKNOWN, text, ended, "How much?", r.Args())
@@ -100,7 +100,7 @@ def test_reward(text, ended, correct, well_formed):
 
 
 def test_reward_of_mixed_scripts():
-    text = "<think>так надо</think>\\boxed{42}"  # seven letters of Cyrillic, none else outside of commands
+    text = "<think>так надо</think>\\boxed{42}"  # all letters outside of commands
     score = r.reward(RIGHT, text, True, "How much?", r.Args(language_penalty=0.5))
     assert score["mixed"] == 1 and score["score"] == pytest.approx(0.5)
     assert r.reward(RIGHT, text, True, "Сколько?", r.Args())["score"] == 1
@@ -125,7 +125,7 @@ def rollout(ids, prompt, sampler, score, **fields):
 def setting():
     """A random model, and two groups of its own rollouts with scores made up so that there is signal."""
     torch.manual_seed(0)
-    # The published initialiser: wider matrices (0.1) saturate the softmaxes, and rounding alone then reaches 1e-6.
+    # The published initialiser: wider matrices (0.1) saturate the softmaxes, rounding alone then reaches 1e-6.
     model, tokenizer = FalconH1(replace(PRESETS["tiny"], initializer_range=0.02)), data.Tokenizer.byte_level()
     prompts = [tokenizer.encode("12*3=?"), tokenizer.encode("4+5=?")]
     stop_ids = list(range(0, 272, 9))
@@ -133,8 +133,8 @@ def setting():
     groups = [[], []]
     for i, trace in enumerate(traces):
         prompt = prompts[trace.prompt_index]
-        score = float(i % 3 == 0)
-        groups[trace.prompt_index].append(rollout([*prompt, *trace.tokens], len(prompt), trace.logprobs, score))
+        ids = [*prompt, *trace.tokens]
+        groups[trace.prompt_index].append(rollout(ids, len(prompt), trace.logprobs, float(i % 3 == 0)))
     for group in groups:
         for x, a in zip(group, r.advantages([x.score for x in group])):
             x.advantage = float(a)
@@ -179,7 +179,7 @@ def test_the_gradient_is_the_formula(setting, normalise):
     assert (grad - theirs).norm() / theirs.norm() < 1e-5
     sums = stats["sums"]
     assert sums["tokens"] == tokens and sums["clip_frac_low"] == sums["clip_frac_high"] == 0  # rho is 1
-    assert max(stats["mismatch_max"]) < 1e-5  # the recurrent sampler and the chunked trainer are the same model
+    assert max(stats["mismatch_max"]) < 1e-5  # the recurrent sampler and the chunked trainer are one model
     _, split, _ = gradient(model, groups, normalise=normalise, pack_tokens=25)
     assert (grad - split).norm() / grad.norm() < 1e-6  # rows change nothing
 
@@ -223,7 +223,7 @@ def sampled(monkeypatch, *groups):
         for j, verdict in enumerate(group):  # a reply's text is the place of its verdict
             traces.append(Trace(i, j, tokenizer.encode(str(len(flat))), [0.0], stop="stop"))
             flat.append(verdict)
-    monkeypatch.setattr(r, "generate", lambda *_, on_trace, **__: [on_trace(trace) for trace in traces] and traces)
+    monkeypatch.setattr(r, "generate", lambda *_, on_trace, **__: [on_trace(x) for x in traces] and traces)
     prompts = [(data.Problem(str(i), "math", "1?", "1"), [1, 2]) for i in range(len(groups))]
     stats, args = r.new_stats(), r.Args(group=len(groups[0]), format_penalty=0.0)
     verifier = lambda text, problem: flat[int(text)]  # noqa: E731
@@ -269,7 +269,7 @@ def test_many_unknown_verdicts_end_the_run():
     r.check_signal([1], r.new_stats(), one, 10, last=False)  # too few to tell
     with pytest.raises(ValueError, match="so far: 1 of 10 verdicts are unknown, more than 2%: 1 x down"):
         r.check_signal([1], r.new_stats(), one, 10, last=True)
-    r.check_signal([1], r.new_stats(), Counter({"unknown: down": 2}), 100, last=False)  # 2% are not more than 2%
+    r.check_signal([1], r.new_stats(), Counter({"unknown: down": 2}), 100, last=False)  # 2% are not more
     with pytest.raises(ValueError, match="5 of 201 verdicts are unknown, more than 2%: 3 x down; 2 x full"):
         r.check_signal([1], r.new_stats(), Counter({"unknown: down": 3, "unknown: full": 2}), 201, last=False)
 
@@ -280,25 +280,20 @@ def test_prompts_are_shuffled_anew_each_epoch():
     assert r.take_prompts(range(5), 0, 3, 4) == [*epochs[0][3:], *epochs[1][:2]]
 
 
-def test_backfill_and_the_bounded_cache():
-    """Every third group has signal. Of 5 prompts a call, three calls give 5 groups; then some are from the cache."""
+def test_backfill_and_the_bounded_cache(monkeypatch):
+    """Every third group has signal: three calls of 5 prompts give 5 groups. Then some are from the cache."""
     def sample(taken, seed):
         return [[rollout([1, 2], 1, [0.0], float(i % 3 == 0 and j)) for j in range(2)] for i in taken]
+    monkeypatch.setattr(r, "take_prompts", lambda prompts, seed, position, n: range(position, position + n))
     args, cache, stats = r.Args(prompts=5, group=2, cache=3, cache_age=1), [], r.new_stats()
-    prompts = range(10**6)
-    order = [*range(60)]
-    r_take, r.take_prompts = r.take_prompts, lambda prompts, seed, position, count: order[position : position + count]
-    try:
-        chosen = r.collect(sample, prompts, cache, 0, 0, args, stats)
-        assert len(chosen) == 5 and stats["calls"] == 3 and stats["groups"] == 15 and stats["all_wrong"] == 10
-        assert not cache
-        args.prompts, stats = 4, r.new_stats()
-        cache.extend((step, chosen[0]) for step in (0, 1, 1))
-        assert len(r.collect(sample, prompts, cache, 2, 15, args, stats)) == 4
-        assert stats["cached"] == 2 and stats["age"] == 1  # the one of step 0 is too old
-        assert len(cache) <= 3
-    finally:
-        r.take_prompts = r_take
+    chosen = r.collect(sample, None, cache, 0, 0, args, stats)
+    assert len(chosen) == 5 and stats["calls"] == 3 and stats["groups"] == 15 and stats["all_wrong"] == 10
+    assert not cache
+    args.prompts, stats = 4, r.new_stats()
+    cache.extend((step, chosen[0]) for step in (0, 1, 1))
+    assert len(r.collect(sample, None, cache, 2, 15, args, stats)) == 4
+    assert stats["cached"] == 2 and stats["age"] == 1  # the one of step 0 is too old
+    assert len(cache) <= 3
 
 
 MISSING = [f"{name}: {why}" for name, why in sandbox.sandbox_walls().items() if why != "on"]
@@ -315,7 +310,7 @@ def test_training_rewards_code_and_answers_side_by_side(monkeypatch):
     for i, texts in enumerate([[three, add, "no"], ["<think>x</think>\\boxed{2}", add, "no"]]):
         for j, text in enumerate(texts):
             traces.append(Trace(i, j, [*tokenizer.encode(text), tokenizer.stop_ids[0]], [], stop="stop"))
-    monkeypatch.setattr(r, "generate", lambda *_, on_trace, **__: [on_trace(trace) for trace in traces] and traces)
+    monkeypatch.setattr(r, "generate", lambda *_, on_trace, **__: [on_trace(x) for x in traces] and traces)
     prompts = [(problem, tokenizer.encode(problem.prompt)) for problem in problems]
     ranks, stats = train_sft.Ranks(), r.new_stats()
     groups = r.sample_groups(None, tokenizer, rewards.verify, r.Args(group=3), ranks, stats, prompts, 0)
@@ -329,22 +324,23 @@ def test_training_rewards_code_and_answers_side_by_side(monkeypatch):
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """A checkpoint that has just learned to answer at all, and problems so easy that some answers are right."""
+    """A checkpoint that has just learned to answer at all; problems so easy that some answers are right."""
     folder = tmp_path_factory.mktemp("rl")
     answers = [(f"{i}?", f"<think>{i}</think>\\boxed{{{i % 2}}}") for i in range(10)]
     chats = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in answers]
-    data.write_jsonl(folder / "sft.jsonl", [{"messages": chat, "domain": "math", "weight": 1} for chat in chats] * 6)
+    rows = [{"messages": chat, "domain": "math", "weight": 1} for chat in chats] * 6
+    data.write_jsonl(folder / "sft.jsonl", rows)
     problems = [{"id": str(i), "domain": "math", "prompt": f"{i}?", "answer": str(i % 2)} for i in range(10)]
     data.write_jsonl(folder / "rl.jsonl", problems)
-    result = launch(train_sft.main, "--data", folder / "sft.jsonl", "--out", folder / "sft", "--steps", 60, "--batch", 10,
-                    "--held-out", 0, "--lr", 0.01)
+    result = launch(train_sft.main, "--data", folder / "sft.jsonl", "--out", folder / "sft", "--steps", 60,
+                    "--batch", 10, "--held-out", 0, "--lr", 0.01)
     assert result.status == 0, result.err
     return folder
 
 
 def rl_args(start):
-    return ("--init", start / "sft", "--problems", start / "rl.jsonl", "--steps", 4, "--prompts", 4, "--group", 6,
-            "--max-new-tokens", 24, "--save-every", 2, "--eval-every", 1, "--cache", 4, "--temperature", 1.5)
+    return ("--init", start / "sft", "--problems", start / "rl.jsonl", "--steps", 4, "--prompts", 4, "--group",
+            6, "--max-new-tokens", 24, "--save-every", 2, "--eval-every", 1, "--cache", 4, "--temperature", 1.5)
 
 
 @pytest.fixture(scope="module")
@@ -369,16 +365,16 @@ def test_the_log_has_what_it_promises(whole_run):
     glossary = r.__doc__.split("by name")[1].split("Deviations")[0].splitlines()
     names = [line.split("   ")[1].replace(" ", "") for line in glossary if line.startswith("    ")]
     promised = {name for line in names for name in line.split(",") if name.isidentifier()}
-    promised |= {"correct", "well_formed", "capped", "t_score", "t_update", "loss", "grad_norm", "lr", "seconds", "tokens"}
+    promised |= {"correct", "capped", "t_update", "loss", "grad_norm", "lr", "seconds", "tokens"}
     assert len(records) == 4 and not promised - set(records[0])
     for record in records:
         assert record["clip_frac_low"] == record["clip_frac_high"] == 0 and record["entropy"] > 0
-        assert (record["mismatch_max"] < 1e-4) == (record["cached"] == 0)  # cached groups are of another policy
+        assert (record["mismatch_max"] < 1e-4) == (record["cached"] == 0)  # cached: of another policy
         assert record["calls"] + record["cached"] > 0 and 0 <= record["reward"] <= 1
 
 
 def test_ranks_sample_and_reward_like_one(start, tmp_path, whole_run):
-    """Two ranks, and three to a row, which hold one copy each to sample from. A run that is killed goes on."""
+    """Two ranks, and three to a row, which hold one copy each to sample from. A run can be continued."""
     one = read_log(whole_run)
     for ranks, flags in ((2, ()), (3, ("--cp", 3, "--checkpoint-activations", "--steps", 2))):
         body = partial(processes.count_copies, "train_rl", 1)
@@ -401,8 +397,8 @@ def test_ranks_sample_and_reward_like_one(start, tmp_path, whole_run):
 
 
 def test_counts_of_verdicts_and_samples_of_tests_survive_a_resume(start, tmp_path, monkeypatch, capsys):
-    """One verdict of step 1 is unknown, then all of step 3: the run stops. Resumed, it knows of the one, and takes
-    step 3's tests again."""
+    """One verdict of step 1 is unknown, then all of step 3: the run stops. Resumed, it knows of the one, and
+    takes step 3's tests again."""
     seeds, down = [], [2]
 
     def verify(text, problem, **settings):
@@ -436,14 +432,16 @@ def test_counts_of_verdicts_and_samples_of_tests_survive_a_resume(start, tmp_pat
 @pytest.mark.parametrize(("args", "message"), [
     (("--group", 1), "--group 1"), (("--temperature", 0), "--temperature 0"),
     (("--normalise", "x"), "--normalise x: expected sequence or token"),
-    (("--slots", -1), "--slots -1: must be at least 0"), (("--code-tests", -1), "--code-tests -1: must be at least 0"),
+    (("--slots", -1), "--slots -1: must be at least 0"),
     (("--init", "nowhere", "--problems", "nowhere.jsonl"), "error: nowhere is missing\n"),
     (("--problems", "nowhere.jsonl"), "nowhere.jsonl is missing\n"),
     (("--init", "runs/tiny/sft"), "error: runs/tiny/sft is missing: run python train_sft.py first\n"),
     (("--problems", "runs/tiny/data/rl.jsonl"), "rl.jsonl is missing: run python train_sft.py first\n"),
-    (("--problems", "{bad}"), "field answer"), (("--problems", "{hard}"), "carries any signal (0 all right, 4 all wrong)"),
+    (("--problems", "{bad}"), "field answer"),
+    (("--problems", "{hard}"), "carries any signal (0 all right, 4 all wrong)"),
     (("--format-penalty", 0.3, "--language-penalty", 0.2), "plus --language-penalty must be below 0.5"),
-    (("--lr", 1e30, "--max-calls", 6), "step 2, prompts "), (("--init", "{small}"), "the model room for 271 only")])
+    (("--lr", 1e30, "--max-calls", 6), "step 2, prompts "),
+    (("--init", "{small}"), "the model room for 271 only")])
 def test_bad_input_is_one_line(start, tmp_path, args, message, monkeypatch, capsys):
     problem = {"id": "1", "domain": "math", "prompt": "1?"}
     data.write_jsonl(tmp_path / "bad.jsonl", [problem | {"answer": ""}])
@@ -455,51 +453,3 @@ def test_bad_input_is_one_line(start, tmp_path, args, message, monkeypatch, caps
     given = [str(a).format(**paths) for a in args]
     args = (*rl_args(start), "--format-penalty", 0, "--max-calls", 1, *given, "--out", tmp_path / "run")
     assert message in refused(r.main, args, monkeypatch, capsys)
-
-
-class Held(TorchDispatchMode):
-    """The bytes of all tensors on "meta" that are alive; they may be at most `room`."""
-
-    def __init__(self, room):
-        super().__init__()
-        self.now, self.room = 0, room
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        given = [v for v in tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)]
-        given = {v.untyped_storage()._cdata for v in given}
-        for v in tree_leaves(out):
-            if isinstance(v, torch.Tensor) and v.is_meta and v.untyped_storage()._cdata not in given:
-                self.change(v.untyped_storage().nbytes())
-                weakref.finalize(v.untyped_storage(), self.change, -v.untyped_storage().nbytes())
-        return out
-
-    def change(self, nbytes):
-        self.now += nbytes
-        assert self.now <= self.room
-
-
-def test_sampling_at_7b_stays_inside_80_gb(monkeypatch):
-    """The README's command for GRPO on eight GPUs of 80 GB: 16 of 128 prompts a rank, 16 traces of each, all of which
-    grow to 49,152 tokens. Beside them lie the copy in bf16, and in float32 an eighth of weights and moments."""
-    c = PRESETS["7b"]
-    with torch.device("meta"):
-        model = FalconH1(c).to(torch.bfloat16)
-        one = Cache(c, 1, 512, dtype=torch.bfloat16, device="meta")
-    per_slot = sum(v.nbytes for v in vars(one).values() if isinstance(v, torch.Tensor))
-    n = sum(p.numel() for p in model.parameters())
-    held = Held(80 * 10**9 - 2 * n - 12 * n // 8)
-    monkeypatch.setattr("model.free_bytes", lambda device: held.room - held.now)
-    with held:
-        sampler = Sampler(model, [[1] * 300] * 16, 16, 0, 300 + 49152 - 1, 0, None, None)
-        slots, sizes = len(sampler.slots), []
-        assert slots * per_slot < held.room / 2 < (slots + 1) * per_slot
-        sampler.waiting, sampler.slots = {}, [Running(Trace(0, i), [], None) for i in range(slots)]
-        while (length := sampler.cache.k.shape[3]) < sampler.longest:
-            sizes.append((len(sampler.slots), length))
-            for running in sampler.slots:
-                running.ids = [1] * (length + 1)
-            sampler.fit()
-    assert (slots, sizes[0]) == (164, (164, 512)) and sizes[2] == (164, 2048)  # then some are set aside
-    assert sampler.cache.k.shape[3] == 49451 and len(sampler.slots) == 12
-    assert len(sampler.slots) + len(sampler.aside) == slots

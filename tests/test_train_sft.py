@@ -1,4 +1,4 @@
-"""The recipe's formulas by hand; ranks and rows change nothing; killed runs end like others; bad input costs nothing."""
+"""Formulas by hand; ranks and rows change nothing; killed runs end like others; bad input costs nothing."""
 
 import json
 import os
@@ -203,7 +203,8 @@ def test_the_split_into_rows_changes_nothing(sft_file):
     def gradients(packs, world=1):
         model.zero_grad()
         loss_of = partial(t.sft_loss, model, total_weight=t.total_loss_weight(packs))
-        loss = sum(float(t.accumulate_gradients(model, packs, t.Ranks(r, world), loss_of)) for r in range(world))
+        ranks = [t.Ranks(r, world) for r in range(world)]
+        loss = sum(float(t.accumulate_gradients(model, packs, rank, loss_of)) for rank in ranks)
         return loss, torch.cat([p.grad.flatten() for p in model.parameters()]) / world
 
     loss, grad = gradients(data.pack(samples, 4096))
@@ -227,8 +228,9 @@ def small_models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("init")
     for name, groups in (("even", 2), ("uneven", 3)):
         torch.manual_seed(0)
-        config = replace(PRESETS["tiny"], initializer_range=0.02, num_hidden_layers=2, num_attention_heads=4,
-                         head_dim=16, num_key_value_heads=2, mamba_n_heads=12, mamba_d_head=8, mamba_n_groups=groups)
+        heads = {"num_attention_heads": 4, "head_dim": 16, "num_key_value_heads": 2, "mamba_n_heads": 12,
+                 "mamba_d_head": 8, "mamba_n_groups": groups}
+        config = replace(PRESETS["tiny"], initializer_range=0.02, num_hidden_layers=2, **heads)
         FalconH1(config).save_pretrained(folder / name)
         data.Tokenizer.byte_level().save(folder / name)
     return [folder / "even", folder / "uneven"]
@@ -238,8 +240,8 @@ def small_models(tmp_path_factory):
     (2, [(1, 1, 120), (1, 2, 4096), (2, 1, 4096)]),
     (4, [(1, 1, 4096), (2, 2, 300), (2, 1, 120), (4, 1, 120)])])
 def test_ranks_compute_the_gradient_of_one_process(sft_file, small_models, world, settings):
-    """Settings are cp, replicas, tokens of a row: at 4,096 each rank or team has one row, at 120 it adds up three
-    or more. Documents are uneven, and where rows are short, activations are recomputed."""
+    """Settings are cp, replicas, tokens of a row: at 4,096 each rank or team has one row, at 120 it adds up
+    three or more. Documents are uneven, and where rows are short, activations are recomputed."""
     body = partial(processes.compare_gradients, small_models, str(sft_file), settings)
     results = launch(body, ranks=world)
     assert {r.status for r in results} == {0}, [r.err for r in results]
@@ -247,8 +249,8 @@ def test_ranks_compute_the_gradient_of_one_process(sft_file, small_models, world
 
 
 def test_runs_of_other_ranks_are_the_same_run(sft_file, small_models, tmp_path):
-    """Four ranks, two to a row, two replicas, train like one process; one and two go on from their checkpoint.
-    Data are several files, a mixture, trimmed. While ranks train, none keeps a copy of the model."""
+    """Four ranks, two to a row, two replicas, train like one process; one and two go on from their
+    checkpoint. Data are several files, a mixture, trimmed. While ranks train, none keeps a copy of the model."""
     lines = [json.loads(line) for line in sft_file.read_text().splitlines()]
     for i, domain in enumerate(["math", "code", "science"]):
         part = [line | {"domain": domain} for line in lines[20 * i : 20 * i + 20]]
@@ -256,8 +258,8 @@ def test_runs_of_other_ranks_are_the_same_run(sft_file, small_models, tmp_path):
     args = ("--data", tmp_path / "part-*.jsonl", "--mixture", "math=3,code=2,science=1", "--context", 90,
             "--trim", "--init", small_models[0], *SMALL_RUN, "--steps", 4, "--eval-every", 3)
     one = launch(t.main, *args, "--out", tmp_path / "one")
-    four = launch(partial(processes.count_copies, "train_sft", 0), *args, "--out", tmp_path / "four", "--cp", 2,
-                  "--replicas", 2, ranks=4)
+    body = partial(processes.count_copies, "train_sft", 0)
+    four = launch(body, *args, "--out", tmp_path / "four", "--cp", 2, "--replicas", 2, ranks=4)
     assert {r.status for r in (one, *four)} == {0}, one.err + four[0].err
     assert all("made 2 copies" in r.out for r in four)
     expected = read_log(tmp_path / "one")
@@ -289,12 +291,12 @@ def test_ranks_that_cannot_train_together(sft_file, tmp_path):
 
 
 def test_a_dead_rank_ends_the_run(sft_file, tmp_path):
-    """torchrun ends the others at once, with status 1. By hand, the dead rank's connections fail in the next step."""
+    """torchrun ends the others at once, with status 1. By hand, the dead rank's connections fail in a step."""
     args = [str(a) for a in ("--data", sft_file, *SMALL_RUN)]
     program = tmp_path / "program.py"
-    program.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r}); import train_sft; from tests import ranks\n"
+    program.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport train_sft\\nfrom tests import ranks\n"
                        "train_sft.run_main(lambda: ranks.die_at('train_sft', 'log of step 3', rank=1))")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", program]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     torchrun = subprocess.Popen([*command, *args, "--out", str(tmp_path / "run")], stdout=subprocess.DEVNULL,
                                 stderr=subprocess.PIPE, text=True, env=env)
@@ -325,8 +327,8 @@ def whole_run(sft_file, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("moment", "every"), [
-    ("log of step 4", 2), ("step-000000004.tmp/state.json", 2), ("model/tokenizer.json", 2), ("log of step 6", 6),
-    ("log of step 3", 6)])  # before the first checkpoint
+    ("log of step 4", 2), ("step-000000004.tmp/state.json", 2), ("model/tokenizer.json", 2),
+    ("log of step 6", 6), ("log of step 3", 6)])  # the last one before the first checkpoint
 def test_a_killed_run_ends_like_one_that_was_not(sft_file, tmp_path, whole_run, moment, every):
     args = ("--data", sft_file, *SMALL_RUN, "--save-every", every, "--out", tmp_path / "run")
     assert launch(partial(processes.die_at, "train_sft", moment), *args).status == -9
@@ -366,7 +368,8 @@ def test_exporting_holds_no_more_than_a_tensor(tmp_path, whole_run):
 def test_a_full_disk_costs_nothing_but_the_step(sft_file, tmp_path, whole_run):
     args = ("--data", sft_file, *SMALL_RUN, "--out", tmp_path / "run")
     full = launch(processes.full_disk, *args)
-    assert full.status == 1 and full.err.startswith(f"error: {tmp_path / 'run'}: step 2 could not be saved"), full.err
+    assert full.status == 1
+    assert full.err.startswith(f"error: {tmp_path / 'run'}: step 2 could not be saved"), full.err
     assert full.err.count("\n") == 1 and not list(tmp_path.rglob("*.tmp"))
     assert launch(t.main, *args).status == 0
     assert_same_run(whole_run, tmp_path / "run")
@@ -420,15 +423,15 @@ def test_ctrl_c_is_no_traceback(capsys):
     (("--fresh", "--device", "cuda:3"), "--device cuda:3: expected cpu or cuda"),
     (("--stpes", 3), "unrecognized arguments: --stpes 3; see --help"),
 ])
-def test_bad_input_is_one_line(sft_file, tmp_path, whole_run, small_models, args, message, monkeypatch, capsys):
-    """And costs nothing: all files of the run are untouched."""
+def test_bad_input_costs_nothing(sft_file, tmp_path, whole_run, small_models, args, message, monkeypatch, capsys):
+    """It is one line, and all files of the run are untouched."""
     if "cuda" in args and torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     rows = [json.loads(line) for line in sft_file.read_text().splitlines()]
     (tmp_path / "bad.jsonl").write_text(json.dumps(rows[0]) + "\n{\n")
     (tmp_path / "empty.jsonl").write_text("")
-    data.write_jsonl(tmp_path / "rare.jsonl", [rows[0] | {"domain": "code"}, *rows[1:]])  # the first is held out
-    paths = {name: tmp_path / f"{name}.jsonl" for name in ("bad", "empty", "rare")} | {"init": small_models[0]}
+    data.write_jsonl(tmp_path / "rare.jsonl", [rows[0] | {"domain": "code"}, *rows[1:]])  # which is held out
+    paths = {"init": small_models[0]} | {path.stem: path for path in tmp_path.iterdir()}
     before = {p: p.stat().st_mtime_ns for p in whole_run.rglob("*") if p.is_file()}
     args = ("--data", sft_file, "--out", whole_run, *SMALL_RUN, *[str(a).format(**paths) for a in args])
     assert message in refused(t.main, args, monkeypatch, capsys)
@@ -448,5 +451,5 @@ def test_compiled_blocks_train_alike(sft_file, tmp_path, small_models):
     results = [launch(t.main, *args, "--out", tmp_path / "plain"),
                launch(processes.traced, *args, "--out", tmp_path / "compiled", "--compile")]
     assert {result.status for result in results} == {0}, results
-    plain, compiled = ([record["loss"] for record in read_log(tmp_path / out)] for out in ("plain", "compiled"))
+    plain, compiled = (read_log(tmp_path / out)[0] for out in ("plain", "compiled"))
     assert compiled == pytest.approx(plain, rel=1e-5)

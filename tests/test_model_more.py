@@ -1,9 +1,14 @@
-"""Log-probabilities without all logits, model(ids, targets=...): chunks change nothing, negative targets cost nothing."""
+"""model.py: log-probabilities without all logits, model(ids, targets=...), and the memory of sampling at 7B."""
+
+import weakref
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from model import PRESETS, FalconH1, add_product, token_logprobs, tokens_of_chunk
+from model import (PRESETS, Cache, FalconH1, Running, Sampler, Trace, add_product, token_logprobs,
+                   tokens_of_chunk)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 100])
@@ -24,7 +29,7 @@ def test_tokens_of_chunk_by_hand():
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert tokens_of_chunk(130048, cpu) == 258  # 2^25 / 130,048 = 258.02
     assert tokens_of_chunk(2**26, cpu) == 1
-    on_gpu = {130048: 2048, 261120: 1024, 65536: 4096, 272: 4096, 2**28: 128}  # multiples of 128, from 2^28 logits
+    on_gpu = {130048: 2048, 261120: 1024, 65536: 4096, 272: 4096, 2**28: 128}  # of 128, from 2^28 logits
     assert {words: tokens_of_chunk(words, gpu) for words in on_gpu} == on_gpu
 
 
@@ -65,3 +70,51 @@ def test_negative_targets_give_zero_and_no_gradient(targets):
     torch.testing.assert_close(entropy, torch.where(targets < 0, 0, -(logp.exp() * logp).sum(-1)))
     ours, theirs = (torch.autograd.grad(v.sum(), list(model.parameters())) for v in (logprobs, want))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+class Held(TorchDispatchMode):
+    """The bytes of all tensors on "meta" that are alive; they may be at most `room`."""
+
+    def __init__(self, room):
+        super().__init__()
+        self.now, self.room = 0, room
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        given = [v for v in tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)]
+        given = {v.untyped_storage()._cdata for v in given}
+        for v in tree_leaves(out):
+            if isinstance(v, torch.Tensor) and v.is_meta and v.untyped_storage()._cdata not in given:
+                self.change(v.untyped_storage().nbytes())
+                weakref.finalize(v.untyped_storage(), self.change, -v.untyped_storage().nbytes())
+        return out
+
+    def change(self, nbytes):
+        self.now += nbytes
+        assert self.now <= self.room
+
+
+def test_sampling_at_7b_stays_inside_80_gb(monkeypatch):
+    """The README's command for GRPO on eight GPUs of 80 GB: 16 of 128 prompts a rank, 16 traces of each, all of
+    which grow to 49,152 tokens. Beside them lie the copy in bf16, and an eighth of weights and moments."""
+    c = PRESETS["7b"]
+    with torch.device("meta"):
+        model = FalconH1(c).to(torch.bfloat16)
+        one = Cache(c, 1, 512, dtype=torch.bfloat16, device="meta")
+    per_slot = sum(v.nbytes for v in vars(one).values() if isinstance(v, torch.Tensor))
+    n = sum(p.numel() for p in model.parameters())
+    held = Held(80 * 10**9 - 2 * n - 12 * n // 8)
+    monkeypatch.setattr("model.free_bytes", lambda device: held.room - held.now)
+    with held:
+        sampler = Sampler(model, [[1] * 300] * 16, 16, 0, 300 + 49152 - 1, 0, None, None)
+        slots, sizes = len(sampler.slots), []
+        assert slots * per_slot < held.room / 2 < (slots + 1) * per_slot
+        sampler.waiting, sampler.slots = {}, [Running(Trace(0, i), [], None) for i in range(slots)]
+        while (length := sampler.cache.k.shape[3]) < sampler.longest:
+            sizes.append((len(sampler.slots), length))
+            for running in sampler.slots:
+                running.ids = [1] * (length + 1)
+            sampler.fit()
+    assert (slots, sizes[0]) == (164, (164, 512)) and sizes[2] == (164, 2048)  # then some are set aside
+    assert sampler.cache.k.shape[3] == 49451 and len(sampler.slots) == 12
+    assert len(sampler.slots) + len(sampler.aside) == slots
