@@ -231,7 +231,7 @@ def collect(sample, prompts, cache, step, position, args, stats):
     """Groups with signal for one update: from the cache, then from as many calls as it takes (backfill).
 
     sample(prompts, seed) -> groups. A call takes the next args.prompts of `prompts`, from `position` on.
-    Surplus groups go into the cache, first in, first out, as (step, group), and keep their log-probabilities."""
+    Surplus groups go into the cache, first in, first out, as (step, group); their log-probabilities stay."""
     # From the cache, unless the policy has moved on for too long.
     cache[:] = [(sampled, group) for sampled, group in cache if step - sampled <= args.cache_age]
     chosen = [cache.pop(0) for _ in range(min(len(cache), args.prompts))]
@@ -433,7 +433,6 @@ def main():
             start = time.time()
             done = step + 1
             stats = new_stats()
-
             # Sample until enough groups carry signal, then learn from them. Errors name the prompts.
             lr = args.lr * min(1, done / max(1, args.warmup_steps))
             verify_step = partial(verifier, seed=args.seed * 1_000_003 + step)  # picks the --code-tests

@@ -1,5 +1,5 @@
-"""Ranks as processes, for test_train_sft.py and test_train_rl.py, forked from a server that has imported torch:
-that takes seconds. What they run is defined here, where they find it by name."""
+"""Ranks as processes, for test_train_sft.py and test_train_rl.py, forked from a server that has imported
+torch, which takes seconds. What they run is defined here, where they find it by name."""
 
 import gc
 import importlib
@@ -29,12 +29,10 @@ from model import check
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["tests.ranks"])
 
-
 class Result(NamedTuple):
     status: int  # negative: the signal that ended the process
     out: str
     err: str
-
 
 def launch(body, *args, ranks=1):
     """Run body() in processes, args being the command line -> a Result per rank, or that of the only one."""
@@ -54,7 +52,6 @@ def launch(body, *args, ranks=1):
             process.kill()
     return results if ranks > 1 else results[0]
 
-
 def _rank(body, args, rank, ranks, port, folder):
     for fd, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{folder}/{rank}.{name}", os.O_CREAT | os.O_WRONLY), fd)
@@ -71,9 +68,8 @@ def _rank(body, args, rank, ranks, port, folder):
     sys.stdout.flush()
     os._exit(status)
 
-
 def die_at(script, moment, rank=0):
-    """A script whose rank kills itself before it logs ("log of step 3") or writes a file (end of its path)."""
+    """A script whose rank kills itself before it logs ("log of step 3") or writes a file (end of path)."""
     def dying(function, name):
         def inner(*args):
             if name(*args).endswith(moment) and int(os.environ.get("RANK", 0)) == rank:
@@ -85,18 +81,15 @@ def die_at(script, moment, rank=0):
     data.write_text = dying(data.write_text, lambda path, text: str(path))
     importlib.import_module(script).main()
 
-
 def full_disk():
     """train_sft.py where no file may exceed 2 MB."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))
     train_sft.main()
 
-
 def traced():
     """train_sft.py whose --compile does all but generate code, which takes most of the time."""
     torch.compile = partial(torch.compile, backend="eager")
     train_sft.main()
-
 
 def differ(what):
     """train_sft.py on ranks that were started with other seeds, or see other files."""
@@ -106,7 +99,6 @@ def differ(what):
     else:
         sys.argv += ["--seed", os.environ["RANK"]]
     train_sft.main()
-
 
 def count_copies(script, expected):
     """A script that checks how many unsharded copies are alive when it trains, and that they are current."""
@@ -132,7 +124,6 @@ def count_copies(script, expected):
     module.main()
     print(f"made {len(made)} copies")
 
-
 def compare_gradients(folders, file, settings):
     """Loss and gradient of a batch on all ranks and one process; settings: (cp, replicas, pack_tokens)."""
     samples = [*data.SftFiles(file, data.Tokenizer.byte_level(), 512, limit=9)]
@@ -149,7 +140,6 @@ def compare_gradients(folders, file, settings):
             off = abs(loss / one - 1), float((grad - expected).norm() / expected.norm())
             print(f"cp {cp}, replicas {replicas}: loss off by {off[0]:.1e}, gradient by {off[1]:.1e}")
             check(max(off) < 1e-6, "the ranks do not compute what one process does")
-
 
 def _gradient(model, packs, ranks):
     total = train_sft.total_loss_weight(packs)

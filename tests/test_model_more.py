@@ -1,4 +1,4 @@
-"""model.py: log-probabilities without all logits, model(ids, targets=...), and the memory of sampling at 7B."""
+"""model.py: log-probabilities without all logits, model(ids, targets=...); the memory of sampling at 7B."""
 
 import weakref
 
@@ -9,7 +9,6 @@ from torch.utils._pytree import tree_leaves
 
 from model import (PRESETS, Cache, FalconH1, Running, Sampler, Trace, add_product, token_logprobs,
                    tokens_of_chunk)
-
 
 @pytest.mark.parametrize("chunk", [1, 3, 100])
 def test_token_logprobs(chunk):
@@ -24,14 +23,12 @@ def test_token_logprobs(chunk):
     ours, theirs = (torch.autograd.grad(v, (h, w), g) for v in (logprobs, plain))
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
-
 def test_tokens_of_chunk_by_hand():
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert tokens_of_chunk(130048, cpu) == 258  # 2^25 / 130,048 = 258.02
     assert tokens_of_chunk(2**26, cpu) == 1
     on_gpu = {130048: 2048, 261120: 1024, 65536: 4096, 272: 4096, 2**28: 128}  # of 128, from 2^28 logits
     assert {words: tokens_of_chunk(words, gpu) for words in on_gpu} == on_gpu
-
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -48,7 +45,6 @@ def test_chunks_change_nothing(device, dtype):
             error = (ours.double() - whole.double()).norm() / whole.double().norm()
             assert error < (1e-6 if dtype == torch.float32 else 1e-3)  # sums may round to either of two bf16
 
-
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_add_product_adds_in_float32(device, dtype):
@@ -57,7 +53,6 @@ def test_add_product_adds_in_float32(device, dtype):
     total = torch.ones(2, 2, device=device)
     add_product(total, a.to(device, dtype), b.to(device, dtype))
     assert total.tolist() == [[513 + 2**-14, 17], [33, 2]]
-
 
 @pytest.mark.parametrize("targets", [[3, -1, 5, -7], [-1, -1, -1, -1]])
 def test_negative_targets_give_zero_and_no_gradient(targets):
@@ -70,7 +65,6 @@ def test_negative_targets_give_zero_and_no_gradient(targets):
     torch.testing.assert_close(entropy, torch.where(targets < 0, 0, -(logp.exp() * logp).sum(-1)))
     ours, theirs = (torch.autograd.grad(v.sum(), list(model.parameters())) for v in (logprobs, want))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
-
 
 class Held(TorchDispatchMode):
     """The bytes of all tensors on "meta" that are alive; they may be at most `room`."""
@@ -93,10 +87,9 @@ class Held(TorchDispatchMode):
         self.now += nbytes
         assert self.now <= self.room
 
-
 def test_sampling_at_7b_stays_inside_80_gb(monkeypatch):
-    """The README's command for GRPO on eight GPUs of 80 GB: 16 of 128 prompts a rank, 16 traces of each, all of
-    which grow to 49,152 tokens. Beside them lie the copy in bf16, and an eighth of weights and moments."""
+    """The README's command for GRPO on eight GPUs of 80 GB: 16 of 128 prompts a rank, 16 traces of each. All
+    grow to 49,152 tokens. Beside them lie the copy in bf16, and an eighth of weights and moments."""
     c = PRESETS["7b"]
     with torch.device("meta"):
         model = FalconH1(c).to(torch.bfloat16)

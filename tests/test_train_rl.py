@@ -1,5 +1,6 @@
 """GRPO's formulas by hand; the loss does not depend on rows or ranks; the loop's traps; resuming."""
 
+import copy
 import json
 import math
 import shutil
@@ -26,13 +27,11 @@ UNKNOWN = rewards.Verdict(None, "unknown: down")
 
 # 1. Formulas ------------------------------------------------------------------------------------------------
 
-
 def test_advantages_by_hand():
     assert r.advantages([1, 0, 0, 1]) == pytest.approx([1, -1, -1, 1], abs=1e-5)
     assert r.advantages([1, 0, 0, 0]) == pytest.approx([math.sqrt(3)] + [-1 / math.sqrt(3)] * 3, abs=1e-5)
     assert r.advantages([1, 1, 1]) is None and r.advantages([0.5]) is None
     assert r.advantages([0.3, 0.3 + 1e-9]) is None  # rounding is no signal
-
 
 def test_style_alone_is_no_signal_and_one_right_answer_is():
     # Penalties of 0.3 and 0.15: below 0.5 together. All right, from none of them to both: 1, 0.7, 0.55.
@@ -44,7 +43,6 @@ def test_style_alone_is_no_signal_and_one_right_answer_is():
     assert r.advantages([0.501, 0, 0], r.SIGNAL) is not None and r.advantages([0.499, 0, 0], r.SIGNAL) is None
     assert r.advantages([1.0], r.SIGNAL) is None and r.advantages([], r.SIGNAL) is None  # too little is known
 
-
 def test_clipped_policy_loss_by_hand():
     old = torch.zeros(6)
     rho, A = torch.tensor([1.0, 2.0, 0.5, 2.0, 0.5, 1.1]), torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0, 2.0])
@@ -53,7 +51,6 @@ def test_clipped_policy_loss_by_hand():
     assert loss.tolist() == pytest.approx([-1, -1.28, -0.5, 2, 0.8, -2.2])
     loss.sum().backward()
     assert new.grad.tolist() == pytest.approx([-1, 0, -0.5, 2, 0, -2.2])  # none where the clip is active
-
 
 def test_other_formulas_by_hand():
     w = r.tis_weight(torch.tensor([0.0, -1.0, 3.0], requires_grad=True), torch.zeros(3), 2)
@@ -66,9 +63,8 @@ def test_other_formulas_by_hand():
         weights = r.token_weights([3, 5, 9], normalise)
         assert sum(n * w for n, w in zip([3, 5, 9], weights)) == pytest.approx(1)
 
-
 def test_token_stats_by_hand():
-    """Four tokens: below the clip with A < 0, above it with A > 0 and with A < 0 (not clipped), not sampled."""
+    """Four tokens: below the clip with A < 0, above it with A > 0, with A < 0 (not clipped), not sampled."""
     rho = torch.tensor([0.5, 2.0, 2.0, 2.0])
     old, sampler = torch.full((4,), 0.5).log(), torch.tensor([0.5, 0.2, 0.25, 0.1]).log()
     advantage, sampled = torch.tensor([-1.0, 1, -1, 1]), torch.tensor([True, True, True, False])
@@ -78,7 +74,6 @@ def test_token_stats_by_hand():
     assert sums == pytest.approx({
         "tokens": 3, "entropy": 3, "clip_frac_low": 1, "clip_frac_high": 1, "kl": k3, "mismatch": 0.55,
         "capped": 1}, rel=1e-5)  # 0.5 / 0.2 is above 2
-
 
 @pytest.mark.parametrize(("text", "ended", "correct", "well_formed"), [
     ("<think>x</think>\\boxed{42}", True, True, True),
@@ -98,13 +93,11 @@ def test_reward(text, ended, correct, well_formed):
     score = r.reward(UNKNOWN, text, ended, "How much?", r.Args())
     assert (score["score"], score["correct"], score["well_formed"]) == (None, None, well_formed)
 
-
 def test_reward_of_mixed_scripts():
     text = "<think>так надо</think>\\boxed{42}"  # all letters outside of commands
     score = r.reward(RIGHT, text, True, "How much?", r.Args(language_penalty=0.5))
     assert score["mixed"] == 1 and score["score"] == pytest.approx(0.5)
     assert r.reward(RIGHT, text, True, "Сколько?", r.Args())["score"] == 1
-
 
 def test_a_broken_verifier_is_noticed(monkeypatch):
     r.check_verifier()
@@ -116,16 +109,14 @@ def test_a_broken_verifier_is_noticed(monkeypatch):
 
 # 2. The gradient --------------------------------------------------------------------------------------------
 
-
 def rollout(ids, prompt, sampler, score, **fields):
     return r.Rollout(ids, prompt, sampler, score, score >= 0.5, {}, **fields)
-
 
 @pytest.fixture(scope="module")
 def setting():
     """A random model, and two groups of its own rollouts with scores made up so that there is signal."""
     torch.manual_seed(0)
-    # The published initialiser: wider matrices (0.1) saturate the softmaxes, rounding alone then reaches 1e-6.
+    # The published initialiser: wider matrices (0.1) saturate the softmaxes; rounding then reaches 1e-6.
     model, tokenizer = FalconH1(replace(PRESETS["tiny"], initializer_range=0.02)), data.Tokenizer.byte_level()
     prompts = [tokenizer.encode("12*3=?"), tokenizer.encode("4+5=?")]
     stop_ids = list(range(0, 272, 9))
@@ -140,7 +131,6 @@ def setting():
             x.advantage = float(a)
     return model, groups
 
-
 class NoStep:
     """An optimizer that leaves the gradient to be looked at."""
     param_groups = ()
@@ -149,13 +139,11 @@ class NoStep:
     def zero_grad(self):
         pass
 
-
 def gradient(model, groups, **changes):
     model.zero_grad()
     stats = r.new_stats()
     loss, _ = r.train_step(model, NoStep(), groups, r.Args(clip=1e9, **changes), 0, train_sft.Ranks(), stats)
     return loss, torch.cat([p.grad.flatten() for p in model.parameters()]), stats
-
 
 @pytest.mark.parametrize("normalise", ["sequence", "token"])
 def test_the_gradient_is_the_formula(setting, normalise):
@@ -183,16 +171,11 @@ def test_the_gradient_is_the_formula(setting, normalise):
     _, split, _ = gradient(model, groups, normalise=normalise, pack_tokens=25)
     assert (grad - split).norm() / grad.norm() < 1e-6  # rows change nothing
 
-
 def test_a_second_update_has_a_ratio(setting):
-    model, groups = setting
-    optimizer = torch.optim.SGD(model.parameters(), lr=0)
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    stats = r.new_stats()
-    r.train_step(model, optimizer, groups, r.Args(updates=2), 1.0, train_sft.Ranks(), stats)
-    model.load_state_dict(before)
+    model, stats = copy.deepcopy(setting[0]), r.new_stats()
+    optimizer = torch.optim.SGD(model.parameters())
+    r.train_step(model, optimizer, setting[1], r.Args(updates=2), 1.0, train_sft.Ranks(), stats)
     assert stats["sums"]["kl"] > 0 and len(stats["mismatch_max"]) == 2
-
 
 @pytest.mark.parametrize("rows", [1, 4])
 def test_a_step_waits_for_the_gpu_once(rows, monkeypatch):
@@ -202,7 +185,6 @@ def test_a_step_waits_for_the_gpu_once(rows, monkeypatch):
     traffic = traffic_of(step, monkeypatch)
     assert traffic.reads == 1  # loss and norm; the statistics are read when they are logged
     assert traffic.copies == 2 * rows  # ids and targets; what the loss knows of its tokens
-
 
 def test_the_stop_token_is_learned_and_the_prompt_is_not(setting):
     x = setting[1][0][0]
@@ -214,7 +196,6 @@ def test_the_stop_token_is_learned_and_the_prompt_is_not(setting):
 
 
 # 3. Groups --------------------------------------------------------------------------------------------------
-
 
 def sampled(monkeypatch, *groups):
     """sample_groups() on scripted verdicts, a list of them per prompt: its groups, and the stats."""
@@ -229,12 +210,10 @@ def sampled(monkeypatch, *groups):
     verifier = lambda text, problem: flat[int(text)]  # noqa: E731
     return r.sample_groups(None, tokenizer, verifier, args, train_sft.Ranks(), stats, prompts, 0), stats
 
-
 def collected(groups, **settings):
     """collect() from one call that gives these groups: the groups chosen, and the stats."""
     stats, args = r.new_stats(), r.Args(prompts=len(groups), max_calls=1, **settings)
     return r.collect(lambda *_: groups, [None], [], 0, 0, args, stats), stats
-
 
 def test_unknown_verdicts_are_in_no_group_and_in_no_mean(monkeypatch):
     scripted = [[RIGHT, UNKNOWN, WRONG, WRONG], [UNKNOWN, UNKNOWN, UNKNOWN, RIGHT], [UNKNOWN] * 4]
@@ -248,7 +227,6 @@ def test_unknown_verdicts_are_in_no_group_and_in_no_mean(monkeypatch):
     assert record["length"] == pytest.approx(14 / 12)  # of all: the texts are 0 to 11
     assert record["length_right"] == record["length_wrong"] == 1
 
-
 def test_groups_with_fewer_than_two_known_verdicts_have_no_signal(monkeypatch):
     unknown = [[UNKNOWN, UNKNOWN, RIGHT], [UNKNOWN] * 3]
     known = [[RIGHT, UNKNOWN, WRONG], [RIGHT, RIGHT, UNKNOWN], [WRONG, WRONG, UNKNOWN]]
@@ -256,13 +234,11 @@ def test_groups_with_fewer_than_two_known_verdicts_have_no_signal(monkeypatch):
     assert [[x.advantage for x in group] for group in chosen] == [pytest.approx([1, -1], abs=1e-5)]
     assert (stats["groups"], stats["all_right"], stats["all_wrong"]) == (5, 1, 1)
 
-
 def test_groups_that_differ_in_style_alone_are_dropped():
     scores = [(1, 0.8), (0, -0.2), (0.8, 0)]  # all right, all wrong, one right with both penalties
     chosen, stats = collected([[rollout([1, 2], 1, [0.0], score) for score in group] for group in scores])
     assert [[x.score for x in group] for group in chosen] == [[0.8, 0]]
     assert (stats["groups"], stats["all_right"], stats["all_wrong"]) == (3, 1, 1)
-
 
 def test_many_unknown_verdicts_end_the_run():
     one = Counter({"unknown: down": 1})
@@ -273,12 +249,10 @@ def test_many_unknown_verdicts_end_the_run():
     with pytest.raises(ValueError, match="5 of 201 verdicts are unknown, more than 2%: 3 x down; 2 x full"):
         r.check_signal([1], r.new_stats(), Counter({"unknown: down": 3, "unknown: full": 2}), 201, last=False)
 
-
 def test_prompts_are_shuffled_anew_each_epoch():
     epochs = [r.take_prompts(range(5), seed=0, position=n, count=5) for n in (0, 5, 10)]
     assert all(sorted(epoch) == [0, 1, 2, 3, 4] for epoch in epochs) and epochs[0] != epochs[1] != epochs[2]
     assert r.take_prompts(range(5), 0, 3, 4) == [*epochs[0][3:], *epochs[1][:2]]
-
 
 def test_backfill_and_the_bounded_cache(monkeypatch):
     """Every third group has signal: three calls of 5 prompts give 5 groups. Then some are from the cache."""
@@ -295,21 +269,19 @@ def test_backfill_and_the_bounded_cache(monkeypatch):
     assert stats["cached"] == 2 and stats["age"] == 1  # the one of step 0 is too old
     assert len(cache) <= 3
 
-
 MISSING = [f"{name}: {why}" for name, why in sandbox.sandbox_walls().items() if why != "on"]
-
 
 @pytest.mark.skipif(bool(MISSING), reason=f"no isolation here: {MISSING}")
 def test_training_rewards_code_and_answers_side_by_side(monkeypatch):
     tokenizer = data.Tokenizer.byte_level()
     tests = {"tests": [{"input": "1 2\n", "output": "3\n"}, {"input": "10 20", "output": "30"}]}
     problems = [data.Problem("1", "code", "Add.", "", tests), data.Problem("2", "math", "1+1?", "2")]
-    add, three = (f"<think>Hm.</think>Here it is.\n```python\n{code}\n```"
-                  for code in ("print(sum(map(int, input().split())))", "print(3)"))
+    reply = "<think>Hm.</think>Here it is.\n```python\nprint({})\n```"
+    add, three = reply.format("sum(map(int, input().split()))"), reply.format(3)
     traces = []
     for i, texts in enumerate([[three, add, "no"], ["<think>x</think>\\boxed{2}", add, "no"]]):
-        for j, text in enumerate(texts):
-            traces.append(Trace(i, j, [*tokenizer.encode(text), tokenizer.stop_ids[0]], [], stop="stop"))
+        ids = [[*tokenizer.encode(text), tokenizer.stop_ids[0]] for text in texts]
+        traces += [Trace(i, j, tokens, [], stop="stop") for j, tokens in enumerate(ids)]
     monkeypatch.setattr(r, "generate", lambda *_, on_trace, **__: [on_trace(x) for x in traces] and traces)
     prompts = [(problem, tokenizer.encode(problem.prompt)) for problem in problems]
     ranks, stats = train_sft.Ranks(), r.new_stats()
@@ -320,7 +292,6 @@ def test_training_rewards_code_and_answers_side_by_side(monkeypatch):
 
 
 # 4. Runs ----------------------------------------------------------------------------------------------------
-
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
@@ -337,11 +308,10 @@ def start(tmp_path_factory):
     assert result.status == 0, result.err
     return folder
 
-
 def rl_args(start):
-    return ("--init", start / "sft", "--problems", start / "rl.jsonl", "--steps", 4, "--prompts", 4, "--group",
-            6, "--max-new-tokens", 24, "--save-every", 2, "--eval-every", 1, "--cache", 4, "--temperature", 1.5)
-
+    return ("--init", start / "sft", "--problems", start / "rl.jsonl", "--steps", 4, "--prompts", 4,
+            "--group", 6, "--max-new-tokens", 24, "--save-every", 2, "--eval-every", 1, "--cache", 4,
+            "--temperature", 1.5)
 
 @pytest.fixture(scope="module")
 def whole_run(start):
@@ -350,7 +320,6 @@ def whole_run(start):
     assert "wrong: " in result.out
     return start / "whole"
 
-
 @pytest.mark.parametrize("moment", ["log of step 3", "step-000000004.tmp/state.json"])
 def test_a_killed_run_ends_like_one_that_was_not(start, tmp_path, whole_run, moment):
     args = (*rl_args(start), "--out", tmp_path / "run")
@@ -358,7 +327,6 @@ def test_a_killed_run_ends_like_one_that_was_not(start, tmp_path, whole_run, mom
     result = launch(r.main, *args)
     assert result.status == 0, result.err
     assert_same_run(whole_run, tmp_path / "run")
-
 
 def test_the_log_has_what_it_promises(whole_run):
     records = [json.loads(line) for line in open(whole_run / "log.jsonl")]
@@ -371,7 +339,6 @@ def test_the_log_has_what_it_promises(whole_run):
         assert record["clip_frac_low"] == record["clip_frac_high"] == 0 and record["entropy"] > 0
         assert (record["mismatch_max"] < 1e-4) == (record["cached"] == 0)  # cached: of another policy
         assert record["calls"] + record["cached"] > 0 and 0 <= record["reward"] <= 1
-
 
 def test_ranks_sample_and_reward_like_one(start, tmp_path, whole_run):
     """Two ranks, and three to a row, which hold one copy each to sample from. A run can be continued."""
@@ -394,7 +361,6 @@ def test_ranks_sample_and_reward_like_one(start, tmp_path, whole_run):
     again = read_log(tmp_path / "2")
     assert [x["step"] for x in again] == [1, 2, 3, 4]
     assert [x["reward"] for x in again] == pytest.approx([x["reward"] for x in one], abs=0.1)
-
 
 def test_counts_of_verdicts_and_samples_of_tests_survive_a_resume(start, tmp_path, monkeypatch, capsys):
     """One verdict of step 1 is unknown, then all of step 3: the run stops. Resumed, it knows of the one, and
@@ -427,7 +393,6 @@ def test_counts_of_verdicts_and_samples_of_tests_survive_a_resume(start, tmp_pat
     assert set(seeds) == {-1, 2, 3} and state(4)["unknown"] == {"unknown: down": 1}
     assert state(4)["position"] * 6 == before + len(seeds) - 1
     assert [record["unknown"] > 0 for record in read_log(tmp_path / "run")] == [True, False, False, False]
-
 
 @pytest.mark.parametrize(("args", "message"), [
     (("--group", 1), "--group 1"), (("--temperature", 0), "--temperature 0"),

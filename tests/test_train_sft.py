@@ -27,13 +27,11 @@ from model import PRESETS, FalconH1, document_table, read_safetensors
 ROOT = Path(__file__).parent.parent
 TIMES = ("seconds", "t_sample", "t_score", "t_update", "t_verify")
 
-
 @pytest.fixture(scope="module")
 def sft_file(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     assert data.main(["make", "--out", str(folder), "--sft", "60", "--rl", "40", "--heldout", "10"]) == 0
     return folder / "sft.jsonl"
-
 
 def refused(main, args, monkeypatch, capsys):
     """Run a script's main in this process; it must end in one line and exit status 1. Returns the line."""
@@ -42,12 +40,10 @@ def refused(main, args, monkeypatch, capsys):
     assert status == 1 and err.startswith("error: ") and err.count("\n") == 1, err
     return err
 
-
 def read_log(out):
     """The records of a run's log, without what depends on the clock."""
     records = [json.loads(line) for line in open(out / "log.jsonl")]
     return [{k: v for k, v in record.items() if k not in TIMES} for record in records]
-
 
 def assert_same_run(one, other):
     """Two runs end in the same weights and have the same log, bit for bit."""
@@ -55,18 +51,15 @@ def assert_same_run(one, other):
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     assert read_log(one) == read_log(other)
 
-
 SMALL_RUN = ("--batch", 6, "--held-out", 4, "--steps", 6, "--eval-every", 100, "--save-every", 2)
 
 
 # 1. Formulas ------------------------------------------------------------------------------------------------
 
-
 def test_learning_rate_by_hand():
     rates = [t.learning_rate(step, 10, 1.0, 0.2) for step in range(10)]
     assert rates == pytest.approx([0.5, 1.0, 1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125])
     assert t.learning_rate(0, 1, 1.0, 0.04) == 1.0
-
 
 def test_vectors_do_not_decay():
     model = FalconH1(PRESETS["tiny"])
@@ -74,7 +67,6 @@ def test_vectors_do_not_decay():
     assert matrices["weight_decay"] == 0.01 and vectors["weight_decay"] == 0
     assert len(matrices["params"]) + len(vectors["params"]) == len(list(model.parameters()))
     assert all(p.dim() == 1 for p in vectors["params"]) and len(vectors["params"]) == 3 * 7 + 1
-
 
 def test_heads_of_ranks():
     def lists(*args):
@@ -85,7 +77,6 @@ def test_heads_of_ranks():
     own, read = t.split_heads(4, 2, 1)
     index, sizes = t.gather_index([(0, 2, own), (8, 3, read)])  # heads of 2 columns, then a group of 3
     assert index.tolist() == [[0, 1, 2, 3, 8, 9, 10], [4, 5, 6, 7, 8, 9, 10]] and sizes == [4, 3]
-
 
 def test_work_is_shared_out_and_gathered(monkeypatch):
     """Every rank does its share, and gets all results in order."""
@@ -101,7 +92,6 @@ def test_work_is_shared_out_and_gathered(monkeypatch):
 
 
 # 2. What a step asks of a GPU -------------------------------------------------------------------------------
-
 
 class Traffic(TorchDispatchMode):
     """What passes between the host and a GPU, for which "meta" stands in. copies: to the GPU. reads: from it,
@@ -133,7 +123,6 @@ class Traffic(TorchDispatchMode):
             self.copies += copies and not there and len(new)
         return out
 
-
 def traffic_of(step, monkeypatch):
     """Of a step, when the tables of its rows have been made. Operators are a GPU's; "meta" runs no kernel."""
     monkeypatch.setattr(ssm_scan, "_backend", lambda name, x: "triton")
@@ -143,11 +132,9 @@ def traffic_of(step, monkeypatch):
         step()
     return traffic
 
-
 def model_of_a_gpu(layers=3):
     with torch.device("meta"):
         return FalconH1(replace(PRESETS["tiny"], num_hidden_layers=layers)).to(torch.bfloat16)
-
 
 def step_of_a_gpu(rows=1, layers=3):
     """A training step on rows of three documents, to be called."""
@@ -155,7 +142,6 @@ def step_of_a_gpu(rows=1, layers=3):
     packs = [data.Pack(ids, ids, np.ones(200, np.float32), cu, []) for _ in range(rows)]
     model = model_of_a_gpu(layers)
     return partial(t.train_step, model, torch.optim.SGD(model.parameters()), packs, 0, 1.0, t.Ranks())
-
 
 @pytest.mark.parametrize("rows", [1, 4])
 def test_a_step_waits_for_the_gpu_once(rows, monkeypatch):
@@ -172,7 +158,6 @@ def test_a_step_waits_for_the_gpu_once(rows, monkeypatch):
     # more copies, is made inside of operators, which "meta" does not run.
     assert traffic.copies == 2 * rows + 2
 
-
 def test_a_held_out_loss_is_read_once(monkeypatch):
     model, sample = model_of_a_gpu(), data.Sample(np.arange(200), np.arange(200) > 9, 1.0, "math")
     args = t.Args(pack_tokens=200, steps=1)
@@ -180,7 +165,6 @@ def test_a_held_out_loss_is_read_once(monkeypatch):
     monkeypatch.setattr(t.Ranks, "local_rows", lambda self, packs: packs)
     traffic = traffic_of(run, monkeypatch)
     assert (traffic.reads, traffic.copies) == (1, 2 * 3)
-
 
 def test_a_block_creates_no_more_tensors_than_it_did(monkeypatch):
     """At least as large as the hidden states, forward and backward; those inside of kernels are not seen."""
@@ -193,7 +177,6 @@ def test_a_block_creates_no_more_tensors_than_it_did(monkeypatch):
 
 
 # 3. Ranks and rows change nothing ---------------------------------------------------------------------------
-
 
 def test_the_split_into_rows_changes_nothing(sft_file):
     torch.manual_seed(0)
@@ -221,7 +204,6 @@ def test_the_split_into_rows_changes_nothing(sft_file):
         assert other == pytest.approx(loss, rel=1e-6)
         assert (theirs - grad).norm() / grad.norm() < 1e-6
 
-
 @pytest.fixture(scope="module")
 def small_models(tmp_path_factory):
     """Models whose heads 2 or 4 ranks can share; keys, values, B and C evenly, or a copy for each head."""
@@ -235,7 +217,6 @@ def small_models(tmp_path_factory):
         data.Tokenizer.byte_level().save(folder / name)
     return [folder / "even", folder / "uneven"]
 
-
 @pytest.mark.parametrize(("world", "settings"), [
     (2, [(1, 1, 120), (1, 2, 4096), (2, 1, 4096)]),
     (4, [(1, 1, 4096), (2, 2, 300), (2, 1, 120), (4, 1, 120)])])
@@ -247,10 +228,9 @@ def test_ranks_compute_the_gradient_of_one_process(sft_file, small_models, world
     assert {r.status for r in results} == {0}, [r.err for r in results]
     assert results[0].out.count("loss off by") == len(settings) + 1  # the last one on both models
 
-
 def test_runs_of_other_ranks_are_the_same_run(sft_file, small_models, tmp_path):
-    """Four ranks, two to a row, two replicas, train like one process; one and two go on from their
-    checkpoint. Data are several files, a mixture, trimmed. While ranks train, none keeps a copy of the model."""
+    """Four ranks, two to a row, two replicas, train like one process; one and two go on from there.
+    Data are several files, a mixture, trimmed. While ranks train, none keeps a copy of the model."""
     lines = [json.loads(line) for line in sft_file.read_text().splitlines()]
     for i, domain in enumerate(["math", "code", "science"]):
         part = [line | {"domain": domain} for line in lines[20 * i : 20 * i + 20]]
@@ -277,7 +257,6 @@ def test_runs_of_other_ranks_are_the_same_run(sft_file, small_models, tmp_path):
         for theirs, ours in zip(log, expected, strict=True):
             assert theirs == pytest.approx(ours, rel=1e-6 if ours["step"] == 1 else 1e-4)
 
-
 def test_ranks_that_cannot_train_together(sft_file, tmp_path):
     args = ("--data", sft_file, "--out", tmp_path / "run", *SMALL_RUN)
     for flag in ("--cp", "--replicas"):
@@ -289,13 +268,12 @@ def test_ranks_that_cannot_train_together(sft_file, tmp_path):
             assert result.status == 1 and f"error: ranks 0 and 1 disagree about {message}" in result.err
     assert not (tmp_path / "run").exists()
 
-
 def test_a_dead_rank_ends_the_run(sft_file, tmp_path):
-    """torchrun ends the others at once, with status 1. By hand, the dead rank's connections fail in a step."""
+    """torchrun ends the others at once, with status 1. By hand, the dead rank's connections fail."""
     args = [str(a) for a in ("--data", sft_file, *SMALL_RUN)]
     program = tmp_path / "program.py"
-    program.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport train_sft\\nfrom tests import ranks\n"
-                       "train_sft.run_main(lambda: ranks.die_at('train_sft', 'log of step 3', rank=1))")
+    program.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r}); from tests.ranks import *\n"
+                       "train_sft.run_main(lambda: die_at('train_sft', 'log of step 3', rank=1))")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", program]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     torchrun = subprocess.Popen([*command, *args, "--out", str(tmp_path / "run")], stdout=subprocess.DEVNULL,
@@ -306,7 +284,6 @@ def test_a_dead_rank_ends_the_run(sft_file, tmp_path):
     err = torchrun.communicate(timeout=60)[1]
     assert torchrun.returncode == 1 and "rank      : 1" in err and "SIGKILL" in err, err
 
-
 def test_a_missing_rendezvous(sft_file, tmp_path, monkeypatch, capsys):
     for name, value in {"WORLD_SIZE": "2", "RANK": "1"}.items():
         monkeypatch.setenv(name, value)
@@ -316,7 +293,6 @@ def test_a_missing_rendezvous(sft_file, tmp_path, monkeypatch, capsys):
 
 # 4. The run's folder ----------------------------------------------------------------------------------------
 
-
 @pytest.fixture(scope="module")
 def whole_run(sft_file, tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "whole"
@@ -324,7 +300,6 @@ def whole_run(sft_file, tmp_path_factory):
     assert result.status == 0, result.err
     assert "sample: " in result.out and "left" in result.out
     return out
-
 
 @pytest.mark.parametrize(("moment", "every"), [
     ("log of step 4", 2), ("step-000000004.tmp/state.json", 2), ("model/tokenizer.json", 2),
@@ -335,7 +310,6 @@ def test_a_killed_run_ends_like_one_that_was_not(sft_file, tmp_path, whole_run, 
     result = launch(t.main, *args)
     assert result.status == 0, result.err
     assert_same_run(whole_run, tmp_path / "run")
-
 
 def test_training_goes_on_while_a_checkpoint_is_written(sft_file, tmp_path, monkeypatch):
     out, export, logged = tmp_path / "run", t.export, []
@@ -353,7 +327,6 @@ def test_training_goes_on_while_a_checkpoint_is_written(sft_file, tmp_path, monk
     assert logged[0] == 3 and len(logged) == 3
     assert len(list((out / "trainer").iterdir())) == 2  # the last two are kept
 
-
 def test_exporting_holds_no_more_than_a_tensor(tmp_path, whole_run):
     checkpoint, = (whole_run / "trainer").glob("step-000000006")
     with torch.profiler.profile(profile_memory=True) as profiler:
@@ -364,7 +337,6 @@ def test_exporting_holds_no_more_than_a_tensor(tmp_path, whole_run):
     assert state.keys() == again.keys() and all(torch.equal(state[k], again[k]) for k in state)
     assert peak <= 2.1 * max(v.nbytes for v in state.values()) < sum(v.nbytes for v in state.values()) / 2
 
-
 def test_a_full_disk_costs_nothing_but_the_step(sft_file, tmp_path, whole_run):
     args = ("--data", sft_file, *SMALL_RUN, "--out", tmp_path / "run")
     full = launch(processes.full_disk, *args)
@@ -373,7 +345,6 @@ def test_a_full_disk_costs_nothing_but_the_step(sft_file, tmp_path, whole_run):
     assert full.err.count("\n") == 1 and not list(tmp_path.rglob("*.tmp"))
     assert launch(t.main, *args).status == 0
     assert_same_run(whole_run, tmp_path / "run")
-
 
 @pytest.mark.parametrize("damage", [lambda content: content[:-7], lambda content: content[:-1] + b"\x99"])
 def test_a_damaged_checkpoint_is_passed_over(sft_file, tmp_path, whole_run, damage, monkeypatch, capsys):
@@ -387,7 +358,6 @@ def test_a_damaged_checkpoint_is_passed_over(sft_file, tmp_path, whole_run, dama
     assert "step-000000006: not a whole checkpoint" in result.err and "continuing after step 4" in result.out
     assert_same_run(whole_run, out)
 
-
 def test_an_export_that_fails_is_not_a_checkpoint_that_fails(sft_file, tmp_path, monkeypatch, capsys):
     def export(*args):
         raise OSError("model.safetensors: could not be written: No space left on device")
@@ -397,12 +367,10 @@ def test_an_export_that_fails_is_not_a_checkpoint_that_fails(sft_file, tmp_path,
     assert refused(t.main, args, monkeypatch, capsys) == expected
     assert (tmp_path / "trainer" / "step-000000002" / "state.json").exists()
 
-
 def test_ctrl_c_is_no_traceback(capsys):
     def body():
         raise KeyboardInterrupt
     assert t.run_main(body) == 130 and capsys.readouterr().err == "interrupted\n"
-
 
 @pytest.mark.parametrize(("args", "message"), [
     (("--steps", 7), "holds another run, with --steps 6"),
@@ -423,7 +391,8 @@ def test_ctrl_c_is_no_traceback(capsys):
     (("--fresh", "--device", "cuda:3"), "--device cuda:3: expected cpu or cuda"),
     (("--stpes", 3), "unrecognized arguments: --stpes 3; see --help"),
 ])
-def test_bad_input_costs_nothing(sft_file, tmp_path, whole_run, small_models, args, message, monkeypatch, capsys):
+def test_bad_input_costs_nothing(sft_file, tmp_path, whole_run, small_models, args, message, monkeypatch,
+                                 capsys):
     """It is one line, and all files of the run are untouched."""
     if "cuda" in args and torch.cuda.is_available():
         pytest.skip("there is a GPU here")
@@ -437,14 +406,12 @@ def test_bad_input_costs_nothing(sft_file, tmp_path, whole_run, small_models, ar
     assert message in refused(t.main, args, monkeypatch, capsys)
     assert before == {p: p.stat().st_mtime_ns for p in whole_run.rglob("*") if p.is_file()}
 
-
 def test_a_loss_that_is_not_finite_stops_the_run(sft_file, tmp_path, monkeypatch, capsys):
     args = ("--data", sft_file, "--out", tmp_path, *SMALL_RUN, "--save-every", 1, "--lr", "1e30")
     err = refused(t.main, args, monkeypatch, capsys)
     assert "step 2, samples 6 to 11 of the stream: " in err and "holds what was saved before" in err, err
     weights = read_safetensors(tmp_path / "model" / "model.safetensors")
     assert all(torch.isfinite(v).all() for v in weights.values())
-
 
 def test_compiled_blocks_train_alike(sft_file, tmp_path, small_models):
     args = ("--data", sft_file, "--init", small_models[0], *SMALL_RUN, "--steps", 1, "--held-out", 0)
