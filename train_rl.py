@@ -199,16 +199,15 @@ def sample_groups(sampler, tokenizer, verifier, args, ranks, stats, prompts, see
     lists of Rollout, without those of unknown verdict."""
     start = time.time()
     pool = ThreadPoolExecutor(2 * (os.cpu_count() or 1))
-
+    # Rank r samples prompts r, r + world, ... A trace depends on its own number, not on who samples it.
     def admit(i, sample):
         return "go" if i % ranks.world == ranks.rank else "done"
-
+    # Programs and judges take their time, so finished traces are scored in threads while others are sampled.
     def judge(trace):
         problem, prompt = prompts[trace.prompt_index]
         text = data.reply_text(trace.tokens, tokenizer)
         return new_rollout(trace, problem, prompt, text, verifier(text, problem), args)
-
-    def on_trace(trace):  # programs and judges take their time in threads while sampling goes on
+    def on_trace(trace):
         trace.judged = pool.submit(judge, trace)
 
     try:
@@ -216,6 +215,7 @@ def sample_groups(sampler, tokenizer, verifier, args, ranks, stats, prompts, see
                           temperature=args.temperature, max_new_tokens=args.max_new_tokens,
                           stop_ids=tokenizer.stop_ids, slots=args.slots, admit=admit, on_trace=on_trace)
         stats["t_sample"] += time.time() - start
+        # Wait for the verdicts that are still missing.
         start = time.time()
         groups = [[] for _ in prompts]
         for trace in traces:
@@ -223,6 +223,7 @@ def sample_groups(sampler, tokenizer, verifier, args, ranks, stats, prompts, see
     finally:
         pool.shutdown(cancel_futures=True)  # an error or Ctrl-C does not wait for hundreds of verdicts
     stats["t_score"] += time.time() - start
+    # Now every rank learns the groups of all others: the update needs the whole batch.
     groups = ranks.gather(groups[ranks.rank :: ranks.world])
     stats["samples"] += [r.logged for group in groups for r in group]
     return [[r for r in group if r.score is not None] for group in groups]
@@ -290,6 +291,7 @@ def grpo_loss(model, row, args, positives, old=None):
 def token_stats(args, new, old, entropy, sampler, advantage, sampled):
     """What the log averages over sampled tokens, by name, (t,) each; `tokens` counts them."""
     rho = torch.exp(new - old)
+    # A token is clipped if rho has left the interval on the side to which its advantage pushes it.
     return {
         "tokens": sampled,
         "entropy": entropy * sampled,
@@ -309,7 +311,7 @@ def train_step(model, optimizer, groups, args, lr, ranks, stats):
     positives = sum(len(r.sampler) for r in rollouts if r.correct)
     packs = data.pack(rollouts, args.pack_tokens, ranks.dp_size)
     old = {}  # a row's log-probabilities before the first update
-
+    # Called once per row and pass; the first pass fixes `old`, from which later ones move away.
     def loss_of(row):
         loss, terms = grpo_loss(model, row, args, positives, old.get(id(row)))
         old[id(row)] = terms["old"]
@@ -357,6 +359,7 @@ def step_metrics(stats, loss, norm, lr, ranks):
     totals = ranks.all_sum(torch.stack(list(stats["sums"].values())))
     sums = dict(zip(stats["sums"], totals.tolist()))
     metrics["tokens"] = int(sums["tokens"])
+    # (entropy, clip_frac_low, clip_frac_high, kl, mismatch, capped)
     metrics |= {name: total / sums["tokens"] for name, total in sums.items() if name != "tokens"}
     metrics["mismatch_max"] = max(ranks.all_values(float(torch.stack(stats["mismatch_max"]).max())))
 
@@ -382,6 +385,7 @@ def print_samples(samples):
 # 6. Training ------------------------------------------------------------------------------------------------
 
 def check_args(args):
+    """ValueError for flags that make no sense, and for a missing --init, then for missing --problems."""
     train_sft.check_numbers(args, "steps", "prompts", "max_new_tokens", "updates", "max_calls", "save_every",
                             "eval_every")
     check(args.group >= 2, f"--group {args.group}: one answer has nothing to be compared with")
