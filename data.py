@@ -67,6 +67,7 @@ class Problem:
     where: str = field(default="", compare=False)  # "FILE, line 3", for error messages
 
     def record(self):
+        """The line of a problems file."""
         return dict(id=self.id, domain=self.domain, prompt=self.prompt, answer=self.answer, **self.extra)
 
 
@@ -82,6 +83,7 @@ class Sample:
 
 
 def sft_record(problem, reply, weight):
+    """The line of an SFT file: a problem and a reply to learn."""
     messages = [{"role": "user", "content": problem.prompt}, {"role": "assistant", "content": reply}]
     return {"messages": messages, "domain": problem.domain, "weight": weight, "problem": problem.id}
 
@@ -433,6 +435,7 @@ def pack(samples, capacity, multiple_of=1):
 
 
 def tokens_of(row):
+    """Number of tokens of a list of samples."""
     return sum(len(sample.ids) for sample in row)
 
 
@@ -554,10 +557,13 @@ def read_problems(path, limit=0, check=None):
 def parse_problem(record, where):
     """The Problem of one record. where: "FILE, line 3"; a problem without an id is named after it."""
     row = dict(record) if "prompt" in record and "task_id" not in record else from_public(record, where)
+
+    # Choices go into the prompt, and the answer becomes the letter of the right one.
     choices = row.get("choices", row.pop("options", None))
     if choices is not None:
         row["choices"], row["answer"] = parse_choices(choices, row.get("answer"), where)
         row["prompt"] = with_choices(text_field(row, "prompt", where), row["choices"])
+    # Code that tests decide needs no answer.
     only_tests = row.get("tests") and not row.get("answer")
     row["answer"] = "" if only_tests else text_field(row, "answer", where).strip()
     id, domain, prompt = (text_field(row, name, where) for name in ("id", "domain", "prompt"))
@@ -567,15 +573,16 @@ def parse_problem(record, where):
 
 def from_public(record, where):
     """A record of a public data set with our names for its fields, an id and a domain."""
-    row = {"id": Path(where).name.replace(", line ", ":"), "domain": "math"}
+    row = {"id": re.sub(", (line|item) ", ":", Path(where).name), "domain": "math"}
     if "task_id" in record:
         row["domain"] = "code"
     elif record.get("choices", record.get("options")) is not None:
         row["domain"] = "science"
     for name, value in record.items():
         row[PUBLIC.get(name, name)] = text_field(record, name, where) if name in PUBLIC else value
+    # A question with neither choices nor a number as the answer is GSM8K's; with a number it is AIME's.
     number = re.fullmatch(r"\s*-?[0-9.,]+\s*", str(row.get("answer")))
-    if "question" in record and row["domain"] == "math" and not number:  # GSM8K; a number would be AIME
+    if "question" in record and row["domain"] == "math" and not number:
         solution, hashes, answer = text_field(row, "answer", where).rpartition("####")
         if not hashes or not answer.strip():
             raise ValueError(f"{where}: field answer must end in `#### x`, or call question prompt")
@@ -597,6 +604,8 @@ def parse_choices(choices, answer, where):
         raise ValueError(f"{where}: field choices must be 2 to 26 different texts, not {shorten(choices)}")
     if not isinstance(labels, list) or len(labels) != len(texts):
         labels = list(LETTERS[: len(texts)])
+
+    # The ways to name the right choice, in the order in which they are tried.
     name, indices = str(answer).strip(), [str(i) for i in range(len(texts))]
     ways = [(labels, name.strip("().")), (texts, name), (indices, name)]
     if isinstance(answer, int):
@@ -645,6 +654,7 @@ def read_records(path):
     if not filled:
         raise ValueError(f"{path}: empty; expected one JSON object per line")
     rows = [(f"{path}, line {n}", line) for n, line in filled]
+    # The items of an array are written out as lines again, and checked like lines.
     if filled[0][1].lstrip().startswith(b"["):
         items = parse_json(b"\n".join(lines), path, list)
         rows = [(f"{path}, item {n}", json.dumps(item).encode()) for n, item in enumerate(items, 1)]
@@ -715,10 +725,12 @@ class Tokenizer:
 
         # All other text: tiktoken's ranks are the order of merging, and not the ids.
         vocab = {to_bytes(name): id for name, id in model["vocab"].items() if name not in control}
-        ranks = tiktoken_ranks(vocab, model["merges"])
+        ranks = tiktoken_ranks(model["merges"])
         self.encoding = tiktoken.Encoding("bpe", pat_str=r"(?s).+", mergeable_ranks=ranks, special_tokens={})
         self.ids = {rank: vocab[name] for name, rank in ranks.items()}
         self.whole_words = vocab if model.get("ignore_merges") else {}
+
+        # The way back, and the tokens that end a generation: the chat's, and what the checkpoint names.
         self.bytes = {id: name for name, id in vocab.items()}
         self.bytes |= {id: name.encode() for name, id in self.special.items()}
         self.vocab_size = max(self.bytes) + 1
@@ -797,7 +809,7 @@ class Tokenizer:
             settings = config.read_text("utf-8") if config.exists() else "{}"
             return cls({path.name: path.read_text("utf-8"), config.name: settings})
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError, regex.error) as error:
-            raise ValueError(f"{path}: not a tokenizer that this code can read: {error}") from None
+            raise ValueError(f"{path}: this code cannot read it as a tokenizer: {error!r}") from None
 
 
 def check_supported(whole):
@@ -812,6 +824,7 @@ def check_supported(whole):
 
 
 def to_bytes(spelled):
+    """The bytes of a token as tokenizer.json spells it."""
     return bytes(SPELLING[c] for c in spelled)
 
 
@@ -825,32 +838,16 @@ def added_pattern(tokens):
     return regex.compile("|".join(parts) or "(?!)")
 
 
-def tiktoken_ranks(vocab, merges):
-    """dict from bytes to tiktoken's rank, of those tokens that BPE can itself produce. merges: list of pairs.
+def tiktoken_ranks(merges):
+    """dict from bytes to tiktoken's rank: of single bytes, then of what merges, a list of pairs, make.
 
     tiktoken merges any neighbours that form a token, the tokenizers library only listed pairs. Given only
     tokens that BPE can itself produce, the two always pick the same pair."""
-    if missing := [byte for byte in range(256) if bytes([byte]) not in vocab]:
-        raise ValueError(f"model.vocab has no token for byte {missing[0]}")
-    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
-    order = {(to_bytes(left), to_bytes(right)): place for place, (left, right) in enumerate(pairs)}
-    ranks = {}
-    for name in vocab:
-        tokens, last = bpe_merge(name, order)
-        if tokens == [name]:
-            ranks[name] = name[0] if last is None else 256 + last
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    for place, pair in enumerate(merges):
+        left, right = pair.split(" ") if isinstance(pair, str) else pair
+        ranks.setdefault(to_bytes(left + right), 256 + place)
     return ranks
-
-
-def bpe_merge(word, order):
-    """Byte-pair encoding by definition: while a pair is listed, join the leftmost of those listed first.
-
-    Returns the tokens of a word (bytes), and the place of the last pair joined, or None."""
-    tokens, last = [bytes([byte]) for byte in word], None
-    while pairs := [(order[pair], i) for i, pair in enumerate(zip(tokens, tokens[1:])) if pair in order]:
-        last, i = min(pairs)
-        tokens[i : i + 2] = [tokens[i] + tokens[i + 1]]
-    return tokens, last
 
 
 GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -944,6 +941,8 @@ class SftFiles:
 
     def __init__(self, pattern, tokenizer, max_tokens, trim=False, limit=0, each=None):
         self.tokenizer, self.max_tokens, self.trim = tokenizer, max_tokens, trim
+
+        # Check all lines, block by block; results come back in the order of the blocks.
         sizes = sizes_of(pattern)
         blocks = [Line(path, start) for path, size in sizes.items() for start in range(0, size, BLOCK)]
         each = each or (lambda function, items, desc: [function(item) for item in items])
@@ -951,6 +950,8 @@ class SftFiles:
         lines = [line for some, _ in indexed for line in some]
         if empty := sizes.keys() - {line.path for line in lines}:
             raise ValueError(f"{min(empty)}: empty; expected one JSON object per line")
+
+        # What is kept. Checksums of blocks do not depend on the number of ranks, hence nor does this one.
         self.checksum = zlib.crc32(np.array([checksum for _, checksum in indexed]))
         self.lines = lines[: limit or None]
         rows = defaultdict(list)
@@ -962,7 +963,8 @@ class SftFiles:
         """Check the lines that begin in a block. Returns a list of Line, and a checksum of their bytes."""
         lines, checksum = [], 0
         with open(block.path, "rb") as file:
-            if block.offset:  # skip the rest of a line that began before
+            # A line belongs to the block of its first byte: skip the rest of one that began before.
+            if block.offset:
                 file.seek(block.offset - 1)
                 file.readline()
             while (at := file.tell()) < block.offset + BLOCK and (raw := file.readline()):
@@ -1053,6 +1055,7 @@ def write_text(path, text):
 
 
 def write_jsonl(path, records):
+    """Write dicts as JSON lines."""
     write_text(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
@@ -1083,6 +1086,8 @@ def open_run(out, identity, outputs, *, fresh, device, **about):
         raise ValueError(f"{out}: another process is working here; stop it, or take another --out") from None
     except OSError:  # a file system without locks
         pass
+
+    # The same run goes on: nothing is written. Otherwise there must be nothing here, or leave to delete it.
     old = [found for pattern in outputs for found in Path(out).glob(pattern)]
     if not fresh and (old or path.exists()):
         check_same_run(path, identity)
@@ -1240,8 +1245,10 @@ COMMANDS = {  # flags and their defaults; None: required
 
 
 def main(argv=None):
+    """python data.py COMMAND ...; returns the exit status."""
     parser = Flags(description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    # A default also gives a flag its type; names without dashes are positional.
     for run, flags in COMMANDS.items():
         text = {"help": run.__doc__, "description": run.__doc__}
         command = commands.add_parser(run.__name__, allow_abbrev=False, **text)
