@@ -279,16 +279,14 @@ def make_problems(split, count, seed):
     Where a level has too few, others take its place. ValueError if all levels together have too few."""
     rng = random.Random(f"{seed} {split}")
     problems = {}
-    for _ in range(100 * count + 1000):
+    for _ in range(100 * count + 1001):
         if len(problems) == count:
-            break
+            return list(problems.values())
         family, level = rng.choices(list(MIX), MIX.values())[0]
         problem = make_problem(family, level, rng)
         if split_of(problem.prompt) == split:
             problems[problem.id] = problem
-    if len(problems) < count:
-        raise ValueError(f"only {len(problems)} different {split} problems found, {count} wanted")
-    return list(problems.values())
+    raise ValueError(f"only {len(problems)} different {split} problems found, {count} wanted")
 
 
 def make_sft(problem, rng):
@@ -513,8 +511,7 @@ class Loader:
         """Continue a stream exactly. ValueError if it had other data, another seed or another mixture."""
         for name, here in self.identity.items():
             if state.get(name) != here:
-                was = shorten(state.get(name))
-                raise ValueError(f"data position: {name} was {was} and is {shorten(here)} now")
+                raise ValueError(f"data position: {name} was {shorten(state.get(name))}, now {shorten(here)}")
         self.drawn = {domain: int(state["drawn"][domain]) for domain in self.drawn}
 
 
@@ -725,7 +722,7 @@ class Tokenizer:
 
         # All other text: tiktoken's ranks are the order of merging, and not the ids.
         vocab = {to_bytes(name): id for name, id in model["vocab"].items() if name not in control}
-        ranks = tiktoken_ranks(model["merges"])
+        ranks = tiktoken_ranks(vocab, model["merges"])
         self.encoding = tiktoken.Encoding("bpe", pat_str=r"(?s).+", mergeable_ranks=ranks, special_tokens={})
         self.ids = {rank: vocab[name] for name, rank in ranks.items()}
         self.whole_words = vocab if model.get("ignore_merges") else {}
@@ -838,16 +835,32 @@ def added_pattern(tokens):
     return regex.compile("|".join(parts) or "(?!)")
 
 
-def tiktoken_ranks(merges):
-    """dict from bytes to tiktoken's rank: of single bytes, then of what merges, a list of pairs, make.
+def tiktoken_ranks(vocab, merges):
+    """dict from bytes to tiktoken's rank: the place of the last merge that makes a token of the vocabulary.
 
     tiktoken merges any neighbours that form a token, the tokenizers library only listed pairs. Given only
     tokens that BPE can itself produce, the two always pick the same pair."""
-    ranks = {bytes([byte]): byte for byte in range(256)}
+    order = {}  # pair of tokens, as bytes -> its place in the list of merges
     for place, pair in enumerate(merges):
         left, right = pair.split(" ") if isinstance(pair, str) else pair
-        ranks.setdefault(to_bytes(left + right), 256 + place)
+        order[to_bytes(left), to_bytes(right)] = place
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    for token in vocab:
+        pieces, last = bpe_merge(token, order)
+        if pieces == [token] and len(token) > 1:
+            ranks[token] = 256 + last
     return ranks
+
+
+def bpe_merge(word, order):
+    """BPE by definition: while a pair is listed, join the leftmost of those listed first.
+
+    Returns the tokens of a word (bytes), and the place of the last pair joined, or None."""
+    tokens, last = [bytes([byte]) for byte in word], None
+    while pairs := [(order[pair], i) for i, pair in enumerate(zip(tokens, tokens[1:])) if pair in order]:
+        last, i = min(pairs)
+        tokens[i : i + 2] = [tokens[i] + tokens[i + 1]]
+    return tokens, last
 
 
 GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -917,8 +930,7 @@ class Line(NamedTuple):
 def sizes_of(pattern):
     """dict from files to their sizes in bytes. pattern: names and globs, separated by commas."""
     sizes = {}
-    for part in pattern.split(","):
-        part = part.strip()
+    for part in map(str.strip, pattern.split(",")):
         for path in [part] if os.path.exists(part) else sorted(glob.glob(part)) or [part]:
             check_exists(path)
             sizes[path] = os.path.getsize(path)
@@ -1132,9 +1144,9 @@ def load_tokenizer(folder):
     folder = model_folder(folder)
     check_exists(folder / "config.json")
     tokenizer = Tokenizer.from_pretrained(folder)
-    room = json.loads((folder / "config.json").read_text())["vocab_size"]
-    if room < tokenizer.vocab_size:
-        raise ValueError(f"{folder}: {tokenizer.vocab_size} tokens, but the model has room for {room} only")
+    size, room = tokenizer.vocab_size, json.loads((folder / "config.json").read_text())["vocab_size"]
+    if room < size:
+        raise ValueError(f"{folder}: the tokenizer has {size} tokens, the model room for {room} only")
     return tokenizer
 
 
@@ -1250,8 +1262,8 @@ def main(argv=None):
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     # A default also gives a flag its type; names without dashes are positional.
     for run, flags in COMMANDS.items():
-        text = {"help": run.__doc__, "description": run.__doc__}
-        command = commands.add_parser(run.__name__, allow_abbrev=False, **text)
+        about = {"help": run.__doc__, "description": run.__doc__}
+        command = commands.add_parser(run.__name__, allow_abbrev=False, **about)
         command.set_defaults(run=run)
         for name, default in flags.items():
             kind = {"default": default, "type": type(default), "help": f"default: {default!r}"}
