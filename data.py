@@ -492,9 +492,12 @@ class Loader:
 
     def draw(self):
         """The number of the next sample."""
+        # The domain, by the rule above with both sides multiplied by the sum of weights.
         total, n = sum(self.mixture.values()), sum(self.drawn.values()) + 1
         may = [name for name, k in self.drawn.items() if k * total < self.mixture[name] * n]
         domain = min(may, key=lambda name: (self.drawn[name] + 1) / self.mixture[name])
+
+        # Its next sample, in the order of the epoch.
         rows = self.rows[domain]
         epoch, position = divmod(self.drawn[domain], len(rows))
         if self.orders.get(domain, (None,))[0] != epoch:
@@ -890,9 +893,9 @@ def pre_tokenizers(spec):
 def splitter(pattern, behavior, invert=False):
     """Function from text to a list of pieces, cut at delimiters: the matches of a pattern.
 
-    behavior: what becomes of a delimiter, in the tokenizers library's words. invert: the delimiters are what
-    lies between the matches. `regex` may know a newer Unicode than that library, which knows 16: characters
-    assigned later may get other ids, which decode to the same text."""
+    behavior: what becomes of a delimiter, in the tokenizers library's words. invert: swap matches and the
+    text between them. `regex` may know a newer Unicode than that library, which knows 16: characters assigned
+    later may get other ids there, which decode to the same text."""
     delimiter = f"(?>{pattern})"  # atomic: no match shrinks so that what follows it can match
     text = f"(?>(?:(?!{delimiter})(?s:.))+)"  # anything up to the next delimiter
     if invert:
@@ -987,7 +990,7 @@ class SftFiles:
                     domain, _ = check_sft(record, line)
                     if len(raw) > self.max_tokens and not self.trim:  # a line has more bytes than tokens
                         parse_sft(record, self.tokenizer, line, self.max_tokens, self.trim)
-                    lines.append(line._replace(domain=sys.intern(domain)))
+                    lines.append(Line(block.path, at, sys.intern(domain)))
         return lines, checksum
 
     def __len__(self):
@@ -1142,6 +1145,7 @@ def model_folder(folder):
 def load_tokenizer(folder):
     """The tokenizer of a checkpoint, after a check that the model's vocabulary has room for it."""
     folder = model_folder(folder)
+    check_exists(folder)
     check_exists(folder / "config.json")
     tokenizer = Tokenizer.from_pretrained(folder)
     size, room = tokenizer.vocab_size, json.loads((folder / "config.json").read_text())["vocab_size"]

@@ -513,7 +513,7 @@ def test_missing_files_of_the_small_run_say_what_makes_them(tmp_path, monkeypatc
     for read in (data.read_problems, data.sizes_of):
         with pytest.raises(ValueError, match=f"^{path} is missing{hint}$"):
             read(path)
-    with pytest.raises(ValueError, match="tiny/rl/config.json is missing: run python train_rl.py first"):
+    with pytest.raises(ValueError, match="^runs/tiny/rl is missing: run python train_rl.py first$"):
         data.load_tokenizer("runs/tiny/rl")
 
 
@@ -617,7 +617,7 @@ def test_splitter_by_hand(behavior, pieces, inverted):
 
 
 def test_tokens_that_bpe_cannot_produce_are_never_used():
-    """Merging b with c first leaves a and bc; tiktoken alone would join them, though that pair is not listed."""
+    """Merging b with c first leaves a and bc; tiktoken alone would join them, though no merge does."""
     vocab = {bytes([byte]): byte for byte in range(256)} | {b"bc": 256, b"ab": 257, b"abc": 258}
     assert [*data.tiktoken_ranks(vocab, ["b c", "a b", "ab c"])][256:] == [b"bc", b"ab"]
     assert data.tiktoken_ranks(vocab, [["a", "b"], ["b", "c"], ["ab", "c"]])[b"abc"] == 258
