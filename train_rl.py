@@ -36,7 +36,6 @@ from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -385,7 +384,7 @@ def print_samples(samples):
 # 6. Training ------------------------------------------------------------------------------------------------
 
 def check_args(args):
-    """ValueError for flags that make no sense, and for a missing --init, then for missing --problems."""
+    """ValueError for flags that make no sense."""
     train_sft.check_numbers(args, "steps", "prompts", "max_new_tokens", "updates", "max_calls", "save_every",
                             "eval_every")
     check(args.group >= 2, f"--group {args.group}: one answer has nothing to be compared with")
@@ -393,9 +392,6 @@ def check_args(args):
     token_weights([1], args.normalise)
     check(args.format_penalty + args.language_penalty < SIGNAL,
           f"--format-penalty plus --language-penalty must be below {SIGNAL}, or style could beat being right")
-    for path, default in ((args.init, Args.init), (args.problems, Args.problems)):
-        hint = ": run python train_sft.py first" if path == default else ""
-        check(Path(path).exists(), f"{path} is missing{hint}")
 
 def open_prompts(args, tokenizer, ranks):
     """The prompts of --problems, a list of (problem, ids), the same on all ranks."""
