@@ -465,7 +465,7 @@ class Block(nn.Module):
 class Backbone(nn.Module):
     """Everything below the head: ids (b, t) -> hidden states (b, t, d)."""
 
-    recompute = False  # True: keep only the activations between blocks, and recompute the others in the backward pass
+    checkpoint_activations = False  # True: keep only the activations between blocks, and recompute the others in the backward pass
 
     def __init__(self, c):
         super().__init__()
@@ -487,7 +487,7 @@ class Backbone(nn.Module):
         rope = rope_table(positions, c.head_dim, c.rope_theta, h.dtype)
         fused = cache is not None and cache.fused
         context = Context(rope, ssm_multipliers(c, h.dtype, h.device), cu, cache, cp, fused)
-        recompute = self.recompute and torch.is_grad_enabled()
+        recompute = self.checkpoint_activations and torch.is_grad_enabled()
         for layer, block in enumerate(self.layers):
             h = checkpoint(block, h, context, layer, use_reentrant=False) if recompute else block(h, context, layer)
         if cache is not None:
