@@ -380,7 +380,6 @@ def print_samples(samples):
             tqdm.write(f"{label}: {about} {x['text']!r}", file=sys.stdout)
 
 
-
 # 6. Training ------------------------------------------------------------------------------------------------
 
 def check_args(args):
@@ -433,6 +432,8 @@ def main():
             start = time.time()
             done = step + 1
             stats = new_stats()
+            check_verifier()
+
             # Sample until enough groups carry signal, then learn from them. Errors name the prompts.
             lr = args.lr * min(1, done / max(1, args.warmup_steps))
             verify_step = partial(verifier, seed=args.seed * 1_000_003 + step)  # picks the --code-tests
@@ -441,7 +442,7 @@ def main():
                 groups = collect(sample, prompts, cache, step, position, args, stats)
                 unknown = unknown + Counter(x["reason"] for x in stats["samples"] if x["unknown"])
                 verdicts = (position + stats["calls"] * args.prompts) * args.group  # of the whole run
-                check_signal(groups, stats, unknown, verdicts, done == args.steps)
+                check_signal(groups, stats, unknown, verdicts, done == args.steps, ranks)
                 before = time.time()
                 loss, norm = train_step(model, optimizer, groups, args, lr, ranks, stats)
             except ValueError as e:
@@ -464,8 +465,14 @@ def main():
                 print_samples(stats["samples"])
             run.write(done, record, SHOWN)
 
-def check_signal(groups, stats, unknown, verdicts, last):
-    """ValueError if too many of the run's verdicts are unknown, or no group carries signal."""
+def check_signal(groups, stats, unknown, verdicts, last, ranks):
+    """ValueError if too many of the run's verdicts are unknown, or no group carries signal.
+
+    Says so if no reply of the step is right."""
+    correct = {x["correct"] for x in stats["samples"]} - {None}
+    if correct == {False} and ranks.rank == 0:
+        tqdm.write(f"none of {len(stats['samples'])} replies is right; look at them (--eval-every 1) and at the "
+                   "problems (eval.py --check FILE)", file=sys.stdout)
     if last or verdicts >= 100:  # 1 of the first 10 says little
         data.check_unknown("the run so far", unknown, verdicts)
     check(groups, f"none of {stats['groups']} groups carries any signal ({stats['all_right']} all right, "

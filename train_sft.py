@@ -333,7 +333,9 @@ def start_ranks(device, cp=1, replicas=1):
     backend = "gloo"
     if device == "cuda":
         backend = "cpu:gloo,cuda:nccl"  # Python objects and host tensors travel by gloo
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        check(local < gpus, f"--nproc-per-node must be at most {gpus}, the number of GPUs here")
+        device = f"cuda:{local}"
         torch.cuda.set_device(device)
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group(backend, timeout=LONGEST_WAIT)
@@ -622,7 +624,11 @@ class Run:
         state, folder = self.ranks.all_values(found)[0]
         if folder is not None:
             weights, moments = get_state_dict(model, optimizer)
-            dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=folder)
+            try:
+                dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=folder)
+            except dcp.CheckpointException as e:
+                why = str(e).strip().splitlines()[-1]
+                raise ValueError(f"{folder}: a checkpoint of another model: {why}") from None
             set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
         self.last_logged, = self.ranks.share_out(self._trim_log, [state["step"]])  # rank 0 trims it
         if self.ranks.rank == 0 and folder is None:
