@@ -414,8 +414,7 @@ def main():
     prompts = open_prompts(args, tokenizer, ranks)
     unsafe = args.unsafe_local_execution
     verifier = partial(verify, judge=open_judge(args), limit=args.code_tests, unsafe=unsafe)
-    model = train_sft.load_model(args.init)
-    model = train_sft.shard(model, ranks, args.checkpoint_activations, args.compile)
+    model = train_sft.shard(train_sft.load_model(args.init), ranks, args.checkpoint_activations, args.compile)
 
     # Continue after the last checkpoint, if there is one.
     run = train_sft.Run(args, ranks, tokenizer, volatile=("judge", "judge_cache"))
@@ -432,8 +431,6 @@ def main():
             start = time.time()
             done = step + 1
             stats = new_stats()
-            check_verifier()
-
             # Sample until enough groups carry signal, then learn from them. Errors name the prompts.
             lr = args.lr * min(1, done / max(1, args.warmup_steps))
             verify_step = partial(verifier, seed=args.seed * 1_000_003 + step)  # picks the --code-tests
@@ -468,11 +465,11 @@ def main():
 def check_signal(groups, stats, unknown, verdicts, last, ranks):
     """ValueError if too many of the run's verdicts are unknown, or no group carries signal.
 
-    Says so if no reply of the step is right."""
-    correct = {x["correct"] for x in stats["samples"]} - {None}
-    if correct == {False} and ranks.rank == 0:
-        tqdm.write(f"none of {len(stats['samples'])} replies is right; look at them (--eval-every 1) and at the "
-                   "problems (eval.py --check FILE)", file=sys.stdout)
+    Tells, too, if no reply of the step is right, and checks that the verifier still works."""
+    check_verifier()
+    if {x["correct"] for x in stats["samples"]} - {None} == {False} and ranks.rank == 0:
+        tqdm.write(f"none of {len(stats['samples'])} replies is right; look at them (--eval-every 1) and at "
+                   "the problems (eval.py --check FILE)", file=sys.stdout)
     if last or verdicts >= 100:  # 1 of the first 10 says little
         data.check_unknown("the run so far", unknown, verdicts)
     check(groups, f"none of {stats['groups']} groups carries any signal ({stats['all_right']} all right, "
