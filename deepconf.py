@@ -1,13 +1,13 @@
-"""DeepConf: many traces of one problem, weighed, filtered and stopped by the model's own confidence (arXiv 2508.15260).
+"""DeepConf (arXiv 2508.15260): many traces of one problem, weighted, filtered and stopped by confidence.
 
-    python deepconf.py runs/tiny/eval/traces.jsonl              every method on recorded traces; needs no model
-    python deepconf.py traces.jsonl --window 2048 --budget 512
+    python deepconf.py runs/tiny/eval/traces.jsonl          # every method on recorded traces, without a model
+    python deepconf.py traces.jsonl --window 2048           # the paper's window
 
 Terms
     token confidence   C_i = -mean log P over the k = 20 most likely tokens; high is peaked is confident
     group              the last `window` tokens at some position; groups overlap; a shorter trace is one group
     eta                the percentage KEPT: 10 is DeepConf-LOW, 90 is DeepConf-HIGH
-    warm-up            the first n_init traces, run to their end; the threshold s is a percentile of their lowest groups
+    warm-up            the first n_init traces, run to the end; s is a percentile of their lowest groups
     consensus          the best answer's share of the votes has reached tau: nothing more is sampled
 
 What differs from the authors' public code, which strays from their paper: the consensus stop is there; votes
@@ -29,7 +29,10 @@ To copy this, nothing else is needed: numpy. The command above also takes data.p
 import math
 import sys
 from collections import deque
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass, field
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -37,33 +40,35 @@ import numpy as np
 
 
 def _finite(values, name):
-    values = np.asarray(values, np.float64)
+    """values as float64 (t,); raises ValueError if there are none or one is not a finite number."""
+    try:
+        values = np.asarray(values, np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}: expected a list of numbers") from None
     if values.ndim != 1 or not len(values):
         raise ValueError(f"{name}: shape {values.shape}, expected (t,) with t >= 1")
-    if not np.isfinite(values).all():
-        raise ValueError(f"{name}: value {int(np.argmin(np.isfinite(values)))} is {values[~np.isfinite(values)][0]}, not finite")
+    for i in np.flatnonzero(~np.isfinite(values)):
+        raise ValueError(f"{name}: value {i} is {values[i]}, not finite")
     return values
 
 
 def token_confidence(top_logprobs):
-    """top_logprobs (t, k): log-probabilities of the k most likely tokens at each step, untempered -> (t,). Equation 2."""
+    """top_logprobs (t, k): log P of the k most likely tokens per step, untempered -> (t,) nats. Eq. 2."""
     top = np.asarray(top_logprobs, np.float64)
-    if top.ndim != 2 or not top.shape[1]:
-        raise ValueError(f"top_logprobs: shape {top.shape}, expected (t, k) with k >= 1")
-    if not np.isfinite(top).all():
-        raise ValueError("top_logprobs: a value is not finite")
+    if top.ndim != 2 or not top.shape[1] or not np.isfinite(top).all():
+        raise ValueError(f"top_logprobs: shape {top.shape}, expected (t, k) finite numbers with k >= 1")
     return -top.mean(1)
 
 
 def group_confidence(conf, window):
-    """conf (t,) -> means over each `window` consecutive tokens, (t - window + 1,); one mean for a shorter trace."""
+    """conf (t,) -> means of `window` consecutive tokens, (t - window + 1,); one mean for a shorter trace."""
     conf = _finite(conf, "conf")
     if window < 1:
         raise ValueError(f"window: {window}, expected at least 1")
     if len(conf) <= window:
         return conf.mean(keepdims=True)
-    sums = np.concatenate([[0.0], conf.cumsum()])
-    return (sums[window:] - sums[:-window]) / window
+    totals = np.concatenate([[0.0], conf.cumsum()])
+    return (totals[window:] - totals[:-window]) / window
 
 
 def lowest_group(conf, window):
@@ -97,10 +102,9 @@ TIE = 1e-6  # nats; far below any difference that means something, far above the
 def vote(answers, weights=None, same=None):
     """Weighted vote -> (answer, its share of all weight); (None, 0.0) when nobody votes.
 
-    answers: None abstains. weights: not negative; 1 each if None or if every voter's is 0. same(a, b): whether
-    two answers are one (default ==); it need not be symmetric or transitive: an answer joins the first group
-    whose first member it matches. A group goes by that member, and the first of equal groups wins."""
-    same = same or (lambda a, b: a == b)
+    answers: None abstains. weights: not negative; 1 each if None or if every voter's is 0. same(a, b): if two
+    answers are one (default ==). It need not be symmetric or transitive: an answer joins the first group
+    whose first member it matches. A group goes by that member; the first of equal groups wins."""
     weights = np.ones(len(answers)) if weights is None else np.asarray(weights, np.float64)
     if weights.shape != (len(answers),) or not (np.isfinite(weights) & (weights >= 0)).all():
         raise ValueError(f"weights: {weights}, expected {len(answers)} finite numbers that are not negative")
@@ -109,14 +113,13 @@ def vote(answers, weights=None, same=None):
         return None, 0.0
     if not any(weight for _, weight in votes):
         votes = [(answer, 1.0) for answer, _ in votes]
-    sums = []  # [answer, weight]
+
+    sums = {}  # first answer of a group -> weight of the group
     for answer, weight in votes:
-        group = next((g for g in sums if g[0] == answer or same(answer, g[0])), None)
-        if group is None:
-            sums.append(group := [answer, 0.0])
-        group[1] += weight
-    best = max(sums, key=lambda g: g[1])
-    return best[0], best[1] / sum(g[1] for g in sums)
+        group = next((first for first in sums if first == answer or same and same(answer, first)), answer)
+        sums[group] = sums.get(group, 0.0) + weight
+    best = max(sums, key=sums.get)
+    return best, sums[best] / sum(sums.values())
 
 
 def stop_threshold(lowest, eta):
@@ -131,19 +134,11 @@ def keep_top(conf, eta):
     return np.asarray(conf, np.float64) >= stop_threshold(conf, eta) - TIE
 
 
-def check_tokens(traces):
-    """ValueError that names a trace without a token: it has no confidence, and no sampler makes one."""
-    for i, t in enumerate(traces):
-        if not len(t.confidences):
-            raise ValueError(f"trace {i}: it has no token, so no confidence; expected at least one")
-
-
 def offline(traces, *, eta=10, window=2048, measure=lowest_group, same=None):
-    """All traces at hand: keep the eta percent that are most confident, then vote by confidence -> (answer, share).
+    """All traces at hand: keep the eta percent that are most confident, then vote by it -> (answer, share).
 
     Only traces with an answer are ranked; if there is none, nobody votes: (None, 0.0).
     traces: objects with .answer and .confidences. measure(conf, window) -> float."""
-    check_tokens(traces)
     answered = [t for t in traces if t.answer is not None]
     if not answered:
         return None, 0.0
@@ -153,74 +148,66 @@ def offline(traces, *, eta=10, window=2048, measure=lowest_group, same=None):
 
 
 def majority_at(traces, tokens, same=None):
-    """What plain voting makes of the first traces that fit into a budget of tokens -> (answer, tokens used). At least one."""
-    check_tokens(traces)
-    used, answers = 0, []
-    for t in traces:
-        if answers and used + len(t.confidences) > tokens:
-            break
-        used += len(t.confidences)
-        answers.append(t.answer)
-    return vote(answers, same=same)[0], used
-
-
-def auroc(scores, correct):
-    """Probability that a right trace scores above a wrong one, ties counting half; nan when there is only one kind."""
-    scores, correct = np.asarray(scores, np.float64), np.asarray(correct, bool)
-    right, wrong = np.sort(scores[correct]), scores[~correct]
-    if not len(right) or not len(wrong):
-        return math.nan
-    below, up_to = np.searchsorted(right, wrong, side="left"), np.searchsorted(right, wrong, side="right")
-    return float((len(right) - (below + up_to) / 2).mean() / len(right))
+    """Plain vote of the first traces that a budget of tokens pays for, at least one -> (answer, tokens)."""
+    used = np.cumsum([len(t.confidences) for t in traces])
+    voters = max(1, int(np.searchsorted(used, tokens, side="right")))
+    return vote([t.answer for t in traces[:voters]], same=same)[0], int(used[voters - 1])
 
 
 # 3. Online: decide while sampling (Algorithm 2) -------------------------------------------------------------
 
-UNIT = 2**30  # running sums are integers of 2^-30 nats: adding and taking away again leaves no rounding behind
+GO, WAIT, DONE = "go", "wait", "done"  # what Online.admit answers; model.generate understands it
 
 
 @dataclass
-class _Trace:
-    """What the machine keeps of one trace."""
-    last: deque = field(default_factory=deque)  # confidences in the window, in units
-    total: int = 0  # their sum
+class _Progress:
+    """What Online knows of one trace."""
+    last: deque = field(default_factory=deque)  # confidences in the window
+    total: float = 0.0  # their sum; what rounding leaves in it stays far below TIE
     tokens: int = 0
-    lowest: float = math.inf  # over the full windows so far
+    lowest: float = math.inf  # over the full windows so far; inf before there is one
     stopped: bool = False
     ended: bool = False
     answer: object = None
 
 
+@dataclass
 class Online:
-    """Online DeepConf for one problem, as a machine that a sampler asks: may trace i start, must it stop, what is the answer.
+    """Online DeepConf for one problem, as a state machine that the sampler drives.
 
-    Its decisions follow from the traces' confidences and answers alone, not from when or in what order they run.
-    budget: traces at most. n_init: warm-up traces. eta: percentage kept. tau: consensus, None for none. batch: traces that
-    start together after warm-up; consensus is looked at between batches. same: equality of answers.
+    The sampler asks admit() before it starts a trace, reports each token to on_token(), which may stop the
+    trace, and each end to finish(). Decisions follow from the traces' confidences and answers alone, not from
+    when or in what order they run."""
 
-    threshold: None during warm-up; then of the warm-ups with an answer, or -inf, which stops nothing."""
+    budget: int  # traces at most
+    _: KW_ONLY
+    n_init: int = 16  # warm-up traces
+    eta: float = 10  # percentage kept
+    window: int = 2048  # tokens per group
+    tau: float | None = 0.95  # consensus; None: none, the whole budget is sampled
+    batch: int = 1  # traces that start together after warm-up; consensus is looked at between batches
+    same: Callable | None = None  # equality of answers, as in vote
 
-    def __init__(self, budget, *, n_init=16, eta=10, window=2048, tau=0.95, batch=1, same=None):
-        for name, value in (("n_init", n_init), ("window", window), ("batch", batch), ("budget", budget)):
-            if value < 1:
-                raise ValueError(f"{name}: {value}, expected at least 1")
-        stop_threshold([0.0], eta)  # checks eta
-        self.budget, self.n_init, self.eta, self.window = budget, min(n_init, budget), eta, window
-        self.tau, self.batch, self.same = tau, batch, same
-        self.traces, self.threshold, self.finished = {}, None, False
+    def __post_init__(self):
+        for name in ("n_init", "window", "batch", "budget"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)}, expected at least 1")
+        stop_threshold([0.0], self.eta)  # checks eta
+        self.n_init = min(self.n_init, self.budget)
+        self.traces = {}  # index -> _Progress
+        self.threshold = None  # s, once warm-up is over; -inf, which stops nothing, if none has an answer
+        self.finished = False
 
     def admit(self, index):
-        """May trace `index` start? "go", "wait" until traces that run have ended, or "done". To be asked in order."""
+        """May trace `index` start? GO, WAIT until running ones have ended, or DONE. To be asked in order."""
         if self.finished or index >= self.budget:
-            return "done"
-        if index >= self.n_init and (index - self.n_init) % self.batch == 0:
+            return DONE
+        if index >= self.n_init and (index - self.n_init) % self.batch == 0:  # the first of a batch
             if any(i not in self.traces or not self.traces[i].ended for i in range(index)):
-                return "wait"
+                return WAIT
             answer, share = self.result()
-            if self.tau is not None and answer is not None and share >= self.tau:
-                self.finished = True
-                return "done"
-        return "go"
+            self.finished = self.tau is not None and answer is not None and share >= self.tau
+        return DONE if self.finished else GO
 
     def _reaches(self, lowest):
         """The one test behind stopping and voting."""
@@ -230,15 +217,15 @@ class Online:
         """Take in one token's confidence. True: stop the trace now. Warm-up traces are never stopped."""
         if not math.isfinite(confidence):
             raise ValueError(f"trace {index}: token confidence is {confidence}, not finite")
-        trace = self.traces.setdefault(index, _Trace())
-        trace.last.append(round(confidence * UNIT))
-        trace.total += trace.last[-1]
+        trace = self.traces.setdefault(index, _Progress())
+        trace.last.append(confidence)
+        trace.total += confidence
         trace.tokens += 1
         if len(trace.last) > self.window:
             trace.total -= trace.last.popleft()
         if len(trace.last) == self.window:
-            trace.lowest = min(trace.lowest, trace.total / (self.window * UNIT))
-        trace.stopped |= index >= self.n_init and trace.lowest < math.inf and not self._reaches(trace.lowest)
+            trace.lowest = min(trace.lowest, trace.total / self.window)
+            trace.stopped |= index >= self.n_init and not self._reaches(trace.lowest)
         return trace.stopped
 
     def finish(self, index, answer):
@@ -246,20 +233,21 @@ class Online:
         if index not in self.traces:
             raise ValueError(f"trace {index}: it ended without a token; on_token must see each token first")
         trace = self.traces[index]
-        if trace.lowest == math.inf:  # short: one group
-            trace.lowest = trace.total / (len(trace.last) * UNIT)
-        trace.ended, trace.answer = True, None if trace.stopped else answer
+        if trace.tokens < self.window:  # short: one group
+            trace.lowest = trace.total / trace.tokens
+        trace.ended = True
+        trace.answer = None if trace.stopped else answer
         warm = [self.traces[i] for i in range(self.n_init) if i in self.traces and self.traces[i].ended]
         if self.threshold is None and len(warm) == self.n_init:
             lowest = [t.lowest for t in warm if t.answer is not None]
             self.threshold = stop_threshold(lowest, self.eta) if lowest else -math.inf
 
     def result(self):
-        """(answer, share) of the traces that ended and reach the threshold, weighted by their lowest group. Before the
-        threshold is known there is no answer: (None, 0.0)."""
+        """(answer, share): ended traces that reach s vote with their lowest group; (None, 0.0) in warm-up."""
         if self.threshold is None:
             return None, 0.0
-        voters = [t for _, t in sorted(self.traces.items()) if t.ended and not t.stopped and self._reaches(t.lowest)]
+        ended = [t for _, t in sorted(self.traces.items()) if t.ended and not t.stopped]
+        voters = [t for t in ended if self._reaches(t.lowest)]
         return vote([t.answer for t in voters], [max(t.lowest, 0.0) for t in voters], self.same)
 
     @property
@@ -271,49 +259,41 @@ class Online:
 def online(sample, budget, **settings):
     """Run online DeepConf, one trace after another -> the Online machine (.result(), .tokens, .threshold).
 
-    sample(index, stop) generates trace `index`, calls stop(confidence) after each token and ends at once when that is True;
-    it returns the answer, or None. settings: those of Online."""
-    machine, index = Online(budget, **settings), 0
-    while machine.admit(index) == "go":
-        machine.finish(index, sample(index, lambda confidence: machine.on_token(index, confidence)))
-        index += 1
+    sample(index, stop) generates trace `index`, calls stop(confidence) after each token and ends at once when
+    that is True; it returns the answer, or None. settings: those of Online."""
+    machine = Online(budget, **settings)
+    for index in range(budget):
+        if machine.admit(index) == DONE:
+            break
+        machine.finish(index, sample(index, partial(machine.on_token, index)))
     return machine
 
 
 def replay(traces, **settings):
     """`online` on recorded complete traces: each is cut where it would have been stopped."""
+
     def sample(index, stop):
-        return None if any(stop(c) for c in traces[index].confidences) else traces[index].answer
+        return None if any(map(stop, traces[index].confidences)) else traces[index].answer
+
     return online(sample, len(traces), **settings)
 
 
-# 4. python deepconf.py traces.jsonl -------------------------------------------------------------------------
+# 4. Every method on recorded traces: python deepconf.py traces.jsonl ----------------------------------------
+
+FIELDS = {"problem": str, "sample": int, "answer": str | None, "correct": bool | None, "confidences": list}
 
 
-@dataclass
-class Recorded:
-    problem: str
-    sample: int
-    answer: object
-    correct: bool | None  # None: unknown
-    confidences: list
+def to_traces(records):
+    """{problem: its traces in sample order} from the lines of a traces.jsonl.
 
-
-def read_traces(path):
-    """traces.jsonl -> {problem: its traces in sample order}. ValueError names file, line and field."""
-    from data import read_records
-
-    kinds = {"problem": str, "sample": int, "answer": str | None, "correct": bool | None, "confidences": list}
+    records: (where, dict) pairs as data.read_records yields them. Raises ValueError naming line and field."""
     problems = {}
-    for where, record in read_records(path):
-        for name, kind in kinds.items():
+    for where, record in records:
+        for name, kind in FIELDS.items():
             if name not in record or not isinstance(record[name], kind):
                 raise ValueError(f"{where}: field {name}: missing or not {getattr(kind, '__name__', kind)}")
-        try:
-            _finite(record["confidences"], "confidences")
-        except (ValueError, TypeError) as e:
-            raise ValueError(f"{where}: field {e}") from None
-        problems.setdefault(record["problem"], []).append(Recorded(**{name: record[name] for name in kinds}))
+        _finite(record["confidences"], f"{where}: field confidences")
+        problems.setdefault(record["problem"], []).append(SimpleNamespace(**record))
     return {name: sorted(traces, key=lambda t: t.sample) for name, traces in problems.items()}
 
 
@@ -332,66 +312,70 @@ def is_right(answer, traces, same=None):
     return any(verdicts) if verdicts else None
 
 
-def methods(window, n_init, tau, same):
-    """{name: function(traces) -> (answer, tokens)} of everything the table compares."""
-    def all_tokens(traces):
-        return sum(len(t.confidences) for t in traces)
-    table = {"majority": lambda ts: (vote([t.answer for t in ts], same=same)[0], all_tokens(ts))}
-    measures = {"lowest": lowest_group, "bottom 10%": bottom_groups, "tail": tail, "mean": lambda c, _: mean(c)}
+MEASURES = {"lowest": lowest_group, "bottom 10%": bottom_groups, "tail": tail, "mean": lambda c, _: mean(c)}
+
+
+def compare(traces, window, same):
+    """Yield (method, answer, tokens) for every method on the traces of one problem."""
+    everything = sum(len(t.confidences) for t in traces)
+    yield "majority", vote([t.answer for t in traces], same=same)[0], everything
     for eta in (10, 90):
-        for name, measure in measures.items():
-            table[f"offline {eta}%, {name}"] = lambda ts, e=eta, m=measure: (
-                offline(ts, eta=e, window=window, measure=m, same=same)[0], all_tokens(ts))
-    def run(traces, eta, tau):
-        machine = replay(traces, n_init=n_init, eta=eta, window=window, tau=tau, same=same)
-        return machine.result()[0], machine.tokens
-    for label, eta in (("LOW", 10), ("HIGH", 90)):
-        table[f"online {label}, no consensus"] = lambda ts, e=eta: run(ts, e, None)
-        table[f"online {label}"] = lambda ts, e=eta: run(ts, e, tau)
-        table[f"majority at {label}'s tokens"] = lambda ts, e=eta: majority_at(ts, run(ts, e, tau)[1], same)
-    return table
+        for name, measure in MEASURES.items():
+            answer, _ = offline(traces, eta=eta, window=window, measure=measure, same=same)
+            yield f"offline {eta}%, {name}", answer, everything
+    for level, eta in (("LOW", 10), ("HIGH", 90)):
+        machine = replay(traces, eta=eta, window=window, tau=None, same=same)
+        yield f"online {level}, no consensus", machine.result()[0], machine.tokens
+        machine = replay(traces, eta=eta, window=window, same=same)
+        yield f"online {level}", machine.result()[0], machine.tokens
+        yield f"majority at {level}'s tokens", *majority_at(traces, machine.tokens, same)
 
 
-def show(problems, window, n_init, tau, same):
-    """Print the table of methods, and how far confidence tells right traces from wrong ones."""
+def _mean(values):
+    return float(np.mean(values)) if len(values) else math.nan
+
+
+def calibration_sentence(traces, window):
+    """Whether confidence tells right traces from wrong ones; where it does not, no vote by it can work.
+
+    AUROC: the chance that a right trace's lowest group is above a wrong one's, ties counting half."""
+    right = np.array([lowest_group(t.confidences, window) for t in traces if t.correct is True])
+    wrong = np.array([lowest_group(t.confidences, window) for t in traces if t.correct is False])
+    auroc = _mean([_mean(right > w) + _mean(right == w) / 2 for w in wrong])
+    return (f"lowest group against correctness: AUROC {auroc:.3f}, "
+            f"mean of right traces {_mean(right):.3f}, of wrong ones {_mean(wrong):.3f}")
+
+
+def show(problems, window, same):
+    """Print accuracy and cost of every method, and the calibration."""
+    rows = {}  # method -> [(verdict, tokens) per problem]
+    for traces in problems.values():
+        for method, answer, tokens in compare(traces, window, same):
+            rows.setdefault(method, []).append((is_right(answer, traces, same), tokens))
+    whole = sum(tokens for _, tokens in rows["majority"])
     print("| method | accuracy % | stderr | tokens / majority | problems | unknown |\n" + "| --- " * 6 + "|")
-    whole = sum(len(t.confidences) for traces in problems.values() for t in traces)
-    for name, method in methods(window, n_init, tau, same).items():
-        results = [(traces, *method(traces)) for traces in problems.values()]
-        verdicts = [is_right(answer, traces, same) for traces, answer, _ in results]
-        right = np.array([verdict for verdict in verdicts if verdict is not None], float)
-        accuracy = stderr = math.nan
-        if len(right):
-            accuracy, stderr = 100 * right.mean(), 100 * right.std() / len(right) ** 0.5
-        tokens, unknown = sum(n for _, _, n in results) / whole, len(verdicts) - len(right)
-        print(f"| {name} | {accuracy:.1f} | {stderr:.1f} | {tokens:.2f} | {len(right)} | {unknown} |")
-    known = [t for traces in problems.values() for t in traces if t.correct is not None]
-    conf = np.array([lowest_group(t.confidences, window) for t in known])
-    correct = np.array([t.correct for t in known], bool)
-    right, wrong = (side.mean() if len(side) else math.nan for side in (conf[correct], conf[~correct]))
-    print(f"\nlowest group against correctness: AUROC {auroc(conf, correct):.3f}, "
-          f"mean of right traces {right:.3f}, of wrong ones {wrong:.3f}")
+    for method, results in rows.items():
+        known = np.array([verdict for verdict, _ in results if verdict is not None], float)
+        accuracy = 100 * _mean(known)
+        stderr = 100 * (_mean((known - _mean(known)) ** 2) / max(1, len(known))) ** 0.5
+        cost = sum(tokens for _, tokens in results) / whole
+        print(f"| {method} | {accuracy:.1f} | {stderr:.1f} | {cost:.2f} ", end="")
+        print(f"| {len(known)} | {len(results) - len(known)} |")
+    print("\n" + calibration_sentence([t for traces in problems.values() for t in traces], window))
 
 
 def main(argv=None):
-    from data import Flags
+    from data import Flags, read_records, run_main
     from rewards import is_equivalent
 
-    parser = Flags(description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("traces", help="traces.jsonl, complete traces")
-    parser.add_argument("--window", type=int, default=16, help="tokens of a group (the paper: 2048)")
-    parser.add_argument("--budget", type=int, default=32, help="traces of a problem to use")
-    parser.add_argument("--n-init", type=int, default=16, help="warm-up traces")
-    parser.add_argument("--tau", type=float, default=0.95, help="consensus")
-    try:
+    def body():
+        parser = Flags(description=__doc__.partition("\n")[0], allow_abbrev=False)
+        parser.add_argument("traces", help="traces.jsonl, complete traces")
+        parser.add_argument("--window", type=int, default=16, help="tokens per group (the paper: 2048)")
         args = parser.parse_args(argv)
-        problems = {name: traces[: args.budget] for name, traces in read_traces(args.traces).items()}
-        print(f"{len(problems)} problems, {args.budget} traces each, window {args.window}, consensus {args.tau}\n")
-        show(problems, args.window, args.n_init, args.tau, is_equivalent)
-    except (ValueError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 1
-    return 0
+        show(to_traces(read_records(args.traces)), args.window, is_equivalent)
+
+    return run_main(body)
 
 
 if __name__ == "__main__":

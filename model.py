@@ -465,7 +465,7 @@ class Block(nn.Module):
 class Backbone(nn.Module):
     """Everything below the head: ids (b, t) -> hidden states (b, t, d)."""
 
-    recompute = False  # True: keep only the activations between blocks, and recompute the others in the backward pass
+    checkpoint_activations = False  # True: keep only the activations between blocks, and recompute the others in the backward pass
 
     def __init__(self, c):
         super().__init__()
@@ -487,7 +487,7 @@ class Backbone(nn.Module):
         rope = rope_table(positions, c.head_dim, c.rope_theta, h.dtype)
         fused = cache is not None and cache.fused
         context = Context(rope, ssm_multipliers(c, h.dtype, h.device), cu, cache, cp, fused)
-        recompute = self.recompute and torch.is_grad_enabled()
+        recompute = self.checkpoint_activations and torch.is_grad_enabled()
         for layer, block in enumerate(self.layers):
             h = checkpoint(block, h, context, layer, use_reentrant=False) if recompute else block(h, context, layer)
         if cache is not None:
@@ -521,11 +521,14 @@ class FalconH1(nn.Module):
                 dt = m.dt_bias.uniform_(-6.9, -2.3).exp()  # about ln 0.001 and ln 0.1
                 m.dt_bias.copy_(dt.expm1().log())  # the inverse of softplus
 
-    def forward(self, input_ids, *, cu_seqlens=None, cache=None, head=None):
+    def forward(self, input_ids, *, cu_seqlens=None, cache=None, targets=None, temperature=1.0):
         """input_ids (b, t) -> logits (b, t, vocab), in the model's dtype.
 
         cu_seqlens (s + 1,) packs s documents into one row (b = 1). cache: a Cache of b slots; each appends t tokens.
-        head(h (b, t, d), lm_head.weight (vocab, d)): return its result instead, see train_sft.target_logprobs."""
+        targets (b, t): return instead (log-probabilities of the targets at `temperature`, entropies of the distributions
+        they come from), both (b, t) float32, without ever holding all logits. Negative targets give 0 and no gradient.
+        Ids and targets may lie on the CPU when the model does not, and best do: to find the targets on a GPU, the host
+        must wait for it."""
         c, shape = self.config, tuple(input_ids.shape)
         check(len(shape) == 2 and shape[1] >= 1, f"input_ids: got {shape}, expected (b, t) with t >= 1")
         b, tokens = shape[0], shape[1] * (1 if self.cp is None else self.cp.size)
@@ -535,8 +538,16 @@ class FalconH1(nn.Module):
         if input_ids.device.type == "cpu":  # looking at a GPU's ids would stop the host
             inside = 0 <= input_ids.min() and input_ids.max() < c.vocab_size
             check(inside, f"input_ids: an id is outside 0..{c.vocab_size - 1}")
-        h = self.model(input_ids, cu, cache, self.cp)
-        return scaled(self.lm_head(h), c.lm_head_multiplier) if head is None else head(h, self.lm_head.weight)
+        if targets is None:
+            return scaled(self.lm_head(self.model(input_ids, cu, cache, self.cp)), c.lm_head_multiplier)
+        kept = (targets.flatten() >= 0).nonzero()[:, 0]  # prompts have no targets and need no logits
+        tensors = input_ids, kept, targets.flatten()[kept]
+        if targets.device.type == "cpu":
+            tensors = to_device(tensors, self.lm_head.weight.device)
+        input_ids, kept, wanted = tensors
+        h = gather_rows(self.model(input_ids, cu, cache, self.cp).flatten(0, 1), kept)
+        values = token_logprobs(h, self.lm_head.weight, wanted, c.lm_head_multiplier / temperature)
+        return tuple(v.new_zeros(targets.numel()).index_copy(0, kept, v).view(targets.shape) for v in values)
 
     def save_pretrained(self, folder, read=lambda name, v: v):
         """Write config.json and model.safetensors in the published format. read(name, v) gives a tensor's values when
@@ -584,6 +595,76 @@ class FalconH1(nn.Module):
         if config.tie_word_embeddings:
             model.lm_head.weight = model.model.embed_tokens.weight
         return model
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """log softmax(scale h W^T)[target] and the entropy, a chunk of tokens at a time. The backward pass computes the logits
+    once more instead of keeping them:  dlogits = (onehot(target) - softmax) * dlogp. All chunks use the same memory: on a CPU,
+    where large tensors are mapped anew each time, that takes a quarter off the time."""
+
+    @staticmethod
+    def forward(ctx, h, weight, targets, scale, chunk):
+        logprobs, entropy, lse = (h.new_empty(len(h), dtype=torch.float32) for _ in range(3))
+        products, ps = h.new_empty(chunk, len(weight)), h.new_empty(chunk, len(weight), dtype=torch.float32)
+        for i in range(0, len(h), chunk):
+            part = slice(i, i + chunk)
+            logits = torch.mm(h[part], weight.T, out=products[: len(h) - i]).float().mul_(scale)  # (chunk, vocab)
+            largest = logits.amax(-1, keepdim=True)
+            p = torch.sub(logits, largest, out=ps[: len(h) - i]).exp_()  # softmax, not yet divided by its sum z
+            z = p.sum(-1)
+            lse[part] = largest[:, 0] + z.log()
+            logprobs[part] = logits.gather(1, targets[part, None])[:, 0] - lse[part]
+            entropy[part] = lse[part] - p.mul_(logits).sum(-1) / z
+            del logits  # before the next chunk's: two would be in memory at once
+        ctx.save_for_backward(h, weight, targets, lse)
+        ctx.scale, ctx.chunk = scale, chunk
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx, dlogprobs, _):
+        h, weight, targets, lse = ctx.saved_tensors
+        dh, dweight = torch.empty_like(h), torch.zeros_like(weight, dtype=torch.float32)
+        dlogprobs = dlogprobs.float() * ctx.scale
+        products = h.new_empty(ctx.chunk, len(weight))
+        for i in range(0, len(h), ctx.chunk):
+            part = slice(i, i + ctx.chunk)
+            logits = torch.mm(h[part], weight.T, out=products[: len(h) - i]).float().mul_(ctx.scale)
+            d = logits.sub_(lse[part, None]).exp_().mul_(-dlogprobs[part, None])
+            d.scatter_add_(1, targets[part, None], dlogprobs[part, None])
+            d = d.to(h.dtype)
+            torch.mm(d, weight, out=dh[part])
+            add_product(dweight, d.T, h[part])
+            del logits, d
+        return dh, dweight.to(weight.dtype), None, None, None
+
+
+def add_product(total, a, b):
+    """total += a b, total in float32. On a GPU, cuBLAS adds a product in bf16 without rounding it."""
+    if total.is_cuda and a.dtype != total.dtype:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+
+
+def tokens_of_chunk(vocab, device):
+    """How many tokens' logits are in work at a time: 2^25 numbers (128 MB) on a CPU; on a GPU up to 2^28, of
+    10 bytes each (product in bf16, logits and softmax in float32): 2.7 GB, 2,048 tokens at 130,048 words.
+
+    Each chunk adds to the weight's gradient, 8 vocab d bytes of traffic beside 8 chunk vocab d operations. At
+    3 TB/s and 800 TFLOP/s that takes 267 / chunk of the products' time: 13% at 2,048 tokens, 7% at 4,096.
+    Multiples of 128 fill the products' tiles."""
+    if device.type == "cpu":
+        return max(1, 2**25 // vocab)
+    return min(4096, max(128, 2**28 // vocab // 128 * 128))
+
+
+def token_logprobs(h, weight, targets, scale=1.0, chunk=None):
+    """h (t, d), weight (vocab, d), targets (t,) -> log-probabilities (t,) and entropies (t,, no gradient), float32.
+
+    scale multiplies the logits: lm_head_multiplier / temperature. chunk: tokens at once (tokens_of_chunk)."""
+    chunk = chunk or tokens_of_chunk(len(weight), weight.device)
+    return _TokenLogprobs.apply(h, weight, targets, scale, max(1, min(len(h), chunk)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

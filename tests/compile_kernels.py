@@ -36,7 +36,7 @@ from triton.compiler import ASTSource
 import decode
 import ssm_scan as s
 from model import CHUNK
-from tests.measure import kernel_bytes
+from tests.gpu.kernels import kernel_bytes
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 SHARED = {80: 163, 90: 227, 120: 99}  # KB of shared memory that a block may take

@@ -1,5 +1,8 @@
-"""The scripts lie one folder up, whichever way pytest is started; two threads are what the figures are measured with; and how
-long an example takes says more about the machine's other work than about the code, so hypothesis sets no deadline."""
+"""What all tests share: the path to the scripts, the number of threads, the `gpu` marker.
+
+Two threads, as on the machine of the README's figures. Hypothesis has no deadline: on a shared machine the
+time of an example says little about the code.
+"""
 
 import os
 import sys
@@ -10,7 +13,7 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are defined, which is when ssm_scan.py is imported
+    os.environ["TRITON_INTERPRET"] = "1"  # before ssm_scan.py defines its kernels
 sys.path.insert(0, str(Path(__file__).parent.parent))
 torch.set_num_threads(min(2, torch.get_num_threads()))
 hypothesis.settings.register_profile("no deadline", deadline=None)

@@ -1,13 +1,15 @@
-"""Other people's scans, to be timed next to ours: (x, dt, A, B, C, cu) -> y; x, dt, B, C are (1, t, ...)."""
+"""Other people's code, to be timed next to ours: scans (x, dt, A, B, C, cu) -> y with x, dt, B, C (1, t, ...)
+and transformers' model. What is not installed is left out."""
 
 import sys
 import types
+from dataclasses import asdict
 from functools import lru_cache
 
 import torch
 
 
-@lru_cache(maxsize=8)  # as our tables: a copy from the host is not what is to be timed
+@lru_cache(maxsize=8)  # as our own tables are: copies from the host are not what is timed
 def documents(cu, device):
     """cu as a tensor, and the document (1, t) of every token."""
     ends = torch.tensor(cu)
@@ -18,7 +20,7 @@ def documents(cu, device):
 def mamba_ssm_scan():
     try:
         import selective_scan_cuda  # noqa: F401
-    except ImportError:  # mamba_ssm's CUDA extension: its import insists on it, but its scan never calls it
+    except ImportError:  # mamba_ssm imports its CUDA extension, but its Mamba-2 scan never calls it
         sys.modules["selective_scan_cuda"] = types.ModuleType("selective_scan_cuda")
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
@@ -29,7 +31,7 @@ def mamba_ssm_scan():
 
 
 def fla_scan():
-    """C, B and dt x are fla's q, k and v. It knows no groups: every head gets a copy of the first two."""
+    """fla's q, k, v are C, B, dt x. It has no groups: every head gets a copy of C and B."""
     from fla.ops.simple_gla import chunk_simple_gla
 
     def scan(x, dt, A, B, C, cu):
@@ -41,7 +43,7 @@ def fla_scan():
 
 
 def peers():
-    """{name: scan} of other people's scans, where they can be imported. Where not, a line says why."""
+    """{name: scan} of those that can be imported. For the others, print why not."""
     found = {}
     for name, load in {"mamba_ssm": mamba_ssm_scan, "fla": fla_scan}.items():
         try:
@@ -50,3 +52,18 @@ def peers():
             reason = (str(e).splitlines() or ["no message"])[0]
             print(f"{name} cannot be imported: {type(e).__name__}: {reason}")
     return found
+
+
+def their_model(model):
+    """transformers' model in float32, sharing our weights; None if transformers is not installed."""
+    try:
+        import transformers
+    except ImportError:
+        return None
+    transformers.logging.set_verbosity_error()  # not a word about mamba_ssm, which a CPU cannot run
+    fields = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(model.config).items()}
+    config = transformers.FalconH1Config(**fields)
+    theirs = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    theirs.load_state_dict(model.state_dict(), assign=True)
+    theirs.generation_config.eos_token_id = None  # no token ends a sequence
+    return theirs

@@ -9,9 +9,10 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import jinja2
 import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import data
@@ -26,7 +27,7 @@ def write(path, *records):
 
 
 def turns(*contents):
-    return [{"role": "assistant" if i % 2 else "user", "content": content} for i, content in enumerate(contents)]
+    return [{"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(contents)]
 
 
 def learned(messages, **options):
@@ -36,115 +37,24 @@ def learned(messages, **options):
     return TOKENIZER.decode([i for i, on in zip(ids, mask) if on]), TOKENIZER.decode(ids)
 
 
-# --- Tokenizer
-
-
-def test_byte_level_ids_are_bytes_and_specials_follow():
-    assert TOKENIZER.encode("hé<think>") == [104, 195, 169, *b"<think>"]
-    assert min(SPECIAL.values()) == 256 and len(set(SPECIAL.values())) == len(SPECIAL)
-    assert TOKENIZER.vocab_size == 256 + len(SPECIAL) == 272
-    assert TOKENIZER.stop_ids == (SPECIAL["<|im_end|>"], SPECIAL["<|end_of_text|>"])
-
-
-@given(st.text())
-@example("<|im_start|>system\n<think>")
-def test_tokenizer_round_trip(text):
-    ids = TOKENIZER.encode(text)
-    assert ids == list(text.encode()) and TOKENIZER.decode(ids) == text
-
-
-@given(st.lists(st.integers(0, 271)))
-def test_whatever_a_model_samples_can_be_decoded(ids):
-    names = {i: name for name, i in SPECIAL.items()}
-    raw = b"".join(bytes([i]) if i < 256 else names[i].encode() for i in ids)
-    assert TOKENIZER.decode(np.array(ids, int)) == raw.decode(errors="replace")
-
-
-@pytest.mark.parametrize("bad", [272, -1, 2**40])
-def test_decode_names_an_unknown_id(bad):
-    with pytest.raises(ValueError, match="0 to 271"):
-        TOKENIZER.decode([65, bad])
-
-
-def test_the_text_of_a_reply_is_without_the_token_that_ends_it():
-    end = TOKENIZER.stop_ids[0]
-    assert data.reply_text([*b"ab", end], TOKENIZER) == data.reply_text([*b"ab"], TOKENIZER) == "ab"
-    assert data.reply_text([end], TOKENIZER) == data.reply_text([], TOKENIZER) == ""
-    assert data.reply_text([end, 97], TOKENIZER) == "<|im_end|>a"  # only the last token ends it
-
-
-def test_tokenizer_survives_saving(tmp_path):
-    TOKENIZER.save(tmp_path)
-    again = data.Tokenizer.from_pretrained(tmp_path)
-    assert again.special == SPECIAL and again.bytes == TOKENIZER.bytes and again.stop_ids == TOKENIZER.stop_ids
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["generation_config.json", "tokenizer.json", "tokenizer_config.json"]
-
-
-@given(st.text())
-def test_tokenizers_library_reads_the_same_ids(tmp_path_factory, text):
-    tokenizers = pytest.importorskip("tokenizers")
-    folder = tmp_path_factory.getbasetemp()
-    TOKENIZER.save(folder)
-    theirs = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    assert theirs.encode(text).ids == TOKENIZER.encode(text)
-    messages = turns("1+1?", "<think>two</think>2")
-    ids, _ = data.render_chat(messages, TOKENIZER)
-    assert theirs.encode(TOKENIZER.decode(ids)).ids == ids
-    assert theirs.get_vocab_size() == TOKENIZER.vocab_size
-    theirs.save(str(folder / "tokenizer.json"))
-    assert data.Tokenizer.from_pretrained(folder).special == SPECIAL
-    assert theirs.decode(ids, skip_special_tokens=True).count("<think>") == 1
-
-
-def test_from_pretrained_names_what_it_does_not_support(tmp_path):
-    TOKENIZER.save(tmp_path)
-    path = tmp_path / "tokenizer.json"
-    good = json.loads(path.read_text())
-
-    def refuses(match, **changes):
-        path.write_text(json.dumps(good | changes))
-        with pytest.raises(ValueError, match=rf"tokenizer\.json: {match}"):
-            data.Tokenizer.from_pretrained(tmp_path)
-
-    refuses("normalizer .*NFC", normalizer={"type": "NFC"})
-    refuses("pre_tokenizer Metaspace", pre_tokenizer={"type": "Sequence", "pretokenizers": [{"type": "Metaspace"}]})
-    refuses("decoder null", decoder=None)
-    refuses('model "Unigram"', model=good["model"] | {"type": "Unigram"})
-    refuses("model.dropout 0.1", model=good["model"] | {"dropout": 0.1})
-    refuses("model.merges makes .*ab", model=good["model"] | {"merges": [["a", "b"]]})
-    refuses("model.vocab has no token for byte 0", model=good["model"] | {"vocab": {"ab": 0}})
-    refuses("token id 65 ", model=good["model"] | {"vocab": good["model"]["vocab"] | {"ab": 65}})
-    refuses("token id 256 ", added_tokens=[token | {"id": 256} for token in good["added_tokens"]])
-    refuses("not a tokenizer.json", model=None)
-    refuses("not a tokenizer.json", pre_tokenizer={"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False})
-    for text in ("", "[]", "{", "3", "\ud800".encode("utf-8", "surrogatepass")):
-        path.write_bytes(text if isinstance(text, bytes) else text.encode())
-        with pytest.raises(ValueError, match="not a tokenizer.json"):
-            data.Tokenizer.from_pretrained(tmp_path)
-
-
-# --- Chat
+# 1. Chat format ---------------------------------------------------------------------------------------------
 
 
 def test_render_chat_by_hand():
-    ids, mask = data.render_chat(turns("Q", "<think>a</think>b"), TOKENIZER)
-    bos, start, end, think, close = (
-        SPECIAL[name] for name in ("<|begin_of_text|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
-    )
+    names = ("<|begin_of_text|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
+    bos, start, end, think, close = (SPECIAL[name] for name in names)
     reply = [think, *b"a", close, *b"b", end]
     prompt = [bos, *b"\n", start, *b"user\nQ", end, *b"\n", start, *b"assistant\n"]
+    ids, mask = data.render_chat(turns("Q", "<think>a</think>b"), TOKENIZER)
     assert ids == [*prompt, *reply, *b"\n"]
     assert mask == [False] * len(prompt) + [True] * len(reply) + [False]
     assert data.render_chat(turns("Q"), TOKENIZER, generation_prompt=True) == (prompt, [False] * len(prompt))
 
 
-def test_multi_turn_learns_the_last_reply_and_forgets_old_reasoning():
+def test_earlier_turns_lose_their_reasoning_and_the_last_is_learned():
     loss, whole = learned(turns("p", "<think>old</think>\n\none", "q", "<think>new</think>two"))
     assert loss == "<think>new</think>two<|im_end|>"
     assert "<|im_start|>assistant\none<|im_end|>\n" in whole and "old" not in whole
-
-
-def test_with_a_generation_prompt_every_turn_is_an_earlier_one():
     loss, whole = learned(turns("p", "<think>old</think>one", "q"), generation_prompt=True)
     assert loss == "" and "old" not in whole and whole.endswith("q<|im_end|>\n<|im_start|>assistant\n")
 
@@ -154,177 +64,63 @@ def test_tool_calling_keeps_reasoning_and_learns_every_reply(call):
     messages = turns("p", f"<think>x</think>{call}", "r", "<think>y</think>done")
     if "<" not in call:
         messages[2]["role"] = "tool"
-    loss, _ = learned(messages)
-    assert loss == f"<think>x</think>{call}<|im_end|><think>y</think>done<|im_end|>"
+    assert learned(messages)[0] == f"<think>x</think>{call}<|im_end|><think>y</think>done<|im_end|>"
     ids, _ = data.render_chat(messages, TOKENIZER)
     assert (SPECIAL["<tool_call>"] in ids) == ("<" in call) and ids.count(SPECIAL["<think>"]) == 2
 
 
-def test_tags_and_control_tokens_of_others_stay_text():
+def test_special_tokens_that_are_typed_stay_text():
     everything = "".join(SPECIAL)
     messages = [{"role": "system", "content": everything}, {"role": "user", "content": everything}]
     prompt, _ = data.render_chat(messages, TOKENIZER, generation_prompt=True)
     counts = Counter(i for i in prompt if i >= 256)
     assert counts == {SPECIAL["<|begin_of_text|>"]: 1, SPECIAL["<|im_start|>"]: 3, SPECIAL["<|im_end|>"]: 2}
     ids, _ = data.render_chat([*messages, {"role": "assistant", "content": everything}], TOKENIZER)
-    reply = [i for i in ids[len(prompt) :] if i >= 256]  # an assistant may write tags, and end its turn only once
+    reply = [i for i in ids[len(prompt) :] if i >= 256]  # an assistant may write tags and end its turn once
     assert reply == [*(SPECIAL[tag] for tag in data.TAGS), SPECIAL["<|im_end|>"]]
 
 
-@pytest.mark.parametrize(
-    ("content", "left"),
-    [("a", "a"), ("<think>x</think> a", "a"), ("a<think>x</think>b<think>y</think>c", "abc"), ("a<think>x", "a"),
-     ("x</think>a", "a"), ("<think>x<think>y</think>a", "a"), ("<think>x</think>", "")],
-)
+@pytest.mark.parametrize(("content", "left"), [
+    ("a", "a"), ("<think>x</think> a", "a"), ("a<think>x</think>b<think>y</think>c", "abc"),
+    ("a<think>x", "a"), ("x</think>a", "a"), ("<think>x<think>y</think>a", "a"), ("<think>x</think>", "")])
 def test_without_reasoning(content, left):
     assert data.without_reasoning(content) == left
 
 
-@pytest.mark.parametrize(
-    ("messages", "error"),
-    [
-        ([], "messages: "), ("hi", "messages: "), (["hi"], r"messages\[0\]\.role"),
-        ([{"content": "x"}], r"messages\[0\]\.role: null"), ([{"role": "bot", "content": "x"}], '"bot" is none of'),
-        ([{"role": ["user"], "content": "x"}], r"messages\[0\]\.role"),
-        ([{"role": "user"}], r"messages\[0\]\.content"), ([{"role": "user", "content": 3}], r"messages\[0\]\.content"),
-        ([{"role": "assistant", "content": "x"}], "assistant may not come first"),
-        ([{"role": "tool", "content": "x"}], "tool may not come first"),
-        ([*turns("a"), {"role": "system", "content": "x"}], r"messages\[1\]\.role: system may not follow user"),
-        ([*turns("a"), *turns("b")], "user may not follow user"),
-    ],
-)
+def message(role):
+    return {"role": role, "content": "x"}
+
+
+@pytest.mark.parametrize(("messages", "error"), [
+    ([], "messages: "), ("hi", "messages: "), (["user"], r"messages\[0\]\.role: null"),
+    ([{"content": "x"}], r"messages\[0\]\.role: null"), ([message("bot")], '"bot" is none of'),
+    ([message(["user"])], r"messages\[0\]\.role"), ([{"role": "user"}], r"messages\[0\]\.content"),
+    ([message("user") | {"content": 3}], r"messages\[0\]\.content: must be a string, not 3"),
+    ([message("assistant")], "not follow the beginning"), ([message("tool")], "not follow the beginning"),
+    ([message("user"), message("system")], r"messages\[1\]\.role: system may not follow user"),
+    ([message("user")] * 2, "user may not follow user"), (turns("a", "b"), "assistant leaves nothing")])
 def test_render_chat_names_the_bad_message(messages, error):
     with pytest.raises(ValueError, match=error):
-        data.render_chat(messages, TOKENIZER)
+        data.render_chat(messages, TOKENIZER, generation_prompt=True)
 
 
-def test_a_generation_prompt_needs_something_to_reply_to():
-    with pytest.raises(ValueError, match=r"messages\[1\]\.role: assistant leaves nothing"):
-        data.render_chat(turns("a", "b"), TOKENIZER, generation_prompt=True)
-
-
+TEMPLATES = [jinja2.Environment(trim_blocks=trim, lstrip_blocks=trim).from_string(data.CHAT_TEMPLATE)
+             for trim in (False, True)]
 content = st.lists(st.sampled_from([*data.TAGS, "a", "b ", "\n"]), max_size=6).map("".join)
 
 
 @given(st.lists(content, min_size=1, max_size=5), st.booleans())
 def test_saved_chat_template_agrees(contents, tool):
-    jinja2 = pytest.importorskip("jinja2")
     messages = turns(*contents)
     if tool and len(messages) > 2:
         messages[2]["role"] = "tool"
     prompt = len(messages) % 2 == 1
-    for trim in (False, True):
-        template = jinja2.Environment(trim_blocks=trim, lstrip_blocks=trim).from_string(data.CHAT_TEMPLATE)
+    for template in TEMPLATES:
         text = template.render(messages=messages, bos_token="<|begin_of_text|>", add_generation_prompt=prompt)
         assert text == learned(messages, generation_prompt=prompt)[1]
 
 
-# --- Problems
-
-OURS = {"id": "1", "domain": "math", "prompt": "1+1?", "answer": "2"}
-GSM8K = {"question": "Half of 48?", "answer": "48/2=<<48/2=24>>24.\n#### 24"}
-MATH = {"problem": "1+1?", "answer": "2", "solution": "It is $\\boxed{2}$.", "unique_id": "a/1.json", "level": 1}
-HUMANEVAL = {"task_id": "HumanEval/0", "prompt": "def f():\n", "test": "def check(f): ...", "entry_point": "f",
-             "canonical_solution": "    return 1\n"}
-
-
-def test_public_shapes(tmp_path):
-    ours, gsm8k, maths, code = data.read_problems(write(tmp_path / "x.jsonl", OURS | {"n": 3}, GSM8K, MATH, HUMANEVAL))
-    assert ours == data.Problem("1", "math", "1+1?", "2", {"n": 3}) and ours.record() == OURS | {"n": 3}
-    assert gsm8k == data.Problem("x.jsonl:2", "math", "Half of 48?", "24", {"solution": "48/2=<<48/2=24>>24."})
-    assert maths == data.Problem("a/1.json", "math", "1+1?", "2", {"solution": MATH["solution"], "level": 1})
-    assert (code.id, code.domain, code.prompt, code.answer) == ("HumanEval/0", "code", "def f():\n", "")
-    assert code.extra == {"tests": HUMANEVAL["test"], "entry_point": "f", "solution": "    return 1\n"}
-    assert data.read_problems(write(tmp_path / "y.jsonl", ours.record(), code.record())) == [ours, code]
-
-
-def test_containers(tmp_path):
-    want = [data.Problem("1", "math", "1+1?", "2"), data.Problem("7", "math", "1+1?", "2")]
-    text = f"\ufeff\n{json.dumps(OURS)}\r\n\n{json.dumps(OURS | {'id': 7, 'answer': 2})}"
-    (tmp_path / "a.jsonl").write_bytes(text.encode())
-    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(text.encode()))
-    (tmp_path / "c.json").write_text(json.dumps([OURS, OURS | {"id": "7"}], indent=1))
-    for path in tmp_path.iterdir():
-        assert data.read_problems(path) == want
-
-
-@pytest.mark.parametrize(
-    ("line", "error"),
-    [
-        ("{", "malformed JSON"), ('{"a": ', "malformed JSON"), ("1" * 5000, "malformed JSON"), ("[" * 100000, "JSON"),
-        ("3", "not a JSON object"), ("null", "not a JSON object"), ("{}", "not a JSON object"),
-        (b"\xff", "invalid UTF-8"),
-        *[({k: v for k, v in OURS.items() if k != name}, f"field {name} is missing") for name in OURS],
-        *[(OURS | {name: " "}, f"field {name} must be a string that is not empty") for name in OURS],
-        (OURS | {"answer": None}, "field answer"), (OURS | {"answer": True}, "field answer"),
-        (OURS | {"prompt": ["x"]}, "field prompt"), (OURS | {"prompt": "\ud800"}, "field prompt holds half"),
-        (OURS | {"id": "0"}, r"field id: \"0\" is also the id of line 1"),
-        (GSM8K | {"answer": "48/2 = 24"}, "field answer must end in `#### x`"),
-        (GSM8K | {"answer": "24 ####"}, "field answer must end in `#### x`"),
-        (OURS | {"question": "x", "answer": ""}, "field answer must be"),
-        (GSM8K | {"question": ""}, "field question"), ({"question": "x"}, "field answer is missing"),
-        (MATH | {"answer": ""}, "field answer"), (HUMANEVAL | {"test": ""}, "field test"),
-        ({k: v for k, v in HUMANEVAL.items() if k != "test"}, "field answer is missing"),
-    ],
-)
-def test_read_problems_names_file_line_and_field(tmp_path, line, error):
-    line = json.dumps(line) if isinstance(line, dict) else line
-    line = line.encode() if isinstance(line, str) else line
-    path = tmp_path / "bad.jsonl"
-    path.write_bytes(json.dumps(OURS | {"id": "0"}).encode() + b"\n\n" + line + b"\n")
-    with pytest.raises(ValueError, match=rf"bad\.jsonl, line 3: .*{error}"):
-        data.read_problems(path)
-
-
-@pytest.mark.parametrize(
-    ("raw", "error"),
-    [(b"", "empty"), (b"\n \n", "empty"), (b"[]", "empty array"), (b"[{}", "malformed JSON"), (b"[3]", "item 1: 3 is")],
-)
-def test_read_problems_names_the_file(tmp_path, raw, error):
-    (tmp_path / "bad.json").write_bytes(raw)
-    with pytest.raises(ValueError, match=rf"bad\.json.*{error}"):
-        data.read_problems(tmp_path / "bad.json")
-
-
-@pytest.mark.parametrize("damage", [lambda raw: raw[:-12], lambda raw: b"x" + raw, lambda raw: raw[:20] + b"\0" * 30])
-def test_broken_gzip(tmp_path, damage):
-    path = tmp_path / "bad.jsonl.gz"
-    path.write_bytes(damage(gzip.compress(json.dumps(OURS).encode())))
-    with pytest.raises(ValueError, match=r"bad\.jsonl\.gz: not a complete gzip"):
-        data.read_problems(path)
-
-
-def test_a_problem_that_cannot_be_scored_is_named_by_its_line(tmp_path):
-    def check(problem):
-        if not problem.extra.get("choices"):
-            raise ValueError(f"{problem.answer!r} cannot be read")
-    choice = {"question": "q", "choices": ["x", "y"], "answer": "A", "id": "choice"}
-    bad = write(tmp_path / "bad.jsonl", choice, OURS)
-    with pytest.raises(ValueError, match=r"bad\.jsonl, line 2: field answer: '2' cannot be read"):
-        data.read_problems(bad, 0, check)
-    assert len(data.read_problems(bad, 1, check)) == 1  # what is beyond the limit is not looked at
-    assert [problem.where for problem in data.read_problems(bad)] == [f"{bad}, line {n}" for n in (1, 2)]
-
-
-value = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.lists(st.text(), max_size=2)
-line = st.binary(max_size=20) | st.dictionaries(
-    st.sampled_from([*OURS, *GSM8K, *MATH, *HUMANEVAL, "tests"]), value, max_size=5
-).map(lambda row: json.dumps(row).encode())
-
-
-@given(st.lists(line, max_size=4))
-def test_malformed_lines_are_read_or_refused(tmp_path_factory, lines):
-    path = tmp_path_factory.getbasetemp() / "malformed.jsonl"
-    path.write_bytes(b"\n".join(lines))
-    try:
-        problems = data.read_problems(path)
-    except ValueError as error:
-        assert "malformed.jsonl" in str(error) and "\n" not in str(error)
-    else:
-        assert problems and all(p.id and p.domain and p.prompt and (p.answer or p.extra["tests"]) for p in problems)
-
-
-# --- Made problems
+# 2. Made problems -------------------------------------------------------------------------------------------
 
 
 def check_trace(problem, trace):
@@ -336,7 +132,8 @@ def check_trace(problem, trace):
         now, by, quotient, rest = re.fullmatch(r"(\d+)/(\d)=(\d+)r(\d)", step).groups()
         size = len(now) - len(remainder)
         assert by == divisor and now.startswith(remainder)
-        assert len(quotient) == size if sizes else quotient == str(int(quotient))  # no zeros in front of the first one alone
+        # Only the first quotient has no zeros in front.
+        assert len(quotient) == size if sizes else quotient == str(int(quotient))
         assert int(quotient) * int(divisor) + int(rest) == int(now) and int(rest) < int(divisor)
         taken, quotients, remainder = taken + now[len(remainder) :], quotients + quotient, rest
         sizes.append(size)
@@ -355,54 +152,40 @@ def test_every_step_is_true(family, level, seed, careful):
     problem = data.make_problem(family, level, rng)
     sizes = check_trace(problem, data.make_trace(problem, rng, careful))
     assert sum(sizes) == level
-    if 1 < level and sizes[0] <= 2:  # the first step takes a second digit where one does not reach the divisor, and only there
+    if 1 < level and sizes[0] <= 2:  # the first step takes two digits only if one does not reach the divisor
         assert sizes[0] == 1 + (problem.prompt[0] < problem.prompt[-3])
-    assert is_careful(sizes) if careful else set(sizes[1:]) <= {1, *data.SKIP_WIDTHS} and sizes[0] in {1, 2, *data.SKIP_WIDTHS}
+    if careful:
+        assert is_careful(sizes)
+    else:
+        assert set(sizes[1:]) <= {1, *data.SKIP_WIDTHS} and sizes[0] in {1, 2, *data.SKIP_WIDTHS}
 
 
-def test_traces_by_hand(monkeypatch):
-    div = data.Problem("", "math", "4375/7=?", "625", {"family": "div", "level": 4})
-    mod = data.Problem("", "math", "4376%7=?", "1", {"family": "mod", "level": 4})
-    large = data.Problem("", "math", "9063%9=?", "0", {"family": "mod", "level": 4})  # the first digit reaches the divisor
-    assert data.make_trace(div, random.Random(0), True) == "43/7=6r1;17/7=2r3;35/7=5r0;"
-    assert data.make_trace(mod, random.Random(0), True) == "43/7=6r1;17/7=2r3;36/7=5r1;"
-    assert data.make_trace(large, random.Random(0), True) == "9/9=1r0;00/9=0r0;06/9=0r6;63/9=7r0;"
+@pytest.mark.parametrize(("prompt", "answer", "careful", "trace"), [
+    ("4375/7=?", "625", True, "43/7=6r1;17/7=2r3;35/7=5r0;"),
+    ("4376%7=?", "1", True, "43/7=6r1;17/7=2r3;36/7=5r1;"),
+    ("9063%9=?", "0", True, "9/9=1r0;00/9=0r0;06/9=0r6;63/9=7r0;"),  # the first digit reaches the divisor
+    ("4375/7=?", "625", False, "437/7=62r3;35/7=5r0;"), ("4376%7=?", "1", False, "437/7=62r3;36/7=5r1;"),
+    ("9006306%9=?", "6", False, "900/9=100r0;0630/9=070r0;06/9=0r6;")])  # zeros of a later quotient stay
+def test_traces_by_hand(monkeypatch, prompt, answer, careful, trace):
     monkeypatch.setattr(data, "SKIP", 1.0)
     monkeypatch.setattr(data, "SKIP_WIDTHS", (3,))
-    assert data.make_trace(div, random.Random(0), False) == "437/7=62r3;35/7=5r0;"
-    assert data.make_trace(mod, random.Random(0), False) == "437/7=62r3;36/7=5r1;"
-    later = data.Problem("", "math", "9006306%9=?", "6", {"family": "mod", "level": 7})  # zeros of a later quotient stay
-    assert data.make_trace(later, random.Random(0), False) == "900/9=100r0;0630/9=070r0;06/9=0r6;"
-    with pytest.raises(ValueError, match="family 'mul'"):
-        data.make_problem("mul", 3, random.Random(0))
-
-
-def test_careless_traces_are_mixtures():
-    rng = random.Random(0)
-    problems = [data.make_problem("div", 8, rng) for _ in range(99)]
-    sizes = [check_trace(problem, data.make_trace(problem, rng, False)) for problem in problems]
-    assert {1, 2, *data.SKIP_WIDTHS} == set().union(*sizes) and any(1 in some and max(some) > 2 for some in sizes)
+    assert data.make_trace(data.Problem("", "math", prompt, answer), random.Random(0), careful) == trace
 
 
 def test_small_spaces_end(monkeypatch):
     monkeypatch.setattr(data, "MIX", {("mod", 2): 1})  # 360 problems in all
-    with pytest.raises(ValueError, match=r"only \d+ different train problems found, 500 wanted"):
-        data.make_problems("train", 500, 0)
-    found = data.make_problems("train", 20, 0)
-    assert len({problem.prompt for problem in found}) == 20
+    with pytest.raises(ValueError, match=r"only \d+ different train problems found, 300 wanted"):
+        data.make_problems("train", 300, 0)
+    assert len({problem.prompt for problem in data.make_problems("train", 20, 0)}) == 20
 
 
-def test_splits():
+def test_splits_have_their_shares_and_no_division_in_common():
     counts = Counter(data.split_of(str(i)) for i in range(5000))
     assert {name: count / 5000 for name, count in counts.items()} == pytest.approx(data.SPLIT, abs=0.03)
-    assert len({data.split_of(f"{i}{sign}7=?") for i in range(9) for sign in "/%"}) == 3
     assert all(data.split_of(f"{i}/7=?") == data.split_of(f"{i}%7=?") for i in range(99))
-    data.check_disjoint({"sft": ["a", "b", "a"], "rl": ["c"]})
-    with pytest.raises(ValueError, match='"4%3" is in both sft and heldout'):
-        data.check_disjoint({"sft": ["a", "4/3"], "rl": [], "heldout": ["4%3"]})
 
 
-def test_make(tmp_path, capsys):
+def test_make(tmp_path):
     arguments = ["make", "--seed", "1", "--sft", "300", "--rl", "80", "--heldout", "50", "--out"]
     assert data.main([*arguments, str(tmp_path / "a")]) == data.main([*arguments, str(tmp_path / "b")]) == 0
     for name in ("sft", "rl", "heldout"):
@@ -411,50 +194,50 @@ def test_make(tmp_path, capsys):
     rl, heldout = (data.read_problems(tmp_path / "a" / f"{name}.jsonl") for name in ("rl", "heldout"))
     rows = [record for _, record in data.read_records(tmp_path / "a" / "sft.jsonl")]
     assert (len(rows), len(rl), len(heldout)) == (300, 80, 50)
-    prompts = [{p.prompt for p in rl}, {p.prompt for p in heldout}, {row["messages"][0]["content"] for row in rows}]
-    assert len(set.union(*prompts)) == 430
-    assert [{data.split_of(prompt) for prompt in some} for some in prompts] == [{"rl"}, {"heldout"}, {"train"}]
-    careful = 0
-    for row in rows:
-        trace, answer = re.fullmatch(r"<think>(.+)</think>\\boxed\{(\d+)\}", row["messages"][1]["content"]).groups()
-        sizes = check_trace(data.Problem("", "", row["messages"][0]["content"], answer), trace)
-        careful += is_careful(sizes)
-        assert data.why_not_sft(row) is None and row["weight"] in {0.5, 1.0} or 1.25 <= row["weight"] <= 1.75
+    made = [row["messages"][0]["content"] for row in rows]
+    prompts = {"rl": [p.prompt for p in rl], "heldout": [p.prompt for p in heldout], "train": made}
+    assert len(set().union(*prompts.values())) == 430
+    assert all({data.split_of(prompt) for prompt in some} == {split} for split, some in prompts.items())
+    sizes = []
+    for row, prompt in zip(rows, made):
+        reply = row["messages"][1]["content"]
+        trace, answer = re.fullmatch(r"<think>(.+)</think>\\boxed\{(\d+)\}", reply).groups()
+        sizes.append(check_trace(data.Problem("", "", prompt, answer), trace))
+        assert data.why_not_sft(row) is None
+    assert {1, 2, *data.SKIP_WIDTHS} == set().union(*sizes)
+    assert any(1 in some and max(some) > 2 for some in sizes)  # careless traces are mixtures
+    careful = sum(map(is_careful, sizes))
     assert 0.15 < careful / 300 < 0.5  # a ninth, and careless ones that happen to skip nothing
-    assert {0.5, 1.0, 1.75} <= {row["weight"] for row in rows}
+    assert {row["weight"] for row in rows} == {0.5, 1.0, 1.75}
     assert len(data.SftFiles(str(tmp_path / "a" / "sft.jsonl"), TOKENIZER, 200)) == 300
 
 
-# --- Curation
+# 3. Curation ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("rate", "weight"), [(1, 0.5), (0.76, 0.5), (0.75, 1), (0.5, 1), (0.25, 1), (0.24, 1.27), (0.125, 1.5), (0, 1.75)]
-)
+@pytest.mark.parametrize(("rate", "weight"), [
+    (1, 0.5), (0.76, 0.5), (0.75, 1), (0.5, 1), (0.25, 1), (0.24, 1.27), (0.125, 1.5), (0, 1.75)])
 def test_difficulty_weight(rate, weight):
     assert data.difficulty_weight(rate) == pytest.approx(weight)
 
 
-@pytest.mark.parametrize(
-    ("reply", "domain", "reason"),
-    [
-        ("<think>x</think>\\boxed{1}", "math", None), ("<think>x</think>A", "science", None),
-        ("\\boxed{1}", "math", "no reasoning"), ("<think> \n</think>\\boxed{1}", "math", "no reasoning"),
-        ("<think>\\boxed{1}", "math", "no reasoning"), ("<think>x</think> \n", "science", "no answer"),
-        ("<think>\\boxed{1}</think>1", "math", "no \\boxed{}"), ("<think>x</think>\\boxed{ }", "math", "no \\boxed{}"),
-        ("<think>x</think>```python\nprint(1)\n```", "code", None),
-        ("<think>x</think>1.\n   ```py\n   if 1:\n       print(1)\n   ```", "code", None),
-        ("<think>x</think>```python\nprint(1\n```", "code", "python syntax error"),
-        ("<think>x</think>```python\nok=1\n```\n```python\nif:", "code", "python syntax error"),
-        ("<think>x</think>```python\n\0\n```", "code", "python syntax error"),
-        ("<think>x</think>```cpp\nint x;\n```", "code", None), ("<think>```python\nif:\n```</think>ok", "code", None),
-    ],
-)
+@pytest.mark.parametrize(("reply", "domain", "reason"), [
+    ("<think>x</think>\\boxed{1}", "math", None), ("<think>x</think>A", "science", None),
+    ("\\boxed{1}", "math", "no reasoning"), ("<think> \n</think>\\boxed{1}", "math", "no reasoning"),
+    ("<think>\\boxed{1}", "math", "no reasoning"), ("<think>x</think> \n", "science", "no answer"),
+    ("<think>\\boxed{1}</think>1", "math", "no \\boxed{}"),
+    ("<think>x</think>\\boxed{ }", "math", "no \\boxed{}"),
+    ("<think>x</think>```python\nprint(1)\n```", "code", None),
+    ("<think>x</think>1.\n   ```py\n   if 1:\n       print(1)\n   ```", "code", None),
+    ("<think>x</think>```python\nprint(1\n```", "code", "python syntax error"),
+    ("<think>x</think>```python\nok=1\n```\n```python\nif:", "code", "python syntax error"),
+    ("<think>x</think>```python\n\0\n```", "code", "python syntax error"),
+    ("<think>x</think>```cpp\nint x;\n```", "code", None),
+    ("<think>```python\nif:\n```</think>ok", "code", None)])
 def test_sft_filters(reply, domain, reason):
     record = {"messages": turns("q", reply), "domain": domain}
-    assert data.why_not_sft(record) == reason
+    assert data.why_not_sft(record) == data.why_not_sft(record | {"correct": True}) == reason
     assert data.why_not_sft(record | {"correct": False}) == "incorrect"
-    assert data.why_not_sft(record | {"correct": True}) == reason
     assert data.why_not_sft(record | {"correct": None}) == "unknown verdict"
 
 
@@ -465,17 +248,13 @@ def rollouts(answers, gold="1", stop="stop"):
     return [{"answer": answer, "correct": answer == gold, "stop": stop} for answer in answers]
 
 
-@pytest.mark.parametrize(
-    ("some", "reason"),
-    [
-        ([], "no rollouts"), (rollouts("11111111"), "solved by every rollout"), (rollouts("11111112"), None),
-        (rollouts("12222222"), None), (rollouts("22223456"), "wrong majority"), (rollouts("22233345"), None),
-        (rollouts([None] * 8), None), (rollouts([*"2222", *[None] * 4]), "wrong majority"),
-        (rollouts([None] * 7, stop="length") + rollouts("2"), None),
-        (UNKNOWN * 8, "no known verdict"), (rollouts("1111") + UNKNOWN * 4, "solved by every rollout"),
-        (rollouts("12") + UNKNOWN * 6, None), (rollouts("2234") + UNKNOWN * 4, "wrong majority"),
-    ],
-)
+@pytest.mark.parametrize(("some", "reason"), [
+    ([], "no rollouts"), (rollouts("11111111"), "solved by every rollout"), (rollouts("11111112"), None),
+    (rollouts("12222222"), None), (rollouts("22223456"), "wrong majority"), (rollouts("22233345"), None),
+    (rollouts([None] * 8), None), (rollouts([*"2222", *[None] * 4]), "wrong majority"),
+    (rollouts([None] * 7, stop="length") + rollouts("2"), None),
+    (UNKNOWN * 8, "no known verdict"), (rollouts("1111") + UNKNOWN * 4, "solved by every rollout"),
+    (rollouts("12") + UNKNOWN * 6, None), (rollouts("2234") + UNKNOWN * 4, "wrong majority")])
 def test_rl_filter(some, reason):
     assert data.why_not_rl("a", some) == reason
 
@@ -485,60 +264,50 @@ def test_rl_filter_keeps_some_of_the_truncated():
     assert set(reasons) == {None, "truncated in every rollout"} and 70 < reasons[None] < 130
 
 
-def trace(problem, answer, gold="2", stop="stop", text=None):
-    text = text or f"<think>hm</think>\\boxed{{{answer}}}<|im_end|>"
-    return {"problem": problem, "text": text, "answer": answer, "correct": answer == gold, "stop": stop}
+OURS = {"id": "1", "domain": "math", "prompt": "1+1?", "answer": "2"}
+GSM8K = {"question": "Half of 48?", "answer": "48/2=<<48/2=24>>24.\n#### 24"}
+MATH = {"problem": "1+1?", "answer": "2", "solution": "It is $\\boxed{2}$.", "unique_id": "a/1", "level": 1}
+HUMANEVAL = {"task_id": "HumanEval/0", "prompt": "def f():\n", "test": "def check(f): ...",
+             "entry_point": "f", "canonical_solution": "    return 1\n"}
+
+
+def trace(problem, answer, stop="stop", **changes):
+    text = f"<think>hm</think>\\boxed{{{answer}}}<|im_end|>"
+    return dict(problem=problem, text=text, answer=answer, correct=answer == "2", stop=stop) | changes
 
 
 def test_curate_and_convert_rollouts(tmp_path, capsys):
-    problems = write(tmp_path / "p.jsonl", OURS, OURS | {"id": "2", "level": 5}, OURS | {"id": "3"})
-    traces = write(tmp_path / "t.jsonl", trace("1", "2"), trace("1", "2"), trace("1", "2", stop="length"), trace("2", "2"), trace("2", "3"),
-                   trace("2", "3"), trace("2", "3", stop="length"))
-    out = str(tmp_path / "out.jsonl")
-    assert data.main(["curate", str(traces), "--problems", str(problems), "--out", out]) == 0
-    assert data.read_problems(out) == [data.Problem("2", "math", "1+1?", "2", {"level": 5})]
-    assert "kept 1 of 3; dropped 1 solved by every rollout, 1 no rollouts" in capsys.readouterr().out
-    assert data.main(["convert", str(traces), "--problems", str(problems), "--out", out]) == 0
-    rows = [record for _, record in data.read_records(out)]
-    assert [(row["problem"], row["weight"]) for row in rows] == [("1", 1.0), ("1", 1.0), ("2", 1.0)]  # two of three came to an end
-    assert rows[0]["messages"] == turns("1+1?", "<think>hm</think>\\boxed{2}") and rows[0]["correct"]
-    assert "kept 3 of 7; dropped 4 incorrect" in capsys.readouterr().out
+    problems = [OURS | {"id": id} for id in "12345"]
+    traces = [trace("1", "2"), trace("1", "2"), trace("1", "2", "length"),
+              trace("2", "2"), trace("2", "3"), trace("2", "3"), trace("2", "3", "length"),
+              trace("4", "2", correct=None), trace("5", "2"), trace("5", "3"),
+              *[trace("5", "2", correct=None)] * 6]  # unknown verdicts count in no pass rate
+    write(tmp_path / "t.jsonl", *traces)
+    files = [f"{tmp_path}/t.jsonl", "--problems", str(write(tmp_path / "p.jsonl", *problems))]
+    out = tmp_path / "out.jsonl"
+    assert data.main(["curate", *files, "--out", str(out)]) == 0
+    assert [problem.record() for problem in data.read_problems(out)] == [problems[1], problems[4]]
+    why = "1 solved by every rollout, 1 no rollouts, 1 no known verdict"
+    assert f"kept 2 of 5; dropped {why}" in capsys.readouterr().out
+    assert data.main(["convert", *files, "--out", str(out)]) == 0
+    samples = [record for _, record in data.read_records(out)]
+    weights = [(sample["problem"], sample["weight"]) for sample in samples]
+    assert weights == [("1", 1.0), ("1", 1.0), ("2", 1.0), ("5", 1.0)]
+    assert samples[0]["messages"] == turns("1+1?", "<think>hm</think>\\boxed{2}") and samples[0]["correct"]
+    assert "kept 4 of 16; dropped 7 unknown verdict, 5 incorrect" in capsys.readouterr().out
 
 
-def test_unknown_verdicts_count_in_no_pass_rate(tmp_path, capsys):
-    problems = write(tmp_path / "p.jsonl", OURS, OURS | {"id": "2"})
-    unknown = {"correct": None}
-    known = [trace("1", "2"), trace("1", "3")]
-    traces = write(tmp_path / "t.jsonl", *known, *[trace("1", "2") | unknown] * 6, trace("2", "2") | unknown)
-    out = str(tmp_path / "out.jsonl")
-    assert data.main(["curate", str(traces), "--problems", str(problems), "--out", out]) == 0
-    assert "kept 1 of 2; dropped 1 no known verdict" in capsys.readouterr().out
-    assert data.main(["convert", str(traces), "--problems", str(problems), "--out", out]) == 0
-    assert "kept 1 of 9; dropped 7 unknown verdict, 1 incorrect" in capsys.readouterr().out
-    assert [record["weight"] for _, record in data.read_records(out)] == [1.0]  # one of two is right
-
-
-def test_many_unknown_verdicts_are_an_error_that_says_why():
-    reasons = data.Counter({"unknown: no sandbox": 1, "unknown: no memory": 2})
-    data.check_unknown("x", reasons, 150)  # 2% exactly
-    data.check_unknown("x", data.Counter(), 0)
-    with pytest.raises(ValueError) as error:
-        data.check_unknown("x", reasons, 149)
-    assert str(error.value) == "x: 3 of 149 verdicts are unknown, more than 2%: 2 x no memory; 1 x no sandbox"
-
-
-@pytest.mark.parametrize(
-    ("change", "error"),
-    [({"problem": "9"}, "field problem: \"9\" is not in"), ({"problem": 3}, "field problem must be str"),
-     ({"correct": 1}, "field correct must be bool"), ({"answer": 2}, "field answer must be"),
-     ({"stop": None}, "field stop must be str"), ({"text": None}, "field text must be str")],
-)
+@pytest.mark.parametrize(("change", "error"), [
+    ({"problem": "9"}, "field problem: \"9\" is not in"), ({"problem": 3}, "field problem must be str"),
+    ({"correct": 1}, "field correct must be bool"), ({"answer": 2}, "field answer must be"),
+    ({"stop": None}, "field stop must be str"), ({"text": None}, "field text must be str")])
 def test_bad_traces_are_named(tmp_path, capsys, change, error):
     problems = write(tmp_path / "p.jsonl", OURS)
     traces = write(tmp_path / "t.jsonl", trace("1", "2"), trace("1", "2") | change)
-    assert data.main(["curate", str(traces), "--problems", str(problems), "--out", str(tmp_path / "out.jsonl")]) == 1
+    out = tmp_path / "out.jsonl"
+    assert data.main(["curate", str(traces), "--problems", str(problems), "--out", str(out)]) == 1
     assert re.match(rf"error: .*t\.jsonl, line 2: {error}.*\n\Z", capsys.readouterr().err)
-    assert not (tmp_path / "out.jsonl").exists()
+    assert not out.exists()
 
 
 def test_convert_worked_solutions(tmp_path, capsys):
@@ -549,144 +318,20 @@ def test_convert_worked_solutions(tmp_path, capsys):
     assert maths == turns("1+1?", "<think>It is $\\boxed{2}$.</think>\\boxed{2}")
     for bad in (OURS, HUMANEVAL):
         assert data.main(["convert", str(write(tmp_path / "y.jsonl", bad)), "--out", out]) == 1
-        assert "solution" in capsys.readouterr().err
+        assert re.search(r"y\.jsonl, line 1: .*field solution", capsys.readouterr().err)
 
 
-def test_show(tmp_path, capsys):
-    row = {"messages": turns("a", "<think>b</think>c"), "domain": "math", "weight": 0.5}
-    assert data.main(["show", str(write(tmp_path / "s.jsonl", row, row, row | {"domain": "code"})), "--rows", "1"]) == 0
-    out = capsys.readouterr().out
-    assert out.count("<think>b</think>c<|im_end|>") == 1
-    count = len(data.render_chat(row["messages"], TOKENIZER)[0])
-    assert re.search(rf"\nmath +2 +66\.7% +{2 * count} +10 ", out) and re.search("\ncode +1 ", out)
-    assert data.main(["show", str(write(tmp_path / "p.jsonl", OURS))]) == 0 and "answer: 2" in capsys.readouterr().out
-    assert data.main(["show", str(tmp_path / "none.jsonl")]) == 1 and "none.jsonl" in capsys.readouterr().err
+# 4. Packing -------------------------------------------------------------------------------------------------
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    path = write(tmp_path / "x.jsonl", OURS)
-    with pytest.raises(ZeroDivisionError):
-        data.write_jsonl(path, ({"a": 1 // n} for n in (1, 0)))
-    assert data.read_problems(path)[0].record() == OURS
-
-
-# --- Samples
-
-SFT = {"messages": turns("q", "<think>r</think>a"), "domain": "math", "weight": 1.5}
-
-
-def sft_files(path, *options, **more):
-    return data.SftFiles(str(path), TOKENIZER, *options, **more)
-
-
-def test_sft_files(tmp_path):
-    samples = sft_files(write(tmp_path / "s.jsonl", SFT, SFT | {"domain": "code", "weight": 1}), 99)
-    ids, mask = data.render_chat(SFT["messages"], TOKENIZER)
-    assert samples[0].ids.tolist() == ids and samples[0].mask.tolist() == mask
-    assert samples[0].ids.dtype == np.int32 and samples[0].mask.dtype == bool
-    assert [(sample.weight, sample.domain, sample.trimmed) for sample in samples] == [(1.5, "math", False), (1.0, "code", False)]
-    assert {name: rows.tolist() for name, rows in samples.rows.items()} == {"code": [1], "math": [0]}
-
-
-def test_long_samples_are_refused_or_trimmed_and_marked(tmp_path):
-    path = write(tmp_path / "s.jsonl", SFT, SFT | {"messages": turns("q" * 50, "<think>r</think>a")})
-    size = len(data.render_chat(SFT["messages"], TOKENIZER)[0])
-    with pytest.raises(ValueError, match=rf"s\.jsonl, line 2: .*{size + 49} tokens, the limit is {size}"):
-        sft_files(path, size)
-    one, two = sft_files(path, size, trim=True)
-    ids, mask = data.render_chat(SFT["messages"], TOKENIZER)
-    assert one.ids.tolist() == ids and not one.trimmed
-    assert len(two.ids) == len(two.mask) == size and two.trimmed and not two.mask.any()
-    one, _ = sft_files(path, size - 2, trim=True)
-    assert one.ids.tolist() == ids[:-2] and one.mask.tolist() == mask[:-2] and one.trimmed
-
-
-@pytest.mark.parametrize(
-    ("change", "error"),
-    [
-        ({"messages": None}, "field messages: must be a list"),
-        ({"messages": turns("q")}, "field messages: .*no assistant"),
-        ({"messages": [{"role": "x", "content": ""}]}, r"field messages\[0\]\.role"), ({"domain": ""}, "field domain"),
-        *[({"weight": bad}, "field weight") for bad in (0, -1, "1", None, True, float("nan"), float("inf"), 10**400)],
-    ],
-)
-def test_sft_files_name_file_line_and_field(tmp_path, change, error):
-    with pytest.raises(ValueError, match=rf"s\.jsonl, line 2: {error}"):
-        sft_files(write(tmp_path / "s.jsonl", SFT, SFT | change), 99)
-
-
-@pytest.mark.parametrize(("name", "content", "error"), [
-    ("s.jsonl", b"", "empty"), ("s.jsonl", b"\n \n", "empty"), ("s.jsonl", b"{}\n", "line 1: {} is not a JSON object with fields"),
-    ("s.jsonl", b"\n\n[1]\n", "line 3: \\[1\\] is not"), ("s.jsonl", b'\n{"a": \xff}', "line 2: invalid UTF-8"),
-    ("s.jsonl", b"[\n{}\n]", "line 1: malformed"), ("s.jsonl.gz", b"", "decompress it")])
-def test_files_that_hold_no_samples(tmp_path, name, content, error):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=rf"{name}.*{error}"):
-        sft_files(tmp_path / name, 99)
-    with pytest.raises(OSError, match="none.jsonl"):
-        sft_files(tmp_path / "none.jsonl", 99)
-
-
-@given(st.lists(st.lists(st.integers(0, 60), max_size=8), min_size=1, max_size=3).filter(all), st.integers(1, 400), st.integers(1, 4))
-def test_blocks_and_ranks_do_not_change_what_is_read(tmp_path_factory, sizes, block, ranks):
-    """Blank lines, a byte order mark, a last line without an end; blocks that end anywhere, also within a character."""
-    folder, expected, mark = tmp_path_factory.mktemp("files"), [], b"\xef\xbb\xbf"
-    for i, some in enumerate(sizes):
-        records = [SFT | {"domain": "ab"[n % 2], "messages": turns(f"{n}é" * (n % 7), "<think>r</think>" + "x" * n)} for n in some]
-        lines = (json.dumps(r, ensure_ascii=False).encode() + b"\n" * (1 + n % 3) for r, n in zip(records, some))
-        (folder / f"{i}.jsonl").write_bytes((mark if i else b"") + b"".join(lines).removesuffix(b"\n"))
-        expected += [data.parse_sft(r, TOKENIZER, "") for r in records]
-
-    def each(function, items, desc):  # as ranks do: by turns
-        results = {i: function(items[i]) for rank in range(ranks) for i in range(rank, len(items), ranks)}
-        return [results[i] for i in range(len(items))]
-    checksum = sft_files(f"{folder}/*.jsonl", 999).checksum
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "BLOCK", block)
-        samples = sft_files(",".join(f"{folder}/{i}.jsonl" for i in range(len(sizes))), 999, each=each)
-    assert [(s.ids.tolist(), s.domain) for s in samples] == [(s.ids.tolist(), s.domain) for s in expected]
-    assert {name: rows.tolist() for name, rows in samples.rows.items()} == {
-        name: [i for i, s in enumerate(expected) if s.domain == name] for name in sorted({s.domain for s in expected})}
-    assert sft_files(f"{folder}/*.jsonl", 999).checksum == checksum
-    few = sft_files(f"{folder}/*.jsonl", 999, limit=2)
-    assert len(few) == min(2, len(expected)) and sorted(i for rows in few.rows.values() for i in rows) == [*range(len(few))]
-
-
-def test_files_larger_than_memory(tmp_path):
-    """4,000 samples of 50 kB, 200 MB, in a process that may have 60 MB more than it needs for itself."""
-    with open(tmp_path / "s.jsonl", "w") as file:
-        for i in range(4000):
-            file.write(json.dumps(SFT | {"domain": "ab"[i % 2], "messages": turns(str(i), "<think>r</think>" + "x" * 50_000)}) + "\n")
-    program = f"""
-import resource, sys
-sys.path.insert(0, {str(Path(data.__file__).parent)!r})
-import data
-tokenizer = data.Tokenizer.byte_level()
-used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + 60_000_000,) * 2)
-samples = data.SftFiles({str(tmp_path / "s.jsonl")!r}, tokenizer, 1000, trim=True)
-loader = data.Loader(samples.rows, 8, 0, {{"a": 3, "b": 1}}, samples.checksum)
-for _ in range(20):
-    batch = [samples[i] for i in next(loader)]
-    assert [sample.domain for sample in batch].count("a") == 6 and all(sample.trimmed for sample in batch)
-print(len(samples))
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.stdout == "4000\n", done.stderr
-
-
-# --- Packing
-
-
-def make_sample(ids, loss=None, weight=1.0, domain="math"):
+def make_sample(ids, loss=None, weight=1.0):
     mask = [False] + [True] * (len(ids) - 1) if loss is None else loss
-    return data.Sample(np.array(ids, np.int32), np.array(mask, bool), weight, domain)
+    return data.Sample(np.array(ids, np.int32), np.array(mask, bool), weight, "math")
 
 
 def test_pack_by_hand():
     samples = [make_sample([1, 2, 3], [0, 0, 1], 0.5), make_sample([4, 5, 6, 7], [0, 1, 0, 1], 1.5)]
-    samples.append(make_sample([8, 9]))
-    [first, second] = data.pack(samples, capacity=7)
+    [first, second] = data.pack([*samples, make_sample([8, 9], [1, 1])], capacity=7)
     assert first.input_ids.tolist() == [4, 5, 6, 7, 1, 2, 3]
     assert first.targets.tolist() == [5, 6, 7, 0, 2, 3, 0]
     assert first.weights.tolist() == [1.5, 0, 1.5, 0, 0, 0.5, 0]
@@ -723,12 +368,12 @@ def test_packing_keeps_every_document(lengths, capacity, multiple):
             weight = 0 if found[-1] == [0] else 0.5 + b - a
             assert one.weights[a:b].tolist() == [weight] * (b - a - 1) + [0]
     assert sorted(doc for doc in found if doc != [0]) == [sample.ids.tolist() for sample in samples]
-    bins = len(data.pack(samples, capacity))  # no two of them could be one, so they are more than half full on average
+    bins = len(data.pack(samples, capacity))  # no two of them could be one: more than half full on average
     assert bins == 1 or bins * capacity < 2 * sum(lengths)
     assert len(packs) < bins + multiple
 
 
-# --- Loader
+# 5. Loader --------------------------------------------------------------------------------------------------
 
 
 def make_rows(**sizes):
@@ -747,32 +392,23 @@ def test_default_mixture_takes_every_sample_once_an_epoch(a, b, c, seed):
     assert [sorted(batch) for batch in stream(loader, 3)] == [[*range(a + b + c)]] * 3
 
 
-def test_mixture_is_exact_over_a_window():
-    rows = make_rows(math=3, code=50, other=7)
-    name = {i: name for name, numbers in rows.items() for i in numbers}
-    loader = data.Loader(rows, 10, 0, {"math": 0.6, "code": 0.3, "other": 0.1})
-    for batch in stream(loader, 20):
-        assert Counter(name[i] for i in batch) == {"math": 6, "code": 3, "other": 1}
-    loader = data.Loader(make_rows(math=3, code=50), 4, 0, {"math": 1, "code": 0})
-    assert {name[i] for batch in stream(loader, 5) for i in batch} == {"math"}
-
-
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=6).filter(any), st.integers(0, 9))
-def test_no_domain_is_ever_a_sample_away_from_its_share(weights, seed):
+@settings(max_examples=50)
+def test_no_domain_is_ever_a_whole_sample_away_from_its_share(weights, seed):
     names = "abcdef"[: len(weights)]
     rows = make_rows(**dict.fromkeys(names, 5))
     loader, drawn = data.Loader(rows, 1, seed, dict(zip(names, weights))), Counter()
     for step in range(1, 101):
         [number] = next(loader)
         drawn[names[number // 5]] += 1
-        assert all(abs(drawn[name] - step * weight / sum(weights)) < 1 for name, weight in zip(names, weights))
+        shares = {name: step * weight / sum(weights) for name, weight in zip(names, weights)}
+        assert all(abs(drawn[name] - share) < 1 for name, share in shares.items())
 
 
 def test_epochs_are_shuffled_anew_and_by_seed():
-    rows = make_rows(math=50)
-    first, second = stream(data.Loader(rows, 50, 0), 2)
-    assert first != second and sorted(first) == sorted(second)
-    assert stream(data.Loader(rows, 50, 0), 1) == [first] != stream(data.Loader(rows, 50, 1), 1)
+    first, second = stream(data.Loader(make_rows(a=50), 50, 0), 2)
+    [other] = stream(data.Loader(make_rows(a=50), 50, 1), 1)
+    assert first != second and first != other and sorted(first) == sorted(second)
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 7), st.integers(0, 9), st.booleans())
@@ -788,70 +424,404 @@ def test_resumed_stream_equals_the_uninterrupted_one(a, b, batch, taken, mixed):
     assert len(json.dumps(state)) < 300
 
 
-def test_state_of_something_else_is_refused():
-    rows = make_rows(a=4, b=4)
-    state = data.Loader(rows, 2, 0, checksum=1).state_dict()
-    for loader, name in [
-        (data.Loader(make_rows(a=4, b=3), 2, 0, checksum=1), "samples"), (data.Loader(rows, 2, 0, checksum=2), "checksum"),
-        (data.Loader(rows, 2, 1, checksum=1), "seed"), (data.Loader(rows, 2, 0, {"a": 1, "b": 2}, checksum=1), "mixture"),
-    ]:
-        with pytest.raises(ValueError, match=f"data position: {name} was"):
-            loader.load_state_dict(state)
+@pytest.mark.parametrize(("changes", "name"), [
+    ({"rows": make_rows(a=4, b=3)}, "samples"), ({"checksum": 2}, "checksum"), ({"seed": 1}, "seed"),
+    ({"mixture": {"a": 1, "b": 2}}, "mixture")])
+def test_state_of_something_else_is_refused(changes, name):
+    settings = {"rows": make_rows(a=4, b=4), "batch_size": 2, "seed": 0, "checksum": 1}
+    state = data.Loader(**settings).state_dict()
+    with pytest.raises(ValueError, match=f"data position: {name} was"):
+        data.Loader(**settings | changes).load_state_dict(state)
 
 
-@pytest.mark.parametrize(
-    ("samples", "batch", "mixture", "error"),
-    [(0, 1, None, "0 samples"), (3, 0, None, "batches of 0"), (3, 1, {"b": 1}, r"has \['b'\]"),
-     (3, 1, {"a": -1}, "weights"), (3, 1, {"a": 0}, "weights"), (3, 1, {"a": float("nan")}, "weights")],
-)
-def test_loader_refuses(samples, batch, mixture, error):
+@pytest.mark.parametrize(("size", "batch", "mixture", "error"), [
+    (0, 1, None, "0 samples"), (3, 0, None, "batches of 0"), (3, 1, {"b": 1}, r"has \['b'\]"),
+    (3, 1, {"a": -1}, "weights"), (3, 1, {"a": 0}, "weights"), (3, 1, {"a": float("nan")}, "weights")])
+def test_loader_refuses(size, batch, mixture, error):
     with pytest.raises(ValueError, match=error):
-        data.Loader(make_rows(a=samples), batch, 0, mixture)
+        data.Loader(make_rows(a=size), batch, 0, mixture)
 
 
-# --- Commands
+# 6. Reading problems ----------------------------------------------------------------------------------------
 
 
-def test_commands_refuse_unknown_flags_and_print_one_line(tmp_path, capsys):
+def test_public_shapes(tmp_path):
+    path = write(tmp_path / "x.jsonl", OURS | {"n": 3}, GSM8K, MATH, HUMANEVAL)
+    ours, gsm8k, maths, code = data.read_problems(path)
+    assert ours == data.Problem("1", "math", "1+1?", "2", {"n": 3}) and ours.record() == OURS | {"n": 3}
+    assert (gsm8k.id, gsm8k.prompt, gsm8k.answer) == ("x.jsonl:2", "Half of 48?", "24")
+    assert gsm8k.extra == {"solution": "48/2=<<48/2=24>>24."}
+    assert maths == data.Problem("a/1", "math", "1+1?", "2", {"solution": MATH["solution"], "level": 1})
+    assert (code.id, code.domain, code.prompt, code.answer) == ("HumanEval/0", "code", "def f():\n", "")
+    assert code.extra == {"tests": HUMANEVAL["test"], "entry_point": "f", "solution": "    return 1\n"}
+    assert data.read_problems(write(tmp_path / "y.jsonl", ours.record(), code.record())) == [ours, code]
+    choice = {"question": "Which?", "choices": ["x", "y"], "answer": 1, "domain": "biology"}
+    assert data.parse_problem(choice, "FILE, line 1").domain == "biology"  # a public shape may name its own
+    assert data.parse_problem(MATH | {"choices": None}, "FILE, line 1").domain == "math"
+
+
+def test_containers(tmp_path):
+    want = [data.Problem("1", "math", "1+1?", "2"), data.Problem("7", "math", "1+1?", "2")]
+    text = f"\ufeff\n{json.dumps(OURS)}\r\n\n{json.dumps(OURS | {'id': 7, 'answer': 2})}"
+    (tmp_path / "a.jsonl").write_bytes(text.encode())
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    (tmp_path / "c.json").write_text(json.dumps([OURS, OURS | {"id": "7"}], indent=1))
+    for path in tmp_path.iterdir():
+        assert data.read_problems(path) == want
+
+
+@pytest.mark.parametrize(("line", "error"), [
+    *[(line, "malformed JSON") for line in ("{", '{"a": ', "1" * 5000, "[" * 100000)], (b"\xff", "byte 0xff"),
+    *[(line, "is not a JSON object") for line in ("3", "null", "{}")],
+    *[({k: v for k, v in OURS.items() if k != name}, f"field {name} is missing") for name in OURS],
+    *[(OURS | {name: " "}, f"field {name} must be a string that is not empty") for name in OURS],
+    (OURS | {"answer": None}, "field answer"), (OURS | {"answer": True}, "field answer"),
+    (OURS | {"prompt": ["x"]}, "field prompt"), (OURS | {"prompt": "\ud800"}, "field prompt holds half"),
+    (OURS | {"id": "0"}, r"field id: \"0\" is also the id of .*bad.jsonl, line 1"),
+    (GSM8K | {"answer": "48/2 = 24"}, "field answer must end in `#### x`"),
+    (GSM8K | {"answer": "24 ####"}, "field answer must end in `#### x`"),
+    (OURS | {"question": "x", "answer": ""}, "field answer must be"),
+    (GSM8K | {"question": ""}, "field question"), ({"question": "x"}, "field answer is missing"),
+    (MATH | {"answer": ""}, "field answer"), (HUMANEVAL | {"test": ""}, "field test"),
+    ({k: v for k, v in HUMANEVAL.items() if k != "test"}, "field answer is missing")])
+def test_read_problems_names_file_line_and_field(tmp_path, line, error):
+    line = json.dumps(line) if isinstance(line, dict) else line
+    line = line.encode() if isinstance(line, str) else line
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(json.dumps(OURS | {"id": "0"}).encode() + b"\n\n" + line + b"\n")
+    with pytest.raises(ValueError, match=rf"bad\.jsonl, line 3: .*{error}"):
+        data.read_problems(path)
+
+
+GZIP = gzip.compress(json.dumps(OURS).encode())
+
+
+@pytest.mark.parametrize(("name", "raw", "error"), [
+    ("a.json", b"", "empty"), ("a.json", b"\n \n", "empty"), ("a.json", b"[]", "not a JSON array with items"),
+    ("a.json", b"[{}", "malformed JSON"), ("a.json", b"[3]", "item 1: 3 is"),
+    *[("a.gz", raw, "not a complete gzip") for raw in (GZIP[:-12], b"x" + GZIP, GZIP[:20] + bytes(30))]])
+def test_read_problems_names_the_file(tmp_path, name, raw, error):
+    (tmp_path / name).write_bytes(raw)
+    with pytest.raises(ValueError, match=rf"{name}.*{error}"):
+        data.read_problems(tmp_path / name)
+
+
+@pytest.mark.parametrize(("path", "hint"), [
+    ("runs/tiny/data/rl.jsonl", ": run python train_sft.py first"), ("runs/tinier/x", ""), ("x.jsonl", "")])
+def test_missing_files_of_the_small_run_say_what_makes_them(tmp_path, monkeypatch, path, hint):
+    monkeypatch.chdir(tmp_path)
+    for read in (data.read_problems, data.sizes_of):
+        with pytest.raises(ValueError, match=f"^{path} is missing{hint}$"):
+            read(path)
+    with pytest.raises(ValueError, match="^runs/tiny/rl is missing: run python train_rl.py first$"):
+        data.load_tokenizer("runs/tiny/rl")
+
+
+def test_a_problem_that_cannot_be_scored_is_named_by_its_line(tmp_path):
+    def check(problem):
+        if not problem.extra.get("choices"):
+            raise ValueError(f"{problem.answer!r} cannot be read")
+
+    choice = {"question": "q", "choices": ["x", "y"], "answer": "A", "id": "choice"}
+    bad = write(tmp_path / "bad.jsonl", choice, OURS)
+    with pytest.raises(ValueError, match=r"bad\.jsonl, line 2: field answer: '2' cannot be read"):
+        data.read_problems(bad, 0, check)
+    assert len(data.read_problems(bad, 1, check)) == 1  # what is beyond the limit is not looked at
+    assert [problem.where for problem in data.read_problems(bad)] == [f"{bad}, line {n}" for n in (1, 2)]
+
+
+value = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.lists(st.text(), max_size=2)
+names = st.sampled_from([*OURS, *GSM8K, *MATH, *HUMANEVAL, "tests", "choices"])
+rows = st.dictionaries(names, value, max_size=5).map(lambda row: json.dumps(row).encode())
+
+
+@given(st.lists(st.binary(max_size=20) | rows, max_size=4))
+def test_malformed_lines_are_read_or_refused(tmp_path_factory, lines):
+    path = tmp_path_factory.getbasetemp() / "malformed.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    try:
+        problems = data.read_problems(path)
+    except ValueError as error:
+        assert "malformed.jsonl" in str(error) and "\n" not in str(error)
+    else:
+        assert problems
+        assert all(p.id and p.domain and p.prompt and (p.answer or p.extra["tests"]) for p in problems)
+
+
+# 7. Tokenizer -----------------------------------------------------------------------------------------------
+
+
+def test_byte_level_ids_are_bytes_and_specials_follow():
+    assert TOKENIZER.encode("hé<think>") == [104, 195, 169, *b"<think>"]
+    assert sorted(SPECIAL.values()) == [*range(256, 272)] and TOKENIZER.vocab_size == 272
+    assert TOKENIZER.stop_ids == (SPECIAL["<|im_end|>"], SPECIAL["<|end_of_text|>"])
+
+
+def test_reply_text_is_without_the_token_that_ends_it():
+    end = TOKENIZER.stop_ids[0]
+    assert data.reply_text([*b"ab", end], TOKENIZER) == data.reply_text([*b"ab"], TOKENIZER) == "ab"
+    assert data.reply_text([end], TOKENIZER) == data.reply_text([], TOKENIZER) == ""
+    assert data.reply_text([end, 97], TOKENIZER) == "<|im_end|>a"  # only the last token ends it
+
+
+@given(st.text())
+@example("<|im_start|>system\n<think>")
+def test_tokenizer_round_trip(text):
+    ids = TOKENIZER.encode(text)
+    assert ids == list(text.encode()) and TOKENIZER.decode(ids) == text
+
+
+@given(st.lists(st.integers(0, 271)))
+def test_anything_a_model_samples_can_be_decoded(ids):
+    names = {i: name for name, i in SPECIAL.items()}
+    raw = b"".join(bytes([i]) if i < 256 else names[i].encode() for i in ids)
+    assert TOKENIZER.decode(np.array(ids, int)) == raw.decode(errors="replace")
+    for bad in (272, -1, 2**40):
+        with pytest.raises(ValueError, match=f"decode {bad}: token ids are 0 to 271"):
+            TOKENIZER.decode([*ids, bad])
+
+
+def test_tokenizer_survives_saving(tmp_path):
+    TOKENIZER.save(tmp_path)
+    again = data.Tokenizer.from_pretrained(tmp_path)
+    assert (again.special, again.bytes, again.stop_ids) == (SPECIAL, TOKENIZER.bytes, TOKENIZER.stop_ids)
+    assert {path.name for path in tmp_path.iterdir()} == {*TOKENIZER.files, "generation_config.json"}
+
+
+@given(st.text())
+def test_tokenizers_library_reads_the_same_ids(tmp_path_factory, text):
+    tokenizers = pytest.importorskip("tokenizers")
+    folder = tmp_path_factory.getbasetemp()
+    TOKENIZER.save(folder)
+    theirs = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert theirs.encode(text).ids == TOKENIZER.encode(text)
+    ids, _ = data.render_chat(turns("1+1?", "<think>two</think>2"), TOKENIZER)
+    assert theirs.encode(TOKENIZER.decode(ids)).ids == ids
+    assert theirs.get_vocab_size() == TOKENIZER.vocab_size
+    theirs.save(str(folder / "tokenizer.json"))
+    assert data.Tokenizer.from_pretrained(folder).special == SPECIAL
+    assert theirs.decode(ids, skip_special_tokens=True).count("<think>") == 1
+
+
+@pytest.mark.parametrize(("behavior", "pieces", "inverted"), [
+    ("Removed", ["a", "b"], ["--", "-"]), ("Isolated", ["a", "--", "b", "-"], ["a", "--", "b", "-"]),
+    ("Contiguous", ["a", "--", "b", "-"], ["a", "--", "b", "-"]),
+    ("MergedWithPrevious", ["a--", "b-"], ["a", "--b", "-"]),
+    ("MergedWithNext", ["a", "--b", "-"], ["a--", "b-"])])
+def test_splitter_by_hand(behavior, pieces, inverted):
+    assert data.splitter("-+", behavior)("a--b-") == pieces
+    assert data.splitter("-+", behavior, invert=True)("a--b-") == inverted
+    single = {"Isolated": ["-", "-", "b"], "MergedWithPrevious": ["-", "-", "b"], "Contiguous": ["--", "b"],
+              "MergedWithNext": ["-", "-b"], "Removed": ["b"]}
+    assert data.splitter("-", behavior)("--b") == single[behavior]
+
+
+def test_tokens_that_bpe_cannot_produce_are_never_used():
+    """Merging b with c first leaves a and bc; tiktoken alone would join them, though no merge does."""
+    vocab = {bytes([byte]): byte for byte in range(256)} | {b"bc": 256, b"ab": 257, b"abc": 258}
+    assert [*data.tiktoken_ranks(vocab, ["b c", "a b", "ab c"])][256:] == [b"bc", b"ab"]
+    assert data.tiktoken_ranks(vocab, [["a", "b"], ["b", "c"], ["ab", "c"]])[b"abc"] == 258
+
+
+GOOD = json.loads(TOKENIZER.files["tokenizer.json"])
+SPLIT = {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False}
+
+
+MODEL = GOOD["model"]
+
+
+@pytest.mark.parametrize(("change", "error"), [
+    ({"normalizer": {"type": "NFC"}}, "this normalizer is not"), ({"decoder": None}, "this decoder is not"),
+    ({"pre_tokenizer": {"type": "Metaspace"}}, "pre_tokenizer Metaspace is not supported"),
+    ({"model": MODEL | {"type": "Unigram"}}, "this model is not"),
+    ({"model": MODEL | {"dropout": 0.1}}, "this model.dropout is not"),
+    ({"model": MODEL | {"vocab": {"ab": 0}}}, "x00"),
+    *[(bad, "cannot read it as a tokenizer") for bad in (
+        {"model": None}, {"pre_tokenizer": SPLIT}, b"", b"[]", b"{", b"3", b"\xed\xa0\x80")]])
+def test_from_pretrained_names_what_it_does_not_support(tmp_path, change, error):
+    TOKENIZER.save(tmp_path)
+    text = change if isinstance(change, bytes) else json.dumps(GOOD | change).encode()
+    (tmp_path / "tokenizer.json").write_bytes(text)
+    with pytest.raises(ValueError, match=rf"tokenizer\.json: .*{error}"):
+        data.Tokenizer.from_pretrained(tmp_path)
+
+
+# 8. SFT files -----------------------------------------------------------------------------------------------
+
+SFT = {"messages": turns("q", "<think>r</think>a"), "domain": "math", "weight": 1.5}
+
+
+def sft_files(path, *options, **more):
+    return data.SftFiles(str(path), TOKENIZER, *options, **more)
+
+
+def test_sft_files(tmp_path):
+    samples = sft_files(write(tmp_path / "s.jsonl", SFT, SFT | {"domain": "code", "weight": 1}), 99)
+    ids, mask = data.render_chat(SFT["messages"], TOKENIZER)
+    assert samples[0].ids.tolist() == ids and samples[0].mask.tolist() == mask
+    assert samples[0].ids.dtype == np.int32 and samples[0].mask.dtype == bool
+    found = [(sample.weight, sample.domain, sample.trimmed) for sample in samples]
+    assert found == [(1.5, "math", False), (1.0, "code", False)]
+    assert {name: rows.tolist() for name, rows in samples.rows.items()} == {"code": [1], "math": [0]}
+
+
+def test_long_samples_are_refused_or_trimmed_and_marked(tmp_path):
+    path = write(tmp_path / "s.jsonl", SFT, SFT | {"messages": turns("q" * 50, "<think>r</think>a")})
+    ids, mask = data.render_chat(SFT["messages"], TOKENIZER)
+    size = len(ids)
+    with pytest.raises(ValueError, match=rf"s\.jsonl, line 2: .*{size + 49} tokens, the limit is {size}"):
+        sft_files(path, size)
+    one, two = sft_files(path, size, trim=True)
+    assert one.ids.tolist() == ids and not one.trimmed
+    assert len(two.ids) == len(two.mask) == size and two.trimmed and not two.mask.any()
+    one, _ = sft_files(path, size - 2, trim=True)
+    assert one.ids.tolist() == ids[:-2] and one.mask.tolist() == mask[:-2] and one.trimmed
+
+
+@pytest.mark.parametrize(("line", "error"), [
+    ({"messages": None}, "field messages: must be a list"), ({"domain": ""}, "field domain"),
+    ({"messages": turns("q")}, "field messages: holds no assistant"),
+    ({"messages": [{"role": "x", "content": ""}]}, r"field messages\[0\]\.role"),
+    *[({"weight": bad}, "field weight") for bad in (0, -1, "1", None, True, float("nan"), 1e999, 9**400)],
+    (b"{}", "{} is not a JSON object with fields"), (b"[1]", r"\[1\] is not"),
+    (b'{"a": \xff}', "malformed .*0xff"), (b"[", "malformed")])
+def test_sft_files_name_file_line_and_field(tmp_path, line, error):
+    path = write(tmp_path / "s.jsonl", SFT)
+    line = json.dumps(SFT | line).encode() if isinstance(line, dict) else line
+    path.write_bytes(path.read_bytes() + b"\n" + line)
+    with pytest.raises(ValueError, match=rf"s\.jsonl, line 3: {error}"):
+        sft_files(path, 99)
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n"])
+def test_empty_files_are_named(tmp_path, content):
+    write(tmp_path / "a.jsonl", SFT)
+    (tmp_path / "b.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=r"b\.jsonl: empty"):
+        sft_files(tmp_path / "*.jsonl", 99)
+
+
+sizes_of_files = st.lists(st.lists(st.integers(0, 60), max_size=8), min_size=1, max_size=3).filter(all)
+
+
+@given(sizes_of_files, st.integers(1, 400), st.integers(1, 4))
+@settings(max_examples=50)
+def test_blocks_and_ranks_do_not_change_what_is_read(tmp_path_factory, sizes, block, ranks):
+    """Blank lines, a byte order mark, a last line without an end; blocks end even inside a character."""
+    folder, expected = tmp_path_factory.mktemp("files"), []
+    for i, some in enumerate(sizes):
+        text = "\ufeff" if i else ""
+        for n in some:
+            messages = turns(f"{n}é" * (n % 7), "<think>r</think>" + "x" * n)
+            record = SFT | {"domain": "ab"[n % 2], "messages": messages}
+            text += json.dumps(record, ensure_ascii=False) + "\n" * (1 + n % 3)
+            expected.append(data.parse_sft(record, TOKENIZER, ""))
+        (folder / f"{i}.jsonl").write_text(text.removesuffix("\n"), "utf-8")
+
+    def each(function, items, desc):  # as ranks do: by turns
+        results = {i: function(items[i]) for rank in range(ranks) for i in range(rank, len(items), ranks)}
+        return [results[i] for i in range(len(items))]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "BLOCK", block)
+        samples = sft_files(",".join(f"{folder}/{i}.jsonl" for i in range(len(sizes))), 999, each=each)
+        assert sft_files(f"{folder}/*.jsonl", 999).checksum == samples.checksum
+    assert [(s.ids.tolist(), s.domain) for s in samples] == [(s.ids.tolist(), s.domain) for s in expected]
+    for name, rows in samples.rows.items():
+        assert rows.tolist() == [i for i, sample in enumerate(expected) if sample.domain == name]
+    assert sorted(samples.rows) == [*samples.rows] == sorted({sample.domain for sample in expected})
+    few = sft_files(f"{folder}/*.jsonl", 999, limit=2)
+    assert len(few) == min(2, len(expected))
+    assert sorted(np.concatenate([*few.rows.values()])) == [*range(len(few))]
+
+
+def test_files_larger_than_memory(tmp_path):
+    """1,500 samples of 50 kB, 75 MB, in a process that may have 30 MB more than it needs for itself."""
+    with open(tmp_path / "s.jsonl", "w") as file:
+        for i in range(1500):
+            record = SFT | {"domain": "ab"[i % 2], "messages": turns(str(i), "x" * 50_000)}
+            file.write(json.dumps(record) + "\n")
+    program = f"""
+import resource, sys
+sys.path.insert(0, {str(Path(data.__file__).parent)!r})
+import data
+tokenizer = data.Tokenizer.byte_level()
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 30_000_000,) * 2)
+samples = data.SftFiles({str(tmp_path / "s.jsonl")!r}, tokenizer, 1000, trim=True)
+loader = data.Loader(samples.rows, 8, 0, {{"a": 3, "b": 1}}, samples.checksum)
+for _ in range(10):
+    batch = [samples[i] for i in next(loader)]
+    assert [sample.domain for sample in batch].count("a") == 6 and all(sample.trimmed for sample in batch)
+print(len(samples))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "1500\n", done.stderr
+
+
+# 9. Scripts and commands ------------------------------------------------------------------------------------
+
+
+def test_show(tmp_path, capsys):
+    row = {"messages": turns("a", "<think>b</think>c"), "domain": "math", "weight": 0.5}
+    path = write(tmp_path / "s.jsonl", row, row, row | {"domain": "code"})
+    assert data.main(["show", str(path), "--rows", "1"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("<think>b</think>c<|im_end|>") == 1
+    size = len(data.render_chat(row["messages"], TOKENIZER)[0])
+    assert re.search(rf"\nmath +2 +{2 * size} +{size} +0\.500", out) and re.search("\ncode +1 ", out)
+    assert data.main(["show", str(write(tmp_path / "p.jsonl", OURS))]) == 0
+    assert "1+1?<|im_end|>\n<|im_start|>assistant\n2<|im_end|>" in capsys.readouterr().out
+
+
+def test_commands_refuse_bad_flags_in_one_line(tmp_path, capsys):
     (tmp_path / "file").touch()
     rows = ["--sft", "3", "--rl", "3", "--heldout", "3"]
     for arguments, message in [
-        (["make", "--sftt", "3"], "unrecognized arguments: --sftt 3"), (["make", "--sft", "x"], "argument --sft"),
-        (["curate"], "arguments are required: traces"), ([], "arguments are required"), (["fetch"], "invalid choice: 'fetch'"),
-        (["make", "--out", str(tmp_path / "file"), *rows], "file"),
-    ]:
+        (["make", "--sftt", "3"], "unrecognized arguments: --sftt 3"), ([], "arguments are required"),
+        (["make", "--sft", "x"], "argument --sft"), (["make", "--out", f"{tmp_path}/file", *rows], "file"),
+        (["curate"], "arguments are required: traces"), (["fetch"], "invalid choice: 'fetch'"),
+        (["show", str(tmp_path / "none.jsonl")], "none.jsonl is missing")]:
         assert data.main(arguments) == 1
         printed = capsys.readouterr().err
         assert re.fullmatch("error: .+\n", printed) and message in printed
 
 
-# --- Folders of runs
+def test_many_unknown_verdicts_are_an_error_that_says_why():
+    reasons = Counter({"unknown: no sandbox": 1, "unknown: no memory": 2})
+    data.check_unknown("x", reasons, 150)  # 2% exactly
+    data.check_unknown("x", Counter(), 0)
+    with pytest.raises(ValueError) as error:
+        data.check_unknown("x", reasons, 149)
+    assert str(error.value) == "x: 3 of 149 verdicts are unknown, more than 2%: 2 x no memory; 1 x no sandbox"
 
 
 def test_a_folder_is_opened_once_and_never_taken_from_another_run(tmp_path, monkeypatch):
-    def open_run(**changes):
-        return data.open_run(tmp_path / "run", {"seed": 0, "data": "a"} | changes, ("log.jsonl", "model"), fresh=False, device="cpu", ranks=1)
+    def open_run(fresh=False, **changes):
+        identity = {"seed": 0, "data": "a"} | changes
+        return data.open_run(tmp_path, identity, ("log.jsonl", "model"), fresh=fresh, device="cpu", ranks=1)
+
+    def refused(why, **changes):
+        with pytest.raises(ValueError, match=why):
+            open_run(**changes)
 
     lock = open_run()
-    with pytest.raises(ValueError, match="another process is working in this folder"):
-        open_run()
+    refused("another process is working here")
     lock.close()
-    about = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert about["identity"] == {"seed": 0, "data": "a"} and about["ranks"] == 1 and about["hardware"].endswith("CPU cores")
-    assert {"torch", "python", "commit"} <= set(about)
-    (tmp_path / "run" / "model").mkdir()
+    path = tmp_path / "run.json"
+    about = json.loads(path.read_text())
+    assert about["identity"] == {"seed": 0, "data": "a"} and about["ranks"] == 1
+    assert about["hardware"].endswith("CPU cores") and {"torch", "python", "commit"} <= set(about)
+    (tmp_path / "model").mkdir()
     open_run()  # the same run goes on
-    with pytest.raises(ValueError, match="run.json: this folder holds another run, with --seed 0 and not 1"):
-        open_run(seed=1)
+    refused("run.json: this folder holds another run, with --seed 0 and not 1", seed=1)
     for broken in ("{", "[]", "{}"):
-        (tmp_path / "run" / "run.json").write_text(broken)
-        with pytest.raises(ValueError, match="holds model of no known run"):
-            open_run()
-    (tmp_path / "run" / "run.json").unlink()
-    with pytest.raises(ValueError, match="holds model of no known run"):  # a folder of somebody's own work
-        open_run()
-    assert (tmp_path / "run" / "model").is_dir()
-    monkeypatch.setenv("PATH", "")  # where there is no git
-    data.open_run(tmp_path / "run", {"seed": 1}, ("log.jsonl", "model"), fresh=True, device="cpu")
-    assert not (tmp_path / "run" / "model").exists()
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["commit"] == "unknown"
+        path.write_text(broken)
+        refused("holds files of no known run")
+    path.unlink()
+    refused("holds files of no known run")  # somebody's own work
+    assert (tmp_path / "model").is_dir()
+    monkeypatch.setenv("PATH", "")  # git cannot be found
+    open_run(fresh=True, seed=1)
+    assert not (tmp_path / "model").exists()
+    assert json.loads(path.read_text())["commit"] == "unknown"

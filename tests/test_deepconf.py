@@ -1,4 +1,4 @@
-"""DeepConf: every formula by hand, the machine against a brute-force reading of the rules, the traps of other code."""
+"""DeepConf: each formula by hand, Online against a brute-force reading of the rules, traps of other code."""
 
 import json
 import math
@@ -11,11 +11,9 @@ from hypothesis import strategies as st
 
 import deepconf as d
 
-FAST = settings(deadline=None, max_examples=200, derandomize=True)
 
-
-def trace(answer, *conf):
-    return SimpleNamespace(answer=answer, confidences=list(conf))
+def trace(answer, *conf, correct=None):
+    return SimpleNamespace(answer=answer, confidences=list(conf), correct=correct)
 
 
 def test_formulas_by_hand():
@@ -30,8 +28,15 @@ def test_formulas_by_hand():
     assert d.stop_threshold([1, 2, 3, 4, 5], 90) == pytest.approx(1.4)  # percentile 10: HIGH keeps most
     assert d.keep_top([1, 2, 3, 4, 5], 10).tolist() == [False] * 4 + [True]
     assert d.keep_top([2, 2, 2], 10).all()  # ties are kept
-    assert d.auroc([1, 2, 3, 3], [0, 1, 0, 1]) == pytest.approx((1 + 0.0 + 1 + 0.5) / 4)
-    assert math.isnan(d.auroc([1, 2], [1, 1]))
+
+
+def test_calibration_by_hand():
+    # Lowest groups of right traces: 2, 3, of wrong ones: 1, 3. Of four pairs two are in order, one ties.
+    right = [trace("a", 2, 4, correct=True), trace("a", 3, correct=True)]
+    wrong = [trace("b", 1, correct=False), trace("b", 3, correct=False)]
+    assert d.calibration_sentence([*right, *wrong, trace("c", 9)], 1).startswith(
+        "lowest group against correctness: AUROC 0.625, mean of right traces 2.500, of wrong ones 2.000")
+    assert "AUROC nan, mean of right traces 2.500, of wrong ones nan" in d.calibration_sentence(right, 1)
 
 
 def test_votes_by_hand():
@@ -39,7 +44,8 @@ def test_votes_by_hand():
     assert d.vote(["a", "b", "a"], [1, 5, 1]) == ("b", pytest.approx(5 / 7))
     assert d.vote(["b", "a"]) == ("b", 0.5)  # the first of equals
     assert d.vote([None, "a", None]) == ("a", 1) and d.vote([None]) == (None, 0) and d.vote([]) == (None, 0)
-    assert d.vote(["1/2", "3", "0.5"], same=lambda a, b: {a, b} == {"1/2", "0.5"}) == ("1/2", pytest.approx(2 / 3))
+    same = {("1/2", "0.5"), ("0.5", "1/2")}
+    assert d.vote(["1/2", "3", "0.5"], same=lambda *pair: pair in same) == ("1/2", pytest.approx(2 / 3))
     kept = d.offline([trace("wrong", 1, 1)] * 9 + [trace("right", 3, 3)], eta=10, window=2)
     assert kept == ("right", 1)
     assert d.majority_at([trace("a", 1, 1), trace("b", 1), trace("b", 1)], 3) == ("a", 3)
@@ -48,8 +54,9 @@ def test_votes_by_hand():
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_confidence_that_is_not_finite(bad):
-    for call in (lambda: d.lowest_group([1, bad], 1), lambda: d.vote(["a"], [bad]), lambda: d.token_confidence([[bad]]),
-                 lambda: d.Online(4).on_token(0, bad), lambda: d.stop_threshold([bad], 10)):
+    for call in (lambda: d.lowest_group([1, bad], 1), lambda: d.vote(["a"], [bad]),
+                 lambda: d.token_confidence([[bad]]), lambda: d.Online(4).on_token(0, bad),
+                 lambda: d.stop_threshold([bad], 10)):
         with pytest.raises(ValueError, match="finite"):
             call()
 
@@ -60,33 +67,31 @@ def test_settings_that_make_no_sense(bad):
         d.Online(4, **bad)
 
 
-def test_online_by_hand():
-    warm = [trace("a", 2, 2), trace("b", 4, 4)]  # lowest 2 and 4; eta 50: s = 3; only b votes, consensus is there
-    m = d.replay([*warm, trace("c", 9, 9)], n_init=2, eta=50, window=2, tau=0.95)
-    assert (m.threshold, m.result(), m.tokens) == (3, ("b", 1.0), 4)  # the third trace was never started
-    m = d.replay([*warm, trace("c", 9, 9, 1, 9, 9), trace("c", 5, 5)], n_init=2, eta=50, window=2, tau=None)
-    # The third: windows 9, 9, then (9 + 1) / 2 = 5, 5, 9 stay above 3; the fourth has 5: c gets 5 + 5 of 14.
-    assert m.tokens == 4 + 5 + 2 and m.result() == ("c", pytest.approx(10 / 14))
-    m = d.replay([*warm, trace("c", 9, 9, 1, 1, 9, 9)], n_init=2, eta=50, window=2, tau=None)
-    assert m.tokens == 4 + 4 and m.result() == ("b", 1.0)  # stopped at the fourth token, which counts; it does not vote
-    m = d.replay([*warm, trace("c", 1)], n_init=2, eta=50, window=2, tau=None)
-    assert m.tokens == 5 and m.result() == ("b", 1.0)  # short: runs to its end, its mean 1 does not reach 3
-    m = d.replay([*warm, trace("c", 9)], n_init=2, eta=50, window=2, tau=None)
-    assert m.result() == ("c", pytest.approx(9 / 13))  # short and confident: votes
-    assert d.replay([trace("a", 2, 2)] * 5, n_init=2, eta=10, window=2, tau=None).tokens == 10  # identical traces: no stop
+WARM = [trace("a", 2, 2), trace("b", 4, 4)]  # lowest 2 and 4; eta 50: s = 3, only b votes
+
+
+@pytest.mark.parametrize(("more", "tau", "tokens", "result"), [
+    ([trace("c", 9, 9)], 0.95, 0, ("b", 1.0)),  # consensus: the third trace is never started
+    # Windows 9, 9, then (9 + 1) / 2 = 5, 5, 9 stay above 3; the fourth trace has 5: c gets 5 + 5 of 14.
+    ([trace("c", 9, 9, 1, 9, 9), trace("c", 5, 5)], None, 5 + 2, ("c", 10 / 14)),
+    ([trace("c", 9, 9, 1, 1, 9, 9)], None, 4, ("b", 1.0)),  # stopped at a token that counts; it does not vote
+    ([trace("c", 1, 1, 1, 1)], None, 2, ("b", 1.0)),  # stopped at its first full window
+    ([trace("c", 1)], None, 1, ("b", 1.0)),  # short: runs to its end, its mean 1 does not reach 3
+    ([trace("c", 9)], None, 1, ("c", 9 / 13)),  # short and confident: votes
+    ([trace("b", 3, 3)] * 3, None, 3 * 2, ("b", 1.0)),  # a tie with the threshold is no stop
+])
+def test_online_by_hand(more, tau, tokens, result):
+    m = d.replay([*WARM, *more], n_init=2, eta=50, window=2, tau=tau)
+    assert (m.threshold, m.tokens, m.result()) == (3, 4 + tokens, (result[0], pytest.approx(result[1])))
 
 
 def test_admission_does_not_depend_on_the_order_of_endings():
     m = d.Online(6, n_init=2, eta=90, window=1, tau=None, batch=2)
-    assert [m.admit(0), m.admit(1), m.admit(2)] == ["go", "go", "wait"]
-    for i in (1, 0):
-        m.on_token(i, 1.0)
-        m.finish(i, "a")
-    assert [m.admit(2), m.admit(3), m.admit(4)] == ["go", "go", "wait"]
-    for i in (3, 2):
-        m.on_token(i, 1.0)
-        m.finish(i, "a")
-    assert [m.admit(4), m.admit(5), m.admit(6)] == ["go", "go", "done"]
+    for first, after in ((0, d.WAIT), (2, d.WAIT), (4, d.DONE)):
+        assert [m.admit(first + i) for i in range(3)] == [d.GO, d.GO, after]
+        for i in (first + 1, first):
+            m.on_token(i, 1.0)
+            m.finish(i, "a")
 
 
 LOOPS = [trace(None, 9, 9)] * 2  # confident, and without an answer
@@ -124,20 +129,9 @@ def test_voters_without_confidence_have_one_vote_each():
     assert d.vote(["a", None], [0, 5]) == ("a", 1.0)
 
 
-def test_a_trace_below_the_threshold_everywhere():
-    warm = [trace("a", 4, 4)] * 2
-    m = d.replay([*warm, trace("b", 1, 1, 1, 1)], n_init=2, eta=10, window=2, tau=None)
-    assert m.tokens == 4 + 2 and m.traces[2].stopped  # at its first full window
-    assert m.result() == ("a", 1.0)
-    assert d.offline([*warm, trace("b", 1, 1)], eta=10, window=2) == ("a", 1.0)
-
-
-@pytest.mark.parametrize("call", [
-    lambda: d.offline([trace("a", 1), trace("b")]), lambda: d.majority_at([trace("a", 1), trace("b")], 9),
-    lambda: d.replay([trace("a", 1), trace("b")], n_init=1, tau=None), lambda: d.Online(4).finish(1, "b")])
-def test_a_trace_without_a_token_is_named(call):
-    with pytest.raises(ValueError, match="trace 1: it .* token"):
-        call()
+def test_a_trace_that_ends_without_a_token_is_named():
+    with pytest.raises(ValueError, match="trace 1: it ended without a token"):
+        d.replay([trace("a", 1), trace("b")], n_init=1, tau=None)
 
 
 def lopsided(a, b):
@@ -148,18 +142,20 @@ def lopsided(a, b):
 def test_votes_and_verdicts_survive_an_equality_that_is_none():
     assert d.vote(["a", "b", "c"], same=lopsided) == ("a", pytest.approx(2 / 3))
     assert d.vote(["c", "b", "a"], same=lopsided) == ("c", pytest.approx(1 / 3))
-    rows = [("a", False), ("b", True), (None, False)]
-    recorded = [d.Recorded("p", i, answer, right, [1.0]) for i, (answer, right) in enumerate(rows)]
-    for name, method in d.methods(2, 2, 0.95, lopsided).items():
-        assert d.is_right(method(recorded)[0], recorded, lopsided) in (True, False), name
+    traces = [trace("a", 1, correct=False), trace("b", 1, correct=True), trace(None, 1, correct=False)]
+    methods = [*d.compare(traces, 2, lopsided)]
+    assert len(methods) == 15
+    for name, answer, _ in methods:
+        assert d.is_right(answer, traces, lopsided) in (True, False), name
 
 
 def test_is_right_by_hand():
     def traces(*rows):
-        return [d.Recorded("p", i, answer, correct, [1.0]) for i, (answer, correct) in enumerate(rows)]
-    same = {("0.5", "1/2"), ("50%", "0.5"), ("50%", "50")}
+        return [trace(answer, 1.0, correct=correct) for answer, correct in rows]
+
     def alike(a, b):
-        return (a, b) in same or (b, a) in same
+        return {a, b} in ({"0.5", "1/2"}, {"50%", "0.5"}, {"50%", "50"})
+
     assert d.is_right("1/2", traces(("1/2", True))) is True
     assert d.is_right(None, traces((None, None))) is False  # nobody voted
     assert d.is_right("x", traces(("x", None), ("x", True), ("y", False))) is True  # one verdict is known
@@ -169,7 +165,7 @@ def test_is_right_by_hand():
     assert d.is_right("2", traces(("1", True)), alike) is None  # nobody gave it
 
 
-confidence = st.just(0.0) | st.floats(1 / 64, 20, width=32)  # what is smaller vanishes in the machine's units
+confidence = st.just(0.0) | st.floats(1 / 64, 20, width=32)
 one = st.tuples(st.sampled_from(["a", "b", None]), st.lists(confidence, min_size=1, max_size=12))
 traces_of = st.lists(one, min_size=3, max_size=12)
 
@@ -185,12 +181,14 @@ def poll(votes):
     return best, sums[best] / sum(sums.values()) if sums else 0.0
 
 
-@FAST
+@settings(max_examples=100, derandomize=True)
 @given(traces_of, st.integers(1, 5), st.sampled_from([10, 50, 90]), st.sampled_from([None, 0.6, 0.95]))
 def test_online_against_the_rules(rows, window, eta, tau):
     """The oracle recomputes everything from whole prefixes at every token."""
+
     def means(conf):
         return [np.mean(conf[max(0, i - window) : i]) for i in range(min(window, len(conf)), len(conf) + 1)]
+
     answered = [min(means(conf)) for answer, conf in rows[:2] if answer is not None]
     s = np.percentile(answered, 100 - eta) if answered else -math.inf
     if any(abs(mean - (s - d.TIE)) < 1e-8 for _, conf in rows for mean in means(conf)):
@@ -210,42 +208,49 @@ def test_online_against_the_rules(rows, window, eta, tau):
     assert machine.result() == (poll(votes)[0], pytest.approx(poll(votes)[1], abs=1e-6))
 
 
-def test_long_running_sums_do_not_drift():
+def test_running_sums_do_not_drift():
     m = d.Online(2, n_init=1, window=3)
-    for c in [1e6, 1e-6] * 20000 + [0.5, 0.25, 0.25]:
-        m.on_token(0, c)
-    assert m.traces[0].total / (3 * d.UNIT) == pytest.approx(1 / 3, rel=1e-8)
+    confidences = np.random.default_rng(0).uniform(0, 50, 65536).astype(np.float32).tolist()
+    for confidence in confidences:
+        m.on_token(0, confidence)
+    assert abs(m.traces[0].total / 3 - math.fsum(confidences[-3:]) / 3) < d.TIE / 1000
+    assert abs(m.traces[0].lowest - d.lowest_group(confidences, 3)) < d.TIE / 1000
+
+
+def write_traces(path, rows):
+    """rows: (problem, answer, correct, confidences)."""
+    names = ("problem", "answer", "correct", "confidences", "sample")
+    path.write_text("".join(json.dumps(dict(zip(names, (*row, i)))) + "\n" for i, row in enumerate(rows)))
 
 
 def test_command_line(tmp_path, capsys):
     path = tmp_path / "traces.jsonl"
-    def line(i, answer, c):
-        return json.dumps({"problem": "p", "sample": i, "answer": answer, "correct": answer == "7", "confidences": [c] * 4})
-    path.write_text("\n".join(line(i, "7" if i % 3 == 0 else "8", 5.0 if i % 3 == 0 else 1.0) for i in range(20)))
-    assert d.main([str(path), "--window", "2", "--budget", "20"]) == 0
+    right, wrong = ("p", "7", True, [5.0] * 4), ("p", "8", False, [1.0] * 4)
+    write_traces(path, [wrong if i % 3 else right for i in range(20)])
+    assert d.main([str(path), "--window", "2"]) == 0
     out = capsys.readouterr().out
     assert "| majority | 0.0 |" in out and "| online LOW | 100.0 |" in out and "AUROC 1.000" in out
 
-
-def test_command_line_with_unknown_verdicts(tmp_path, capsys):
-    path = tmp_path / "traces.jsonl"
     rows = [("known", "1/2", True)] * 2 + [("known", "0.5", None)] * 3 + [("unknown", "7", None)] * 3
-    names = ("problem", "answer", "correct", "sample", "confidences")
-    records = [dict(zip(names, (*row, i, [1.0]))) for i, row in enumerate(rows)]
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    write_traces(path, [(*row, [1.0]) for row in rows])
     assert d.main([str(path), "--window", "2"]) == 0
     out = capsys.readouterr().out
     assert "| majority | 100.0 | 0.0 | 1.00 | 1 | 1 |" in out  # 0.5 is 1/2, which is known
     assert out.count("| 1 | 1 |\n") == 15  # every row leaves one problem out
-    assert "AUROC nan, mean of right traces 1.000, of wrong ones nan" in out
+
+
+LINE = '{"problem":"p","sample":0,"answer":"1","correct":true,"confidences":[1]}'
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("", "empty"), ("{", "line 1: malformed JSON"), ("3", "line 1: 3 is not"),
-    ('{"problem": "p"}', "line 1: field sample"),
-    ('{"problem":"p","sample":0,"answer":"1","correct":1,"confidences":[1]}', "line 1: field correct"),
-    ('{"problem":"p","sample":0,"answer":"1","correct":true,"confidences":[NaN]}', "field confidences: value 0 is nan"),
-    ('{"problem":"p","sample":0,"answer":"1","correct":true,"confidences":[]}', "field confidences: shape (0,)"),
+    ("", "empty"),
+    ("{", "line 1: malformed JSON"),
+    ("3", "line 1: 3 is not"),
+    (LINE + '\n{"problem": "p"}', "line 2: field sample"),
+    (LINE.replace("true", "1"), "line 1: field correct"),
+    (LINE.replace("[1]", "[NaN]"), "line 1: field confidences: value 0 is nan"),
+    (LINE.replace("[1]", "[]"), "line 1: field confidences: shape (0,)"),
+    (LINE.replace("[1]", "[{}]"), "line 1: field confidences: expected a list of numbers"),
 ])
 def test_malformed_traces(tmp_path, capsys, text, message):
     path = tmp_path / "traces.jsonl"

@@ -15,8 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import model as m
 from model import (PRESETS, Cache, Decoder, FalconH1, FalconH1Config, Sampler, attend, document_table, draw, generate, prefill,
                    read_safetensors, slots_that_fit, ssm_multipliers, write_safetensors)
-from tests.measure import peak_bytes
-from train_sft import target_logprobs
+from tests.bench import peak_bytes
 
 SMALL = FalconH1Config(
     vocab_size=37, hidden_size=12, intermediate_size=20, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -238,7 +237,7 @@ def test_log_probabilities_are_those_of_the_trainer():
     model, prompt = build(), [3, 4, 5]
     for trace in generate(model, [prompt], max_new_tokens=20, samples=4, temperature=0.85, stop_ids=[9]):
         ids = torch.tensor([prompt + trace.tokens])
-        logprobs, entropy = target_logprobs(model, ids[:, :-1], ids[:, 1:], temperature=0.85)
+        logprobs, entropy = model(ids[:, :-1], targets=ids[:, 1:], temperature=0.85)
         assert trace.logprobs == pytest.approx(logprobs[0, 2:].tolist(), abs=1e-4) and (entropy > 0).all()
         top = model(ids[:, :-1])[0, 2:].log_softmax(-1).topk(20).values
         assert trace.confidences == pytest.approx((-top.mean(-1)).tolist(), abs=1e-4)

@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import ssm_scan as s
+from tests.bench import random_inputs, relative_errors
 from tests.compile_kernels import SHARED, executed
-from tests.measure import random_inputs, relative_errors
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = pytest.mark.parametrize("backend", ["torch", "triton"])

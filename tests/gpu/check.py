@@ -10,8 +10,7 @@ import torch
 
 import model
 import ssm_scan
-from tests.measure import CHUNK, cotangents, random_inputs, relative_errors, scan_results
-from train_sft import target_logprobs
+from tests.bench import CHUNK, cotangents, random_inputs, relative_errors, scan_results
 
 SHAPE = dict(h=4, p=16, g=1, n=16) if DRY else dict(h=24, p=128, g=1, n=256)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -96,7 +95,7 @@ def sampled(net, prompts, new, slots):
     for trace, prompt in zip(traces, prompts):
         ids = torch.tensor([prompt + trace.tokens], device=DEV)
         with torch.no_grad():
-            trained = target_logprobs(net, ids[:, :-1], ids[:, 1:])[0][0, len(prompt) - 1 :]
+            trained = net(ids[:, :-1], targets=ids[:, 1:])[0][0, len(prompt) - 1 :]
         worst = max(worst, float((trained - torch.tensor(trace.logprobs, device=DEV)).abs().max()))
     return [trace.tokens for trace in traces], worst
 

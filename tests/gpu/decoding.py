@@ -5,9 +5,25 @@ from stages import DEV, DRY, put, put_kernels, seconds, stage
 
 import torch
 
-from model import PRESETS, FalconH1, generate, prefill
-from tests.measure import (decoding_floor, decoding_step, floors, flops_per_token, milliseconds,
-                           step_kernel_bytes)
+from kernels import step_kernel_bytes
+from model import PRESETS, Cache, Decoder, FalconH1, generate, prefill
+from tests.bench import decoding_floor, floors, flops_per_token, milliseconds
+
+
+def decoding_step(model, batch, context):
+    """run() -> logits of a step of `batch` sequences with `context` tokens each, whose cache holds noise."""
+    cache = Cache(model.config, batch, context + 1, dtype=torch.bfloat16, device=DEV)
+    for part in (cache.k, cache.v, cache.conv, cache.ssm):
+        part.normal_()
+    tokens = torch.randint(model.config.vocab_size, (batch,), device=DEV)
+    step = Decoder(model, cache)
+
+    @torch.no_grad()
+    def run():
+        cache.used = context  # the same step again
+        cache.lengths.fill_(context)
+        return step(tokens)
+    return run
 
 
 def one_step(model, batch, context, limits, detail):

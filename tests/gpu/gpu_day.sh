@@ -5,8 +5,9 @@
 #
 # First, all at once and untimed: kernels compiled on every core (warm.py), errors, equal bits, graphs
 # (check.py), the tests marked gpu, and the small run: SFT killed and continued, RL, evaluation. Then, timed,
-# one by one: the scan and its kernels beside mamba_ssm and fla, convolution, draw, AdamW (scan.py), decoding
-# (decoding.py), training steps (train.py), and what ncu counts in each of our kernels, where it is installed.
+# one by one: the scan and its kernels next to mamba_ssm and fla (scan.py), convolution, draw and AdamW
+# (parts.py), decoding (decoding.py), training steps (train.py), and what ncu counts in our kernels, if it is
+# installed.
 #
 # $OUT (runs/gpu) gets results.jsonl, a line at a time, ncu.csv, and at the end logs.tar.gz, a log per stage.
 # A stage that fails or takes too long costs only itself; none starts after $BUDGET seconds (480). Without a
@@ -74,7 +75,8 @@ stage check 170 $PY $HERE/check.py
 wait
 
 # What matters most comes first.
-stage scan 110 $PY $HERE/scan.py
+stage scan 100 $PY $HERE/scan.py
+stage parts 30 $PY $HERE/parts.py
 stage decoding 110 $PY $HERE/decoding.py
 stage train 70 $PY $HERE/train.py $LAYERS $TOKENS
 command -v ncu >/dev/null && stage ncu 50 ncu --clock-control none --csv --log-file "$OUT/ncu.csv" \

@@ -1,4 +1,4 @@
-"""Times against bytes: the scan next to mamba_ssm's and fla's, each of its kernels, convolution, draw, AdamW.
+"""Times against bytes: the scan next to mamba_ssm's and fla's, and each of its kernels.
 python tests/gpu/scan.py"""
 
 import itertools
@@ -7,9 +7,8 @@ from stages import DEV, DRY, put, put_kernels, stage
 
 import torch
 
-from model import PRESETS
-from tests.measure import (CHUNK, floors, kernel_bytes, milliseconds, ours, parts, passes, scan_inputs,
-                           scan_work)
+from kernels import kernel_bytes
+from tests.bench import CHUNK, floors, milliseconds, ours, passes, scan_inputs, scan_work
 from tests.peers import peers
 
 SHAPES = {"small": (4, 16, 16)} if DRY else {"7B": (24, 128, 256), "0.5B": (24, 64, 128)}
@@ -28,21 +27,12 @@ def scan(by, function, shape, t, packed, bandwidth, rate, chunk=CHUNK, detail=Fa
             put_kernels("kernel", run, bandwidth, kernel_bytes(t, h, p, n, chunk)[part], **about)
 
 
-def others(c, tokens, batches, bandwidth):
-    for name, run, size in parts(c, torch.bfloat16, DEV, tokens, batches):
-        took = milliseconds(run, DEV)
-        put("part", name=name, ms=took, share=size / bandwidth * 1e3 / took)
-        put_kernels("part kernel", run, bandwidth, {"_conv_kernel": size}, top=5, part=name)
-
-
 def main():
     limits, device = floors(DEV), "cpu" if DRY else torch.cuda.get_device_name()
     put("floors", device=device, copy_gb_s=limits[0] / 1e9, matrix_tflop_s=limits[1] / 1e12)
     for shape, t, packed in itertools.product(SHAPES, TOKENS, (False, True)):
         stage(f"ours, {shape}, {t}", scan, "ours", ours(), shape, t, packed, *limits,
               detail=not packed and shape != "0.5B")
-    sizes = (PRESETS["tiny"], 300, (2,)) if DRY else (PRESETS["7b"], 32768, (1, 16, 256))
-    stage("other parts", others, *sizes, limits[0])
     found = peers()
     if DRY:  # a CPU launches none of them
         return

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from tests.measure import kernel_times
+from kernels import kernel_times
 
 DRY = not torch.cuda.is_available()
 DEV = "cpu" if DRY else "cuda"

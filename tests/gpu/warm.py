@@ -12,8 +12,8 @@ from stages import DEV, DRY, put
 import torch
 
 from ssm_scan import causal_conv1d, ssd_step
+from tests.bench import ours, passes, scan_inputs
 from tests.peers import peers
-from tests.measure import ours, passes, scan_inputs
 
 SHARES = 6  # processes per peer: two peers and three shapes of ours occupy 15 cores
 SHAPES = ("1024 24 128 256", "1024 24 64 128", "1024 3 32 32")

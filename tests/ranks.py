@@ -1,0 +1,158 @@
+"""Ranks as processes, for test_train_sft.py and test_train_rl.py, forked from a server that has imported
+torch, which takes seconds. What they run is defined here, where they find it by name."""
+
+import gc
+import importlib
+import multiprocessing
+import os
+import resource
+import signal
+import socket
+import sys
+import tempfile
+import traceback
+import weakref
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch._dynamo  # noqa: F401  (seconds, too)
+import torch.distributed as dist
+
+import data
+import train_rl  # noqa: F401  (the server imports it for its children)
+import train_sft
+from model import check
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["tests.ranks"])
+
+class Result(NamedTuple):
+    status: int  # negative: the signal that ended the process
+    out: str
+    err: str
+
+def launch(body, *args, ranks=1):
+    """Run body() in processes, args being the command line -> a Result per rank, or that of the only one."""
+    with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        given = [(body, [str(a) for a in args], rank, ranks, port, folder) for rank in range(ranks)]
+        processes = [SERVER.Process(target=_rank, args=a) for a in given]
+        for process in processes:
+            process.start()
+        results = []
+        for rank, process in enumerate(processes):
+            process.join(100)
+            out, err = (Path(folder, f"{rank}.{name}").read_text() for name in ("out", "err"))
+            results.append(Result(process.exitcode, out, err))
+            process.kill()
+    return results if ranks > 1 else results[0]
+
+def _rank(body, args, rank, ranks, port, folder):
+    for fd, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{folder}/{rank}.{name}", os.O_CREAT | os.O_WRONLY), fd)
+    torch.set_num_threads(1)
+    if ranks > 1:
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
+                       "MASTER_PORT": str(port)}
+    sys.argv = ["script", *args]
+    status = 70
+    try:
+        status = train_sft.run_main(body)
+    except Exception:
+        traceback.print_exc()
+    sys.stdout.flush()
+    os._exit(status)
+
+def die_at(script, moment, rank=0):
+    """A script whose rank kills itself before it logs ("log of step 3") or writes a file (end of path)."""
+    def dying(function, name):
+        def inner(*args):
+            if name(*args).endswith(moment) and int(os.environ.get("RANK", 0)) == rank:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args)
+        return inner
+
+    train_sft.Run.write = dying(train_sft.Run.write, lambda run, step, *rest: f"log of step {step}")
+    data.write_text = dying(data.write_text, lambda path, text: str(path))
+    importlib.import_module(script).main()
+
+def full_disk():
+    """train_sft.py where no file may exceed 2 MB."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))
+    train_sft.main()
+
+def traced():
+    """train_sft.py whose --compile does all but generate code, which takes most of the time."""
+    torch.compile = partial(torch.compile, backend="eager")
+    train_sft.main()
+
+def differ(what):
+    """train_sft.py on ranks that were started with other seeds, or see other files."""
+    sizes = data.sizes_of
+    if what == "files":
+        data.sizes_of = lambda pattern: {name: n + dist.get_rank() for name, n in sizes(pattern).items()}
+    else:
+        sys.argv += ["--seed", os.environ["RANK"]]
+    train_sft.main()
+
+def count_copies(script, expected):
+    """A script that checks how many unsharded copies are alive when it trains, and that they are current."""
+    gc.disable()  # a copy is to go when its last user has gone, not some time later
+    module = importlib.import_module(script)
+    unsharded_copy, train_step, made = train_sft.unsharded_copy, module.train_step, []
+
+    def copied(model, *args):
+        copy = unsharded_copy(model, *args)
+        if not any(copy is known() for known in made):
+            made.append(weakref.ref(copy))
+        held = copy.state_dict()
+        for name, p in model.state_dict().items():
+            check(torch.equal(held[name], p.full_tensor()), f"the copy's {name} is out of date")
+        return copy
+
+    def counted(*args):
+        alive = sum(known() is not None for known in made)
+        check(alive == expected, f"{alive} copies are held while training, expected {expected}")
+        return train_step(*args)
+
+    train_sft.unsharded_copy, module.train_step = copied, counted
+    module.main()
+    print(f"made {len(made)} copies")
+
+def compare_gradients(folders, file, settings):
+    """Loss and gradient of a batch on all ranks and one process; settings: (cp, replicas, pack_tokens)."""
+    samples = [*data.SftFiles(file, data.Tokenizer.byte_level(), 512, limit=9)]
+    packs = data.pack(samples, 4096)
+    whole = [_gradient(train_sft.load_model(folder), packs, train_sft.Ranks()) for folder in folders]
+    start = train_sft.start_ranks("cpu")
+    for folder, (one, expected) in zip(folders, whole):
+        for cp, replicas, pack_tokens in settings:
+            if folder.name == "uneven" and cp < start.world:
+                continue
+            ranks = replace(start, cp=cp, replicas=replicas)
+            model = train_sft.shard(train_sft.load_model(folder), ranks, pack_tokens < 512)
+            loss, grad = _gradient(model, data.pack(samples, pack_tokens, ranks.dp_size), ranks)
+            off = abs(loss / one - 1), float((grad - expected).norm() / expected.norm())
+            print(f"cp {cp}, replicas {replicas}: loss off by {off[0]:.1e}, gradient by {off[1]:.1e}")
+            check(max(off) < 1e-6, "the ranks do not compute what one process does")
+
+def _gradient(model, packs, ranks):
+    total = train_sft.total_loss_weight(packs)
+    begun = []
+
+    def loss_of(row):
+        if begun and ranks.world > 1 and ranks.replicas == 1:  # replicas show theirs after the last row
+            for p in model.parameters():
+                sliced = p.grad is not None and p.grad.to_local().numel() < p.numel()
+                check(sliced, "after a row, a rank holds more than its slice of the gradient")
+        begun.append(row)
+        return train_sft.sft_loss(model, row, total)
+
+    loss = float(ranks.all_sum(train_sft.accumulate_gradients(model, packs, ranks, loss_of)))
+    grads = [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in model.parameters()]
+    return loss, torch.cat([g.flatten() for g in grads])

@@ -1,0 +1,90 @@
+"""What can be taken into another project alone runs there, and imports run one way."""
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# Files that are copied together, and a use of them.
+SETS = [
+    ("ssm_scan.py", """
+import torch, ssm_scan
+x, B = torch.randn(1, 5, 2, 4), torch.randn(1, 5, 1, 3)
+y, state = ssm_scan.ssd_scan(x, torch.rand(1, 5, 2), -torch.ones(2), B, B)
+assert y.shape == x.shape and state.shape == (1, 2, 4, 3)
+"""),
+    ("model.py ssm_scan.py decode.py", """
+from model import PRESETS, FalconH1, generate
+model = FalconH1(PRESETS["tiny"]).eval()
+model.save_pretrained("folder")
+traces = [generate(m, [[1, 2, 3]], max_new_tokens=4)[0] for m in (model, FalconH1.from_pretrained("folder"))]
+assert len(traces[0].tokens) == 4 and traces[0].tokens == traces[1].tokens
+"""),
+    ("data.py", """
+import data
+assert data.main(["make", "--sft", "3", "--rl", "3", "--heldout", "3", "--out", "made"]) == 0
+ids, mask = data.render_chat([{"role": "user", "content": "1+1?"}], data.Tokenizer.byte_level())
+assert len(data.read_problems("made/rl.jsonl")) == 3 and len(ids) == len(mask)
+"""),
+    ("deepconf.py", """
+import deepconf, types
+traces = [types.SimpleNamespace(answer=a, confidences=[c] * 4) for a, c in [("7", 2.0), ("8", 1.0)] * 9]
+assert deepconf.offline(traces, window=2) == deepconf.replay(traces, window=2).result() == ("7", 1.0)
+"""),
+    ("sandbox.py", """
+import sandbox
+walls = sandbox.sandbox_walls()
+unsafe = any(state != "on" for state in walls.values())
+verdict = sandbox.run_code("print(2 * int(input()))", [{"input": "2", "output": "4"}], unsafe=unsafe)
+assert verdict.score == 1, verdict
+"""),
+    ("rewards.py sandbox.py", r"""
+import rewards, types
+problem = types.SimpleNamespace(prompt="q", answer="0.5", domain="math", extra={})
+assert rewards.verify(r"so \boxed{\frac12}", problem).score == 1
+assert rewards.verify(r"so \boxed{2}", problem).score == 0
+"""),
+]
+
+
+@pytest.mark.parametrize(("files", "use"), SETS, ids=[files for files, _ in SETS])
+def test_a_set_of_files_works_alone(files, use, tmp_path):
+    for file in files.split():
+        shutil.copy(ROOT / file, tmp_path)
+    (tmp_path / "use.py").write_text(use)
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "use.py"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+# What each script imports of the others, at most; a main() may import more, but never a test.
+ALLOWED = {
+    "ssm_scan": "", "data": "", "deepconf": "", "sandbox": "", "rewards": "sandbox", "decode": "ssm_scan",
+    "model": "ssm_scan decode", "train_sft": "ssm_scan model data",
+    "train_rl": "ssm_scan model data rewards train_sft", "eval": "model data deepconf rewards sandbox",
+}
+
+
+def imported(nodes):
+    """The modules that these syntax nodes import, functions called main left out."""
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+        elif getattr(node, "name", "") != "main":
+            yield from imported(ast.iter_child_nodes(node))
+
+
+@pytest.mark.parametrize("script", ALLOWED)
+def test_imports_run_one_way(script):
+    tree = ast.parse((ROOT / f"{script}.py").read_text())
+    assert set(imported(tree.body)) & {*ALLOWED, "tests"} <= set(ALLOWED[script].split())
+    everywhere = imported(node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom))
+    assert not [name for name in everywhere if name.split(".")[0] == "tests"]
