@@ -9,7 +9,7 @@ Three backends compute the same function and all of its gradients:
     python tests/compile_kernels.py 90          registers, spills, shared memory of the kernels, without a GPU
     TRITON_INTERPRET=1 python your_script.py    backend="triton" on a CPU, slowly, in Triton's interpreter
 
-To copy this file, take nothing else. Argument names follow mamba_ssm and causal_conv1d.
+Argument names follow mamba_ssm and causal_conv1d. To copy this file, take nothing else.
 
 Glossary (Mamba-2 is arXiv 2405.21060)
     b, t, h, p   batch, tokens, heads, channels per head (the paper's P, "head dim")
@@ -35,11 +35,11 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 try:
     import triton
     import triton.language as tl
-
     _jit, constexpr = triton.jit, tl.constexpr
 except ImportError:  # macOS and Windows: the kernels below are plain functions that nobody calls
     triton, tl, _jit, constexpr = None, None, lambda kernel: kernel, int
@@ -121,7 +121,8 @@ def _scan_chunked(x, dt, B, C, A, S, cu, chunk_size):
     """
     (h, p), (g, n) = x.shape[1:], B.shape[1:]
     lengths = [end - start for start, end in zip(cu, cu[1:])]
-    l = min(chunk_size, chunk_of(p, n), max(lengths))
+    # The fastest chunk on a CPU. Per token: l decays and p n / l of a state; fewest at l = sqrt(p n).
+    l = min(chunk_size, 1 << max(4, (p * n).bit_length() // 2), max(lengths))
     sizes = [size for length in lengths for size in (length, -length % l)]  # tokens, padding, tokens, ...
 
     def cut(v):  # (tokens, ...) -> (k, l, ...)
@@ -169,7 +170,6 @@ class _DecayedScores(torch.autograd.Function):
 
     dc_i = sum of column i - sum of row i, without the diagonal: there the two terms cancel exactly, and
     subtracting them would cost the digits that strong decays leave over."""
-
     @staticmethod
     def forward(ctx, bc, c):
         bc = bc.triu()
@@ -190,11 +190,6 @@ class _DecayedScores(torch.autograd.Function):
 def _bounded_exp(c):
     """exp(c), c <= 0, clamped at e^-60 = 9e-27: denormals are 100x slower on a CPU."""
     return c.clamp(-60, 0).exp_()
-
-
-def chunk_of(p, n):
-    """The fastest chunk on a CPU. Per token: l decays and p n / l of a state; fewest at l = sqrt(p n)."""
-    return 1 << max(4, (p * n).bit_length() // 2)
 
 
 # 3. The scan in Triton: kernels -----------------------------------------------------------------------------
@@ -219,9 +214,8 @@ def chunk_of(p, n):
 #
 #     2^(c_i - c_j) dt_j = after[r, i] before[r, j]      after = 2^(c_i - c_r)    before = 2^(c_r - c_j) dt_j
 #
-# Boundary 0 is the chunk's start, the last one its end. Tiles on the diagonal take c itself, as a pair of
-# float32, the rounded sum and what rounding lost: neighbours late in a strongly decaying chunk differ by less
-# than the sum's last digit.
+# Boundary 0 is the chunk's start, the last one its end. The diagonal takes c itself, as a pair of float32:
+# the rounded sum and what rounding lost, because neighbours may differ by less than the sum's last digit.
 #
 # Backward. With R_t = dL/dS_t, everything the loss sees of the state, the definition differentiates to
 #
@@ -229,16 +223,7 @@ def chunk_of(p, n):
 #     a_t = exp(dt_t A)                    dB_t = dt_t R_t^T x_t          dC_t = S_t^T dy_t
 #
 # R is a scan like S, run from the last token to the first. So states, outputs, and dB and dC have one kernel
-# each for both directions. REVERSED turns the triangle around, and the arguments are:
-#
-#     kernel     argument             forward                            REVERSED
-#     _states    value, key           x, B                               dy, C
-#                states               S before each chunk                R after each chunk
-#                initial, final       S at the sequences' start, end     R at their end, start
-#     _scan      value, query         x, C                               dy, B
-#                states, out          S, y                               R, dx
-#     _dbc       value, own, other    dy, C, B                           x, B, C
-#                states, out, flow    S, dC, F                           R, dB, E
+# each for both directions: REVERSED turns the triangle around, and section 4 says what the arguments are then.
 #
 # The gradient of log a_t sums over every path from a source to an output that crosses step t. With q_ij the
 # share of source j in the loss through output i, F_i that of the entering state through output i, E_j that of
@@ -255,10 +240,9 @@ def chunk_of(p, n):
 # numbers are int64, because t h p passes 2^31 at 700,000 tokens of the 7B model.
 #
 # Arguments are pointers: start, left, first as in chunk_table; x, B, ... (tokens, h or g, p or n); cb, dcb
-# (k, g, l, l); states (k, h, p, n); decays as in _rows. s_value is the number of elements from one token of value
-# to the next, and so on. Capitals are known at compile time: the sizes above, R boundaries EDGE tokens apart,
-# and the sides BL, BP, BN, BK of tiles. A tile of cb is loaded whole, in wide loads, and selected from
-# afterwards: a mask would make it fetch element by element.
+# (k, g, l, l); states (k, h, p, n); decays as in _rows. s_value is the stride from one token of value to the
+# next. Capitals are known at compile time: the sizes above, R boundaries EDGE tokens apart, the sides BL, BP,
+# BN, BK of tiles. A tile of cb is loaded whole and selected from afterwards: a mask would make loads narrow.
 
 
 @_jit
@@ -372,10 +356,9 @@ def _states_kernel(value, key, decays, start, left, first, initial, states, fina
     n, in_n = _range(tile % ACROSS * BN, BN, N)
     place = p[:, None] * N + n[None, :]
     inside = in_p[:, None] & in_n[None, :]
-    if initial is None:
-        S = tl.zeros((BP, BN), tl.float32)
-    else:
-        S = tl.load(initial + (s * H + h) * P * N + place, mask=inside, other=0.0)
+    S = tl.zeros((BP, BN), tl.float32)
+    if initial is not None:
+        S += tl.load(initial + (s * H + h) * P * N + place, mask=inside, other=0.0)
 
     # All chunks but the last are full: one loop over all tokens, whose loads run ahead across chunks. What a
     # chunk needs once, its decay 2^(c_l) and the state before it, is loaded a chunk ahead by hand.
@@ -441,10 +424,8 @@ def _scan_kernel(value, query, cb, states, decays, D, start, left, out, s_value,
         q = _load(query, i[:, None], s_query, n[None, :], row & in_n[None, :])  # (BL, BK)
         S = tl.load(states + head * P * N + p * N + n[:, None], mask=in_n[:, None] & in_p, other=0.0)
         acc = tl.dot(q, S, acc, input_precision="ieee")
-    if REVERSED:
-        acc *= tl.load(after + edge + L - 1)
-    else:
-        acc *= tl.load(after + tile * BL - 1, mask=tile > 0, other=1.0)
+    last = edge + L - 1 if REVERSED else tile * BL - 1
+    acc *= tl.load(after + last, mask=last >= 0, other=1.0)
 
     # Step 1 below the diagonal: cb, weighted by column before the product and by row after the last one.
     begin, end = ((tile + 1) * BL, num) if REVERSED else (0, tile * BL)
@@ -599,7 +580,7 @@ def _dense(v):
 
 
 def _launch(kernel, programs, *args, **options):
-    tensors = (v for v in (*args, *options.values()) if isinstance(v, torch.Tensor))
+    tensors = (v for v in (*args, *options.values()) if isinstance(v, Tensor))
     with torch.cuda.device_of(next(tensors)):  # Triton launches on the current GPU, wherever the tensors are
         kernel[(programs,)](*args, **options)
 
@@ -617,20 +598,18 @@ def _tiling(l, p, n, dtype, shared_memory):
     bp, bn = _power(p), _power(n)
     small = dict(num_warps=4, num_stages=2)
     large = dict(num_warps=8, num_stages=3) if wide else small
-    return {
-        "decays": dict(BH=4, num_warps=4),
-        "cb": dict(BL=side, BK=min(64, bn), **large),
-        "states": dict(BP=min(small_side, bp), BN=min(64, bn), BK=min(256 if wide else 32, l), **small),
-        "scan": dict(BL=side, BP=bp, BK=min(inner, bn), **large | dict(num_stages=2)),
-        "dcb": dict(BL=edge, BP=min(32, bp) if full else bp, **small),
-        "dbc": dict(BL=side, BN=min(128 if wide else 64, bn), BP=bp, BK=inner, **large),
-        "ddt": dict(num_warps=4),
-    }
+    return dict(
+        decays=dict(BH=4, num_warps=4),
+        cb=dict(BL=side, BK=min(64, bn), **large),
+        states=dict(BP=min(small_side, bp), BN=min(64, bn), BK=min(256 if wide else 32, l), **small),
+        scan=dict(BL=side, BP=bp, BK=min(inner, bn), **large | dict(num_stages=2)),
+        dcb=dict(BL=edge, BP=min(32, bp) if full else bp, **small),
+        dbc=dict(BL=side, BN=min(128 if wide else 64, bn), BP=bp, BK=inner, **large),
+        ddt=dict(num_warps=4))
 
 
 class _Plan:
     """The kernels of one scan. `given` are the arguments that mean the same to all of them, by name."""
-
     def __init__(self, inputs, cu, l, **given):
         """Computes the decays. inputs: x (tokens, h, p), dt (tokens, h), B, C (tokens, g, n), A, D (h,)."""
         x, dt, B, C, A, D = inputs
@@ -654,15 +633,15 @@ class _Plan:
     def launch(self, kernel, name, grid, **given):
         """Adds the stride between tokens of every tensor: s_value for value, and so on."""
         given = self.given | given
-        given |= {"s_" + key: v.stride(0) for key, v in given.items() if isinstance(v, torch.Tensor)}
+        given |= {"s_" + key: v.stride(0) for key, v in given.items() if isinstance(v, Tensor)}
         given = {key: v for key, v in given.items() if key in kernel.arg_names}
         _launch(kernel, self.count(name, grid), **given, **self.tiles[name])
 
 
 # Custom operators are opaque to torch.compile, which therefore has no graph break.
 @torch.library.custom_op("falcon_h1r::ssd", mutates_args=("y", "final", "states", "cb"))
-def _ssd(inputs: Sequence[torch.Tensor], initial: torch.Tensor | None, y: torch.Tensor, cb: torch.Tensor,
-         states: torch.Tensor, final: torch.Tensor | None, cu: Sequence[int], l: int) -> None:
+def _ssd(inputs: Sequence[Tensor], initial: Tensor | None, y: Tensor, cb: Tensor, states: Tensor,
+         final: Tensor | None, cu: Sequence[int], l: int) -> None:
     x, _, B, C, _, _ = inputs
     plan = _Plan(inputs, cu, l, cb=cb)
     plan.launch(_cb_kernel, "cb", "LLGk")
@@ -672,9 +651,8 @@ def _ssd(inputs: Sequence[torch.Tensor], initial: torch.Tensor | None, y: torch.
 
 
 @torch.library.custom_op("falcon_h1r::ssd_backward", mutates_args=("gradients", "dinitial"))
-def _ssd_backward(dy: torch.Tensor, dfinal: torch.Tensor | None, inputs: Sequence[torch.Tensor],
-                  states: torch.Tensor, cb: torch.Tensor, gradients: Sequence[torch.Tensor],
-                  dinitial: torch.Tensor | None, cu: Sequence[int], l: int) -> None:
+def _ssd_backward(dy: Tensor, dfinal: Tensor | None, inputs: Sequence[Tensor], states: Tensor, cb: Tensor,
+                  gradients: Sequence[Tensor], dinitial: Tensor | None, cu: Sequence[int], l: int) -> None:
     """gradients: of x, dt, B and C, and (k, h) the parts of those of A and D."""
     x, _, B, C, A, _ = inputs
     dx, ddt, dB, dC, dA, dD = gradients
@@ -705,15 +683,14 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, S, cu, l, want_final, *inputs):
         x, _, B, _, A, _ = inputs
-        (h, p), (g, n) = x.shape[1:], B.shape[1:]
-        k = sum(_chunks(cu, l))
+        k, (h, p), (g, n) = sum(_chunks(cu, l)), x.shape[1:], B.shape[1:]
         y = _empty(x, *x.shape)
         final = _empty(A, len(cu) - 1, h, p, n) if want_final else None
         states = _empty(x, k, h, p, n)  # that enter each chunk
         cb = _empty(x, k, g, l, l)
         _ssd(inputs, S, y, cb, states, final, cu, l)
         ctx.save_for_backward(*inputs, states, cb)
-        ctx.cu, ctx.l, ctx.from_state = cu, l, S is not None
+        ctx.cu, ctx.l = cu, l
         ctx.set_materialize_grads(False)  # None for final states that nobody used, instead of as many zeros
         return y, final
 
@@ -724,7 +701,7 @@ class _Scan(torch.autograd.Function):
         k, h, p, n = states.shape
         dy = x.new_zeros(x.shape) if dy is None else dy.contiguous()
         dfinal = None if dfinal is None else dfinal.contiguous()
-        dinitial = _empty(A, len(ctx.cu) - 1, h, p, n) if ctx.from_state else None
+        dinitial = _empty(A, len(ctx.cu) - 1, h, p, n) if ctx.needs_input_grad[0] else None
         gradients = [_empty(v, *v.shape) for v in inputs[:4]]
         gradients += [_empty(A, k, h, dtype=torch.float64) for _ in "AD"]
         _ssd_backward(dy, dfinal, inputs, states, cb, gradients, dinitial, ctx.cu, ctx.l)
@@ -734,7 +711,8 @@ class _Scan(torch.autograd.Function):
 
 def _scan_triton(x, dt, B, C, A, D, S, cu, chunk_size, want_final):
     """x (tokens, h, p) in its own dtype, dt (tokens, h) float32 -> y with D x in it, final states."""
-    check(x.shape[2] <= 256, f"x: got {x.shape[2]} channels per head, expected at most 256, else backend=torch")
+    p = x.shape[2]
+    check(p <= 256, f'x: got {p} channels per head, expected at most 256, or backend="torch"')
     longest = max(end - start for start, end in zip(cu, cu[1:]))
     l = _power(min(chunk_size, 1024, longest))  # a program of _decays_kernel holds a chunk
     D = torch.zeros_like(A) if D is None else D
@@ -746,13 +724,12 @@ def _scan_triton(x, dt, B, C, A, D, S, cu, chunk_size, want_final):
 # 5. One token -----------------------------------------------------------------------------------------------
 
 def ssd_step(state, x, dt, A, B, C, *, D=None, dt_bias=None, dt_softplus=False):
-    """One token of `ssd_scan`, in torch (decode.py has a kernel for it). Without gradients the state is
-    updated in place, because large batches spend the memory bandwidth on it.
+    """One token of `ssd_scan`, in torch; decode.py has a kernel for it.
 
     Args:
-        state: (b, h, p, n). x, dt, B, C: (b, h, p), (b, h), (b, g, n), (b, g, n). The rest as for ssd_scan.
+        state, x, dt: (b, h, p, n), (b, h, p), (b, h). B, C: (b, g, n). The others are as for ssd_scan.
     Returns:
-        y (b, h, p) in x's dtype, and the new state.
+        y (b, h, p) in x's dtype, and the new state, updated in place if nothing needs gradients.
     """
     check(x.dim() == 3, f"x: got {tuple(x.shape)}, expected (b, h, p)")
     _check_scan(x, dt, A, B, C, D, dt_bias, state, x.shape[0])
@@ -783,14 +760,12 @@ def causal_conv1d(x, weight, bias=None, *, initial_states=None, cu_seqlens=None,
         x, weight, bias: (b, t, d) with any t >= 1, (d, k), (d,).
         initial_states: (s, d, k - 1), the inputs before the first token, newest last; zeros if None.
         activation: None or "silu". cu_seqlens and backend are as for ssd_scan.
-
     Returns:
         y (b, t, d) and the final states (s, d, k - 1), differentiable in every tensor.
     """
     check(x.dim() == 3 and x.shape[1] >= 1, f"x: got {tuple(x.shape)}, expected (b, t, d) with t >= 1")
     b, t, d = x.shape
     k = weight.shape[-1]
-    silu = activation == "silu"
     backend = _backend(backend, x)
     cu = check_cu_seqlens(cu_seqlens, b, t)
     _check_conv(x, weight, bias, activation, initial_states, len(cu) - 1)
@@ -803,11 +778,14 @@ def causal_conv1d(x, weight, bias=None, *, initial_states=None, cu_seqlens=None,
         row = torch.cat([part for pair in zip(states.mT, row.split(lengths)) for part in pair])
         cu = tuple(start + i * (k - 1) for i, start in enumerate(cu))
 
-    y = _ConvTriton.apply(_dense(row), taps, cu, silu) if backend == "triton" else _ConvTorch.apply(row, taps)
+    if backend == "triton":
+        y = _ConvTriton.apply(_dense(row), taps, cu, activation == "silu")
+    else:
+        y = _ConvTorch.apply(row, taps)
     if not bare:
         y = torch.cat(y.split([size for length in lengths for size in (k - 1, length)])[1::2])
-    y = F.silu(y) if silu and backend == "torch" else y  # of tokens alone: 0 times a neighbour's NaN is NaN
-
+    if activation and backend != "triton":  # of tokens alone: 0 times a neighbour's NaN is NaN
+        y = F.silu(y)
     start, left, _ = chunk_table(cu, cu[-1], x.device)  # one chunk per sequence
     token = (start + left)[:, None] + torch.arange(1 - k, 0, device=x.device)  # (s, k - 1)
     final = torch.where((token >= start[:, None])[..., None], row[token.clamp(min=0)], 0)
@@ -828,7 +806,6 @@ def causal_conv1d_step(state, x, weight, bias=None, *, activation=None):
 class _ConvTorch(torch.autograd.Function):
     """x (tokens, d) of one sequence, taps (k + 1, d) with the bias last -> as x. In autograd each slice of x
     would get a gradient as large as x, filled with zeros and added up."""
-
     @staticmethod
     def forward(ctx, x, taps):
         ctx.save_for_backward(x, taps)
@@ -915,8 +892,8 @@ def _conv_kernel(x, taps, dy, out, dtaps, start, left, s_x, CHANNELS: constexpr,
 
 
 @torch.library.custom_op("falcon_h1r::conv", mutates_args=("out", "dtaps"))
-def _conv(x: torch.Tensor, taps: torch.Tensor, dy: torch.Tensor | None, out: torch.Tensor,
-          dtaps: torch.Tensor | None, cu: Sequence[int], silu: bool) -> None:
+def _conv(x: Tensor, taps: Tensor, dy: Tensor | None, out: Tensor, dtaps: Tensor | None, cu: Sequence[int],
+          silu: bool) -> None:
     sizes = _CONV_FORWARD if dy is None else _CONV_BACKWARD
     start, left, _ = chunk_table(tuple(cu), sizes["BT"], x.device)
     programs = len(start) * triton.cdiv(x.shape[1], sizes["BD"])
@@ -954,9 +931,9 @@ def check_tensors(x, **expected):
     """Check every name=(tensor or None, shape): its shape, and that it is on the device of x."""
     for name, (v, shape) in expected.items():
         if v is not None:
-            fits = tuple(v.shape) == tuple(shape) and v.device == x.device
-            got = f"{tuple(v.shape)} on {v.device}"
-            check(fits, f"{name}: got {got}, expected {tuple(shape)} on {x.device}")
+            got, want = tuple(v.shape), tuple(shape)
+            check(got == want and v.device == x.device,
+                  f"{name}: got {got} on {v.device}, expected {want} on {x.device}")
 
 
 def check_cu_seqlens(cu_seqlens, b, t):
@@ -964,7 +941,7 @@ def check_cu_seqlens(cu_seqlens, b, t):
     if cu_seqlens is None:
         return tuple(range(0, b * t + 1, t))
     check(b == 1, f"cu_seqlens: got a batch of {b}, expected packed sequences in a batch of 1")
-    cu = tuple(cu_seqlens.tolist() if isinstance(cu_seqlens, torch.Tensor) else cu_seqlens)
+    cu = tuple(cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens)
     whole = len(cu) >= 2 and all(type(i) is int for i in cu) and (cu[0], cu[-1]) == (0, t)
     rising = whole and all(i < j for i, j in zip(cu, cu[1:]))
     check(rising, f"cu_seqlens: got {cu}, expected strictly increasing integers from 0 to {t}, all tokens")
@@ -1000,11 +977,8 @@ def _backend(name, x):
 
 
 class _GatherRows(torch.autograd.Function):
-    """x[index], but its backward is a gather or a store instead of a scatter-add: faster and deterministic.
-
-    x (tokens, ...), index (rows,), inverse (tokens,): where each token sits in index. It is needed if index
-    repeats tokens as padding, whose gradients are dropped: nothing may read padding."""
-
+    """x (tokens, ...)[index (rows,)], whose backward is no scatter-add: faster and deterministic. Where index
+    is padded, inverse (tokens,) says where each token sits in it; gradients of padding are dropped."""
     @staticmethod
     def forward(ctx, x, index, inverse=None):
         ctx.save_for_backward(index, inverse)
@@ -1028,10 +1002,9 @@ def to_device(tensors, device):
         return tensors
     # Each starts at a multiple of 16 bytes: for other addresses Triton compiles again.
     padded = [F.pad(v.flatten(), (0, -v.numel() % 16)) for v in tensors]
-    together = torch.cat(padded)
-    if device.type == "cuda" and not torch.compiler.is_compiling():
-        together = together.pin_memory()
-    parts = together.to(device, non_blocking=True).split([len(v) for v in padded])
+    row = torch.cat(padded)
+    row = row.pin_memory() if device.type == "cuda" and not torch.compiler.is_compiling() else row
+    parts = row.to(device, non_blocking=True).split([len(v) for v in padded])
     return [part[: v.numel()].view(v.shape) for part, v in zip(parts, tensors)]
 
 
