@@ -1,4 +1,5 @@
 """The state-space half of Falcon-H1: the SSD scan of Mamba-2 and the short causal convolution in front of it.
+Argument names follow mamba_ssm and causal_conv1d. To copy this file, take nothing else.
 
 Three backends compute the same function and all of its gradients:
 
@@ -8,8 +9,6 @@ Three backends compute the same function and all of its gradients:
 
     python tests/compile_kernels.py 90          registers, spills, shared memory of the kernels, without a GPU
     TRITON_INTERPRET=1 python your_script.py    backend="triton" on a CPU, slowly, in Triton's interpreter
-
-Argument names follow mamba_ssm and causal_conv1d. To copy this file, take nothing else.
 
 Glossary (Mamba-2 is arXiv 2405.21060)
     b, t, h, p   batch, tokens, heads, channels per head (the paper's P, "head dim")
@@ -45,7 +44,7 @@ except ImportError:  # macOS and Windows: the kernels below are plain functions 
     triton, tl, _jit, constexpr = None, None, lambda kernel: kernel, int
 
 
-# 1. The scan and its definition -----------------------------------------------------------------------------
+# 1. The scan, one step of it, and the definition ------------------------------------------------------------
 
 def ssd_scan(x, dt, A, B, C, *, D=None, dt_bias=None, dt_softplus=False, initial_states=None, cu_seqlens=None,
              chunk_size=256, backend=None, return_final_states=True):
@@ -65,15 +64,12 @@ def ssd_scan(x, dt, A, B, C, *, D=None, dt_bias=None, dt_softplus=False, initial
         y (b, t, h, p) in x's dtype and the final states (s, h, p, n), float32 or float64; both differentiable
         in every tensor.
     Raises:
-        ValueError, naming the argument. (A >= 0 gives NaN on a GPU: looking would make the host wait.)
-    """
+        ValueError, naming the argument. (A >= 0 gives NaN on a GPU: looking would make the host wait.)"""
     backend = _backend(backend, x)
     check(x.dim() == 4 and x.shape[1] >= 1, f"x: got {tuple(x.shape)}, expected (b, t, h, p) with t >= 1")
-    check(isinstance(chunk_size, int) and chunk_size >= 1,
-          f"chunk_size: got {chunk_size}, expected an integer >= 1")
+    check(type(chunk_size) is int and chunk_size >= 1, f"chunk_size: got {chunk_size}, expected an int >= 1")
     cu = check_cu_seqlens(cu_seqlens, *x.shape[:2])
     _check_scan(x, dt, A, B, C, D, dt_bias, initial_states, len(cu) - 1)
-
     shape = x.shape
     dtype = torch.promote_types(x.dtype, torch.float32)  # of the state and of all sums
     dt = _step_size(dt, dt_bias, dt_softplus, dtype)
@@ -87,6 +83,29 @@ def ssd_scan(x, dt, A, B, C, *, D=None, dt_bias=None, dt_softplus=False, initial
         y, S = scan(x.to(dtype), dt, B.to(dtype), C.to(dtype), A, S, cu, chunk_size)
         y = y if D is None else torch.addcmul(y, D[:, None], x)
     return y.to(x.dtype).view(shape), S if return_final_states else None
+
+
+def ssd_step(state, x, dt, A, B, C, *, D=None, dt_bias=None, dt_softplus=False):
+    """One token of `ssd_scan`, in torch; decode.py has a kernel for it.
+
+    Args:
+        state, x, dt: (b, h, p, n), (b, h, p), (b, h). B, C: (b, g, n). The others are as for ssd_scan.
+    Returns:
+        y (b, h, p) in x's dtype, and the new state; under torch.no_grad() the old one is updated in place."""
+    check(x.dim() == 3, f"x: got {tuple(x.shape)}, expected (b, h, p)")
+    _check_scan(x, dt, A, B, C, D, dt_bias, state, x.shape[0])
+    dtype = state.dtype
+    heads = (B.shape[1], -1)  # (g, h / g): the heads of a group share B and C
+    dt = _step_size(dt, dt_bias, dt_softplus, dtype)
+    keep = torch.exp(dt * A.to(dtype))[..., None, None]
+    # In place where no gradient forbids it: large batches spend the memory bandwidth on the state.
+    state = state * keep if torch.is_grad_enabled() else state.mul_(keep)
+    grouped = state.unflatten(1, heads)  # a view
+    written = (dt[..., None] * x).unflatten(1, heads)[..., None]  # (b, g, h / g, p, 1)
+    grouped.addcmul_(written, B.to(dtype)[:, :, None, None])
+    y = C.to(dtype)[:, :, None] @ grouped.flatten(2, 3).mT  # (b, g, 1, n) (b, g, n, p h / g)
+    y = y.view(x.shape) if D is None else torch.addcmul(y.view(x.shape), D.to(dtype)[:, None], x)
+    return y.to(x.dtype), state
 
 
 def _step_size(dt, dt_bias, dt_softplus, dtype):
@@ -117,8 +136,7 @@ def _scan_chunked(x, dt, B, C, A, S, cu, chunk_size):
             + exp(c_i) S C_i                                      what the entering state adds        (step 4)
         S'  = exp(c_l) S + sum_j exp(c_l - c_j) dt_j x_j B_j^T    the state handed on             (steps 2, 3)
 
-    Padding is 0, also dt: it neither writes nor decays, so c_l is right for chunks that are not full, too.
-    """
+    Padding is 0, also dt: it neither writes nor decays, so c_l is right for chunks that are not full, too."""
     (h, p), (g, n) = x.shape[1:], B.shape[1:]
     lengths = [end - start for start, end in zip(cu, cu[1:])]
     # The fastest chunk on a CPU. Per token: l decays and p n / l of a state; fewest at l = sqrt(p n).
@@ -129,9 +147,6 @@ def _scan_chunked(x, dt, B, C, A, S, cu, chunk_size):
         padding = v.new_zeros(sum(sizes[1::2]), *v.shape[1:]).split(sizes[1::2])
         parts = [part for pair in zip(v.split(lengths), padding) for part in pair]
         return torch.cat(parts).unflatten(0, (-1, l))
-
-    def by_group(v):  # (k, h, p, .) -> (k, g, p h / g, .)
-        return v.reshape(len(v), g, -1, v.shape[-1])
 
     # From here on time is the last dimension: heads of a group, rows of one matrix, share B and C uncopied.
     dt = cut(dt).transpose(1, 2)  # (k, h, l)
@@ -146,7 +161,7 @@ def _scan_chunked(x, dt, B, C, A, S, cu, chunk_size):
     # Step 2, what each chunk adds to the state. c_l - c_j is a sum over the tokens after j, not a difference.
     rest = F.pad(a[..., 1:].flip(2).cumsum(2).flip(2), (0, 1)).to(x.dtype)
     written = dtx * _bounded_exp(rest)[:, :, None]  # (k, h, p, l)
-    added = (by_group(written) @ B).view(-1, h, p, n)
+    added = (written.reshape(-1, g, p * h // g, l) @ B).view(-1, h, p, n)
 
     # Step 3, from chunk to chunk, the only sequential loop: t / l short steps per sequence.
     keep = _bounded_exp(c[..., -1].to(x.dtype))[..., None, None]  # (k, h, 1, 1)
@@ -159,7 +174,7 @@ def _scan_chunked(x, dt, B, C, A, S, cu, chunk_size):
         finals.append(state)
 
     # Step 4, what the entering state adds to each token's output.
-    read = (by_group(torch.stack(entering)) @ C).view(y.shape)
+    read = (torch.stack(entering).view(-1, g, p * h // g, n) @ C).view(y.shape)
     y = torch.addcmul(y, read, _bounded_exp(c.to(x.dtype))[:, :, None])
     y = y.permute(0, 3, 1, 2).flatten(0, 1)  # (k l, h, p)
     return torch.cat(y.split(sizes)[::2]), torch.stack(finals)
@@ -167,7 +182,6 @@ def _scan_chunked(x, dt, B, C, A, S, cu, chunk_size):
 
 class _DecayedScores(torch.autograd.Function):
     """(B C^T)_ji exp(c_i - c_j) at row j, column i >= j, else 0. bc (k, g, l, l), c (k, h, l) -> (k, h, l, l)
-
     dc_i = sum of column i - sum of row i, without the diagonal: there the two terms cancel exactly, and
     subtracting them would cost the digits that strong decays leave over."""
     @staticmethod
@@ -223,7 +237,7 @@ def _bounded_exp(c):
 #     a_t = exp(dt_t A)                    dB_t = dt_t R_t^T x_t          dC_t = S_t^T dy_t
 #
 # R is a scan like S, run from the last token to the first. So states, outputs, and dB and dC have one kernel
-# each for both directions: REVERSED turns the triangle around, and section 4 says what the arguments are then.
+# each for both directions: REVERSED turns the triangle around, and section 4 gives it other arguments.
 #
 # The gradient of log a_t sums over every path from a source to an output that crosses step t. With q_ij the
 # share of source j in the loss through output i, F_i that of the entering state through output i, E_j that of
@@ -261,8 +275,8 @@ def _chunk_program(tiles, heads, start, left, L: constexpr):
 
 @_jit
 def _rows(decays, head, L: constexpr, R: constexpr):
-    """One head's decays in a chunk, 2 r + 3 rows of l float32: after and before at every boundary, dt, c, and
-    what c lost in rounding. Returns where after, before and dt start."""
+    """One head's decays in a chunk, 2 r + 3 rows of l float32: after and before at r boundaries, dt, c, and
+    what rounding took from c. Returns where after, before and dt start."""
     after = decays + head * (2 * R + 3) * L
     return after, after + R * L, after + 2 * R * L
 
@@ -344,7 +358,6 @@ def _states_kernel(value, key, decays, start, left, first, initial, states, fina
                    R: constexpr, BP: constexpr, BN: constexpr, BK: constexpr, REVERSED: constexpr):
     """Steps 2 and 3. A program carries a BP x BN tile of a head's state through one sequence, BK tokens at a
     time, in float32 registers: states[k] = S, then S <- 2^(c_l) S + sum_j 2^(c_l - c_j) dt_j value_j key_j^T.
-
     REVERSED: states[k] = R, then R <- 2^(c_l) R + sum_i 2^(c_i) dy_i C_i^T. And with S = entering[k],
     crossing[k, h, tile] = 2^(c_l) <R, S>, the tile's share in the gradient of the chunk's whole decay."""
     ACROSS: constexpr = (N + BN - 1) // BN
@@ -401,7 +414,6 @@ def _scan_kernel(value, query, cb, states, decays, D, start, left, out, s_value,
                  EDGE: constexpr, BL: constexpr, BP: constexpr, BK: constexpr, REVERSED: constexpr):
     """Steps 1 and 4, BL rows of one chunk and head per program (the picture above):
     y_i = 2^(c_i) S C_i + sum_{j <= i} W_ij x_j + D x_i.
-
     REVERSED: dx_j = dt_j 2^(c_l - c_j) R B_j + sum_{i >= j} W_ij dy_i + D dy_j."""
     tile, h, k, token, num = _chunk_program(L // BL, H, start, left, L)
     if tile * BL >= num:
@@ -452,7 +464,6 @@ def _dcb_kernel(x, dy, cb, decays, start, left, dcb, row, col, diagonal, s_x, H:
                 P: constexpr, L: constexpr, R: constexpr, BL: constexpr, BP: constexpr, DIAGONAL: constexpr):
     """d(cb)_ij = sum over the group's heads of 2^(c_i - c_j) dt_j (dy_i . x_j), a tile per program. Those on
     the DIAGONAL have their own launch. Boundaries are where tiles meet.
-
     Per head also diagonal_j = dy_j . x_j and, with q = d(cb) cb below the diagonal, the sums of the tile's q:
     row[k, h, tile's column, i] and col[k, h, tile's row, j]."""
     SIDE: constexpr = L // BL
@@ -489,7 +500,6 @@ def _dbc_kernel(value, own, other, dcb, states, decays, start, left, out, flow, 
                 BL: constexpr, BN: constexpr, BP: constexpr, BK: constexpr, REVERSED: constexpr):
     """dC_i = sum_h 2^(c_i) S^T dy_i + sum_{j <= i} d(cb)_ij B_j, BL x BN per program, and per head
     flow[k, h, tile of n, i] = C_i . (the first term), which is F_i.
-
     REVERSED: dB_j = sum_h dt_j 2^(c_l - c_j) R^T x_j + sum_{i >= j} d(cb)_ij C_i, and flow is E_j."""
     SPLIT: constexpr = (N + BN - 1) // BN
     tile, g, k, token, num = _chunk_program((L // BL) * SPLIT, G, start, left, L)
@@ -599,13 +609,12 @@ def _tiling(l, p, n, dtype, shared_memory):
     small = dict(num_warps=4, num_stages=2)
     large = dict(num_warps=8, num_stages=3) if wide else small
     return dict(
-        decays=dict(BH=4, num_warps=4),
+        decays=dict(BH=4, num_warps=4), ddt=dict(num_warps=4),
         cb=dict(BL=side, BK=min(64, bn), **large),
         states=dict(BP=min(small_side, bp), BN=min(64, bn), BK=min(256 if wide else 32, l), **small),
         scan=dict(BL=side, BP=bp, BK=min(inner, bn), **large | dict(num_stages=2)),
         dcb=dict(BL=edge, BP=min(32, bp) if full else bp, **small),
-        dbc=dict(BL=side, BN=min(128 if wide else 64, bn), BP=bp, BK=inner, **large),
-        ddt=dict(num_warps=4))
+        dbc=dict(BL=side, BN=min(128 if wide else 64, bn), BP=bp, BK=inner, **large))
 
 
 class _Plan:
@@ -643,11 +652,10 @@ class _Plan:
 def _ssd(inputs: Sequence[Tensor], initial: Tensor | None, y: Tensor, cb: Tensor, states: Tensor,
          final: Tensor | None, cu: Sequence[int], l: int) -> None:
     x, _, B, C, _, _ = inputs
-    plan = _Plan(inputs, cu, l, cb=cb)
+    plan = _Plan(inputs, cu, l, cb=cb, states=states, entering=None, crossing=None, REVERSED=False)
     plan.launch(_cb_kernel, "cb", "LLGk")
-    plan.launch(_states_kernel, "states", "PNHs", value=x, key=B, initial=initial, states=states, final=final,
-                entering=None, crossing=None, REVERSED=False)
-    plan.launch(_scan_kernel, "scan", "LHk", value=x, query=C, states=states, out=y, REVERSED=False)
+    plan.launch(_states_kernel, "states", "PNHs", value=x, key=B, initial=initial, final=final)
+    plan.launch(_scan_kernel, "scan", "LHk", value=x, query=C, out=y)
 
 
 @torch.library.custom_op("falcon_h1r::ssd_backward", mutates_args=("gradients", "dinitial"))
@@ -658,7 +666,8 @@ def _ssd_backward(dy: Tensor, dfinal: Tensor | None, inputs: Sequence[Tensor], s
     dx, ddt, dB, dC, dA, dD = gradients
     R = _empty(states, *states.shape)
     dcb = _empty(cb, *cb.shape)
-    plan = _Plan(inputs, cu, l, dy=dy, cb=cb, dcb=dcb, ddt=ddt, dA=dA, dD=dD)
+    plan = _Plan(inputs, cu, l, cb=cb, states=R, entering=states, dy=dy, dcb=dcb, ddt=ddt, dA=dA, dD=dD,
+                 REVERSED=True)
     # Programs that share a sum: SIDE tiles of a row or column of dcb, SPLIT of dB and dC, PARTS of a state.
     side = plan.count("dcb", "L")
     split = plan.count("dbc", "N")
@@ -667,15 +676,13 @@ def _ssd_backward(dy: Tensor, dfinal: Tensor | None, inputs: Sequence[Tensor], s
     sums = {name: _empty(A, *dA.shape, *shape) for name, shape in shapes.items()}
     plan.given.update(sums, SIDE=side, SPLIT=split, PARTS=parts)
 
-    plan.launch(_states_kernel, "states", "PNHs", value=dy, key=C, initial=dfinal, states=R, final=dinitial,
-                entering=states, REVERSED=True)
-    plan.launch(_scan_kernel, "scan", "LHk", value=dy, query=B, states=R, out=dx, REVERSED=True)
+    plan.launch(_states_kernel, "states", "PNHs", value=dy, key=C, initial=dfinal, final=dinitial)
+    plan.launch(_scan_kernel, "scan", "LHk", value=dy, query=B, out=dx)
     plan.launch(_dcb_kernel, "dcb", "LLGk", DIAGONAL=False)
     plan.launch(_dcb_kernel, "dcb", "LGk", DIAGONAL=True)
-    plan.launch(_dbc_kernel, "dbc", "LNGk", value=dy, own=C, other=B, states=states, out=dC, flow=sums["F"],
-                REVERSED=False)
-    plan.launch(_dbc_kernel, "dbc", "LNGk", value=x, own=B, other=C, states=R, out=dB, flow=sums["E"],
-                REVERSED=True)
+    plan.launch(_dbc_kernel, "dbc", "LNGk", value=x, own=B, other=C, out=dB, flow=sums["E"])
+    as_forward = dict(states=states, REVERSED=False)
+    plan.launch(_dbc_kernel, "dbc", "LNGk", value=dy, own=C, other=B, out=dC, flow=sums["F"], **as_forward)
     plan.launch(_ddt_kernel, "ddt", "Hk")
 
 
@@ -711,8 +718,7 @@ class _Scan(torch.autograd.Function):
 
 def _scan_triton(x, dt, B, C, A, D, S, cu, chunk_size, want_final):
     """x (tokens, h, p) in its own dtype, dt (tokens, h) float32 -> y with D x in it, final states."""
-    p = x.shape[2]
-    check(p <= 256, f'x: got {p} channels per head, expected at most 256, or backend="torch"')
+    check(x.shape[2] <= 256, f"x: got {x.shape[2]} channels per head, expected at most 256 for triton")
     longest = max(end - start for start, end in zip(cu, cu[1:]))
     l = _power(min(chunk_size, 1024, longest))  # a program of _decays_kernel holds a chunk
     D = torch.zeros_like(A) if D is None else D
@@ -721,34 +727,7 @@ def _scan_triton(x, dt, B, C, A, D, S, cu, chunk_size, want_final):
     return _Scan.apply(S, cu, l, want_final, _dense(x), dt.contiguous(), _dense(B), _dense(C), A, D)
 
 
-# 5. One token -----------------------------------------------------------------------------------------------
-
-def ssd_step(state, x, dt, A, B, C, *, D=None, dt_bias=None, dt_softplus=False):
-    """One token of `ssd_scan`, in torch; decode.py has a kernel for it.
-
-    Args:
-        state, x, dt: (b, h, p, n), (b, h, p), (b, h). B, C: (b, g, n). The others are as for ssd_scan.
-    Returns:
-        y (b, h, p) in x's dtype, and the new state, updated in place if nothing needs gradients.
-    """
-    check(x.dim() == 3, f"x: got {tuple(x.shape)}, expected (b, h, p)")
-    _check_scan(x, dt, A, B, C, D, dt_bias, state, x.shape[0])
-
-    def by_group(v):  # (b, h, ...) -> (b, g, h / g, ...): the heads of a group share B and C
-        return v.unflatten(1, (B.shape[1], -1))
-
-    dtype = state.dtype
-    dt = _step_size(dt, dt_bias, dt_softplus, dtype)
-    keep = torch.exp(dt * A.to(dtype))[..., None, None]
-    state = state * keep if torch.is_grad_enabled() else state.mul_(keep)
-    written = by_group(dt[..., None] * x)[..., None]  # (b, g, h / g, p, 1)
-    by_group(state).addcmul_(written, B.to(dtype)[:, :, None, None])
-    y = C.to(dtype)[:, :, None] @ by_group(state).flatten(2, 3).mT  # (b, g, 1, n) (b, g, n, p h / g)
-    y = y.view(x.shape) if D is None else torch.addcmul(y.view(x.shape), D.to(dtype)[:, None], x)
-    return y.to(x.dtype), state
-
-
-# 6. The causal convolution ----------------------------------------------------------------------------------
+# 5. The causal convolution ----------------------------------------------------------------------------------
 
 def causal_conv1d(x, weight, bias=None, *, initial_states=None, cu_seqlens=None, activation=None,
                   backend=None):
@@ -761,8 +740,7 @@ def causal_conv1d(x, weight, bias=None, *, initial_states=None, cu_seqlens=None,
         initial_states: (s, d, k - 1), the inputs before the first token, newest last; zeros if None.
         activation: None or "silu". cu_seqlens and backend are as for ssd_scan.
     Returns:
-        y (b, t, d) and the final states (s, d, k - 1), differentiable in every tensor.
-    """
+        y (b, t, d) and the final states (s, d, k - 1), differentiable in every tensor."""
     check(x.dim() == 3 and x.shape[1] >= 1, f"x: got {tuple(x.shape)}, expected (b, t, d) with t >= 1")
     b, t, d = x.shape
     k = weight.shape[-1]
@@ -778,14 +756,11 @@ def causal_conv1d(x, weight, bias=None, *, initial_states=None, cu_seqlens=None,
         row = torch.cat([part for pair in zip(states.mT, row.split(lengths)) for part in pair])
         cu = tuple(start + i * (k - 1) for i, start in enumerate(cu))
 
-    if backend == "triton":
-        y = _ConvTriton.apply(_dense(row), taps, cu, activation == "silu")
-    else:
-        y = _ConvTorch.apply(row, taps)
+    y = (_ConvTriton.apply(_dense(row), taps, cu, activation == "silu") if backend == "triton"
+         else _ConvTorch.apply(row, taps))
     if not bare:
         y = torch.cat(y.split([size for length in lengths for size in (k - 1, length)])[1::2])
-    if activation and backend != "triton":  # of tokens alone: 0 times a neighbour's NaN is NaN
-        y = F.silu(y)
+    y = F.silu(y) if activation and backend != "triton" else y  # now without histories, which may be NaN
     start, left, _ = chunk_table(cu, cu[-1], x.device)  # one chunk per sequence
     token = (start + left)[:, None] + torch.arange(1 - k, 0, device=x.device)  # (s, k - 1)
     final = torch.where((token >= start[:, None])[..., None], row[token.clamp(min=0)], 0)
@@ -919,7 +894,7 @@ class _ConvTriton(torch.autograd.Function):
         return dx, dtaps.sum(0).to(taps.dtype), None, None
 
 
-# 7. Checks, and where tokens go -----------------------------------------------------------------------------
+# 6. Checks, and where tokens go -----------------------------------------------------------------------------
 
 def check(ok, message):
     """Wrong shapes can broadcast into plausible nonsense: check every argument, by name."""
@@ -942,9 +917,9 @@ def check_cu_seqlens(cu_seqlens, b, t):
         return tuple(range(0, b * t + 1, t))
     check(b == 1, f"cu_seqlens: got a batch of {b}, expected packed sequences in a batch of 1")
     cu = tuple(cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens)
-    whole = len(cu) >= 2 and all(type(i) is int for i in cu) and (cu[0], cu[-1]) == (0, t)
-    rising = whole and all(i < j for i, j in zip(cu, cu[1:]))
-    check(rising, f"cu_seqlens: got {cu}, expected strictly increasing integers from 0 to {t}, all tokens")
+    whole = cu[:1] == (0,) and cu[-1:] == (t,) and all(type(i) is int for i in cu)
+    check(whole and all(i < j for i, j in zip(cu, cu[1:])),
+          f"cu_seqlens: got {cu}, expected strictly increasing integers from 0 to {t}, the number of tokens")
     return cu
 
 
@@ -955,8 +930,7 @@ def _check_scan(x, dt, A, B, C, D, dt_bias, states, s):
     check_tensors(x, dt=(dt, (*lead, h)), A=(A, (h,)), B=(B, (*lead, g, n)), C=(C, B.shape), D=(D, (h,)),
                   dt_bias=(dt_bias, (h,)), initial_states=(states, (s, h, p, n)))
     check(h % g == 0, f"B: got {g} groups, expected a number that divides the {h} heads of x")
-    dtypes = f"x {x.dtype}, B {B.dtype}, C {C.dtype}"
-    check(x.dtype == B.dtype == C.dtype, f"dtype: got {dtypes}, expected one for all")
+    check(x.dtype == B.dtype == C.dtype, f"dtype: got {x.dtype}, {B.dtype}, {C.dtype}, expected one of all")
     if A.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere the host would wait
         check(bool((A < 0).all()), "A: got a value that is not negative, expected A < 0 in every head")
 
@@ -971,8 +945,8 @@ def _backend(name, x):
     """The backend's name; None picks the fastest one where x is. The kernels have no float64."""
     runs = triton is not None and (x.is_cuda or "TRITON_INTERPRET" in os.environ) and x.dtype != torch.float64
     check(name in (None, "recurrent", "torch") or (name == "triton" and runs),
-          f'backend: got {name!r} for {x.dtype} on {x.device.type}, expected "recurrent", "torch", None, '
-          'or "triton" for 32 and 16 bits on a GPU with triton installed')
+          f'backend: got {name!r} for {x.dtype} on {x.device.type}, expected None, "recurrent", "torch", or '
+          '"triton" for 32 and 16 bits on a GPU with triton installed')
     return name or ("triton" if runs and x.is_cuda else "torch")
 
 
@@ -991,7 +965,6 @@ class _GatherRows(torch.autograd.Function):
         if inverse is None:
             return dout.new_zeros(ctx.shape).index_copy_(0, index, dout), None, None
         return dout.index_select(0, inverse), None, None
-
 
 gather_rows = _GatherRows.apply
 
