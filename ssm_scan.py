@@ -681,8 +681,8 @@ def _ssd_backward(dy: Tensor, dfinal: Tensor | None, inputs: Sequence[Tensor], s
     plan.launch(_dcb_kernel, "dcb", "LLGk", DIAGONAL=False)
     plan.launch(_dcb_kernel, "dcb", "LGk", DIAGONAL=True)
     plan.launch(_dbc_kernel, "dbc", "LNGk", value=x, own=B, other=C, out=dB, flow=sums["E"])
-    as_forward = dict(states=states, REVERSED=False)
-    plan.launch(_dbc_kernel, "dbc", "LNGk", value=dy, own=C, other=B, out=dC, flow=sums["F"], **as_forward)
+    plan.given.update(states=states, REVERSED=False)  # dC walks as the forward pass does
+    plan.launch(_dbc_kernel, "dbc", "LNGk", value=dy, own=C, other=B, out=dC, flow=sums["F"])
     plan.launch(_ddt_kernel, "ddt", "Hk")
 
 
@@ -718,7 +718,7 @@ class _Scan(torch.autograd.Function):
 
 def _scan_triton(x, dt, B, C, A, D, S, cu, chunk_size, want_final):
     """x (tokens, h, p) in its own dtype, dt (tokens, h) float32 -> y with D x in it, final states."""
-    check(x.shape[2] <= 256, f"x: got {x.shape[2]} channels per head, expected at most 256 for triton")
+    check(x.shape[2] <= 256, f"x: got {x.shape[2]} channels per head, expected at most 256, or backend=torch")
     longest = max(end - start for start, end in zip(cu, cu[1:]))
     l = _power(min(chunk_size, 1024, longest))  # a program of _decays_kernel holds a chunk
     D = torch.zeros_like(A) if D is None else D
@@ -930,7 +930,7 @@ def _check_scan(x, dt, A, B, C, D, dt_bias, states, s):
     check_tensors(x, dt=(dt, (*lead, h)), A=(A, (h,)), B=(B, (*lead, g, n)), C=(C, B.shape), D=(D, (h,)),
                   dt_bias=(dt_bias, (h,)), initial_states=(states, (s, h, p, n)))
     check(h % g == 0, f"B: got {g} groups, expected a number that divides the {h} heads of x")
-    check(x.dtype == B.dtype == C.dtype, f"dtype: got {x.dtype}, {B.dtype}, {C.dtype}, expected one of all")
+    check(x.dtype == B.dtype == C.dtype, f"dtype: got {x.dtype}, {B.dtype}, {C.dtype}, expected one dtype")
     if A.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere the host would wait
         check(bool((A < 0).all()), "A: got a value that is not negative, expected A < 0 in every head")
 
@@ -990,7 +990,6 @@ def _chunks(cu, size):
 @torch.inference_mode(False)  # what is cached may meet autograd later
 def chunk_table(cu, size, device):
     """Cut sequences with boundaries `cu` (a tuple) into chunks of at most `size` tokens, in token order.
-
     Returns start (k,), the first token of each chunk; left (k,), how many tokens its sequence has from there
     on, min(left, size) of them in the chunk; first (s + 1,), each sequence's first chunk, and k."""
     chunks, first = [], [0]
