@@ -107,6 +107,7 @@ def _conv_step_kernel(state, x, weight, bias, y, s_slot, s_channel, s_place, s_x
     tl.store(y + b * CHANNELS + d, z * tl.sigmoid(z), mask=in_d)
 
 
+@torch.compiler.disable
 def mamba_step(conv, state, xBC, dt, weight, bias, dt_bias, A_log, D, limit):
     """One token of the mixer: `causal_conv1d_step` with silu, then `ssd_step`. Both states change in place.
 
@@ -231,6 +232,7 @@ def span_of(length, heads):
     return 1 << max(7, min(10, (length * heads // 512).bit_length() - 1))
 
 
+@torch.compiler.disable
 def attend_step(q, k, v, cos, sin, lengths, keys, values, *, key_multiplier=1.0):
     """Append a token to every slot, then attend to all that the slot holds -> (slots, 1, hq, hd).
 
