@@ -8,9 +8,9 @@
 
 One block, the paper's SA_M ("semi-parallel attention and Mamba, then MLP"); µ is a scalar multiplier of muP:
 
-    h ──┬── RMSNorm ──┬── µ ── q k v ── RoPE ── attention ────────── o ── µ ──(+)──┬── RMSNorm ── MLP ──(+)── h
-        │             └── µ ── z x B C dt ── conv ── scan ── norm ── out ── µ ─┘   │                     │
-        └──────────────────────────────────────────────────────────────────────┘   └─────────────────────┘
+    h ──┬── RMSNorm ──┬── µ ── q k v ── RoPE ── attention ───────── o ── µ ──(+)──┬── RMSNorm ── MLP ──(+)── h
+        │             └── µ ── z x B C dt ── conv ── scan ─ norm ── out ── µ ─┘   │                     │
+        └─────────────────────────────────────────────────────────────────────┘   └─────────────────────┘
 
 Glossary (the letters of the SSM are those of ssm_scan.py)
     b, t        batch rows, tokens              d        hidden_size
@@ -30,11 +30,9 @@ import json
 import math
 import mmap
 import os
-import re
 import time
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
-from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -49,14 +47,12 @@ from decode import Decoder, attend_step, draw, kernels_serve, mamba_step, norm_s
 from ssm_scan import (
     causal_conv1d, causal_conv1d_step, check_cu_seqlens, gather_rows, ssd_scan, ssd_step, to_device)
 
-
 def check(ok, message):
     if not ok:
         raise ValueError(message)
 
 
 # 1. Configuration -------------------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class FalconH1Config:
@@ -103,16 +99,12 @@ class FalconH1Config:
             value = getattr(self, f.name)
             kinds = (int, float) if f.type is float else (f.type,)
             check(type(value) in kinds, f"{f.name} is {value!r}, expected {f.type.__name__}")
-            if f.type is int:
-                check(0 < value < 2**31, f"{f.name} is {value}, expected a whole number above 0")
-            if f.type is tuple:
-                numbers = len(value) == len(f.default) and all(type(v) in (int, float) for v in value)
-                check(numbers, f"{f.name} is {value}, expected {len(f.default)} numbers")
-        for name, divisor in (("mamba_n_heads", "mamba_n_groups"), ("num_attention_heads", "num_key_value_heads")):
-            n, by = getattr(self, name), getattr(self, divisor)
-            check(n % by == 0, f"{name} {n} is not a multiple of {divisor} {by}")
+            check(f.type is not int or value > 0, f"{f.name} is {value}, expected a number above 0")
+        for n, by in ("mamba_n_heads", "mamba_n_groups"), ("num_attention_heads", "num_key_value_heads"):
+            multiple = getattr(self, n) % getattr(self, by) == 0
+            check(multiple, f"{n} {getattr(self, n)} is not a multiple of {by} {getattr(self, by)}")
         ssm = self.mamba_n_heads * self.mamba_d_head
-        check(self.mamba_d_ssm == ssm, f"mamba_d_ssm {self.mamba_d_ssm} is not mamba_n_heads * mamba_d_head = {ssm}")
+        check(self.mamba_d_ssm == ssm, f"mamba_d_ssm {self.mamba_d_ssm}, but mamba_n_heads * mamba_d_head {ssm}")
         check(self.head_dim % 2 == 0, f"head_dim {self.head_dim} is odd, but RoPE turns channels in pairs")
         check(self.rope_theta > 0, f"rope_theta {self.rope_theta} is not above 0")
         check(self.rms_norm_eps >= 0, f"rms_norm_eps {self.rms_norm_eps} is negative")
@@ -139,14 +131,12 @@ class FalconH1Config:
         except (OSError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as e:
             raise ValueError(f"{path}: {e}") from None
 
-
 # Optional: no effect on logits, or a wrong default shows up as a missing or an unexpected tensor.
-_OPTIONAL = set("""mamba_chunk_size initializer_range time_step_limit tie_word_embeddings attention_bias mlp_bias
-    projectors_bias mamba_proj_bias""".split())
+_OPTIONAL = {"mamba_chunk_size", "initializer_range", "time_step_limit", "tie_word_embeddings",
+             "attention_bias", "mlp_bias", "projectors_bias", "mamba_proj_bias"}
 # Supported with these values only. Fields that stand nowhere here have no effect on logits, and are ignored.
 _ONE_VALUE = {"model_type": "falcon_h1", "hidden_act": "silu", "mamba_use_mlp": True, "attention_dropout": 0,
               "rope_scaling": None, "attn_layer_indices": None}
-
 
 def _config_fields(raw):
     """The content of a config.json -> arguments of FalconH1Config."""
@@ -157,63 +147,55 @@ def _config_fields(raw):
 
     # Files of 2025 hold rope_theta, newer ones rope_parameters.
     rope = raw.get("rope_parameters", {})
-    check(rope.get("rope_type", "default") == "default", f"rope_parameters {rope}: only 'default' is supported")
+    check(rope.get("rope_type", "default") == "default", f"{rope}: only rope_type 'default' is supported")
     theta = raw.setdefault("rope_theta", rope.get("rope_theta"))
     check(rope.get("rope_theta", theta) == theta, f"rope_theta {theta} contradicts rope_parameters {rope}")
-
-    # What the published format derives where it is absent, null or "auto".
-    raw.setdefault("mamba_d_ssm", int(raw.get("mamba_expand", 0) * raw["hidden_size"]))
-    if raw.get("mamba_d_head", "auto") == "auto":
-        raw["mamba_d_head"] = raw["mamba_d_ssm"] // raw["mamba_n_heads"]
-    raw.setdefault("num_key_value_heads", raw["num_attention_heads"])
-    raw.setdefault("head_dim", raw["hidden_size"] // raw["num_attention_heads"])
 
     names = {f.name for f in fields(FalconH1Config)}
     missing = sorted(name for name in names - _OPTIONAL if raw.get(name) is None)
     check(not missing, f"field {', '.join(missing)} is missing")
     return {name: raw[name] for name in names & raw.keys()}
 
-
-def _published(*, vocab, hidden, layers, heads, kv_heads, head_dim, ssm_heads, ssm_head_dim, state, mlp, positions,
-               **other):
+def _published(vocab, hidden, layers, heads, kv, head_dim, mlp, ssm_heads, ssm_dim, state, context, **other):
     """A published shape with its muP multipliers.
 
-    They were tuned once, at hidden 1024 (w = 1), and follow from the widths: this rule gives the published values
-    of 0.5B, 7B and 34B, and those of the others as far as they are known."""
+    They were tuned once, at hidden 1024 (w = 1), and follow from the widths: this rule gives the published
+    values of 0.5B, 7B and 34B, and those of the others as far as they are known."""
     w = hidden / 1024
-    ssm = ssm_heads * ssm_head_dim
+    ssm = ssm_heads * ssm_dim
     return FalconH1Config(
         vocab_size=vocab, hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim,
-        mamba_d_ssm=ssm, mamba_n_heads=ssm_heads, mamba_d_head=ssm_head_dim, mamba_d_state=state,
-        max_position_embeddings=positions, embedding_multiplier=32**0.5, lm_head_multiplier=40 / hidden,
+        num_attention_heads=heads, num_key_value_heads=kv, head_dim=head_dim, max_position_embeddings=context,
+        mamba_d_ssm=ssm, mamba_n_heads=ssm_heads, mamba_d_head=ssm_dim, mamba_d_state=state,
+        embedding_multiplier=32**0.5, lm_head_multiplier=40 / hidden,
         attention_out_multiplier=0.9375 / w**2, key_multiplier=0.390625 / w**2 * (64 / head_dim) ** 0.5,
         ssm_in_multiplier=1.25 / w, ssm_out_multiplier=512 / ssm / 2**0.5,
         ssm_multipliers=(8**-0.5, 0.25, 32 * 2**0.5 / state, 0.5, 8**-0.5),
         mlp_multipliers=(0.78125**0.5 / w, 1200 / (w * mlp)), **other)
 
-
 PRESETS = {
     # Trains in minutes on two CPU cores. rope_theta 1e11 is for 256k tokens of context; with 16 frequencies and
     # traces of a hundred tokens, 1e4 leaves more of them useful. initializer_range is 1/sqrt(hidden_size).
     "tiny": FalconH1Config(
-        vocab_size=272, hidden_size=96, intermediate_size=160, num_hidden_layers=3, num_attention_heads=3,
-        num_key_value_heads=1, head_dim=32, mamba_d_ssm=96, mamba_n_heads=3, mamba_d_head=32, mamba_d_state=32,
-        mamba_chunk_size=32, rope_theta=1e4, initializer_range=0.1),
-    "100m": _published(vocab=32784, hidden=512, layers=20, heads=4, kv_heads=2, head_dim=64,  # ours: half of 0.5b
-                       ssm_heads=12, ssm_head_dim=64, state=128, mlp=1024, positions=16384, mamba_rms_norm=False),
-    "0.5b": _published(vocab=32784, hidden=1024, layers=36, heads=8, kv_heads=2, head_dim=64,
-                       ssm_heads=24, ssm_head_dim=64, state=128, mlp=2048, positions=16384, mamba_rms_norm=False),
-    "1.5b": _published(vocab=65536, hidden=2048, layers=24, heads=8, kv_heads=2, head_dim=128,
-                       ssm_heads=48, ssm_head_dim=64, state=256, mlp=4608, positions=131072),
-    "1.5b-deep": _published(vocab=65536, hidden=1280, layers=66, heads=6, kv_heads=2, head_dim=128,
-                            ssm_heads=24, ssm_head_dim=64, state=256, mlp=3072, positions=131072),
-    "3b": _published(vocab=65536, hidden=2560, layers=32, heads=10, kv_heads=2, head_dim=128,
-                     ssm_heads=32, ssm_head_dim=128, state=256, mlp=6144, positions=131072),
-    "7b": _published(vocab=130048, hidden=3072, layers=44, heads=12, kv_heads=2, head_dim=128,  # Falcon-H1R-7B
-                     ssm_heads=24, ssm_head_dim=128, state=256, mlp=12288, positions=262144),
-    "34b": _published(vocab=261120, hidden=5120, layers=72, heads=20, kv_heads=4, head_dim=128, mamba_n_groups=2,
-                      ssm_heads=32, ssm_head_dim=128, state=256, mlp=21504, positions=262144),
+        vocab_size=272, hidden_size=96, intermediate_size=160, num_hidden_layers=3,
+        num_attention_heads=3, num_key_value_heads=1, head_dim=32,
+        mamba_d_ssm=96, mamba_n_heads=3, mamba_d_head=32, mamba_d_state=32, mamba_chunk_size=32,
+        rope_theta=1e4, initializer_range=0.1),
+    "100m": _published(vocab=32784, hidden=512, layers=20, heads=4, kv=2, head_dim=64, mlp=1024,  # ours: half
+                       ssm_heads=12, ssm_dim=64, state=128, context=16384, mamba_rms_norm=False),
+    "0.5b": _published(vocab=32784, hidden=1024, layers=36, heads=8, kv=2, head_dim=64, mlp=2048,
+                       ssm_heads=24, ssm_dim=64, state=128, context=16384, mamba_rms_norm=False),
+    "1.5b": _published(vocab=65536, hidden=2048, layers=24, heads=8, kv=2, head_dim=128, mlp=4608,
+                       ssm_heads=48, ssm_dim=64, state=256, context=131072),
+    "1.5b-deep": _published(vocab=65536, hidden=1280, layers=66, heads=6, kv=2, head_dim=128, mlp=3072,
+                            ssm_heads=24, ssm_dim=64, state=256, context=131072),
+    "3b": _published(vocab=65536, hidden=2560, layers=32, heads=10, kv=2, head_dim=128, mlp=6144,
+                     ssm_heads=32, ssm_dim=128, state=256, context=131072),
+    # The shape of Falcon-H1R-7B, too.
+    "7b": _published(vocab=130048, hidden=3072, layers=44, heads=12, kv=2, head_dim=128, mlp=12288,
+                     ssm_heads=24, ssm_dim=128, state=256, context=262144),
+    "34b": _published(vocab=261120, hidden=5120, layers=72, heads=20, kv=4, head_dim=128, mlp=21504,
+                      ssm_heads=32, ssm_dim=128, state=256, context=262144, mamba_n_groups=2),
 }
 
 
@@ -222,12 +204,11 @@ PRESETS = {
 
 CHUNK = 512  # tokens per chunk of the scan on a GPU: half the states to store of 256, but a larger C B^T
 
-
 @dataclass
 class Context:
     """What the blocks of one forward pass share.
 
-    Only `mix` and `step`, which torch.compile skips, read more than rope, mup and fused: one compiled block serves
+    Only `mix`, which torch.compile skips, and decoding read more than rope and mup: one compiled block serves
     every packing."""
     rope: tuple  # cos and sin of the tokens' positions, see rope_table
     mup: torch.Tensor | None  # see ssm_multipliers; in the model's dtype, as published, even if that is bf16
@@ -236,49 +217,44 @@ class Context:
     cp: object = None  # a train_sft.ContextParallel: h holds this rank's share of a row's tokens
     fused: bool = False  # one token per slot, in decode.py's kernels: `step` instead of `mix`
 
-
 def scaled(x, multiplier):
     """x * multiplier. Skipping multipliers of 1 (all of "tiny") saves 5% of a training step on a CPU."""
     return x if multiplier == 1 else x * multiplier
 
-
 class RMSNorm(nn.RMSNorm):
-    """w * x / sqrt(mean(x^2) + eps): the mean in float32, the cast before the weight, as in the published model."""
+    """w * x / sqrt(mean(x^2) + eps): the mean in float32, the cast before the weight, as published."""
 
     def forward(self, x):
         if x.shape[1] == 1 and kernels_serve(x):
             return norm_step(x, self.weight, self.eps)
         return self.weight * F.rms_norm(x.float(), self.normalized_shape, eps=self.eps).to(x.dtype)
 
-
 def rope_table(positions, head_dim, theta, dtype):
     """cos and sin (b, t, 1, head_dim) of the angles position * theta^(-2i / head_dim), for positions (b, t).
 
-    Channels i and i + head_dim / 2 share an angle; the sine of the first is negative, as `rotate` needs it."""
+    Channels i and i + head_dim / 2 share an angle; the first one's sine is negative, as `rotate` needs it."""
     i = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
     angle = positions[..., None, None].float() * theta ** (-i / head_dim)
     cos = angle.cos().to(dtype)
     sin = angle.sin().to(dtype)
     return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
-
 def rotate(x, cos, sin):
-    """RoPE on x (b, t, heads, head_dim): channel i turns together with channel i + head_dim / 2 ("rotate half")."""
+    """RoPE on x (b, t, heads, head_dim): channels i and i + head_dim / 2 turn together ("rotate half")."""
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
-
 
 # cuDNN, torch's choice on an H100, plans for up to a second at every new shape. The others are for float32.
 @sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 def attend(q, k, v, cu):
-    """Causal attention, within each document if cu is given (then b = 1).
+    """Causal attention, within each document if cu is given (then b = 1): (b, t, hq, hd).
 
-    q (b, t, hq, hd), k and v (b, t, hkv, hd) -> (b, t, hq, hd). Query head j reads key head j // (hq / hkv)."""
+    q (b, t, hq, hd), k and v (b, t, hkv, hd). Query head j reads key head j // (hq / hkv)."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (b, heads, t, hd)
     lengths = [q.shape[2]] if cu is None else [end - start for start, end in zip(cu, cu[1:])]
+    # A loop over views: split's gradient is one concatenation, where slices would add up whole rows.
     documents = zip(*(x.split(lengths, 2) for x in (q, k, v)))
     y = [F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True) for qkv in documents]
     return torch.cat(y, 2).transpose(1, 2)
-
 
 class Attention(nn.Module):
     def __init__(self, c):
@@ -315,7 +291,6 @@ class Attention(nn.Module):
         y = attend(q, k, v, context.cu)
         return y if cp is None else cp.to_tokens(y)
 
-
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)  # what is cached may meet autograd later
 def ssm_multipliers(c, dtype, device):
@@ -325,9 +300,8 @@ def ssm_multipliers(c, dtype, device):
     values = [m for m, width in zip(c.ssm_multipliers, c.mamba_widths) for _ in range(width)]
     return torch.tensor(values, dtype=dtype).to(device)
 
-
 def gated_norm(y, z, weight, groups, eps, norm_before_gate):
-    """Mamba-2's gated RMSNorm over the channels of each group. y, z (b, t, I) -> (b, t, I), computed in float32.
+    """Mamba-2's gated RMSNorm over the channels of each group: y, z (b, t, I) -> (b, t, I), in float32.
 
     norm_before_gate False (the published checkpoints): w * RMS(y silu(z));  True: w * RMS(y) silu(z)."""
     gate = F.silu(z.float())
@@ -335,12 +309,11 @@ def gated_norm(y, z, weight, groups, eps, norm_before_gate):
     y = F.rms_norm(y.unflatten(-1, (groups, -1)), (y.shape[-1] // groups,), eps=eps).flatten(-2) * weight
     return (y * gate if norm_before_gate else y).to(z.dtype)
 
-
 class Mamba(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.config = c
-        channels = sum(c.mamba_widths[1:4])  # x, B and C pass the convolution, whose weights conv1d only holds
+        channels = sum(c.mamba_widths[1:4])  # x, B and C pass the convolution; conv1d holds its weights
         self.in_proj = nn.Linear(c.hidden_size, sum(c.mamba_widths), bias=c.mamba_proj_bias)
         self.conv1d = nn.Conv1d(channels, channels, c.mamba_d_conv, groups=channels, bias=c.mamba_conv_bias)
         self.dt_bias = nn.Parameter(torch.empty(c.mamba_n_heads))
@@ -357,74 +330,59 @@ class Mamba(nn.Module):
             p = p * context.mup
         z, xBC, dt = p.split([c.mamba_d_ssm, sum(c.mamba_widths[1:4]), c.mamba_n_heads], -1)
         if context.fused:
-            y = self.fused_step(z, xBC, dt, context.cache, layer)
+            y = self.fused_step(z, xBC[:, 0], dt[:, 0], context.cache, layer)
+            return scaled(self.out_proj(y), c.ssm_out_multiplier)
+        dt = F.softplus(dt + self.dt_bias).clamp(*c.time_step_limit)  # in the model's dtype, as published
+        y = self.mix(xBC, dt, context, layer).flatten(2)  # (b, t, I)
+        if c.mamba_rms_norm:
+            y = gated_norm(y, z, self.norm.weight, c.mamba_n_groups, c.rms_norm_eps, c.mamba_norm_before_gate)
         else:
-            dt = F.softplus(dt + self.dt_bias).clamp(*c.time_step_limit)  # in the model's dtype, as published
-            y = self.mix(xBC, dt, context, layer).flatten(2)  # (b, t, I)
-            y = self.gate(y, z)
+            y = y * F.silu(z)
         return scaled(self.out_proj(y), c.ssm_out_multiplier)
-
-    def gate(self, y, z):
-        c = self.config
-        if not c.mamba_rms_norm:
-            return y * F.silu(z)
-        return gated_norm(y, z, self.norm.weight, c.mamba_n_groups, c.rms_norm_eps, c.mamba_norm_before_gate)
 
     @torch.compiler.disable
     def mix(self, xBC, dt, context, layer):
-        """What each token reads from itself and the tokens before it, by convolution and scan: (b, t, h, p)."""
-        cp = context.cp
-        cache = context.cache
-        if cache is not None and dt.shape[1] == 1:
-            return self.mix_one(xBC[:, 0], dt[:, 0], cache.conv[layer], cache.ssm[layer])[:, None]
-        weight = self.conv1d.weight[:, 0]
-        bias = self.conv1d.bias
-        A = -self.A_log.float().exp()
-        D = self.D
+        """Convolution and scan: what each token reads from itself and the tokens before it, (b, t, h, p)."""
+        c, cp, cache = self.config, context.cp, context.cache
+        weight, bias = self.conv1d.weight[:, 0], self.conv1d.bias
+        A, D = -self.A_log.float().exp(), self.D
         if cp is not None:  # as in attention: from here to to_tokens, all tokens of this rank's heads
             xBC, dt = cp.to_heads(torch.cat([xBC, dt], 2), cp.mamba)
             weight, bias, A, D = cp.own_weights(weight, bias, A, D)
-        conv = None if cache is None else cache.conv[layer]
-        state = None if cache is None else cache.ssm[layer]
-        xBC, new_conv = causal_conv1d(
-            xBC, weight, bias, initial_states=conv, cu_seqlens=context.cu, activation="silu")
-        x, B, C = self.split_heads(xBC, dt.shape[-1])
-        y, new_state = ssd_scan(
-            x, dt, A, B, C, D=D, initial_states=state, cu_seqlens=context.cu, chunk_size=CHUNK,
-            return_final_states=cache is not None)
-        if cache is not None:
+        conv, state = (None, None) if cache is None else (cache.conv[layer], cache.ssm[layer])
+        inner = dt.shape[-1] * c.mamba_d_head  # channels of the heads that are here
+        gn = (xBC.shape[-1] - inner) // 2
+
+        def heads(xBC):  # (..., channels) -> x (..., h, p), B and C (..., g, n)
+            x, B, C = xBC.split([inner, gn, gn], -1)
+            B, C = (v.unflatten(-1, (-1, c.mamba_d_state)) for v in (B, C))
+            return x.unflatten(-1, (-1, c.mamba_d_head)), B, C
+
+        if cache is not None and dt.shape[1] == 1:  # one token per slot: a step of the recurrence
+            xBC, new_conv = causal_conv1d_step(conv, xBC[:, 0], weight, bias, activation="silu")
+            x, B, C = heads(xBC)
+            y, new_state = ssd_step(state, x, dt[:, 0], A, B, C, D=D)
+            y = y[:, None]
+        else:
+            xBC, new_conv = causal_conv1d(
+                xBC, weight, bias, initial_states=conv, cu_seqlens=context.cu, activation="silu")
+            x, B, C = heads(xBC)
+            y, new_state = ssd_scan(
+                x, dt, A, B, C, D=D, initial_states=state, cu_seqlens=context.cu, chunk_size=CHUNK,
+                return_final_states=cache is not None)
+        if cache is not None:  # copies nothing where a step worked in place, as it does without gradients
             conv.copy_(new_conv)
             state.copy_(new_state)
         return y if cp is None else cp.to_tokens(y)
 
-    def mix_one(self, xBC, dt, conv, state):
-        """`mix` for one token per slot, xBC (b, channels), dt (b, h): one step of the recurrence, (b, h, p)."""
-        xBC, new_conv = causal_conv1d_step(conv, xBC, self.conv1d.weight[:, 0], self.conv1d.bias, activation="silu")
-        x, B, C = self.split_heads(xBC, dt.shape[-1])
-        y, new_state = ssd_step(state, x, dt, -self.A_log.float().exp(), B, C, D=self.D)
-        conv.copy_(new_conv)  # copies nothing where the step worked in place, as it does without gradients
-        state.copy_(new_state)
-        return y
-
-    def split_heads(self, xBC, h):
-        """The convolution's output -> x (..., h, p), B and C (..., g, n); under cp, this rank's heads and groups."""
-        c = self.config
-        inner = h * c.mamba_d_head
-        gn = (xBC.shape[-1] - inner) // 2
-        x, B, C = xBC.split([inner, gn, gn], -1)
-        B = B.unflatten(-1, (-1, c.mamba_d_state))
-        C = C.unflatten(-1, (-1, c.mamba_d_state))
-        return x.unflatten(-1, (h, c.mamba_d_head)), B, C
-
     def fused_step(self, z, xBC, dt, cache, layer):
         """One token per slot from the softplus to the gated norm, in kernels: (b, 1, I)."""
         c, conv = self.config, self.conv1d
-        y = mamba_step(cache.conv[layer], cache.ssm[layer], xBC[:, 0], dt[:, 0], conv.weight[:, 0], conv.bias,
+        y = mamba_step(cache.conv[layer], cache.ssm[layer], xBC, dt, conv.weight[:, 0], conv.bias,
                        self.dt_bias, self.A_log, self.D, c.time_step_limit)
         weight = self.norm.weight if c.mamba_rms_norm else None
         return norm_step(y.flatten(1)[:, None], weight, c.rms_norm_eps, z=z, groups=c.mamba_n_groups,
                          norm_before_gate=c.mamba_norm_before_gate)
-
 
 class MLP(nn.Module):
     """SwiGLU: down(up(x) silu(gate(x)))."""
@@ -439,7 +397,6 @@ class MLP(nn.Module):
     def forward(self, x):
         gate = F.silu(scaled(self.gate_proj(x), self.multipliers[0]))
         return scaled(self.down_proj(self.up_proj(x) * gate), self.multipliers[1])
-
 
 class Block(nn.Module):
     def __init__(self, c):
@@ -458,11 +415,10 @@ class Block(nn.Module):
 
 # 3. Model ---------------------------------------------------------------------------------------------------
 
-
 class Backbone(nn.Module):
     """Everything below the head: ids (b, t) -> hidden states (b, t, d)."""
 
-    checkpoint_activations = False  # True: keep only the blocks' inputs, recompute the rest in the backward pass
+    checkpoint_activations = False  # True: keep the blocks' inputs only, recompute the rest in backward
 
     def __init__(self, c):
         super().__init__()
@@ -494,9 +450,8 @@ class Backbone(nn.Module):
             cache.lengths += t
         return self.final_layernorm(h)
 
-
 class FalconH1(nn.Module):
-    cp = None  # or a train_sft.ContextParallel: input_ids are this rank's share of a row, cu_seqlens the whole row's
+    cp = None  # or a train_sft.ContextParallel: input_ids are a share of a row, cu_seqlens the whole row's
 
     def __init__(self, config):
         super().__init__()
@@ -522,22 +477,18 @@ class FalconH1(nn.Module):
                 m.dt_bias.copy_(dt.expm1().log())  # the inverse of softplus
 
     def forward(self, input_ids, *, targets=None, temperature=1.0, cu_seqlens=None, cache=None):
-        """Logits (b, t, vocab) in the model's dtype; with targets, what training needs of them, see Returns.
+        """Logits (b, t, vocab) in the model's dtype.
 
-        Args:
-            input_ids: (b, t) int64. Ids and targets best lie on the CPU even if the model does not: to find the
-                targets on a GPU, the host must wait for it.
-            targets: (b, t) int64, scored at `temperature`; negative ones give 0 and no gradient.
-            cu_seqlens: (s + 1,) boundaries of s documents packed into one row (b = 1).
-            cache: a Cache of b slots, each of which appends t tokens.
+        With targets (b, t): their log-probabilities at `temperature` and the entropies of the distributions
+        they come from, (b, t) float32 each, without ever holding all logits; negative targets give 0 and no
+        gradient. Ids and targets best lie on the CPU: to find targets on a GPU, the host must wait for it.
 
-        Returns: logits; or with targets their log-probabilities and the entropies of the distributions they come
-            from, (b, t) float32 each, computed without ever holding all logits."""
+        cu_seqlens (s + 1,) packs s documents into one row (b = 1). cache: a Cache of b slots; each appends t
+        tokens."""
         c, shape = self.config, tuple(input_ids.shape)
         check(len(shape) == 2 and shape[1] >= 1, f"input_ids: got {shape}, expected (b, t) with t >= 1")
-        check(cache is None or cu_seqlens is None, "cache: got cu_seqlens, too, expected one of them")
-        slots = shape[0] if cache is None else len(cache.lengths)
-        check(slots == shape[0], f"cache: got {slots} slots, expected {shape[0]}")
+        fits = cache is None or cu_seqlens is None and len(cache.lengths) == shape[0]
+        check(fits, f"cache: expected {shape[0]} slots, as many as rows of input_ids, and no cu_seqlens")
         if input_ids.device.type == "cpu":  # looking at a GPU's ids would stop the host
             inside = 0 <= input_ids.min() and input_ids.max() < c.vocab_size
             check(inside, f"input_ids: an id is outside 0..{c.vocab_size - 1}")
@@ -566,9 +517,8 @@ class FalconH1(nn.Module):
 
 
 # 4. Loss ----------------------------------------------------------------------------------------------------
-# The logits of 32k tokens and 130k words would take 17 GB in float32. So the head runs on chunks of tokens, in
-# the forward pass and once more in the backward pass, and only one chunk's logits exist at a time.
-
+# The logits of 32k tokens and 130k words would take 17 GB in float32. So the head runs on chunks of tokens,
+# in the forward pass and again in the backward pass, and only one chunk's logits exist at a time.
 
 class _TokenLogprobs(torch.autograd.Function):
     """log softmax(scale h W^T)[target] and the entropy;  dlogits = (onehot(target) - softmax) * dlogp."""
@@ -606,7 +556,6 @@ class _TokenLogprobs(torch.autograd.Function):
             del logits, d
         return dh, dweight.to(weight.dtype), None, None, None
 
-
 def add_product(total, a, b):
     """total += a b, total in float32. On a GPU, cuBLAS adds a product in bf16 without rounding it."""
     if total.is_cuda and a.dtype != total.dtype:
@@ -614,10 +563,9 @@ def add_product(total, a, b):
     else:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
-
 def tokens_of_chunk(vocab, device):
-    """Tokens whose logits exist at a time: 2^25 numbers (128 MB) on a CPU; on a GPU up to 2^28, of 8 bytes each
-    (logits and softmax in float32): 2.1 GB, 2,048 tokens at 130,048 words.
+    """Tokens whose logits exist at a time: 2^25 numbers on a CPU; up to 2^28 on a GPU, of 8 bytes each (logits
+    and softmax in float32): 2.1 GB, 2,048 tokens at 130,048 words.
 
     Each chunk adds to the weight's gradient, 8 vocab d bytes of traffic beside 8 chunk vocab d operations. At
     3 TB/s and 800 TFLOP/s that takes 267 / chunk of the products' time: 13% at 2,048 tokens, 7% at 4,096.
@@ -625,7 +573,6 @@ def tokens_of_chunk(vocab, device):
     if device.type == "cpu":
         return max(1, 2**25 // vocab)
     return min(4096, max(128, 2**28 // vocab // 128 * 128))
-
 
 def token_logprobs(h, weight, targets, scale=1.0, chunk=None):
     """h (t, d), weight (vocab, d), targets (t,) -> log-probabilities (t,) and entropies (t,), float32.
@@ -637,17 +584,16 @@ def token_logprobs(h, weight, targets, scale=1.0, chunk=None):
 
 # 5. Cache ---------------------------------------------------------------------------------------------------
 
-
 class Cache:
-    """Decoding state of `slots` sequences: keys and values of every token, and the fixed-size states of the mixers.
+    """Decoding state of `slots` sequences.
 
-    k, v     (layers, slots, hkv, length, hd), in the model's dtype
-    conv     (layers, slots, channels, d_conv - 1), the last inputs of the convolution, in the model's dtype
-    ssm      (layers, slots, h, p, n), always float32
-    lengths  (slots,) tokens in each slot
-    used     upper bound of the lengths, kept on the host so that no step waits for the GPU; attention reads so many
-             positions. Only a `fused` step, one token per slot in decode.py's kernels, reads `lengths` instead. It
-             cannot raise: a slot without room appends nothing and answers nonsense."""
+    k, v     (layers, slots, hkv, length, hd)        keys and values of every token, in the model's dtype
+    conv     (layers, slots, channels, d_conv - 1)   last inputs of the convolution, in the model's dtype
+    ssm      (layers, slots, h, p, n)                states of the scan, always float32
+    lengths  (slots,)                                tokens in each slot
+    used     upper bound of the lengths, kept on the host so that no step waits for the GPU; attention reads
+             that many positions. Only a `fused` step, one token per slot in kernels, reads `lengths`. It cannot
+             raise: a slot without room appends nothing and answers nonsense."""
 
     def __init__(self, config, slots, length, *, dtype=torch.float32, device=None):
         c, n = config, config.num_hidden_layers
@@ -664,7 +610,7 @@ class Cache:
         self.mask = None
 
     def load(self, slot, other, row):
-        """Make `slot` a copy of one sequence of `other`: a prompt is prefilled once and sampled many times."""
+        """Copy one sequence of `other` into `slot`: a prompt is prefilled once and sampled many times."""
         self.k[:, slot, :, : other.used] = other.k[:, row, :, : other.used]
         self.v[:, slot, :, : other.used] = other.v[:, row, :, : other.used]
         self.conv[:, slot] = other.conv[:, row]
@@ -680,13 +626,14 @@ class Cache:
 
     def grow(self, slots, length):
         """Hold only the sequences of these slots, in this order, with room for `length` tokens."""
-        for name in ("k", "v"):
-            old = getattr(self, name)
+        def longer(old):
             new = old.new_zeros(len(old), len(slots), old.shape[2], length, old.shape[4])
             for layer, v in zip(new, old):
                 layer[:, :, : old.shape[3]] = v[slots]
-            setattr(self, name, new)
-            del old  # before the other is made
+            return new
+
+        self.k = longer(self.k)
+        self.v = longer(self.v)
         if len(slots) < len(self.lengths):
             self.conv, self.ssm, self.lengths = self.conv[:, slots], self.ssm[:, slots], self.lengths[slots]
 
@@ -694,7 +641,8 @@ class Cache:
         """The next forward pass appends tokens at `positions` (slots, t)."""
         t, length = positions.shape[1], self.k.shape[3]
         self.fused = t == 1 and kernels_serve(self.k)
-        check(self.fused or self.used + t <= length, f"cache: {self.used + t} tokens do not fit a length of {length}")
+        ok = self.fused or self.used + t <= length
+        check(ok, f"cache: {self.used + t} tokens do not fit a length of {length}")
         if not self.fused:
             at = positions[:, None, :, None]
             self.at = at.expand(-1, self.k.shape[2], -1, self.k.shape[4])
@@ -703,7 +651,7 @@ class Cache:
         self.used = min(self.used + t, length)
 
     def attend(self, layer, q, k, v):
-        """Append k, v (slots, t, hkv, hd), then attend with q (slots, t, hq, hd) to all that each slot holds."""
+        """Append k, v (slots, t, hkv, hd); attend with q (slots, t, hq, hd) to all that each slot holds."""
         keys = self.k[layer].scatter_(2, self.at, k.transpose(1, 2))  # (slots, hkv, length, hd)
         values = self.v[layer].scatter_(2, self.at, v.transpose(1, 2))
         if self.mask is None:  # nothing was held before
@@ -712,7 +660,8 @@ class Cache:
         if keys.is_cuda:  # where with a mask only torch's slow kernel lets queries share keys: copy them
             keys, values = (x.repeat_interleave(q.shape[2] // x.shape[1], 1) for x in (keys, values))
         q = q.transpose(1, 2)
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=self.mask, enable_gqa=True).transpose(1, 2)
+        y = F.scaled_dot_product_attention(q, keys, values, attn_mask=self.mask, enable_gqa=True)
+        return y.transpose(1, 2)
 
 
 # 6. Sampler -------------------------------------------------------------------------------------------------
@@ -722,7 +671,6 @@ class Cache:
 #             youngest traces are set aside, and go on later from prompt and tokens
 #     step    Decoder appends a token to every slot and draws the next: on a GPU one CUDA graph, then one read
 #     finish  traces that have ended leave their slots
-
 
 @dataclass
 class Trace:
@@ -734,7 +682,6 @@ class Trace:
     confidences: list = field(default_factory=list)  # DeepConf's token confidence, see `draw`
     stop: str = ""  # "stop" | "length" | "deepconf" (the callback said so)
 
-
 @dataclass(eq=False)
 class Running:
     """A trace in a slot, or set aside: all it needs to go on, in any slot and at any time."""
@@ -742,12 +689,11 @@ class Running:
     ids: list  # of its prompt and of its tokens
     random: np.random.Generator
 
-
 @torch.no_grad()
 def prefill(model, prompts, tokens=4096):
     """Run prompts of one length, all but their last token, and return the Cache.
 
-    To bound memory, at most `tokens` at a time, and fewer where attention's mask would exceed 2^26 numbers."""
+    At most `tokens` at a time, fewer where attention's mask would exceed 2^26 numbers: it bounds memory."""
     p, length = next(model.parameters()), len(prompts[0]) - 1
     cache = Cache(model.config, len(prompts), max(length, 1), dtype=p.dtype, device=p.device)
     if length:
@@ -757,7 +703,6 @@ def prefill(model, prompts, tokens=4096):
             model.model(part, cache=cache)
     return cache
 
-
 def free_bytes(device):
     """Memory that can be allocated on a GPU; half of RAM for a CPU."""
     if torch.device(device).type == "cuda":
@@ -765,21 +710,19 @@ def free_bytes(device):
         return torch.cuda.mem_get_info(device)[0] + unused
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
-
 def max_batch_size(model, length):
     """How many sequences of `length` tokens fit into half of the free memory: 1 to 256.
 
-    The other half is for growth, prompts and logits. Few traces grow long; where many do, some are set aside."""
+    The other half is for growth, prompts and logits. Few traces grow long; if many do, some are set aside."""
     p = next(model.parameters())
     cache = Cache(model.config, 1, length, dtype=p.dtype, device="meta")
     one = sum(v.nbytes for v in vars(cache).values() if isinstance(v, torch.Tensor))
     return min(256, max(1, free_bytes(p.device) // 2 // one))
 
-
 class Sampler:
-    """What generate() has under way: slots over one cache, each a Running or None, and what waits for a slot."""
+    """What generate() has under way: a Running or None in each slot of a cache, and what waits for a slot."""
 
-    first_length = 256  # tokens per slot to begin with, or more if prompts are longer; at 7B 1/12 of a slot's states
+    first_length = 256  # tokens per slot at first, or more for longer prompts; at 7B 1/12 of a slot's states
 
     def __init__(self, model, prompts, samples, slots, longest, seed, admit, pick):
         self.model, self.prompts, self.samples = model, prompts, samples
@@ -787,7 +730,7 @@ class Sampler:
         self.seed, self.admit, self.pick = seed, admit, pick
         self.waiting = dict.fromkeys(range(len(prompts)), 0)  # prompt index: index of its next sample
         self.aside = []  # traces that were set aside, as Running
-        self.prefilled = {}  # ids of a prompt, or of a trace set aside: (cache, row)
+        self.prefilled = {}  # ids of a prompt: its Cache
         prompt = max(map(len, prompts))
         length = min(longest, max(self.first_length, 1 << (prompt - 1).bit_length()))
         slots = min(len(prompts) * samples, slots or max_batch_size(model, length))
@@ -816,36 +759,32 @@ class Sampler:
 
     def start(self):
         """Fill free slots -> whether anything runs."""
-        free = [slot for slot, running in enumerate(self.slots) if running is None]
-        jobs = list(zip(free, iter(self.next_job, None)))
-        jobs.sort(key=lambda job: (len(job[1].ids), job[1].trace.prompt_index))
-        for ids, same in groupby(jobs, key=lambda job: tuple(job[1].ids)):
-            if ids not in self.prefilled:
-                self.read([ids, *(tuple(running.ids) for _, running in jobs if len(running.ids) == len(ids))])
-            for slot, running in same:
-                self.cache.load(slot, *self.prefilled[ids])
-                self.tokens[slot] = ids[-1]
-                self.slots[slot] = running
-            # Nobody else reads the states of a trace that was set aside, or of a prompt after its last sample.
-            if running.trace.tokens or running.trace.prompt_index not in self.waiting:
-                del self.prefilled[ids]
+        for slot in range(len(self.slots)):
+            if self.slots[slot] is None:
+                running = self.next_job()
+                if running is None:
+                    break
+                self.begin(slot, running)
         if self.waiting and not any(self.slots):
-            raise RuntimeError(f"generate: prompt {min(self.waiting)} waits to be admitted and nothing is running")
+            raise RuntimeError(f"generate: prompt {min(self.waiting)} waits to be admitted, but nothing runs")
         return any(self.slots)
 
-    def read(self, prompts):
-        """Prefill the first of these prompts of one length, and more of them up to 16k tokens and half the memory."""
-        length = len(prompts[0])
-        most = max(1, min(16384 // length, max_batch_size(self.model, length)))
-        new = [ids for ids in dict.fromkeys(prompts) if ids not in self.prefilled][:most]
-        cache = prefill(self.model, new)
-        self.prefilled.update((ids, (cache, row)) for row, ids in enumerate(new))
+    def begin(self, slot, running):
+        """Put a trace into a slot, with the states of its prompt (of all its tokens, if it was set aside)."""
+        ids, trace = tuple(running.ids), running.trace
+        if ids not in self.prefilled:
+            self.prefilled[ids] = prefill(self.model, [running.ids])
+        self.cache.load(slot, self.prefilled[ids], 0)
+        self.tokens[slot] = ids[-1]
+        self.slots[slot] = running
+        if trace.tokens or trace.prompt_index not in self.waiting:  # nobody else will read these states
+            del self.prefilled[ids]
 
     def fits(self, slots, length):
         return self.cache.bytes_to_grow(len(slots), length) <= free_bytes(self.tokens.device)
 
     def fit(self):
-        """Make room for a token of each trace; when few run and none wait, move them to a smaller, faster cache."""
+        """Make room for a token per trace; when few run and none wait, move them to a smaller cache."""
         slots = [slot for slot, running in enumerate(self.slots) if running]
         length = self.cache.k.shape[3]
         if max(len(self.slots[slot].ids) for slot in slots) > length:
@@ -859,17 +798,17 @@ class Sampler:
         self.decode = Decoder(self.model, self.cache, self.pick)
 
     def set_aside(self, length):
-        """Set the youngest traces aside until a cache of this length fits beside the old one -> slots that stay.
+        """Set the youngest traces aside until a cache of this length fits beside the old one -> slots kept.
 
         When a slot is free again, prompt and tokens of a trace set aside are prefilled anew."""
         self.decode = None
         ages = [len(running.trace.tokens) if running else -1 for running in self.slots]
-        slots = sorted(range(len(ages)), key=ages.__getitem__, reverse=True)  # the oldest first, free ones last
+        slots = sorted(range(len(ages)), key=ages.__getitem__, reverse=True)  # oldest first, free ones last
         while slots and not self.fits(slots, length):
             if youngest := self.slots[slots.pop()]:
                 self.aside.insert(0, youngest)
         free = free_bytes(self.tokens.device)
-        check(slots, f"generate: the cache of one trace of {length} tokens does not fit into {free} free bytes")
+        check(slots, f"generate: the cache of a trace of {length} tokens does not fit into {free} free bytes")
         return sorted(slots)
 
     def step(self):
@@ -879,7 +818,8 @@ class Sampler:
         u = [r.random.random() if r else 0 for r in self.slots]
         drawn = self.decode(self.tokens, torch.tensor(u, dtype=torch.float64, pin_memory=self.tokens.is_cuda))
         self.tokens = drawn[:, 0]  # the next step needs no copy from the host
-        for r, (token, logprob, confidence, finite) in zip(self.slots, drawn.tolist()):  # the host's only wait
+        drawn = drawn.tolist()  # the host's only wait
+        for r, (token, logprob, confidence, finite) in zip(self.slots, drawn):
             if r:
                 check(finite, "generate: the model's logits are not finite")
                 r.ids.append(int(token))
@@ -901,27 +841,21 @@ class Sampler:
                 self.slots[slot] = None
                 yield trace
 
-
 @torch.no_grad()
 def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_p=1.0, seed=0, stop_ids=(), samples=1,
              slots=None, admit=None, on_token=None, on_trace=None, progress=False):
-    """Sample `samples` traces of each prompt -> list of Trace, by prompt, then by sample.
+    """Sample `samples` traces of each prompt (token ids) -> list of Trace, by prompt, then by sample.
 
-    A trace depends on weights, prompt, settings, seed and its own two indices. What else is in the batch changes its
-    numbers by rounding only, and so does being set aside where memory is short.
+    A trace depends on weights, prompt, settings, seed and its own two indices. What else is in the batch, or
+    being set aside where memory is short, changes its numbers by rounding only. temperature 0 is greedy.
 
-    Args:
-        prompts: lists of token ids.
-        temperature: 0 is greedy.
-        slots: traces that decode together; None or 0: as many as fit into free memory.
-        admit: admit(prompt_index, sample_index) -> "go" | "wait" | "done", asked in sample order before a trace is
-            started; "done" means no further trace of that prompt.
-        on_token: on_token(trace) -> True stops the trace.
-        on_trace: on_trace(trace) sees every trace that has ended.
-        progress: show a bar with tokens/s.
+    slots: traces that decode together; None or 0: as many as fit into free memory.
+    admit(prompt_index, sample_index) -> "go" | "wait" | "done", asked in sample order before a trace starts;
+        "done" means no further trace of that prompt.
+    on_token(trace) -> True stops the trace. on_trace(trace) sees every trace that has ended.
 
-    Raises ValueError for an empty prompt, ids out of range, more tokens than positions, a trace that does not fit
-    into memory, or logits that are not finite; RuntimeError where admit lets nothing go on."""
+    Raises ValueError for an empty prompt, ids out of range, more tokens than positions, a trace that does not
+    fit into memory, or logits that are not finite; RuntimeError where admit lets nothing go on."""
     c = model.config
     for i, prompt in enumerate(prompts):
         check(prompt, f"prompt {i}: it is empty")
@@ -937,14 +871,15 @@ def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_p=1.0, seed
     if not prompts:
         return []
 
-    def pick(logits, u):  # (slots, 4) float64, one read for the host: what `draw` gives, and if logits are finite
+    def pick(logits, u):  # (slots, 4) float64, one read for the host: what `draw` gives; are logits finite?
         drawn = draw(logits, u, temperature, top_p)
         return torch.stack([v.double() for v in (*drawn, logits.isfinite().all(-1))], 1)
 
     longest = max(map(len, prompts)) + max_new_tokens - 1  # no step appends a trace's last token
     sampler = Sampler(model, prompts, samples, slots, longest, seed, admit, pick)
     ended, produced, begun = [], 0, time.time()
-    with tqdm(total=len(prompts) * samples, disable=not progress, desc="sampling", unit="trace", miniters=0) as bar:
+    total = len(prompts) * samples
+    with tqdm(total=total, disable=not progress, desc="sampling", unit="trace", miniters=0) as bar:
         while sampler.start():
             produced += sampler.step()
             for trace in sampler.finish(max_new_tokens, stop_ids, on_token):
@@ -962,10 +897,9 @@ def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_p=1.0, seed
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
            "I64": torch.int64}
 
-
 def save_checkpoint(model, folder, read):
-    """Write config.json and model.safetensors in the published format. read(name, v) gives a tensor's values when it
-    is written, for a model that has none itself (on the meta device) or only shards of them."""
+    """Write config.json and model.safetensors. read(name, v) gives a tensor's values when it is written, for
+    a model that has none itself (on the meta device) or only shards of them."""
     state = model.state_dict()
     if model.config.tie_word_embeddings:
         del state["lm_head.weight"]
@@ -978,19 +912,17 @@ def save_checkpoint(model, folder, read):
     write_safetensors(Path(folder) / "model.safetensors", state, read)
     _replace(Path(folder) / "config.json", [json.dumps(config, indent=2).encode() + b"\n"])
 
-
 def load_checkpoint(cls, folder, dtype, device, mapped):
-    """Read a checkpoint in the published format: every tensor of it, and no other. dtype None keeps the stored one.
+    """Read every tensor of a checkpoint; there may be no other. dtype None keeps the stored one.
 
-    mapped leaves the tensors in their file, whatever dtype and device: train_sft.shard() moves and converts a block
-    at a time, so that no rank ever holds the whole model."""
+    mapped leaves the tensors in their file, whatever dtype and device: train_sft.shard() moves and converts a
+    block at a time, so that no rank ever holds the whole model."""
     config, state = FalconH1Config.from_json(Path(folder) / "config.json"), read_checkpoint(folder)
     embeddings, head = "model.embed_tokens.weight", "lm_head.weight"
-    for name in (embeddings, f"model.layers.{config.num_hidden_layers - 1}.mamba.D"):  # before a model is built
-        check(name in state, f"{folder}: tensor {name} is missing")
+    check(embeddings in state, f"{folder}: tensor {embeddings} is missing")
     if config.tie_word_embeddings:
         same = torch.equal(state.setdefault(head, state[embeddings]), state[embeddings])
-        check(same, f"{folder}: tensor {head} differs from {embeddings}, but config.json says tie_word_embeddings")
+        check(same, f"{folder}: tensor {head} differs from {embeddings} despite tie_word_embeddings")
     with torch.device("meta"):
         model = cls(config)
 
@@ -1001,10 +933,8 @@ def load_checkpoint(cls, folder, dtype, device, mapped):
         check(name in expected, f"{tensor} is not part of this model")
         v, shape = state[name], tuple(expected[name].shape)
         check(v.shape == shape, f"{tensor} is {tuple(v.shape)}, config.json makes it {shape}")
-        check(v.is_floating_point() and (dtype is not None or v.dtype == stored),
-              f"{tensor} is {v.dtype}, expected {stored} as the embeddings are; "
-              "give a dtype to convert a mixture of floating-point types")
-
+        check(v.is_floating_point(), f"{tensor} is {v.dtype}, expected floating-point numbers")
+        check(dtype or v.dtype == stored, f"{tensor} is {v.dtype}, the embeddings are {stored}: give a dtype")
     if not mapped:
         state = {name: v.to(device, dtype, copy=True) for name, v in state.items()}
     model.load_state_dict(state, assign=True)
@@ -1012,9 +942,8 @@ def load_checkpoint(cls, folder, dtype, device, mapped):
         model.lm_head.weight = model.model.embed_tokens.weight
     return model
 
-
 def _replace(path, parts):
-    """Write bytes through a temporary name: a reader sees the old file or the new one, never half of either."""
+    """Write bytes under a temporary name, then rename: a reader sees the old file or the new one."""
     temporary = Path(f"{path}.tmp")
     try:
         with open(temporary, "wb") as f:
@@ -1026,13 +955,12 @@ def _replace(path, parts):
         temporary.unlink(missing_ok=True)
         raise OSError(f"{path}: could not be written: {e.strerror}") from None
 
-
 def write_safetensors(path, tensors, read=lambda name, v: v):
     """tensors {name: tensor} -> file, little-endian, in the order of the names. read: see save_checkpoint."""
     names, header, end = {v: k for k, v in _DTYPES.items()}, {"__metadata__": {"format": "pt"}}, 0
     for name, v in sorted(tensors.items()):
-        header[name] = {"dtype": names[v.dtype], "shape": list(v.shape), "data_offsets": [end, end + v.nbytes]}
-        end += v.nbytes
+        start, end = end, end + v.nbytes
+        header[name] = {"dtype": names[v.dtype], "shape": list(v.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
 
@@ -1042,55 +970,46 @@ def write_safetensors(path, tensors, read=lambda name, v: v):
             yield read(name, v).detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
     _replace(path, parts())
 
-
 def read_safetensors(path):
     """file -> {name: tensor}, memory-mapped: copy what you want to keep or to change.
 
-    The tensors' bytes must follow the header without gap or overlap, to the end of the file. A header that lies is
-    a ValueError."""
+    The tensors' bytes must follow the header without gap or overlap, to the end of the file; a header that
+    lies is a ValueError."""
+    tensors, end = {}, 0  # bytes read
     try:
         with open(path, "rb") as f:
-            return _parse_safetensors(memoryview(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)))
+            data = memoryview(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY))
+        begin = 8 + int.from_bytes(data[:8], "little")
+        check(begin <= min(len(data), 100_000_000), f"a header of {begin - 8} bytes in a file of {len(data)}")
+        header, data = json.loads(bytes(data[8:begin])), data[begin:]
+        header.pop("__metadata__", None)
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            (start, stop), shape, dtype = entry["data_offsets"], entry["shape"], _DTYPES[entry["dtype"]]
+            whole = start == end < stop <= len(data) and stop - start == math.prod(shape) * dtype.itemsize
+            check(whole, f"tensor {name} of shape {shape} is at {start}..{stop} of {len(data)}")
+            tensors[name] = torch.frombuffer(data[start:stop], dtype=dtype).view(shape)
+            end = stop
+        check(end == len(data), f"{len(data) - end} bytes too many")
     except OSError as e:
         raise ValueError(f"{path}: {e.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as e:  # RecursionError and absurd shapes, too
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as e:  # also RecursionError
         raise ValueError(f"{path}: not a whole safetensors file: {type(e).__name__}: {e}") from None
-
-
-def _parse_safetensors(data):
-    begin = 8 + int.from_bytes(data[:8], "little")
-    check(begin <= min(len(data), 100_000_000), f"a header of {begin - 8} bytes in a file of {len(data)}")
-    header = json.loads(bytes(data[8:begin]))
-    header.pop("__metadata__", None)
-    data, tensors, end = data[begin:], {}, 0
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        (start, stop), shape = entry["data_offsets"], entry["shape"]
-        check(entry["dtype"] in _DTYPES, f"tensor {name} has dtype {entry['dtype']}")
-        dtype = _DTYPES[entry["dtype"]]
-        natural = all(type(v) is int and 0 <= v < 2**63 for v in (start, stop, *shape))
-        check(natural, f"tensor {name} has no natural shape or offsets")
-        right = start == end and stop <= len(data) and stop - start == math.prod(shape) * dtype.itemsize
-        check(right, f"tensor {name} of shape {shape} is at {start}..{stop} of {len(data)}")
-        v = torch.frombuffer(data[start:stop], dtype=dtype) if stop > start else torch.empty(0, dtype=dtype)
-        tensors[name] = v.view(shape)
-        end = stop
-    check(end == len(data), f"{len(data) - end} bytes too many")
     return tensors
 
-
 def read_checkpoint(folder):
-    """{name: tensor}, memory-mapped, of model.safetensors or of the shards in model.safetensors.index.json."""
+    """{name: tensor}, memory-mapped, of model.safetensors or the shards in model.safetensors.index.json."""
     single, index = Path(folder) / "model.safetensors", Path(folder) / "model.safetensors.index.json"
     if single.exists() or not index.exists():
         return read_safetensors(single)
     try:
         shard_of = json.loads(index.read_text())["weight_map"]
-        check(all(shard == Path(shard).name for shard in shard_of.values()), "a path, not a file name")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise ValueError(f"{index}: expected a weight_map from tensors to files in its folder ({e})") from None
+        shards = sorted(set(shard_of.values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ValueError(f"{index}: expected a weight_map from tensors to files in this folder") from None
     state = {}
-    for shard in sorted(set(shard_of.values())):
+    for shard in shards:
+        check(shard == Path(shard).name, f"{index}: {shard} is not a file in this folder")
         state |= read_safetensors(Path(folder) / shard)
-    for name in sorted(shard_of.keys() - state.keys()):
-        raise ValueError(f"{Path(folder) / shard_of[name]}: tensor {name} is missing, {index.name} says it is here")
+    for name in shard_of.keys() - state.keys():
+        raise ValueError(f"{Path(folder) / shard_of[name]}: tensor {name} is missing; {index.name} names it")
     return state
