@@ -104,7 +104,7 @@ class FalconH1Config:
             multiple = getattr(self, n) % getattr(self, by) == 0
             check(multiple, f"{n} {getattr(self, n)} is not a multiple of {by} {getattr(self, by)}")
         ssm = self.mamba_n_heads * self.mamba_d_head
-        check(self.mamba_d_ssm == ssm, f"mamba_d_ssm {self.mamba_d_ssm}, but mamba_n_heads * mamba_d_head {ssm}")
+        check(self.mamba_d_ssm == ssm, f"mamba_d_ssm {self.mamba_d_ssm}, but heads times their size is {ssm}")
         check(self.head_dim % 2 == 0, f"head_dim {self.head_dim} is odd, but RoPE turns channels in pairs")
         check(self.rope_theta > 0, f"rope_theta {self.rope_theta} is not above 0")
         check(self.rms_norm_eps >= 0, f"rms_norm_eps {self.rms_norm_eps} is negative")
@@ -174,8 +174,8 @@ def _published(vocab, hidden, layers, heads, kv, head_dim, mlp, ssm_heads, ssm_d
         mlp_multipliers=(0.78125**0.5 / w, 1200 / (w * mlp)), **other)
 
 PRESETS = {
-    # Trains in minutes on two CPU cores. rope_theta 1e11 is for 256k tokens of context; with 16 frequencies and
-    # traces of a hundred tokens, 1e4 leaves more of them useful. initializer_range is 1/sqrt(hidden_size).
+    # Trains in minutes on two CPU cores. rope_theta 1e11 is for 256k tokens of context; with 16 frequencies
+    # and traces of a hundred tokens, 1e4 leaves more of them useful. initializer_range is hidden_size^-0.5.
     "tiny": FalconH1Config(
         vocab_size=272, hidden_size=96, intermediate_size=160, num_hidden_layers=3,
         num_attention_heads=3, num_key_value_heads=1, head_dim=32,
@@ -344,8 +344,10 @@ class Mamba(nn.Module):
     def mix(self, xBC, dt, context, layer):
         """Convolution and scan: what each token reads from itself and the tokens before it, (b, t, h, p)."""
         c, cp, cache = self.config, context.cp, context.cache
-        weight, bias = self.conv1d.weight[:, 0], self.conv1d.bias
-        A, D = -self.A_log.float().exp(), self.D
+        weight = self.conv1d.weight[:, 0]
+        bias = self.conv1d.bias
+        A = -self.A_log.float().exp()
+        D = self.D
         if cp is not None:  # as in attention: from here to to_tokens, all tokens of this rank's heads
             xBC, dt = cp.to_heads(torch.cat([xBC, dt], 2), cp.mamba)
             weight, bias, A, D = cp.own_weights(weight, bias, A, D)
@@ -428,7 +430,8 @@ class Backbone(nn.Module):
         self.final_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
     def forward(self, input_ids, cu=None, cache=None, cp=None):
-        c, t, device = self.config, input_ids.shape[1], input_ids.device
+        c, device = self.config, input_ids.device
+        t = input_ids.shape[1]
         first = 0 if cp is None else cp.rank * t  # of this rank's tokens in the row
         positions = torch.arange(first, first + t, device=device)[None]
         if cu is not None:  # they start anew in every document
@@ -535,7 +538,8 @@ class _TokenLogprobs(torch.autograd.Function):
             entropy[part] = -logp.exp().mul_(logp).sum(-1)
             del logits, logp  # before the next chunk's: two would be in memory at once
         ctx.save_for_backward(h, weight, targets, lse)
-        ctx.scale, ctx.chunk = scale, chunk
+        ctx.scale = scale
+        ctx.chunk = chunk
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
@@ -564,8 +568,8 @@ def add_product(total, a, b):
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 def tokens_of_chunk(vocab, device):
-    """Tokens whose logits exist at a time: 2^25 numbers on a CPU; up to 2^28 on a GPU, of 8 bytes each (logits
-    and softmax in float32): 2.1 GB, 2,048 tokens at 130,048 words.
+    """Tokens whose logits exist at a time: 2^25 numbers on a CPU, up to 2^28 on a GPU, of 8 bytes each
+    (logits and softmax, float32): 2.1 GB, 2,048 tokens at 130,048 words.
 
     Each chunk adds to the weight's gradient, 8 vocab d bytes of traffic beside 8 chunk vocab d operations. At
     3 TB/s and 800 TFLOP/s that takes 267 / chunk of the products' time: 13% at 2,048 tokens, 7% at 4,096.
@@ -591,8 +595,8 @@ class Cache:
     conv     (layers, slots, channels, d_conv - 1)   last inputs of the convolution, in the model's dtype
     ssm      (layers, slots, h, p, n)                states of the scan, always float32
     lengths  (slots,)                                tokens in each slot
-    used     upper bound of the lengths, kept on the host so that no step waits for the GPU; attention reads
-             that many positions. Only a `fused` step, one token per slot in kernels, reads `lengths`. It cannot
+    used     upper bound of the lengths, kept on the host so that no step waits for the GPU: attention reads
+             as many positions. Only a `fused` step, one token per slot in kernels, reads `lengths`. It cannot
              raise: a slot without room appends nothing and answers nonsense."""
 
     def __init__(self, config, slots, length, *, dtype=torch.float32, device=None):
@@ -725,9 +729,13 @@ class Sampler:
     first_length = 256  # tokens per slot at first, or more for longer prompts; at 7B 1/12 of a slot's states
 
     def __init__(self, model, prompts, samples, slots, longest, seed, admit, pick):
-        self.model, self.prompts, self.samples = model, prompts, samples
+        self.model = model
+        self.prompts = prompts
+        self.samples = samples
         self.longest = longest  # tokens a slot may have to hold
-        self.seed, self.admit, self.pick = seed, admit, pick
+        self.seed = seed
+        self.admit = admit
+        self.pick = pick
         self.waiting = dict.fromkeys(range(len(prompts)), 0)  # prompt index: index of its next sample
         self.aside = []  # traces that were set aside, as Running
         self.prefilled = {}  # ids of a prompt: its Cache
@@ -794,7 +802,8 @@ class Sampler:
             return
         self.decode = None  # gives back its graph's memory
         self.cache.grow(slots, length)
-        self.slots, self.tokens = [self.slots[slot] for slot in slots], self.tokens[slots]
+        self.slots = [self.slots[slot] for slot in slots]
+        self.tokens = self.tokens[slots]
         self.decode = Decoder(self.model, self.cache, self.pick)
 
     def set_aside(self, length):
@@ -877,7 +886,9 @@ def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_p=1.0, seed
 
     longest = max(map(len, prompts)) + max_new_tokens - 1  # no step appends a trace's last token
     sampler = Sampler(model, prompts, samples, slots, longest, seed, admit, pick)
-    ended, produced, begun = [], 0, time.time()
+    ended = []
+    produced = 0
+    begun = time.time()
     total = len(prompts) * samples
     with tqdm(total=total, disable=not progress, desc="sampling", unit="trace", miniters=0) as bar:
         while sampler.start():
@@ -917,7 +928,8 @@ def load_checkpoint(cls, folder, dtype, device, mapped):
 
     mapped leaves the tensors in their file, whatever dtype and device: train_sft.shard() moves and converts a
     block at a time, so that no rank ever holds the whole model."""
-    config, state = FalconH1Config.from_json(Path(folder) / "config.json"), read_checkpoint(folder)
+    config = FalconH1Config.from_json(Path(folder) / "config.json")
+    state = read_checkpoint(folder)
     embeddings, head = "model.embed_tokens.weight", "lm_head.weight"
     check(embeddings in state, f"{folder}: tensor {embeddings} is missing")
     if config.tie_word_embeddings:
@@ -957,7 +969,9 @@ def _replace(path, parts):
 
 def write_safetensors(path, tensors, read=lambda name, v: v):
     """tensors {name: tensor} -> file, little-endian, in the order of the names. read: see save_checkpoint."""
-    names, header, end = {v: k for k, v in _DTYPES.items()}, {"__metadata__": {"format": "pt"}}, 0
+    names = {v: k for k, v in _DTYPES.items()}
+    header = {"__metadata__": {"format": "pt"}}
+    end = 0
     for name, v in sorted(tensors.items()):
         start, end = end, end + v.nbytes
         header[name] = {"dtype": names[v.dtype], "shape": list(v.shape), "data_offsets": [start, end]}
@@ -975,16 +989,20 @@ def read_safetensors(path):
 
     The tensors' bytes must follow the header without gap or overlap, to the end of the file; a header that
     lies is a ValueError."""
-    tensors, end = {}, 0  # bytes read
+    tensors = {}
+    end = 0  # of the tensors so far
     try:
         with open(path, "rb") as f:
             data = memoryview(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY))
         begin = 8 + int.from_bytes(data[:8], "little")
         check(begin <= min(len(data), 100_000_000), f"a header of {begin - 8} bytes in a file of {len(data)}")
-        header, data = json.loads(bytes(data[8:begin])), data[begin:]
+        header = json.loads(bytes(data[8:begin]))
+        data = data[begin:]
         header.pop("__metadata__", None)
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            (start, stop), shape, dtype = entry["data_offsets"], entry["shape"], _DTYPES[entry["dtype"]]
+            start, stop = entry["data_offsets"]
+            shape = entry["shape"]
+            dtype = _DTYPES[entry["dtype"]]
             whole = start == end < stop <= len(data) and stop - start == math.prod(shape) * dtype.itemsize
             check(whole, f"tensor {name} of shape {shape} is at {start}..{stop} of {len(data)}")
             tensors[name] = torch.frombuffer(data[start:stop], dtype=dtype).view(shape)
@@ -998,7 +1016,8 @@ def read_safetensors(path):
 
 def read_checkpoint(folder):
     """{name: tensor}, memory-mapped, of model.safetensors or the shards in model.safetensors.index.json."""
-    single, index = Path(folder) / "model.safetensors", Path(folder) / "model.safetensors.index.json"
+    single = Path(folder) / "model.safetensors"
+    index = Path(folder) / "model.safetensors.index.json"
     if single.exists() or not index.exists():
         return read_safetensors(single)
     try:
