@@ -69,7 +69,8 @@ def norm_step(y, weight, eps, *, z=None, groups=1, norm_before_gate=False):
     width = y.shape[-1] // groups
     _expect(width <= 16384, "norm", f"{width} channels of a group",
             "at most 16384, what the registers of one program hold")
-    y, out = y.flatten(0, -2), torch.empty(y.shape, dtype=y.dtype, device=y.device)
+    out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
+    y = y.flatten(0, -2)
     z = z if z is None else z.flatten(0, -2)
     _launch(_norm_kernel, len(y) * groups, y, z, weight, out, eps,
             y.stride(0), 0 if z is None else z.stride(0),
@@ -114,7 +115,8 @@ def mamba_step(conv, state, xBC, dt, weight, bias, dt_bias, A_log, D, limit):
     conv (b, d, k - 1); state (b, h, p, n) float32; xBC (b, d), the channels of x, B and C; dt (b, h); weight
     (d, k); bias (d,) or None; dt_bias, A_log, D (h,). The step size is softplus(dt + dt_bias), clamped to
     limit, a pair. Returns y (b, h, p). Raises ValueError, naming the argument, for shapes that do not fit."""
-    (b, h, p, n), d, k = state.shape, xBC.shape[1], weight.shape[1]
+    b, h, p, n = state.shape
+    d, k = weight.shape
     g = (d - h * p) // (2 * n)
     _expect(g >= 1 and d == h * p + 2 * g * n and h % g == 0, "xBC", f"{d} channels",
             f"h p + 2 g n for h, p, n = {h, p, n} and a g that divides h")
@@ -245,7 +247,8 @@ def attend_step(q, k, v, cos, sin, lengths, keys, values, *, key_multiplier=1.0)
     _expect(hq // hkv <= 16, "query heads of a key head", hq // hkv, "at most 16, the rows of a tensor core")
     _expect(keys.is_contiguous() and values.is_contiguous(), "cache", "keys or values with gaps", "none")
     q, k, v, cos, sin = (x.contiguous() for x in (q, k, v, cos, sin))
-    span, bd = span_of(length, slots * hkv), _power(hd)
+    span = span_of(length, slots * hkv)
+    bd = _power(hd)
     splits = triton.cdiv(length, span)
     part = torch.empty(slots, hq, splits, hd, dtype=torch.float32, device=q.device)
     lse = torch.empty(slots, hq, splits, dtype=torch.float32, device=q.device)
@@ -324,8 +327,10 @@ class Decoder:
 
     def __init__(self, model, cache, finish=lambda logits, u: logits):
         self.model, self.cache, self.finish = model, cache, finish
-        self.tokens, self.u = cache.lengths.clone(), cache.lengths.double()
-        self.warm, self.graph = False, None
+        self.tokens = cache.lengths.clone()
+        self.u = cache.lengths.double()
+        self.warm = False  # whether a step has run: the second one is recorded
+        self.graph = None
 
     def run(self):
         last = self.cache.k.shape[3] - 1

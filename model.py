@@ -200,7 +200,7 @@ PRESETS = {
 
 
 # 2. Block ---------------------------------------------------------------------------------------------------
-# Tokens interact only inside `mix`, or `step` while decoding; everything else is per token.
+# Tokens interact only inside `mix`, or in decode.py's kernels; everything else is per token.
 
 CHUNK = 512  # tokens per chunk of the scan on a GPU: half the states to store of 256, but a larger C B^T
 
@@ -208,14 +208,14 @@ CHUNK = 512  # tokens per chunk of the scan on a GPU: half the states to store o
 class Context:
     """What the blocks of one forward pass share.
 
-    Only `mix`, which torch.compile skips, and decoding read more than rope and mup: one compiled block serves
+    torch.compile skips `mix`; only it and decoding read more than rope and mup. So one compiled block serves
     every packing."""
     rope: tuple  # cos and sin of the tokens' positions, see rope_table
     mup: torch.Tensor | None  # see ssm_multipliers; in the model's dtype, as published, even if that is bf16
     cu: tuple | None = None  # cu_seqlens
     cache: object = None  # a Cache
     cp: object = None  # a train_sft.ContextParallel: h holds this rank's share of a row's tokens
-    fused: bool = False  # one token per slot, in decode.py's kernels: `step` instead of `mix`
+    fused: bool = False  # one token per slot: decode.py's kernels instead of `mix`
 
 def scaled(x, multiplier):
     """x * multiplier. Skipping multipliers of 1 (all of "tiny") saves 5% of a training step on a CPU."""
@@ -351,6 +351,7 @@ class Mamba(nn.Module):
         if cp is not None:  # as in attention: from here to to_tokens, all tokens of this rank's heads
             xBC, dt = cp.to_heads(torch.cat([xBC, dt], 2), cp.mamba)
             weight, bias, A, D = cp.own_weights(weight, bias, A, D)
+        # Without a cache, documents start from states of zero, and leave none.
         conv, state = (None, None) if cache is None else (cache.conv[layer], cache.ssm[layer])
         inner = dt.shape[-1] * c.mamba_d_head  # channels of the heads that are here
         gn = (xBC.shape[-1] - inner) // 2
@@ -738,7 +739,7 @@ class Sampler:
         self.pick = pick
         self.waiting = dict.fromkeys(range(len(prompts)), 0)  # prompt index: index of its next sample
         self.aside = []  # traces that were set aside, as Running
-        self.prefilled = {}  # ids of a prompt: its Cache
+        self.prefilled = {}  # ids: Cache, of prompts with more samples to come
         prompt = max(map(len, prompts))
         length = min(longest, max(self.first_length, 1 << (prompt - 1).bit_length()))
         slots = min(len(prompts) * samples, slots or max_batch_size(model, length))
@@ -767,25 +768,23 @@ class Sampler:
 
     def start(self):
         """Fill free slots -> whether anything runs."""
-        for slot in range(len(self.slots)):
-            if self.slots[slot] is None:
-                running = self.next_job()
-                if running is None:
-                    break
-                self.begin(slot, running)
+        free = [slot for slot, running in enumerate(self.slots) if running is None]
+        for slot, running in zip(free, iter(self.next_job, None)):
+            self.begin(slot, running)
         if self.waiting and not any(self.slots):
             raise RuntimeError(f"generate: prompt {min(self.waiting)} waits to be admitted, but nothing runs")
         return any(self.slots)
 
     def begin(self, slot, running):
-        """Put a trace into a slot, with the states of its prompt (of all its tokens, if it was set aside)."""
-        ids, trace = tuple(running.ids), running.trace
+        """Put a trace into a slot, with the states of its prompt, or of all its tokens if it was aside."""
+        ids = tuple(running.ids)
         if ids not in self.prefilled:
             self.prefilled[ids] = prefill(self.model, [running.ids])
         self.cache.load(slot, self.prefilled[ids], 0)
         self.tokens[slot] = ids[-1]
         self.slots[slot] = running
-        if trace.tokens or trace.prompt_index not in self.waiting:  # nobody else will read these states
+        # Only a prompt's next sample will read its states again.
+        if running.trace.tokens or running.trace.prompt_index not in self.waiting:
             del self.prefilled[ids]
 
     def fits(self, slots, length):

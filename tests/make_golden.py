@@ -18,9 +18,10 @@ SHAPE = dict(
     num_key_value_heads=2, head_dim=6, max_position_embeddings=512, mamba_d_ssm=20, mamba_n_heads=4,
     mamba_d_head=5, mamba_n_groups=1, mamba_d_state=7, mamba_chunk_size=8, mamba_norm_before_gate=False,
     mamba_rms_norm=True, rope_parameters={"rope_theta": 1e11, "rope_type": "default"},
-    embedding_multiplier=5.7, lm_head_multiplier=0.7, attention_in_multiplier=1.1, attention_out_multiplier=0.9,
-    key_multiplier=0.4, ssm_in_multiplier=1.25, ssm_out_multiplier=0.24, ssm_multipliers=[0.35, 0.25, 0.18, 0.5, 0.36],
-    mlp_multipliers=[0.88, 0.59], bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    embedding_multiplier=5.7, lm_head_multiplier=0.7, attention_in_multiplier=1.1, key_multiplier=0.4,
+    attention_out_multiplier=0.9, ssm_in_multiplier=1.25, ssm_out_multiplier=0.24,
+    ssm_multipliers=[0.35, 0.25, 0.18, 0.5, 0.36], mlp_multipliers=[0.88, 0.59],
+    bos_token_id=None, eos_token_id=None, pad_token_id=None)
 BIASES = dict(attention_bias=True, mlp_bias=True, projectors_bias=True, mamba_proj_bias=True)
 CHECKPOINTS = {  # name: (what differs from SHAPE, dtype, largest shard)
     "plain": (dict(num_hidden_layers=1, mamba_rms_norm=False, mamba_conv_bias=False), torch.float32, "1GB"),
