@@ -1,9 +1,9 @@
-"""Falcon-H1: attention and Mamba-2 side by side in every block. Model, loss, cache, sampler, checkpoints.
+"""Falcon-H1: attention and Mamba-2 side by side in every block. Model, loss, cache, checkpoints.
 
     model = FalconH1(PRESETS["tiny"])
     logits = model(torch.tensor([[72, 101, 108, 108, 111]]))         # (1, 5, vocab)
     logprobs, entropy = model(ids, targets=targets)                  # (b, t) each, without holding all logits
-    traces = generate(model, [[72, 101]], max_new_tokens=20)         # a list of Trace
+    traces = generate(model, [[72, 101]], max_new_tokens=20)         # a list of Trace, see decode.py
     model = FalconH1.from_pretrained("runs/tiny/sft/model")          # the published format
 
 One block, the paper's SA_M ("semi-parallel attention and Mamba, then MLP"); µ is a scalar multiplier of muP:
@@ -20,8 +20,9 @@ Glossary (the letters of the SSM are those of ssm_scan.py)
     mup         the forward multipliers through which one learning rate serves every model size
     slot        one sequence of the cache while decoding
 
-Deviations from the published model: none in the function. The paper projects concatenated heads with one
-matrix; the published weights hold one projection per branch and add the results. Both are the same function.
+Deviations from the published model: none in the function. The paper (Falcon-H1, arXiv 2507.22448) projects
+concatenated heads with one matrix; the published weights hold one projection per branch and add the results.
+Both are the same function.
 
 To copy this file, also take ssm_scan.py and decode.py.
 """
@@ -30,26 +31,20 @@ import json
 import math
 import mmap
 import os
-import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
-from decode import Decoder, attend_step, draw, kernels_serve, mamba_step, norm_step
+from decode import Decoder, Running, Sampler, Trace, draw, generate, prefill  # noqa: F401  for importers
+from decode import attend_step, check, kernels_serve, mamba_step, norm_step
 from ssm_scan import (
     causal_conv1d, causal_conv1d_step, check_cu_seqlens, gather_rows, ssd_scan, ssd_step, to_device)
-
-def check(ok, message):
-    if not ok:
-        raise ValueError(message)
 
 
 # 1. Configuration -------------------------------------------------------------------------------------------
@@ -83,6 +78,8 @@ class FalconH1Config:
     max_position_embeddings: int = 8192
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
+    # The multipliers of muP. Each scales what a matrix gives or takes; _published says how they follow from
+    # the widths. The paper tunes them with the learning rate fixed, in its section on muP.
     embedding_multiplier: float = 1.0
     lm_head_multiplier: float = 1.0
     attention_in_multiplier: float = 1.0
@@ -96,10 +93,7 @@ class FalconH1Config:
 
     def __post_init__(self):
         for f in fields(self):
-            value = getattr(self, f.name)
-            kinds = (int, float) if f.type is float else (f.type,)
-            check(type(value) in kinds, f"{f.name} is {value!r}, expected {f.type.__name__}")
-            check(f.type is not int or value > 0, f"{f.name} is {value}, expected a number above 0")
+            check_field(f, getattr(self, f.name))
         for n, by in ("mamba_n_heads", "mamba_n_groups"), ("num_attention_heads", "num_key_value_heads"):
             multiple = getattr(self, n) % getattr(self, by) == 0
             check(multiple, f"{n} {getattr(self, n)} is not a multiple of {by} {getattr(self, by)}")
@@ -108,10 +102,12 @@ class FalconH1Config:
         check(self.head_dim % 2 == 0, f"head_dim {self.head_dim} is odd, but RoPE turns channels in pairs")
         check(self.rope_theta > 0, f"rope_theta {self.rope_theta} is not above 0")
         check(self.rms_norm_eps >= 0, f"rms_norm_eps {self.rms_norm_eps} is negative")
+        low, high = self.time_step_limit
+        check(low <= high, f"time_step_limit {self.time_step_limit}: its lower end is above its upper end")
 
     @property
     def mamba_widths(self):
-        """Widths of in_proj's outputs: z, x, B, C, dt."""
+        """Widths of in_proj's outputs: z, x, B, C, dt (at 7B 3072, 3072, 256, 256, 24)."""
         gn = self.mamba_n_groups * self.mamba_d_state
         return self.mamba_d_ssm, self.mamba_d_ssm, gn, gn, self.mamba_n_heads
 
@@ -126,41 +122,75 @@ class FalconH1Config:
 
         try:
             return cls(**_config_fields(json.loads(Path(path).read_text(), object_hook=infinity)))
-        except KeyError as e:
-            raise ValueError(f"{path}: field {e.args[0]} is missing") from None
         except (OSError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as e:
             raise ValueError(f"{path}: {e}") from None
+
+
+def check_field(f, value):
+    """Raise ValueError unless a value of a config.json fits the field f: JSON knows NaN and huge integers."""
+    got = f"{f.name} is {value!r}, expected"
+    kinds = (int, float) if f.type is float else (f.type,)
+    check(type(value) in kinds, f"{got} {f.type.__name__}")  # by type(): True is an int to isinstance
+    check(f.type is not int or 0 < value < 2**31, f"{got} a number above 0 and below 2^31")
+    numbers = value if f.type is tuple else (value,)
+    if f.type is tuple:
+        right = len(value) == len(f.default) and all(type(v) in (int, float) for v in value)
+        check(right, f"{got} {len(f.default)} numbers")
+    finite = all(abs(v) < 3e38 for v in numbers)  # in float32; false for NaN, too
+    check(finite or f.name == "time_step_limit", f"{got} nothing but finite numbers")
+
 
 # Optional: no effect on logits, or a wrong default shows up as a missing or an unexpected tensor.
 _OPTIONAL = {"mamba_chunk_size", "initializer_range", "time_step_limit", "tie_word_embeddings",
              "attention_bias", "mlp_bias", "projectors_bias", "mamba_proj_bias"}
-# Supported with these values only. Fields that stand nowhere here have no effect on logits, and are ignored.
+# Supported with these values only.
 _ONE_VALUE = {"model_type": "falcon_h1", "hidden_act": "silu", "mamba_use_mlp": True, "attention_dropout": 0,
               "rope_scaling": None, "attn_layer_indices": None}
+# Ignored: no effect on logits, or (mamba_expand, mlp_expansion_factor) given by a width that is read.
+_IGNORED = set("""architectures auto_map dtype torch_dtype transformers_version _name_or_path use_cache
+    bos_token_id eos_token_id pad_token_id num_logits_to_keep mlp_expansion_factor mamba_expand time_step_min
+    time_step_max time_step_floor return_dict output_attentions output_hidden_states is_encoder_decoder
+    chunk_size_feed_forward id2label label2id problem_type""".split())
+
 
 def _config_fields(raw):
     """The content of a config.json -> arguments of FalconH1Config."""
     raw = {name: tuple(v) if isinstance(v, list) else v for name, v in raw.items() if v is not None}
     for name, only in _ONE_VALUE.items():
-        value = raw.get(name, only)
+        value = raw.pop(name, only)
         check(value == only, f"{name} is {value!r}; only {only!r} is supported")
 
     # Files of 2025 hold rope_theta, newer ones rope_parameters.
-    rope = raw.get("rope_parameters", {})
-    check(rope.get("rope_type", "default") == "default", f"{rope}: only rope_type 'default' is supported")
+    rope = raw.pop("rope_parameters", {})
+    plain = rope.keys() <= {"rope_theta", "rope_type"} and rope.get("rope_type", "default") == "default"
+    check(plain, f"rope_parameters {rope}: only a rope_theta and the rope_type 'default' are supported")
     theta = raw.setdefault("rope_theta", rope.get("rope_theta"))
     check(rope.get("rope_theta", theta) == theta, f"rope_theta {theta} contradicts rope_parameters {rope}")
 
     names = {f.name for f in fields(FalconH1Config)}
+    unknown = sorted(raw.keys() - names - _IGNORED)
+    check(not unknown, f"field {', '.join(unknown)} is unknown; it may change what the model computes")
     missing = sorted(name for name in names - _OPTIONAL if raw.get(name) is None)
     check(not missing, f"field {', '.join(missing)} is missing")
     return {name: raw[name] for name in names & raw.keys()}
+
 
 def _published(vocab, hidden, layers, heads, kv, head_dim, mlp, ssm_heads, ssm_dim, state, context, **other):
     """A published shape with its muP multipliers.
 
     They were tuned once, at hidden 1024 (w = 1), and follow from the widths: this rule gives the published
-    values of 0.5B, 7B and 34B, and those of the others as far as they are known."""
+    values of 0.5B, 7B and 34B, and those of the others as far as they are known.
+
+    Under muP, with weights and their updates of one size at every width, a sum over m inputs grows like m
+    once its weights have learned. Each path is divided by the sums it contains:
+
+        lm_head         1 / d        logits sum over d
+        attention_out   1 / w^2      v sums over d, o over heads that widen with d
+        key             1 / w^2      q and k sum over d; and q . k wants 1 / hd, where attention has hd^-1/2
+        ssm_in, ssm_out 1 / w, 1/I   in_proj sums over d, out_proj over the I channels
+        B               1 / n        C . S sums over the n columns of the state
+        mlp             1 / w        the gate; and for up and down together 1 / (w m), m the MLP's width
+    """
     w = hidden / 1024
     ssm = ssm_heads * ssm_dim
     return FalconH1Config(
@@ -173,14 +203,14 @@ def _published(vocab, hidden, layers, heads, kv, head_dim, mlp, ssm_heads, ssm_d
         ssm_multipliers=(8**-0.5, 0.25, 32 * 2**0.5 / state, 0.5, 8**-0.5),
         mlp_multipliers=(0.78125**0.5 / w, 1200 / (w * mlp)), **other)
 
+
 PRESETS = {
     # Trains in minutes on two CPU cores. rope_theta 1e11 is for 256k tokens of context; with 16 frequencies
     # and traces of a hundred tokens, 1e4 leaves more of them useful. initializer_range is hidden_size^-0.5.
     "tiny": FalconH1Config(
         vocab_size=272, hidden_size=96, intermediate_size=160, num_hidden_layers=3,
-        num_attention_heads=3, num_key_value_heads=1, head_dim=32,
-        mamba_d_ssm=96, mamba_n_heads=3, mamba_d_head=32, mamba_d_state=32, mamba_chunk_size=32,
-        rope_theta=1e4, initializer_range=0.1),
+        num_attention_heads=3, num_key_value_heads=1, head_dim=32, rope_theta=1e4, initializer_range=0.1,
+        mamba_d_ssm=96, mamba_n_heads=3, mamba_d_head=32, mamba_d_state=32, mamba_chunk_size=32),
     "100m": _published(vocab=32784, hidden=512, layers=20, heads=4, kv=2, head_dim=64, mlp=1024,  # ours: half
                        ssm_heads=12, ssm_dim=64, state=128, context=16384, mamba_rms_norm=False),
     "0.5b": _published(vocab=32784, hidden=1024, layers=36, heads=8, kv=2, head_dim=64, mlp=2048,
@@ -191,8 +221,7 @@ PRESETS = {
                             ssm_heads=24, ssm_dim=64, state=256, context=131072),
     "3b": _published(vocab=65536, hidden=2560, layers=32, heads=10, kv=2, head_dim=128, mlp=6144,
                      ssm_heads=32, ssm_dim=128, state=256, context=131072),
-    # The shape of Falcon-H1R-7B, too.
-    "7b": _published(vocab=130048, hidden=3072, layers=44, heads=12, kv=2, head_dim=128, mlp=12288,
+    "7b": _published(vocab=130048, hidden=3072, layers=44, heads=12, kv=2, head_dim=128, mlp=12288,  # and H1R
                      ssm_heads=24, ssm_dim=128, state=256, context=262144),
     "34b": _published(vocab=261120, hidden=5120, layers=72, heads=20, kv=4, head_dim=128, mlp=21504,
                       ssm_heads=32, ssm_dim=128, state=256, context=262144, mamba_n_groups=2),
@@ -203,6 +232,7 @@ PRESETS = {
 # Tokens interact only inside `mix`, or in decode.py's kernels; everything else is per token.
 
 CHUNK = 512  # tokens per chunk of the scan on a GPU: half the states to store of 256, but a larger C B^T
+
 
 @dataclass
 class Context:
@@ -217,9 +247,11 @@ class Context:
     cp: object = None  # a train_sft.ContextParallel: h holds this rank's share of a row's tokens
     fused: bool = False  # one token per slot: decode.py's kernels instead of `mix`
 
+
 def scaled(x, multiplier):
     """x * multiplier. Skipping multipliers of 1 (all of "tiny") saves 5% of a training step on a CPU."""
     return x if multiplier == 1 else x * multiplier
+
 
 class RMSNorm(nn.RMSNorm):
     """w * x / sqrt(mean(x^2) + eps): the mean in float32, the cast before the weight, as published."""
@@ -229,19 +261,22 @@ class RMSNorm(nn.RMSNorm):
             return norm_step(x, self.weight, self.eps)
         return self.weight * F.rms_norm(x.float(), self.normalized_shape, eps=self.eps).to(x.dtype)
 
+
 def rope_table(positions, head_dim, theta, dtype):
     """cos and sin (b, t, 1, head_dim) of the angles position * theta^(-2i / head_dim), for positions (b, t).
 
     Channels i and i + head_dim / 2 share an angle; the first one's sine is negative, as `rotate` needs it."""
     i = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
-    angle = positions[..., None, None].float() * theta ** (-i / head_dim)
+    angle = positions[..., None, None].float() * theta ** (-i / head_dim)  # (b, t, 1, head_dim / 2)
     cos = angle.cos().to(dtype)
     sin = angle.sin().to(dtype)
     return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
+
 def rotate(x, cos, sin):
     """RoPE on x (b, t, heads, head_dim): channels i and i + head_dim / 2 turn together ("rotate half")."""
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
+
 
 # cuDNN, torch's choice on an H100, plans for up to a second at every new shape. The others are for float32.
 @sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
@@ -256,7 +291,10 @@ def attend(q, k, v, cu):
     y = [F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True) for qkv in documents]
     return torch.cat(y, 2).transpose(1, 2)
 
+
 class Attention(nn.Module):
+    """Causal self-attention with RoPE; hq / hkv query heads share a key head (GQA)."""
+
     def __init__(self, c):
         super().__init__()
         self.config = c
@@ -271,6 +309,8 @@ class Attention(nn.Module):
         q = self.q_proj(x).unflatten(-1, (-1, c.head_dim))  # (b, t, hq, hd)
         k = self.k_proj(x).unflatten(-1, (-1, c.head_dim))  # (b, t, hkv, hd)
         v = self.v_proj(x).unflatten(-1, (-1, c.head_dim))
+        # With R_i, the rotation by position i, scores depend on the distance i - j alone:
+        #     y_i = sum_{j<=i} softmax_j(R_i q_i . R_j (µ k_j) / sqrt(hd)) v_j
         if context.fused:
             cache = context.cache
             y = attend_step(q, k, v, *context.rope, cache.lengths, cache.k[layer], cache.v[layer],
@@ -278,7 +318,7 @@ class Attention(nn.Module):
         else:
             k = rotate(scaled(k, c.key_multiplier), *context.rope)
             y = self.mix(rotate(q, *context.rope), k, v, context, layer)
-        return scaled(self.o_proj(y.flatten(2)), c.attention_out_multiplier)
+        return scaled(self.o_proj(y.flatten(2)), c.attention_out_multiplier)  # (b, t, d)
 
     @torch.compiler.disable
     def mix(self, q, k, v, context, layer):
@@ -291,6 +331,7 @@ class Attention(nn.Module):
         y = attend(q, k, v, context.cu)
         return y if cp is None else cp.to_tokens(y)
 
+
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)  # what is cached may meet autograd later
 def ssm_multipliers(c, dtype, device):
@@ -299,6 +340,7 @@ def ssm_multipliers(c, dtype, device):
         return None
     values = [m for m, width in zip(c.ssm_multipliers, c.mamba_widths) for _ in range(width)]
     return torch.tensor(values, dtype=dtype).to(device)
+
 
 def gated_norm(y, z, weight, groups, eps, norm_before_gate):
     """Mamba-2's gated RMSNorm over the channels of each group: y, z (b, t, I) -> (b, t, I), in float32.
@@ -309,7 +351,18 @@ def gated_norm(y, z, weight, groups, eps, norm_before_gate):
     y = F.rms_norm(y.unflatten(-1, (groups, -1)), (y.shape[-1] // groups,), eps=eps).flatten(-2) * weight
     return (y * gate if norm_before_gate else y).to(z.dtype)
 
+
 class Mamba(nn.Module):
+    """The Mamba-2 mixer: h heads, each with a state S of p x n numbers that decays and is written at every
+    token. Its size does not depend on t: this half of a block decodes at a constant cost per token.
+
+        z, x, B, C, dt = µ in_proj(u)                       z gates; x, B, C and dt drive the recurrence
+        x, B, C = silu(conv(x, B, C))                       over the last d_conv tokens, per channel
+        dt = softplus(dt + dt_bias),  A = -exp(A_log)       per head; positive and negative
+        S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T          the scan
+        y_t = S_t C_t + D x_t
+        out = out_proj(norm(y silu(z)))"""
+
     def __init__(self, c):
         super().__init__()
         self.config = c
@@ -325,7 +378,7 @@ class Mamba(nn.Module):
 
     def forward(self, u, context, layer):
         c = self.config
-        p = self.in_proj(scaled(u, c.ssm_in_multiplier))
+        p = self.in_proj(scaled(u, c.ssm_in_multiplier))  # (b, t, I + (I + 2 g n) + h)
         if context.mup is not None:
             p = p * context.mup
         z, xBC, dt = p.split([c.mamba_d_ssm, sum(c.mamba_widths[1:4]), c.mamba_n_heads], -1)
@@ -333,7 +386,7 @@ class Mamba(nn.Module):
             y = self.fused_step(z, xBC[:, 0], dt[:, 0], context.cache, layer)
             return scaled(self.out_proj(y), c.ssm_out_multiplier)
         dt = F.softplus(dt + self.dt_bias).clamp(*c.time_step_limit)  # in the model's dtype, as published
-        y = self.mix(xBC, dt, context, layer).flatten(2)  # (b, t, I)
+        y = self.mix(xBC, dt, context, layer).flatten(2)  # (b, t, h, p) -> (b, t, I)
         if c.mamba_rms_norm:
             y = gated_norm(y, z, self.norm.weight, c.mamba_n_groups, c.rms_norm_eps, c.mamba_norm_before_gate)
         else:
@@ -342,10 +395,13 @@ class Mamba(nn.Module):
 
     @torch.compiler.disable
     def mix(self, xBC, dt, context, layer):
-        """Convolution and scan: what each token reads from itself and the tokens before it, (b, t, h, p)."""
+        """Convolution and scan: what each token reads from itself and the tokens before it, (b, t, h, p).
+
+        xBC (b, t, I + 2 g n), dt (b, t, h)."""
         c, cp, cache = self.config, context.cp, context.cache
-        weight = self.conv1d.weight[:, 0]
+        weight = self.conv1d.weight[:, 0]  # (channels, d_conv)
         bias = self.conv1d.bias
+        # In float32: what is left of the state after t tokens is the exponential of a sum of t terms dt A.
         A = -self.A_log.float().exp()
         D = self.D
         if cp is not None:  # as in attention: from here to to_tokens, all tokens of this rank's heads
@@ -366,7 +422,7 @@ class Mamba(nn.Module):
             x, B, C = heads(xBC)
             y, new_state = ssd_step(state, x, dt[:, 0], A, B, C, D=D)
             y = y[:, None]
-        else:
+        else:  # all tokens at once: steps 1 to 4 of ssm_scan.py, chunk by chunk
             xBC, new_conv = causal_conv1d(
                 xBC, weight, bias, initial_states=conv, cu_seqlens=context.cu, activation="silu")
             x, B, C = heads(xBC)
@@ -387,8 +443,9 @@ class Mamba(nn.Module):
         return norm_step(y.flatten(1)[:, None], weight, c.rms_norm_eps, z=z, groups=c.mamba_n_groups,
                          norm_before_gate=c.mamba_norm_before_gate)
 
+
 class MLP(nn.Module):
-    """SwiGLU: down(up(x) silu(gate(x)))."""
+    """SwiGLU: µ down(up(x) silu(µ gate(x)))."""
 
     def __init__(self, c):
         super().__init__()
@@ -401,7 +458,10 @@ class MLP(nn.Module):
         gate = F.silu(scaled(self.gate_proj(x), self.multipliers[0]))
         return scaled(self.down_proj(self.up_proj(x) * gate), self.multipliers[1])
 
+
 class Block(nn.Module):
+    """The diagram at the top: h + Mamba(n) + Attention(n), n = norm(h), then h + MLP(norm(h))."""
+
     def __init__(self, c):
         super().__init__()
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
@@ -418,9 +478,9 @@ class Block(nn.Module):
 
 # 3. Model ---------------------------------------------------------------------------------------------------
 
+
 class Backbone(nn.Module):
     """Everything below the head: ids (b, t) -> hidden states (b, t, d)."""
-
     checkpoint_activations = False  # True: keep the blocks' inputs only, recompute the rest in backward
 
     def __init__(self, c):
@@ -434,17 +494,17 @@ class Backbone(nn.Module):
         c, device = self.config, input_ids.device
         t = input_ids.shape[1]
         first = 0 if cp is None else cp.rank * t  # of this rank's tokens in the row
-        positions = torch.arange(first, first + t, device=device)[None]
+        positions = torch.arange(first, first + t, device=device)[None]  # (1, t)
         if cu is not None:  # they start anew in every document
             each = [torch.arange(end - start, device=device) for start, end in zip(cu, cu[1:])]
             positions = torch.cat(each)[None, first : first + t]
-        elif cache is not None:
+        elif cache is not None:  # each slot goes on from its own length: (slots, t)
             positions = cache.lengths[:, None] + positions
             cache.extend(positions)
-        h = scaled(self.embed_tokens(input_ids), c.embedding_multiplier)
+        h = scaled(self.embed_tokens(input_ids), c.embedding_multiplier)  # (b, t, d)
         rope = rope_table(positions, c.head_dim, c.rope_theta, h.dtype)
-        fused = cache is not None and cache.fused
-        context = Context(rope, ssm_multipliers(c, h.dtype, h.device), cu, cache, cp, fused)
+        mup = ssm_multipliers(c, h.dtype, h.device)
+        context = Context(rope, mup, cu, cache, cp, fused=cache is not None and cache.fused)
         for layer, block in enumerate(self.layers):
             if self.checkpoint_activations and torch.is_grad_enabled():
                 h = checkpoint(block, h, context, layer, use_reentrant=False)
@@ -454,7 +514,9 @@ class Backbone(nn.Module):
             cache.lengths += t
         return self.final_layernorm(h)
 
+
 class FalconH1(nn.Module):
+    """The language model. Its parameters have the names and shapes of the published checkpoints."""
     cp = None  # or a train_sft.ContextParallel: input_ids are a share of a row, cu_seqlens the whole row's
 
     def __init__(self, config):
@@ -469,7 +531,10 @@ class FalconH1(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Normal matrices; as in Mamba-2, A in (1, 16) and log-uniform softplus(dt_bias) in (0.001, 0.1)."""
+        """Normal matrices; as in Mamba-2, A in (1, 16) and log-uniform softplus(dt_bias) in (0.001, 0.1).
+
+        So at first a head's state keeps exp(dt A) per token: it forgets within one token (dt 0.1, A -16) to
+        a thousand (dt 0.001, A -1)."""
         for m in self.modules():
             if isinstance(m, (nn.Linear, nn.Embedding)):
                 m.weight.normal_(0, self.config.initializer_range)
@@ -481,14 +546,21 @@ class FalconH1(nn.Module):
                 m.dt_bias.copy_(dt.expm1().log())  # the inverse of softplus
 
     def forward(self, input_ids, *, targets=None, temperature=1.0, cu_seqlens=None, cache=None):
-        """Logits (b, t, vocab) in the model's dtype.
+        """Logits, or with targets the log-probabilities that training needs, without ever holding all logits.
 
-        With targets (b, t): their log-probabilities at `temperature` and the entropies of the distributions
-        they come from, (b, t) float32 each, without ever holding all logits; negative targets give 0 and no
-        gradient. Ids and targets best lie on the CPU: to find targets on a GPU, the host must wait for it.
-
-        cu_seqlens (s + 1,) packs s documents into one row (b = 1). cache: a Cache of b slots; each appends t
-        tokens."""
+        Args:
+            input_ids: (b, t) int64. They and targets best lie on the CPU: to check ids, or to find the
+                targets on a GPU, the host would have to wait for it.
+            targets: (b, t) int64, what follows each token; negative ones give 0 and no gradient.
+            temperature: divides the logits of targets.
+            cu_seqlens: (s + 1,) packs s documents into one row, b = 1.
+            cache: a Cache of b slots; each appends t tokens.
+        Returns:
+            Logits (b, t, vocab) in the model's dtype; with targets (log-probabilities, entropies of the
+            distributions they come from), each (b, t) float32, the entropies without gradient.
+        Raises:
+            ValueError, naming the argument.
+        """
         c, shape = self.config, tuple(input_ids.shape)
         check(len(shape) == 2 and shape[1] >= 1, f"input_ids: got {shape}, expected (b, t) with t >= 1")
         fits = cache is None or cu_seqlens is None and len(cache.lengths) == shape[0]
@@ -506,26 +578,80 @@ class FalconH1(nn.Module):
         if targets.device.type == "cpu":
             tensors = to_device(tensors, self.lm_head.weight.device)
         input_ids, kept, wanted = tensors
-        h = gather_rows(self.model(input_ids, cu, cache, self.cp).flatten(0, 1), kept)
+        h = gather_rows(self.model(input_ids, cu, cache, self.cp).flatten(0, 1), kept)  # (kept, d)
         values = token_logprobs(h, self.lm_head.weight, wanted, c.lm_head_multiplier / temperature)
+        # Back to every token's place, with zeros where there is no target.
         return tuple(v.new_zeros(targets.numel()).index_copy(0, kept, v).view(targets.shape) for v in values)
 
+    def new_cache(self, slots, length, device=None):
+        """An empty Cache in the model's dtype, on its device if no other is named."""
+        p = next(self.parameters())
+        return Cache(self.config, slots, length, dtype=p.dtype, device=device or p.device)
+
     def save_pretrained(self, folder, read=lambda name, v: v):
-        """Write config.json and model.safetensors, see save_checkpoint."""
-        save_checkpoint(self, folder, read)
+        """Write config.json and model.safetensors. read(name, v) gives a tensor's values when it is written,
+        for a model that has none itself (on the meta device) or only shards of them."""
+        state = self.state_dict()
+        if self.config.tie_word_embeddings:
+            del state["lm_head.weight"]
+        dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
+        config = {"architectures": ["FalconH1ForCausalLM"], "model_type": "falcon_h1", "hidden_act": "silu",
+                  "torch_dtype": dtype, **asdict(self.config)}
+        if self.config.time_step_limit == (0, math.inf):
+            del config["time_step_limit"]  # the published default; JSON has no word for infinity
+        os.makedirs(folder, exist_ok=True)
+        write_safetensors(Path(folder) / "model.safetensors", state, read)
+        _replace(Path(folder) / "config.json", [json.dumps(config, indent=2).encode() + b"\n"])
 
     @classmethod
     def from_pretrained(cls, folder, *, dtype=None, device=None, mapped=False):
-        """Read a checkpoint in the published format, see load_checkpoint."""
-        return load_checkpoint(cls, folder, dtype, device, mapped)
+        """Read a checkpoint in the published format, every tensor of it; there may be no other. dtype None
+        keeps the stored one.
+
+        mapped leaves the tensors in their file, whatever dtype and device: train_sft.shard() moves and
+        converts a block at a time, so that no rank ever holds the whole model.
+        Raises ValueError naming the file, and the field or tensor."""
+        config = FalconH1Config.from_json(Path(folder) / "config.json")
+        state = read_checkpoint(folder)
+        embeddings, head = "model.embed_tokens.weight", "lm_head.weight"
+        check(embeddings in state, f"{folder}: tensor {embeddings} is missing")
+        if config.tie_word_embeddings:
+            same = torch.equal(state.setdefault(head, state[embeddings]), state[embeddings])
+            check(same, f"{folder}: tensor {head} differs from {embeddings} despite tie_word_embeddings")
+        with torch.device("meta"):  # shapes without memory, until the tensors are assigned
+            model = cls(config)
+
+        expected, stored = model.state_dict(), state[embeddings].dtype
+        for name in sorted({*expected, *state}):
+            tensor = f"{folder}: tensor {name}"
+            check(name in state, f"{tensor} is missing")
+            check(name in expected, f"{tensor} is not part of this model")
+            v, shape = state[name], tuple(expected[name].shape)
+            check(v.shape == shape, f"{tensor} is {tuple(v.shape)}, config.json makes it {shape}")
+            check(v.is_floating_point(), f"{tensor} is {v.dtype}, expected floating-point numbers")
+            check(dtype or v.dtype == stored, f"{tensor} is {v.dtype}, the embeddings {stored}: give a dtype")
+        if not mapped:
+            state = {name: v.to(device, dtype, copy=True) for name, v in state.items()}
+        model.load_state_dict(state, assign=True)
+        if config.tie_word_embeddings:
+            model.lm_head.weight = model.model.embed_tokens.weight
+        return model
 
 
 # 4. Loss ----------------------------------------------------------------------------------------------------
 # The logits of 32k tokens and 130k words would take 17 GB in float32. So the head runs on chunks of tokens,
-# in the forward pass and again in the backward pass, and only one chunk's logits exist at a time.
+# in the forward pass and again in the backward pass, and only one chunk's logits exist at a time. What is
+# kept between the passes is a number per token, lse.
+#
+#     z = scale h W^T,   lse = log sum_j exp(z_j),   log p_y = z_y - lse,   entropy = -sum_j p_j log p_j
+#
+# The derivative of lse is the softmax, d lse / dz_j = exp(z_j - lse) = p_j. So with g = dL / d log p_y
+#
+#     dz_j = g ([j = y] - p_j),   dh = scale dz W,   dW = scale dz^T h,   the last summed over chunks
+
 
 class _TokenLogprobs(torch.autograd.Function):
-    """log softmax(scale h W^T)[target] and the entropy;  dlogits = (onehot(target) - softmax) * dlogp."""
+    """h (t, d), W (vocab, d), targets y (t,) -> log p_y and entropy, (t,) float32."""
 
     @staticmethod
     def forward(ctx, h, weight, targets, scale, chunk):
@@ -548,18 +674,20 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(ctx, dlogprobs, _):
         h, weight, targets, lse = ctx.saved_tensors
         dh = torch.empty_like(h)
-        dweight = torch.zeros_like(weight, dtype=torch.float32)
-        dlogprobs = dlogprobs.float() * ctx.scale
+        dweight = torch.zeros_like(weight, dtype=torch.float32)  # bf16 would lose small chunks in a large sum
+        g = dlogprobs.float() * ctx.scale
         for i in range(0, len(h), ctx.chunk):
             part = slice(i, i + ctx.chunk)
             logits = (h[part] @ weight.T).float().mul_(ctx.scale)
-            d = logits.sub_(lse[part, None]).exp_().mul_(-dlogprobs[part, None])
-            d.scatter_add_(1, targets[part, None], dlogprobs[part, None])
-            d = d.to(h.dtype)
-            torch.mm(d, weight, out=dh[part])
-            add_product(dweight, d.T, h[part])
-            del logits, d
+            # dz = -g p, in place of the logits, then g more at the target.
+            dz = logits.sub_(lse[part, None]).exp_().mul_(-g[part, None])
+            dz.scatter_add_(1, targets[part, None], g[part, None])
+            dz = dz.to(h.dtype)
+            torch.mm(dz, weight, out=dh[part])
+            add_product(dweight, dz.T, h[part])
+            del logits, dz
         return dh, dweight.to(weight.dtype), None, None, None
+
 
 def add_product(total, a, b):
     """total += a b, total in float32. On a GPU, cuBLAS adds a product in bf16 without rounding it."""
@@ -567,6 +695,7 @@ def add_product(total, a, b):
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
+
 
 def tokens_of_chunk(vocab, device):
     """Tokens whose logits exist at a time: 2^25 numbers on a CPU, up to 2^28 on a GPU, of 8 bytes each
@@ -579,6 +708,7 @@ def tokens_of_chunk(vocab, device):
         return max(1, 2**25 // vocab)
     return min(4096, max(128, 2**28 // vocab // 128 * 128))
 
+
 def token_logprobs(h, weight, targets, scale=1.0, chunk=None):
     """h (t, d), weight (vocab, d), targets (t,) -> log-probabilities (t,) and entropies (t,), float32.
 
@@ -588,6 +718,15 @@ def token_logprobs(h, weight, targets, scale=1.0, chunk=None):
 
 
 # 5. Cache ---------------------------------------------------------------------------------------------------
+# Attention remembers every token, the mixer a state of fixed size. A slot of the 7B model, in bf16, holds
+#
+#     k, v    44 layers x 2 x 2 heads x 128 channels x 2 bytes            45 kB per token
+#     ssm     44 layers x 24 heads x 128 x 256 numbers x 4 bytes          138 MB, as k and v of 3,072 tokens
+#     conv    44 layers x (3072 + 2 x 256) channels x 3 inputs x 2 bytes  0.9 MB
+#
+# The states are float32 even in a bf16 model: each is a sum over thousands of tokens, to which a step adds
+# dt x B^T with dt down to 0.001. bf16 has 8 bits: what is below 1/512 of a number does not change it.
+
 
 class Cache:
     """Decoding state of `slots` sequences.
@@ -631,7 +770,7 @@ class Cache:
 
     def grow(self, slots, length):
         """Hold only the sequences of these slots, in this order, with room for `length` tokens."""
-        def longer(old):
+        def longer(old):  # a layer at a time: indexing all at once would copy k a second time
             new = old.new_zeros(len(old), len(slots), old.shape[2], length, old.shape[4])
             for layer, v in zip(new, old):
                 layer[:, :, : old.shape[3]] = v[slots]
@@ -649,8 +788,10 @@ class Cache:
         ok = self.fused or self.used + t <= length
         check(ok, f"cache: {self.used + t} tokens do not fit a length of {length}")
         if not self.fused:
+            # at: where scatter_ writes k and v. mask: which of the first `used` positions a token may see. A
+            # slot may hold fewer: what lies behind its own tokens is masked, as the future is.
             at = positions[:, None, :, None]
-            self.at = at.expand(-1, self.k.shape[2], -1, self.k.shape[4])
+            self.at = at.expand(-1, self.k.shape[2], -1, self.k.shape[4])  # (slots, hkv, t, hd)
             seen = torch.arange(self.used + t, device=positions.device)
             self.mask = seen <= at if self.used else None  # (slots, 1, t, used)
         self.used = min(self.used + t, length)
@@ -664,294 +805,17 @@ class Cache:
         keys, values = keys[:, :, : self.used], values[:, :, : self.used]
         if keys.is_cuda:  # where with a mask only torch's slow kernel lets queries share keys: copy them
             keys, values = (x.repeat_interleave(q.shape[2] // x.shape[1], 1) for x in (keys, values))
-        q = q.transpose(1, 2)
+        q = q.transpose(1, 2)  # (slots, hq, t, hd)
         y = F.scaled_dot_product_attention(q, keys, values, attn_mask=self.mask, enable_gqa=True)
         return y.transpose(1, 2)
 
 
-# 6. Sampler -------------------------------------------------------------------------------------------------
-# One for RL rollouts, evaluation, DeepConf and chat. Traces decode together, each in a slot of one cache:
-#     start   free slots take the next traces, and the states of their prompts, each prefilled once
-#     fit     the cache doubles when the longest trace has filled it; where that does not fit into memory, the
-#             youngest traces are set aside, and go on later from prompt and tokens
-#     step    Decoder appends a token to every slot and draws the next: on a GPU one CUDA graph, then one read
-#     finish  traces that have ended leave their slots
-
-@dataclass
-class Trace:
-    """One sample. The stop token, where one was sampled, is part of it."""
-    prompt_index: int
-    sample_index: int
-    tokens: list = field(default_factory=list)
-    logprobs: list = field(default_factory=list)  # of each token under the distribution it was drawn from
-    confidences: list = field(default_factory=list)  # DeepConf's token confidence, see `draw`
-    stop: str = ""  # "stop" | "length" | "deepconf" (the callback said so)
-
-@dataclass(eq=False)
-class Running:
-    """A trace in a slot, or set aside: all it needs to go on, in any slot and at any time."""
-    trace: Trace
-    ids: list  # of its prompt and of its tokens
-    random: np.random.Generator
-
-@torch.no_grad()
-def prefill(model, prompts, tokens=4096):
-    """Run prompts of one length, all but their last token, and return the Cache.
-
-    At most `tokens` at a time, fewer where attention's mask would exceed 2^26 numbers: it bounds memory."""
-    p, length = next(model.parameters()), len(prompts[0]) - 1
-    cache = Cache(model.config, len(prompts), max(length, 1), dtype=p.dtype, device=p.device)
-    if length:
-        ids = torch.tensor(prompts, device=p.device)[:, :-1]
-        at_once = min(tokens, 2**26 // length) // len(prompts)
-        for part in ids.split(max(1, at_once), 1):
-            model.model(part, cache=cache)
-    return cache
-
-def free_bytes(device):
-    """Memory that can be allocated on a GPU; half of RAM for a CPU."""
-    if torch.device(device).type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-
-def max_batch_size(model, length):
-    """How many sequences of `length` tokens fit into half of the free memory: 1 to 256.
-
-    The other half is for growth, prompts and logits. Few traces grow long; if many do, some are set aside."""
-    p = next(model.parameters())
-    cache = Cache(model.config, 1, length, dtype=p.dtype, device="meta")
-    one = sum(v.nbytes for v in vars(cache).values() if isinstance(v, torch.Tensor))
-    return min(256, max(1, free_bytes(p.device) // 2 // one))
-
-class Sampler:
-    """What generate() has under way: a Running or None in each slot of a cache, and what waits for a slot."""
-
-    first_length = 256  # tokens per slot at first, or more for longer prompts; at 7B 1/12 of a slot's states
-
-    def __init__(self, model, prompts, samples, slots, longest, seed, admit, pick):
-        self.model = model
-        self.prompts = prompts
-        self.samples = samples
-        self.longest = longest  # tokens a slot may have to hold
-        self.seed = seed
-        self.admit = admit
-        self.pick = pick
-        self.waiting = dict.fromkeys(range(len(prompts)), 0)  # prompt index: index of its next sample
-        self.aside = []  # traces that were set aside, as Running
-        self.prefilled = {}  # ids: Cache, of prompts with more samples to come
-        prompt = max(map(len, prompts))
-        length = min(longest, max(self.first_length, 1 << (prompt - 1).bit_length()))
-        slots = min(len(prompts) * samples, slots or max_batch_size(model, length))
-        p = next(model.parameters())
-        self.slots = [None] * slots
-        self.cache = Cache(model.config, slots, length, dtype=p.dtype, device=p.device)
-        self.decode = Decoder(model, self.cache, pick)
-        self.tokens = torch.zeros_like(self.cache.lengths)  # what each slot appends next
-
-    def next_job(self):
-        """What to start now, or None. Prompts in order, so that few prefilled states exist at a time."""
-        if self.aside:
-            return self.aside.pop(0)
-        for i, sample in list(self.waiting.items()):
-            verdict = self.admit(i, sample) if self.admit else "go"
-            if verdict == "wait":
-                continue
-            self.waiting[i] += 1
-            if verdict == "done" or self.waiting[i] == self.samples:
-                del self.waiting[i]
-            if verdict == "go":
-                random = np.random.default_rng([self.seed, i, sample])
-                return Running(Trace(i, sample), list(self.prompts[i]), random)
-            self.prefilled.pop(tuple(self.prompts[i]), None)
-        return None
-
-    def start(self):
-        """Fill free slots -> whether anything runs."""
-        free = [slot for slot, running in enumerate(self.slots) if running is None]
-        for slot, running in zip(free, iter(self.next_job, None)):
-            self.begin(slot, running)
-        if self.waiting and not any(self.slots):
-            raise RuntimeError(f"generate: prompt {min(self.waiting)} waits to be admitted, but nothing runs")
-        return any(self.slots)
-
-    def begin(self, slot, running):
-        """Put a trace into a slot, with the states of its prompt, or of all its tokens if it was aside."""
-        ids = tuple(running.ids)
-        if ids not in self.prefilled:
-            self.prefilled[ids] = prefill(self.model, [running.ids])
-        self.cache.load(slot, self.prefilled[ids], 0)
-        self.tokens[slot] = ids[-1]
-        self.slots[slot] = running
-        # Only a prompt's next sample will read its states again.
-        if running.trace.tokens or running.trace.prompt_index not in self.waiting:
-            del self.prefilled[ids]
-
-    def fits(self, slots, length):
-        return self.cache.bytes_to_grow(len(slots), length) <= free_bytes(self.tokens.device)
-
-    def fit(self):
-        """Make room for a token per trace; when few run and none wait, move them to a smaller cache."""
-        slots = [slot for slot, running in enumerate(self.slots) if running]
-        length = self.cache.k.shape[3]
-        if max(len(self.slots[slot].ids) for slot in slots) > length:
-            length = min(2 * length, self.longest)
-            slots = self.set_aside(length)
-        elif self.waiting or self.aside or 2 * len(slots) > len(self.slots) or not self.fits(slots, length):
-            return
-        self.decode = None  # gives back its graph's memory
-        self.cache.grow(slots, length)
-        self.slots = [self.slots[slot] for slot in slots]
-        self.tokens = self.tokens[slots]
-        self.decode = Decoder(self.model, self.cache, self.pick)
-
-    def set_aside(self, length):
-        """Set the youngest traces aside until a cache of this length fits beside the old one -> slots kept.
-
-        When a slot is free again, prompt and tokens of a trace set aside are prefilled anew."""
-        self.decode = None
-        ages = [len(running.trace.tokens) if running else -1 for running in self.slots]
-        slots = sorted(range(len(ages)), key=ages.__getitem__, reverse=True)  # oldest first, free ones last
-        while slots and not self.fits(slots, length):
-            if youngest := self.slots[slots.pop()]:
-                self.aside.insert(0, youngest)
-        free = free_bytes(self.tokens.device)
-        check(slots, f"generate: the cache of a trace of {length} tokens does not fit into {free} free bytes")
-        return sorted(slots)
-
-    def step(self):
-        """Give every running trace a token -> how many."""
-        self.fit()
-        self.cache.used = max(len(r.ids) for r in self.slots if r) - 1
-        u = [r.random.random() if r else 0 for r in self.slots]
-        drawn = self.decode(self.tokens, torch.tensor(u, dtype=torch.float64, pin_memory=self.tokens.is_cuda))
-        self.tokens = drawn[:, 0]  # the next step needs no copy from the host
-        drawn = drawn.tolist()  # the host's only wait
-        for r, (token, logprob, confidence, finite) in zip(self.slots, drawn):
-            if r:
-                check(finite, "generate: the model's logits are not finite")
-                r.ids.append(int(token))
-                r.trace.tokens.append(int(token))
-                r.trace.logprobs.append(logprob)
-                r.trace.confidences.append(confidence)
-        return len(self.slots) - self.slots.count(None)
-
-    def finish(self, max_new_tokens, stop_ids, on_token):
-        """Generator of the traces that end with this step; they leave their slots."""
-        for slot, trace in [(slot, running.trace) for slot, running in enumerate(self.slots) if running]:
-            if len(trace.tokens) == max_new_tokens:
-                trace.stop = "length"
-            if on_token is not None and on_token(trace):
-                trace.stop = "deepconf"
-            if trace.tokens[-1] in stop_ids:
-                trace.stop = "stop"
-            if trace.stop:
-                self.slots[slot] = None
-                yield trace
-
-@torch.no_grad()
-def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_p=1.0, seed=0, stop_ids=(), samples=1,
-             slots=None, admit=None, on_token=None, on_trace=None, progress=False):
-    """Sample `samples` traces of each prompt (token ids) -> list of Trace, by prompt, then by sample.
-
-    A trace depends on weights, prompt, settings, seed and its own two indices. What else is in the batch, or
-    being set aside where memory is short, changes its numbers by rounding only. temperature 0 is greedy.
-
-    slots: traces that decode together; None or 0: as many as fit into free memory.
-    admit(prompt_index, sample_index) -> "go" | "wait" | "done", asked in sample order before a trace starts;
-        "done" means no further trace of that prompt.
-    on_token(trace) -> True stops the trace. on_trace(trace) sees every trace that has ended.
-
-    Raises ValueError for an empty prompt, ids out of range, more tokens than positions, a trace that does not
-    fit into memory, or logits that are not finite; RuntimeError where admit lets nothing go on."""
-    c = model.config
-    for i, prompt in enumerate(prompts):
-        check(prompt, f"prompt {i}: it is empty")
-        inside = 0 <= min(prompt) and max(prompt) < c.vocab_size
-        check(inside, f"prompt {i}: a token id is outside 0..{c.vocab_size - 1}")
-        check(len(prompt) + max_new_tokens <= c.max_position_embeddings,
-              f"prompt {i}: {len(prompt)} tokens and max_new_tokens {max_new_tokens} exceed "
-              f"max_position_embeddings {c.max_position_embeddings}")
-    check(max_new_tokens >= 1, f"generate: max_new_tokens {max_new_tokens} is below 1")
-    check(samples >= 1, f"generate: samples {samples} is below 1")
-    check(temperature >= 0, f"generate: temperature {temperature} is negative")
-    check(0 < top_p <= 1, f"generate: top_p {top_p} is not in (0, 1]")
-    if not prompts:
-        return []
-
-    def pick(logits, u):  # (slots, 4) float64, one read for the host: what `draw` gives; are logits finite?
-        drawn = draw(logits, u, temperature, top_p)
-        return torch.stack([v.double() for v in (*drawn, logits.isfinite().all(-1))], 1)
-
-    longest = max(map(len, prompts)) + max_new_tokens - 1  # no step appends a trace's last token
-    sampler = Sampler(model, prompts, samples, slots, longest, seed, admit, pick)
-    ended = []
-    produced = 0
-    begun = time.time()
-    total = len(prompts) * samples
-    with tqdm(total=total, disable=not progress, desc="sampling", unit="trace", miniters=0) as bar:
-        while sampler.start():
-            produced += sampler.step()
-            for trace in sampler.finish(max_new_tokens, stop_ids, on_token):
-                ended.append(trace)
-                if on_trace is not None:
-                    on_trace(trace)
-            bar.set_postfix_str(f"{produced / (time.time() - begun):,.0f} tokens/s", refresh=False)
-            bar.update(len(ended) - bar.n)  # draws it at most ten times a second
-    return sorted(ended, key=lambda trace: (trace.prompt_index, trace.sample_index))
-
-
-# 7. Checkpoints ---------------------------------------------------------------------------------------------
+# 6. Checkpoints ---------------------------------------------------------------------------------------------
 # safetensors: eight bytes of header length, a JSON header, the tensors' bytes. Nothing in it can run.
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
            "I64": torch.int64}
 
-def save_checkpoint(model, folder, read):
-    """Write config.json and model.safetensors. read(name, v) gives a tensor's values when it is written, for
-    a model that has none itself (on the meta device) or only shards of them."""
-    state = model.state_dict()
-    if model.config.tie_word_embeddings:
-        del state["lm_head.weight"]
-    dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
-    config = {"architectures": ["FalconH1ForCausalLM"], "model_type": "falcon_h1", "hidden_act": "silu",
-              "torch_dtype": dtype, **asdict(model.config)}
-    if model.config.time_step_limit == (0, math.inf):
-        del config["time_step_limit"]  # the published default; JSON has no word for infinity
-    os.makedirs(folder, exist_ok=True)
-    write_safetensors(Path(folder) / "model.safetensors", state, read)
-    _replace(Path(folder) / "config.json", [json.dumps(config, indent=2).encode() + b"\n"])
-
-def load_checkpoint(cls, folder, dtype, device, mapped):
-    """Read every tensor of a checkpoint; there may be no other. dtype None keeps the stored one.
-
-    mapped leaves the tensors in their file, whatever dtype and device: train_sft.shard() moves and converts a
-    block at a time, so that no rank ever holds the whole model."""
-    config = FalconH1Config.from_json(Path(folder) / "config.json")
-    state = read_checkpoint(folder)
-    embeddings, head = "model.embed_tokens.weight", "lm_head.weight"
-    check(embeddings in state, f"{folder}: tensor {embeddings} is missing")
-    if config.tie_word_embeddings:
-        same = torch.equal(state.setdefault(head, state[embeddings]), state[embeddings])
-        check(same, f"{folder}: tensor {head} differs from {embeddings} despite tie_word_embeddings")
-    with torch.device("meta"):
-        model = cls(config)
-
-    expected, stored = model.state_dict(), state[embeddings].dtype
-    for name in sorted({*expected, *state}):
-        tensor = f"{folder}: tensor {name}"
-        check(name in state, f"{tensor} is missing")
-        check(name in expected, f"{tensor} is not part of this model")
-        v, shape = state[name], tuple(expected[name].shape)
-        check(v.shape == shape, f"{tensor} is {tuple(v.shape)}, config.json makes it {shape}")
-        check(v.is_floating_point(), f"{tensor} is {v.dtype}, expected floating-point numbers")
-        check(dtype or v.dtype == stored, f"{tensor} is {v.dtype}, the embeddings are {stored}: give a dtype")
-    if not mapped:
-        state = {name: v.to(device, dtype, copy=True) for name, v in state.items()}
-    model.load_state_dict(state, assign=True)
-    if config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
-    return model
 
 def _replace(path, parts):
     """Write bytes under a temporary name, then rename: a reader sees the old file or the new one."""
@@ -966,8 +830,9 @@ def _replace(path, parts):
         temporary.unlink(missing_ok=True)
         raise OSError(f"{path}: could not be written: {e.strerror}") from None
 
+
 def write_safetensors(path, tensors, read=lambda name, v: v):
-    """tensors {name: tensor} -> file, little-endian, in the order of the names. read: see save_checkpoint."""
+    """tensors {name: tensor} -> file, little-endian, in the order of the names. read: see save_pretrained."""
     names = {v: k for k, v in _DTYPES.items()}
     header = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -982,6 +847,7 @@ def write_safetensors(path, tensors, read=lambda name, v: v):
         for name, v in sorted(tensors.items()):
             yield read(name, v).detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
     _replace(path, parts())
+
 
 def read_safetensors(path):
     """file -> {name: tensor}, memory-mapped: copy what you want to keep or to change.
@@ -1012,6 +878,7 @@ def read_safetensors(path):
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as e:  # also RecursionError
         raise ValueError(f"{path}: not a whole safetensors file: {type(e).__name__}: {e}") from None
     return tensors
+
 
 def read_checkpoint(folder):
     """{name: tensor}, memory-mapped, of model.safetensors or the shards in model.safetensors.index.json."""
