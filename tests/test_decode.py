@@ -1,24 +1,231 @@
-"""The kernels for one token against torch's and the forward pass, on caches of NaN; drawing; their limits."""
+"""The sampler; the kernels for one token against torch's and the forward pass, on caches of NaN; drawing."""
 
-from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import decode
 import model as m
 import ssm_scan as s
-from decode import draw
+from decode import Sampler, draw, generate, prefill
+from model import FalconH1
 from tests import test_ssm_scan
 from tests.measure import peak_bytes
 from tests.test_model import SMALL, assert_close, build
 
 DEVICE = test_ssm_scan.DEVICE
 interpreter = test_ssm_scan.interpreter
+
+
+# 1. The sampler ---------------------------------------------------------------------------------------------
+
+PROMPTS = [[1, 2], [3, 4, 5, 6, 7], [8], [9] * 7]
+
+def assert_same_traces(some, others):
+    for a, b in zip(some, others, strict=True):
+        assert (a.prompt_index, a.sample_index, a.stop) == (b.prompt_index, b.sample_index, b.stop)
+        assert a.tokens == b.tokens
+        assert a.logprobs + a.confidences == pytest.approx(b.logprobs + b.confidences, abs=1e-4)
+
+@torch.no_grad()
+def test_greedy_generation_with_prompts_of_many_lengths():
+    model = build()
+    for prompt, trace in zip(PROMPTS, generate(model, PROMPTS, max_new_tokens=12, temperature=0, slots=3)):
+        ids = list(prompt)
+        for token in trace.tokens:
+            assert token == int(model(torch.tensor([ids]))[0, -1].argmax())
+            ids.append(token)
+        assert trace.stop == "length" and len(trace.tokens) == 12
+
+def test_a_trace_depends_on_seed_and_indices_alone():
+    """Not on its neighbours, nor on when it starts."""
+    model, kind = build(), dict(max_new_tokens=15, samples=3, stop_ids=[0, 1, 2])
+    asked = set()
+
+    def late(i, j):  # each trace waits once
+        return "go" if i == 0 or (i, j) in asked else asked.add((i, j)) or "wait"
+    alone = generate(model, PROMPTS, seed=7, slots=1, **kind)
+    assert_same_traces(alone, generate(model, PROMPTS, seed=7, slots=5, **kind))
+    assert_same_traces(alone, generate(model, PROMPTS, seed=7, slots=4, admit=late, **kind))
+    tokens = [t.tokens for t in alone]
+    assert tokens != [t.tokens for t in generate(model, PROMPTS, seed=8, **kind)]
+    assert len({tuple(t) for t in tokens[:3]}) > 1 and {t.stop for t in alone} == {"stop", "length"}
+
+@torch.no_grad()
+def test_log_probabilities_are_those_of_training():
+    model = build()
+    trace, = generate(model, [[3, 1, 4]], max_new_tokens=20, seed=1, temperature=0.8)
+    ids = torch.tensor([[3, 1, 4, *trace.tokens]])
+    logprobs, _ = model(ids[:, :-1], targets=ids[:, 1:], temperature=0.8)
+    assert trace.logprobs == pytest.approx(logprobs[0, 2:].tolist(), abs=1e-4)
+
+@torch.no_grad()
+def test_prompts_are_prefilled_together_and_in_parts():
+    model, prompts = build(), [[(i * j) % 36 for j in range(50)] for i in (1, 5, 7)]
+    together, parts = prefill(model, prompts), prefill(model, prompts, tokens=30)
+    for row, prompt in enumerate(prompts):
+        alone = prefill(model, [prompt])
+        for name in ("k", "v", "conv", "ssm"):
+            for some in (together, parts):
+                assert_close(getattr(some, name)[:, row], getattr(alone, name)[:, 0])
+
+@pytest.fixture
+def sizes(monkeypatch):
+    """(slots, length) of a cache that begins with 8 tokens, each time that it is made anew."""
+    seen, grow = [], m.Cache.grow
+    monkeypatch.setattr(Sampler, "first_length", 8)
+
+    def counted(self, slots, length):
+        seen.append((len(slots), length))
+        grow(self, slots, length)
+    monkeypatch.setattr(m.Cache, "grow", counted)
+    return seen
+
+def test_the_cache_grows_with_the_longest_trace(sizes, monkeypatch):
+    model, kind = build(), dict(max_new_tokens=40, samples=2, seed=3, stop_ids=[0, 1])
+    traces = [generate(model, PROMPTS, slots=slots, **kind) for slots in (3, 8)]
+    longest = max(len(PROMPTS[t.prompt_index]) + len(t.tokens) for t in traces[0]) - 1  # the last stays out
+    assert longest > 32 and {length for _, length in sizes} == {16, 32, 46} and 46 == 7 + 40 - 1
+    monkeypatch.setattr(Sampler, "first_length", 64)
+    for some in traces:
+        assert_same_traces(some, generate(model, PROMPTS, slots=7, **kind))
+
+def test_where_memory_is_short_the_youngest_traces_wait(sizes, monkeypatch):
+    """Six slots of 192 bytes a token and 2,272 of states, and memory for 16 more tokens of each. Two times 32
+    fit, one time 64. Every trace is admitted once, in order, and shown each token once."""
+    model, kind = build(), dict(max_new_tokens=60, samples=3, seed=3, stop_ids=[0, 1], slots=6)
+
+    def run():
+        admitted, shown, lengths = [], [], []
+
+        def admit(i, j):
+            admitted.append((i, j))
+            return "done" if (i, j) == (2, 2) else "go"
+
+        def on_token(t):
+            shown.append((t.prompt_index, t.sample_index, len(t.tokens)))
+            return (t.prompt_index, len(t.tokens)) == (1, 30)
+        traces = generate(model, PROMPTS, admit=admit, on_token=on_token, **kind)
+        assert admitted == [(i, j) for i in range(4) for j in range(3)] and len(traces) == 11
+        for t in traces:
+            lengths += [(t.prompt_index, t.sample_index, n + 1) for n in range(len(t.tokens))]
+        assert sorted(shown) == lengths
+        return traces
+    expected = run()
+    assert {t.stop for t in expected} == {"stop", "deepconf"}
+    sizes.clear()
+    grown, read = m.Cache(SMALL, 6, 8).bytes_to_grow, []
+    assert grown(6, 16) == 6 * 16 * 192 and grown(2, 32) == 2 * (32 * 192 + 2272)
+    monkeypatch.setattr(decode, "free_bytes", lambda device: 6 * 16 * 192)
+    monkeypatch.setattr(decode, "prefill", lambda model, ids: read.extend(ids) or prefill(model, ids))
+    assert_same_traces(run(), expected)
+    assert sizes == [(6, 16), (2, 32), (1, 64)]
+    assert any(ids not in PROMPTS for ids in read)  # some were read again in their middle
+    monkeypatch.setattr(decode, "free_bytes", lambda device: 16 * 192 - 1)
+    with pytest.raises(ValueError, match="a trace of 16 tokens does not fit into 3071 free bytes"):
+        generate(model, [[1]], max_new_tokens=40)
+
+def test_as_many_slots_as_fit(monkeypatch):
+    """One of 16 tokens has 192 bytes a token and 2,272 of states; and 8 of its length."""
+    one = 16 * 192 + 2272 + 8
+    for free, slots in ((0, 1), (2 * one, 1), (20 * one - 1, 9), (20 * one, 10), (2**40, 256)):
+        monkeypatch.setattr(decode, "free_bytes", lambda device: free)
+        assert decode.max_batch_size(build(), 16) == slots
+
+class Launches(TorchDispatchMode):
+    """Counts what would launch a kernel on a GPU, and refuses what would wait for one."""
+    SILENT = {"_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty"}
+    WAIT = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select", "unique"}
+    count = 0
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        name = f._schema.name.split("::")[1]
+        assert name not in self.WAIT, f"{name} waits for the GPU"
+        self.count += not (f.is_view or f.namespace == "prim" or name in self.SILENT)
+        return f(*args, **(kwargs or {}))
+
+def test_a_step_reads_once_and_is_recorded_once_per_size(sizes, monkeypatch):
+    """A recorder that only pretends replaces CUDA's."""
+    model, recorded, steps, lists = build(), [], [], []
+    step, forward, tolist = Sampler.step, FalconH1.forward, torch.Tensor.tolist
+    kind = dict(max_new_tokens=40, samples=3, seed=3, slots=6, stop_ids=[0, 1])
+    expected = generate(model, PROMPTS, **kind)
+
+    def record(self):
+        recorded.append((len(self.tokens), self.cache.k.shape[3]))
+
+        def replay():
+            new, self.result = self.run(), getattr(self, "result", None)
+            self.result = new if self.result is None else self.result.copy_(new)  # in place, as a graph's are
+        self.graph = SimpleNamespace(replay=replay)
+
+    def watched(self):
+        with Launches():
+            steps.append(step(self))
+        return steps[-1]
+
+    def unwatched(*args, **kwargs):  # on a CPU, and there alone, its checks look at values
+        with _disable_current_modes():
+            return forward(*args, **kwargs)
+    monkeypatch.setattr(FalconH1, "forward", unwatched)
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: lists.append(self.shape) or tolist(self))
+    monkeypatch.setattr(Sampler, "step", watched)
+    monkeypatch.setattr(decode.Decoder, "record", record)
+    monkeypatch.setattr(decode.Decoder, "recorded_on", "cpu")
+    sizes.clear()
+    assert_same_traces(generate(model, PROMPTS, **kind), expected)
+    assert len(lists) == len(steps) > 40 and sum(steps) == sum(len(t.tokens) for t in expected)
+    assert recorded == [(6, 8), *sizes] and len({*recorded}) == len(recorded) > 4
+
+def test_callbacks_and_the_bar(capfd):
+    model, started, ended = build(), [], []
+
+    def admit(i, j):  # two of prompt 0, and when they have ended three of prompt 1
+        started.append((i, j))
+        return "done" if (i, j) == (0, 2) else "go" if i == 0 or len(ended) >= 2 else "wait"
+    traces = generate(model, [[1], [2]], max_new_tokens=8, samples=3, slots=2, admit=admit, progress=True,
+                      on_token=lambda t: t.prompt_index == 1 and len(t.tokens) == 3, on_trace=ended.append)
+    assert [(t.prompt_index, t.sample_index) for t in traces] == [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]
+    assert [(t.stop, len(t.tokens)) for t in traces] == [("length", 8)] * 2 + [("deepconf", 3)] * 3
+    assert len(ended) == 5 and (0, 2) in started and "tokens/s" in capfd.readouterr().err
+    with pytest.raises(RuntimeError, match="prompt 0 waits"):
+        generate(model, [[1]], max_new_tokens=1, admit=lambda i, j: "wait")
+
+def test_no_prefilled_prompt_is_kept_for_nothing(monkeypatch):
+    """Prompt 0 is done after the two samples that begin together; the others run out of samples."""
+    seen, start = [], Sampler.start
+
+    def watched(self):
+        busy = start(self)
+        seen.append((len(self.prefilled), len(self.waiting)))
+        return busy
+    monkeypatch.setattr(Sampler, "start", watched)
+    generate(build(), [[1, 2], [3, 4], [5, 6]], max_new_tokens=4, samples=3, slots=4,
+             admit=lambda i, j: "done" if (i, j) == (0, 2) else "go")
+    assert seen[-1] == (0, 0) and all(kept <= waiting for kept, waiting in seen)
+
+@pytest.mark.parametrize(("prompts", "settings", "message"), [
+    ([[]], {}, "prompt 0: it is empty"), ([[1], [37]], {}, "prompt 1: a token id"), ([[-1]], {}, "token id"),
+    ([[1] * 250], {"max_new_tokens": 7}, "max_position_embeddings 256"),
+    ([[1]], {"max_new_tokens": 0}, "max_new_tokens 0"), ([[1]], {"samples": 0}, "samples 0"),
+    ([[1]], {"temperature": -1}, "temperature -1"), ([[1]], {"top_p": 0}, "top_p 0")])
+def test_generate_refuses(prompts, settings, message):
+    with pytest.raises(ValueError, match=message):
+        generate(build(), prompts, **({"max_new_tokens": 4} | settings))
+
+@torch.no_grad()
+def test_generate_does_not_sample_from_nonsense():
+    model = build()
+    model.lm_head.weight[3] = torch.nan
+    with pytest.raises(ValueError, match="logits are not finite"):
+        generate(model, [[1]], max_new_tokens=2)
+
+
+# 2. Attention -----------------------------------------------------------------------------------------------
 
 @pytest.fixture
 def kernels(interpreter, monkeypatch):
@@ -28,8 +235,6 @@ def kernels(interpreter, monkeypatch):
 
 def random(*shape, dtype=torch.float32):
     return torch.randn(*shape, dtype=dtype, device=DEVICE)
-
-# 1. Attention -----------------------------------------------------------------------------------------------
 
 def attention_inputs(lengths, length, hq, hkv, hd, dtype=torch.float32):
     """Arguments of attend_step; what no slot has written yet is NaN."""
@@ -104,7 +309,8 @@ def test_attention_reaches_beyond_32_bits(kernels, monkeypatch):
 def test_spans(length, heads, span):
     assert decode.span_of(length, heads) == span
 
-# 2. Mixer and norms -----------------------------------------------------------------------------------------
+
+# 3. Mixer and norms -----------------------------------------------------------------------------------------
 
 @torch.no_grad()
 @pytest.mark.parametrize(("g", "k", "bias", "limit", "dtype"), [
@@ -151,7 +357,8 @@ def test_norms(kernels, groups, dtype):
     norm = F.rms_norm(y.float(), (40,), eps=1e-5).to(dtype)
     torch.testing.assert_close(decode.norm_step(y, weight, 1e-5), weight * norm)
 
-# 3. The whole step ------------------------------------------------------------------------------------------
+
+# 4. The whole step ------------------------------------------------------------------------------------------
 
 LENGTHS = [0, 130, 127]  # new; in its second split of 128 keys; entering it in the second step
 
@@ -196,48 +403,24 @@ def test_steps_in_half_precision(kernels):
     exact = forward_pass(model.float(), ids)
     assert (y - exact).norm() < 1.1 * (rounded - exact).norm() < 0.03 * exact.norm()
 
-class Launches(TorchDispatchMode):
-    """Counts what would launch a kernel on a GPU, and refuses what would wait for one."""
-    SILENT = {"_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty"}
-    WAIT = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select", "unique"}
-    count = 0
-
-    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
-        out, name = f(*args, **(kwargs or {})), f._schema.name.split("::")[1]
-        assert name not in self.WAIT, f"{name} waits for the GPU"
-        devices = {v.device.type for v in (*args, out) if isinstance(v, torch.Tensor)}
-        assert len(devices) < 2 or name not in ("copy_", "_to_copy"), f"{name} between {devices}"
-        self.count += not (f.is_view or f.namespace == "prim" or name in self.SILENT)
-        return out
-
-def launches(monkeypatch, layers, device, dtype):
-    """In one step of a model of so many blocks. "cuda" computes nothing, but says what it launches."""
-    fake = device == "cuda"
-    monkeypatch.setattr(m, "kernels_serve", lambda x: not torch.is_grad_enabled())
-    with FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext():
-        with torch.device(device):
-            torch.set_default_dtype(dtype)  # for creation: fake parameters cannot be converted
-            model = m.FalconH1(replace(SMALL, num_hidden_layers=layers))
-            torch.set_default_dtype(torch.float32)
-        cache = m.Cache(model.config, 2, 20, dtype=dtype, device=device)
-        ids = torch.zeros(2, 1, dtype=torch.long, device=device)
-        m.ssm_multipliers(model.config, dtype, ids.device)  # made once, then kept
-        with monkeypatch.context() as patched, torch.no_grad(), Launches() as counted:
-            def launch(*args, original=s._launch, **sizes):
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_launches_of_a_block(monkeypatch, dtype):
+    """In one step of two models. Kernels are counted, and compute nothing."""
+    counts = []
+    monkeypatch.setattr(m, "kernels_serve", lambda x: True)
+    for layers in (2, 3):
+        model = FalconH1(replace(SMALL, num_hidden_layers=layers)).to(dtype)
+        cache, ids = model.new_cache(2, 20), torch.zeros(2, 1, dtype=torch.long)
+        with Launches() as counted:
+            def launch(*args, counted=counted, **sizes):
                 counted.count += 1
-                with _disable_current_modes() if not fake else nullcontext():
-                    return fake or original(*args, **sizes)
-            patched.setattr(decode, "_launch", launch)
-            patched.setattr(s, "_launch", launch)
+            monkeypatch.setattr(decode, "_launch", launch)
+            monkeypatch.setattr(s, "_launch", launch)
             model.lm_head(model.model(ids, cache=cache))  # model() looks at a CPU's ids
         assert cache.fused
-    return counted.count
-
-@pytest.mark.parametrize(("device", "dtype"), [("cpu", torch.float32), pytest.param(
-    "cuda", torch.bfloat16, marks=pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="no CUDA"))])
-def test_launches_of_a_block(monkeypatch, device, dtype):
-    two, three = (launches(monkeypatch, layers, device, dtype) for layers in (2, 3))
-    assert three - two <= 28  # per block; with torch's own operations 65, and 80 in bf16
+        counts.append(counted.count)
+    assert counts[1] - counts[0] <= 28  # with torch's own operations 65, and 80 in bf16
 
 @torch.no_grad()
 @pytest.mark.parametrize(("call", "message"), [
@@ -259,7 +442,8 @@ def test_a_recorded_step_serves_a_whole_generation():
         plain.used = recorded.used = i
         assert torch.equal(step(tokens), model(tokens[:, None], cache=plain)[:, 0])
 
-# 4. Drawing -------------------------------------------------------------------------------------------------
+
+# 5. Drawing -------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (1.0, 0.8)])
 def test_draw_inverts_the_distribution(temperature, top_p):
