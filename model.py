@@ -78,8 +78,8 @@ class FalconH1Config:
     max_position_embeddings: int = 8192
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
-    # The multipliers of muP. Each scales what a matrix gives or takes; _published says how they follow from
-    # the widths. The paper tunes them with the learning rate fixed, in its section on muP.
+    # The forward multipliers of muP, from the paper's section on it: each scales what a matrix takes or
+    # gives. _published says how they follow from the widths.
     embedding_multiplier: float = 1.0
     lm_head_multiplier: float = 1.0
     attention_in_multiplier: float = 1.0
@@ -181,15 +181,15 @@ def _published(vocab, hidden, layers, heads, kv, head_dim, mlp, ssm_heads, ssm_d
     They were tuned once, at hidden 1024 (w = 1), and follow from the widths: this rule gives the published
     values of 0.5B, 7B and 34B, and those of the others as far as they are known.
 
-    Under muP, with weights and their updates of one size at every width, a sum over m inputs grows like m
-    once its weights have learned. Each path is divided by the sums it contains:
+    One way to read it: trained weights have the same size at every width, and a sum over m inputs then grows
+    like m. So each path is divided by the sums that it contains:
 
-        lm_head         1 / d        logits sum over d
-        attention_out   1 / w^2      v sums over d, o over heads that widen with d
-        key             1 / w^2      q and k sum over d; and q . k wants 1 / hd, where attention has hd^-1/2
-        ssm_in, ssm_out 1 / w, 1/I   in_proj sums over d, out_proj over the I channels
-        B               1 / n        C . S sums over the n columns of the state
-        mlp             1 / w        the gate; and for up and down together 1 / (w m), m the MLP's width
+        lm_head           1 / d         over the hidden size
+        attention_out     1 / w^2       v over d; o over all heads, which widen with d
+        key               1 / w^2       q and k over d; and 1 / hd for q . k, of which attention has hd^-1/2
+        ssm_in, ssm_out   1 / w, 1 / I  in_proj over d, out_proj over the channels
+        B                 1 / n         S C over the columns of the state
+        mlp               1 / w         the gate over d; up and down together 1 / (w m), m the MLP's width
     """
     w = hidden / 1024
     ssm = ssm_heads * ssm_dim

@@ -27,7 +27,6 @@ SMALL = FalconH1Config(
     attention_out_multiplier=0.8, ssm_in_multiplier=1.2, ssm_out_multiplier=0.6,
     ssm_multipliers=(0.5, 1.5, 0.8, 1.3, 0.9), mlp_multipliers=(1.4, 0.75))
 
-
 def build(config=SMALL, seed=0):
     torch.manual_seed(seed)
     model = FalconH1(config)
@@ -40,7 +39,6 @@ def build(config=SMALL, seed=0):
 def assert_close(a, b):
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
-
 # 1. The forward pass ----------------------------------------------------------------------------------------
 
 def test_presets_are_the_published_models():
@@ -50,7 +48,6 @@ def test_presets_are_the_published_models():
             model = FalconH1(PRESETS[preset])
         assert sum(p.numel() for p in model.parameters()) == count
         assert preset != "7b" or len(model.state_dict()) == 751
-
     c, large = PRESETS["7b"], PRESETS["34b"]  # the published config.json, and that of 34b where it is known
     for ours, published in (
             (c.embedding_multiplier, 5.656854249492381), (c.lm_head_multiplier, 0.013020833333333334),
@@ -58,8 +55,8 @@ def test_presets_are_the_published_models():
             (c.key_multiplier, 0.030690398488999456), (c.ssm_out_multiplier, 0.11785113019775793),
             (c.ssm_multipliers, (0.3535533905932738, 0.25, 0.1767766952966369, 0.5, 0.3535533905932738)),
             (c.mlp_multipliers, (0.2946278254943948, 0.032552083333333336)),
-            (large.key_multiplier, 0.011048543456039804),
-            (large.mlp_multipliers, (0.1767766952966369, 0.011160714285714284))):
+            (large.mlp_multipliers, (0.1767766952966369, 0.011160714285714284)),
+            (large.key_multiplier, 0.011048543456039804)):
         assert ours == pytest.approx(published, rel=1e-14)
 
 def test_packed_documents_are_separate():
@@ -96,39 +93,30 @@ def test_targets_give_log_probabilities_and_entropies_of_the_logits():
     assert_close(g, right)
 
 def test_ssm_multipliers_by_hand():
-    values = (0.5, 0.25, 2.0, 1.0, 3.0)  # of widths 20, 20, 14, 14, 4
-    want = [0.5] * 20 + [0.25] * 20 + [2.0] * 14 + [1.0] * 14 + [3.0] * 4
-    for_cpu = torch.bfloat16, torch.device("cpu")
-    assert ssm_multipliers(replace(SMALL, ssm_multipliers=values), *for_cpu).tolist() == want
-    assert ssm_multipliers(replace(SMALL, ssm_multipliers=(1.0,) * 5), *for_cpu) is None
+    want = [0.5] * 20 + [1.5] * 20 + [0.75] * 14 + [1.0] * 14 + [3.0] * 4  # z, x, B, C, dt
+    some, ones = (replace(SMALL, ssm_multipliers=v) for v in ((0.5, 1.5, 0.75, 1.0, 3.0), (1.0,) * 5))
+    assert ssm_multipliers(some, torch.bfloat16, torch.device("cpu")).tolist() == want
+    assert ssm_multipliers(ones, torch.bfloat16, torch.device("cpu")) is None
 
-@pytest.mark.parametrize("cu", [None, (0, 3, 10)])
-def test_attention_never_asks_cudnn(monkeypatch, cu):
-    seen, attention, allowed = [], F.scaled_dot_product_attention, torch.backends.cuda.cudnn_sdp_enabled()
+def test_attention_never_asks_cudnn(monkeypatch):
+    seen, allowed = [], torch.backends.cuda
 
-    def watched(*args, **kwargs):
-        seen.append((torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cuda.flash_sdp_enabled()))
-        return attention(*args, **kwargs)
+    def watched(q, k, v, **kwargs):
+        seen.append((allowed.cudnn_sdp_enabled(), allowed.flash_sdp_enabled()))
+        return q
     monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
-    attend(*(torch.randn(1, 10, heads, 8) for heads in (4, 2, 2)), cu)
-    assert set(seen) == {(False, True)} and torch.backends.cuda.cudnn_sdp_enabled() == allowed
+    attend(*(torch.randn(1, 10, heads, 8) for heads in (4, 2, 2)), (0, 3, 10))
+    assert seen == [(False, True)] * 2
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("cu", [None, (0, 3, 10, 130, 131, 300)])
-def test_attention_is_flash(cu):
-    """In bf16, with heads that share keys, forward and backward; near a CPU's results in float32."""
-    results = []
-    leaves = [torch.randn(1, 300, heads, 64, dtype=torch.bfloat16) for heads in (4, 2, 2)]
-    for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
-        here = [v.to(device, dtype).requires_grad_() for v in leaves]
-        with torch.profiler.profile() as profile:
-            y = attend(*here, cu)
-            grads = torch.autograd.grad(y.square().sum(), here)
-        results.append([v.cpu().float() for v in (y, *grads)])
+def test_attention_is_flash():
+    """Forward and backward, in bf16, with heads that share keys."""
+    leaves = [torch.randn(1, 300, heads, 64, dtype=torch.bfloat16, device="cuda") for heads in (4, 2, 2)]
+    leaves = [v.requires_grad_() for v in leaves]
+    with torch.profiler.profile() as profile:
+        attend(*leaves, (0, 3, 10, 130, 131, 300)).sum().backward()
     flash = "aten::_scaled_dot_product_flash_attention"
     assert {flash, f"{flash}_backward"} <= {event.key for event in profile.key_averages()}
-    for right, ours in zip(*results):
-        assert (ours - right).norm() < 0.02 * right.norm()
 
 @pytest.mark.parametrize(("ids", "options", "message"), [
     ([[37]], {}, r"input_ids: an id is outside 0\.\.36"), ([[-1]], {}, "an id is outside"),
@@ -141,7 +129,6 @@ def test_training_after_inference_mode():
     with torch.inference_mode():  # what it leaves in caches must not reach autograd
         build()(torch.arange(36)[None], cu_seqlens=[0, 17, 36])
     build()(torch.arange(36)[None], cu_seqlens=[0, 17, 36]).sum().backward()
-
 
 # 2. The cache -----------------------------------------------------------------------------------------------
 
@@ -165,9 +152,7 @@ def test_a_refused_forward_leaves_the_cache_as_it_was():
 
 def test_a_step_moves_the_states_with_gradients_too():
     model, ids, cache = build(), torch.arange(8)[None], Cache(SMALL, 1, 8)
-    steps = [model(ids[:, i : i + 1], cache=cache) for i in range(8)]
-    assert_close(torch.cat(steps, 1), model(ids))
-
+    assert_close(torch.cat([model(token, cache=cache) for token in ids.split(1, 1)], 1), model(ids))
 
 # 3. Checkpoints ---------------------------------------------------------------------------------------------
 
@@ -355,11 +340,9 @@ def test_damaged_safetensors_are_refused_or_read(tmp_path_factory, data):
         raw[place] ^= flipped
     path.write_bytes(raw)
     try:
-        tensors = read_safetensors(path)
+        assert sum(v.nbytes for v in read_safetensors(path).values()) == 30 and flipped  # inside the file
     except ValueError as error:
         assert "not a whole safetensors file" in str(error)
-    else:
-        assert flipped and sum(v.nbytes for v in tensors.values()) == 30  # what it read was inside the file
 
 @pytest.mark.parametrize("entry", [
     7, {"data_offsets": [0, 80]}, {"data_offsets": [8, 16]}, {"data_offsets": [0, 8, 8]}, {"data_offsets": 0},
