@@ -41,6 +41,11 @@ def check(ok, message):
         raise ValueError(message)
 
 
+def kernels_serve(x):
+    """Whether one token goes through these kernels where x lies."""
+    return x.is_cuda and not torch.is_grad_enabled() and _backend(None, x) == "triton"
+
+
 # 1. Sampling: the traces of many prompts --------------------------------------------------------------------
 # One sampler for RL rollouts, evaluation, DeepConf and chat. Traces decode together, each in a slot of one
 # cache. Decoding reads all weights for every step, however many slots it serves: slots must not stay empty.
@@ -295,11 +300,6 @@ class Sampler:
             if trace.stop:
                 self.slots[slot] = None
                 yield trace
-
-
-def kernels_serve(x):
-    """Whether one token goes through these kernels where x lies."""
-    return x.is_cuda and not torch.is_grad_enabled() and _backend(None, x) == "triton"
 
 
 # ------------------------------------------------------------------------------------------------------------

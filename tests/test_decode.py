@@ -24,10 +24,12 @@ interpreter = test_ssm_scan.interpreter
 
 PROMPTS = [[1, 2], [3, 4, 5, 6, 7], [8], [9] * 7]
 
+def which(trace):
+    return trace.prompt_index, trace.sample_index
+
 def assert_same_traces(some, others):
     for a, b in zip(some, others, strict=True):
-        assert (a.prompt_index, a.sample_index, a.stop) == (b.prompt_index, b.sample_index, b.stop)
-        assert a.tokens == b.tokens
+        assert (which(a), a.stop, a.tokens) == (which(b), b.stop, b.tokens)
         assert a.logprobs + a.confidences == pytest.approx(b.logprobs + b.confidences, abs=1e-4)
 
 @torch.no_grad()
@@ -95,20 +97,18 @@ def test_where_memory_is_short_the_youngest_traces_wait(sizes, monkeypatch):
     model, kind = build(), dict(max_new_tokens=60, samples=3, seed=3, stop_ids=[0, 1], slots=6)
 
     def run():
-        admitted, shown, lengths = [], [], []
+        admitted, shown = [], []
 
         def admit(i, j):
             admitted.append((i, j))
             return "done" if (i, j) == (2, 2) else "go"
 
         def on_token(t):
-            shown.append((t.prompt_index, t.sample_index, len(t.tokens)))
+            shown.append((*which(t), len(t.tokens)))
             return (t.prompt_index, len(t.tokens)) == (1, 30)
         traces = generate(model, PROMPTS, admit=admit, on_token=on_token, **kind)
         assert admitted == [(i, j) for i in range(4) for j in range(3)] and len(traces) == 11
-        for t in traces:
-            lengths += [(t.prompt_index, t.sample_index, n + 1) for n in range(len(t.tokens))]
-        assert sorted(shown) == lengths
+        assert sorted(shown) == [(*which(t), n + 1) for t in traces for n in range(len(t.tokens))]
         return traces
     expected = run()
     assert {t.stop for t in expected} == {"stop", "deepconf"}
@@ -186,7 +186,7 @@ def test_callbacks_and_the_bar(capfd):
         return "go" if i == 0 or len(ended) >= 2 else "wait"
     traces = generate(model, [[1], [2]], max_new_tokens=8, samples=3, slots=2, admit=admit, progress=True,
                       on_token=lambda t: t.prompt_index == 1 and len(t.tokens) == 3, on_trace=ended.append)
-    assert [(t.prompt_index, t.sample_index) for t in traces] == [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]
+    assert [which(t) for t in traces] == [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]
     assert [(t.stop, len(t.tokens)) for t in traces] == [("length", 8)] * 2 + [("deepconf", 3)] * 3
     assert len(ended) == 5 and (0, 2) in started and "tokens/s" in capfd.readouterr().err
     with pytest.raises(RuntimeError, match="prompt 0 waits"):
