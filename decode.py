@@ -1,11 +1,12 @@
-"""One token: all that a block of Falcon-H1 does to it besides matrix products, on a GPU in Triton; how
-the next one is drawn; the step of all slots as one CUDA graph.
+"""Decoding: sampling many traces at a time, drawing a token, and the kernels of one token on a GPU.
 
-    norm_step      RMSNorm; with a gate, the mixer's gated norm           one launch
-    mamba_step     convolution, step size and state of the mixer          two launches
-    attend_step    RoPE, the new key and value, attention over the cache  two launches
+    generate       traces of many prompts, model.generate; under it
+    Sampler        which trace has which slot of the cache, and when the cache grows
+    Decoder        the step of all slots: eager, then recorded, then replayed      one launch
     draw           a token from logits, on any device
-    Decoder        the step: eager, then recorded, then replayed          one launch
+    norm_step      RMSNorm; with a gate, the mixer's gated norm                    one launch
+    mamba_step     convolution, step size and state of the mixer                   two launches
+    attend_step    RoPE, the new key and value, attention over the cache           two launches
 
 A decoding step is a long row of short kernels. Each takes a microsecond or two, however little it does, so
 what torch would do in ten launches stands in one here. And a step is recorded once, as a CUDA graph, and
@@ -17,12 +18,19 @@ the step size of the SSM. No kernel has a gradient, none uses atomics: a step gi
 and the bits of a slot do not depend on what other slots hold.
 
 Glossary: that of ssm_scan.py, which one also needs to copy this file; slots are the sequences that decode
-together; hq, hkv, hd are query heads, key heads and channels of a head; length is the room of the cache.
+together; hq, hkv, hd are query heads, key heads and channels of a head; length is the room of the cache. A
+trace is one sampled continuation of a prompt. The model and its cache come as arguments: model.py imports
+this file, not the other way round.
 """
 
 import math
+import os
+import time
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from tqdm import tqdm
 
 from ssm_scan import (_backend, _check_conv, _dense, _jit, _launch, _power, _program, _range, check,
                       constexpr, tl, triton)
@@ -31,6 +39,262 @@ from ssm_scan import (_backend, _check_conv, _dense, _jit, _launch, _power, _pro
 def kernels_serve(x):
     """Whether one token goes through these kernels where x lies."""
     return x.is_cuda and not torch.is_grad_enabled() and _backend(None, x) == "triton"
+
+
+# 1. Sampling: the traces of many prompts --------------------------------------------------------------------
+# One sampler for RL rollouts, evaluation, DeepConf and chat. Traces decode together, each in a slot of one
+# cache. Decoding reads all weights for every step, however many slots it serves: slots must not stay empty.
+#
+#     start   free slots take the next traces, and the states of their prompts, each prefilled once
+#     step    Decoder appends a token to every slot and draws the next: on a GPU one CUDA graph, then one read
+#     finish  traces that have ended leave their slots, and the next start fills them
+
+
+@dataclass
+class Trace:
+    """One sample. The stop token, where one was sampled, is part of it."""
+    prompt_index: int
+    sample_index: int
+    tokens: list = field(default_factory=list)
+    logprobs: list = field(default_factory=list)  # of each token under the distribution it was drawn from
+    confidences: list = field(default_factory=list)  # DeepConf's token confidence, see `draw`
+    stop: str = ""  # "stop" | "length" | "deepconf" (the callback said so)
+
+
+@torch.no_grad()
+def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_p=1.0, seed=0, stop_ids=(), samples=1,
+             slots=None, admit=None, on_token=None, on_trace=None, progress=False):
+    """Sample `samples` traces of each prompt.
+
+    A trace depends on weights, prompt, settings, seed and its own two indices. What else is in the batch, or
+    being set aside where memory is short, changes its numbers by rounding only.
+
+    Args:
+        prompts: lists of token ids.
+        temperature, top_p: see `draw`; temperature 0 is greedy.
+        stop_ids: token ids that end a trace.
+        slots: traces that decode together; None or 0: as many as fit into free memory.
+        admit: called as admit(prompt_index, sample_index), in sample order, before a trace starts. Answers
+            "go", "wait" (ask again after the next step) or "done" (no further trace of this prompt).
+        on_token: on_token(trace) after each token; True stops the trace.
+        on_trace: on_trace(trace) sees every trace that has ended, at once.
+        progress: show a bar.
+    Returns:
+        A list of Trace, by prompt, then by sample.
+    Raises:
+        ValueError for an empty prompt, ids out of range, more tokens than positions, a trace that does not
+        fit into memory, or logits that are not finite; RuntimeError where admit lets nothing go on.
+    """
+    c = model.config
+    for i, prompt in enumerate(prompts):
+        check(prompt, f"prompt {i}: it is empty")
+        inside = 0 <= min(prompt) and max(prompt) < c.vocab_size
+        check(inside, f"prompt {i}: a token id is outside 0..{c.vocab_size - 1}")
+        check(len(prompt) + max_new_tokens <= c.max_position_embeddings,
+              f"prompt {i}: {len(prompt)} tokens and max_new_tokens {max_new_tokens} exceed "
+              f"max_position_embeddings {c.max_position_embeddings}")
+    check(max_new_tokens >= 1, f"generate: max_new_tokens {max_new_tokens} is below 1")
+    check(samples >= 1, f"generate: samples {samples} is below 1")
+    check(temperature >= 0, f"generate: temperature {temperature} is negative")
+    check(0 < top_p <= 1, f"generate: top_p {top_p} is not in (0, 1]")
+    if not prompts:
+        return []
+
+    def pick(logits, u):  # (slots, 4) float64, one read for the host: what `draw` gives; are logits finite?
+        drawn = draw(logits, u, temperature, top_p)
+        return torch.stack([v.double() for v in (*drawn, logits.isfinite().all(-1))], 1)
+
+    longest = max(map(len, prompts)) + max_new_tokens - 1  # no step appends a trace's last token
+    sampler = Sampler(model, prompts, samples, slots, longest, seed, admit, pick)
+    ended = []
+    produced = 0
+    begun = time.time()
+    total = len(prompts) * samples
+    with tqdm(total=total, disable=not progress, desc="sampling", unit="trace", miniters=0) as bar:
+        while sampler.start():
+            produced += sampler.step()
+            for trace in sampler.finish(max_new_tokens, stop_ids, on_token):
+                ended.append(trace)
+                if on_trace is not None:
+                    on_trace(trace)
+            bar.set_postfix_str(f"{produced / (time.time() - begun):,.0f} tokens/s", refresh=False)
+            bar.update(len(ended) - bar.n)  # draws it at most ten times a second
+    return sorted(ended, key=lambda trace: (trace.prompt_index, trace.sample_index))
+
+
+# 2. Sampling: slots and memory ------------------------------------------------------------------------------
+# A cache for the longest trace that could come would leave room for few. So the cache starts short, and
+# doubles when the longest trace has filled it. Where the longer one does not fit into memory beside the old
+# one, the youngest traces are set aside: their tokens are kept, their states are not, and they go on later
+# from a prefill of prompt and tokens. Towards the end, few traces move to a cache of fewer slots.
+
+
+@dataclass(eq=False)
+class Running:
+    """A trace in a slot, or set aside: all it needs to go on, in any slot and at any time."""
+    trace: Trace
+    ids: list  # of its prompt and of its tokens
+    random: np.random.Generator  # its own, from (seed, prompt, sample): neighbours do not change its draws
+
+
+@torch.no_grad()
+def prefill(model, prompts, tokens=4096):
+    """Run prompts of one length, all but their last token, and return the Cache. (The first step appends the
+    last token, whose logits it needs.)
+
+    At most `tokens` at a time, fewer where attention's mask would exceed 2^26 numbers: it bounds memory."""
+    length = len(prompts[0]) - 1
+    cache = model.new_cache(len(prompts), max(length, 1))
+    if length:
+        ids = torch.tensor(prompts, device=cache.lengths.device)[:, :-1]
+        at_once = min(tokens, 2**26 // length) // len(prompts)
+        for part in ids.split(max(1, at_once), 1):
+            model.model(part, cache=cache)
+    return cache
+
+
+def free_bytes(device):
+    """Memory that can be allocated on a GPU; half of RAM for a CPU."""
+    if torch.device(device).type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def max_batch_size(model, length):
+    """How many sequences of `length` tokens fit into half of the free memory: 1 to 256.
+
+    The other half is for growth, prompts and logits. Few traces grow long; if many do, some are set aside."""
+    cache = model.new_cache(1, length, device="meta")
+    one = sum(v.nbytes for v in vars(cache).values() if isinstance(v, torch.Tensor))
+    return min(256, max(1, free_bytes(next(model.parameters()).device) // 2 // one))
+
+
+class Sampler:
+    """What generate() has under way: a Running or None in each slot of a cache, and what waits for a slot."""
+
+    first_length = 256  # tokens per slot at first, or more for longer prompts; at 7B 1/12 of a slot's states
+
+    def __init__(self, model, prompts, samples, slots, longest, seed, admit, pick):
+        self.model = model
+        self.prompts = prompts
+        self.samples = samples
+        self.longest = longest  # tokens a slot may have to hold
+        self.seed = seed
+        self.admit = admit
+        self.pick = pick
+        self.waiting = dict.fromkeys(range(len(prompts)), 0)  # prompt index: index of its next sample
+        self.aside = []  # traces that were set aside, as Running
+        self.prefilled = {}  # ids: Cache, of prompts with more samples to come
+        prompt = max(map(len, prompts))
+        length = min(longest, max(self.first_length, 1 << (prompt - 1).bit_length()))
+        slots = min(len(prompts) * samples, slots or max_batch_size(model, length))
+        self.slots = [None] * slots
+        self.cache = model.new_cache(slots, length)
+        self.decode = Decoder(model, self.cache, pick)
+        self.tokens = torch.zeros_like(self.cache.lengths)  # what each slot appends next
+
+    def next_job(self):
+        """What to start now, or None. Prompts in order, so that few prefilled states exist at a time."""
+        if self.aside:
+            return self.aside.pop(0)
+        for i, sample in list(self.waiting.items()):
+            verdict = self.admit(i, sample) if self.admit else "go"
+            if verdict == "wait":
+                continue
+            self.waiting[i] += 1
+            if verdict == "done" or self.waiting[i] == self.samples:
+                del self.waiting[i]
+            if verdict == "go":
+                random = np.random.default_rng([self.seed, i, sample])
+                return Running(Trace(i, sample), list(self.prompts[i]), random)
+            self.prefilled.pop(tuple(self.prompts[i]), None)
+        return None
+
+    def start(self):
+        """Fill free slots -> whether anything runs."""
+        free = [slot for slot, running in enumerate(self.slots) if running is None]
+        # zip asks for a slot first, so that no trace is taken from next_job without one.
+        for slot, running in zip(free, iter(self.next_job, None)):
+            self.begin(slot, running)
+        if self.waiting and not any(self.slots):
+            raise RuntimeError(f"generate: prompt {min(self.waiting)} waits to be admitted, but nothing runs")
+        return any(self.slots)
+
+    def begin(self, slot, running):
+        """Put a trace into a slot, with the states of its prompt, or of all its tokens if it was aside."""
+        ids = tuple(running.ids)
+        if ids not in self.prefilled:
+            self.prefilled[ids] = prefill(self.model, [running.ids])
+        self.cache.load(slot, self.prefilled[ids], 0)
+        self.tokens[slot] = ids[-1]
+        self.slots[slot] = running
+        # Only a prompt's next sample will read its states again.
+        if running.trace.tokens or running.trace.prompt_index not in self.waiting:
+            del self.prefilled[ids]
+
+    def fits(self, slots, length):
+        return self.cache.bytes_to_grow(len(slots), length) <= free_bytes(self.tokens.device)
+
+    def fit(self):
+        """Make room for a token per trace; when few run and none wait, move them to a smaller cache."""
+        slots = [slot for slot, running in enumerate(self.slots) if running]
+        length = self.cache.k.shape[3]
+        if max(len(self.slots[slot].ids) for slot in slots) > length:
+            length = min(2 * length, self.longest)
+            slots = self.set_aside(length)
+        # Otherwise move only at the end, when at least half of the slots are free and none will be needed.
+        elif self.waiting or self.aside or 2 * len(slots) > len(self.slots) or not self.fits(slots, length):
+            return
+        self.decode = None  # gives back its graph's memory
+        self.cache.grow(slots, length)
+        self.slots = [self.slots[slot] for slot in slots]
+        self.tokens = self.tokens[slots]
+        self.decode = Decoder(self.model, self.cache, self.pick)
+
+    def set_aside(self, length):
+        """Set the youngest traces aside until a cache of this length fits beside the old one -> slots kept.
+
+        When a slot is free again, prompt and tokens of a trace set aside are prefilled anew."""
+        self.decode = None
+        ages = [len(running.trace.tokens) if running else -1 for running in self.slots]
+        slots = sorted(range(len(ages)), key=ages.__getitem__, reverse=True)  # oldest first, free ones last
+        while slots and not self.fits(slots, length):
+            if youngest := self.slots[slots.pop()]:
+                self.aside.insert(0, youngest)
+        free = free_bytes(self.tokens.device)
+        check(slots, f"generate: the cache of a trace of {length} tokens does not fit into {free} free bytes")
+        return sorted(slots)
+
+    def step(self):
+        """Give every running trace a token -> how many."""
+        self.fit()
+        self.cache.used = max(len(r.ids) for r in self.slots if r) - 1
+        u = [r.random.random() if r else 0 for r in self.slots]
+        drawn = self.decode(self.tokens, torch.tensor(u, dtype=torch.float64, pin_memory=self.tokens.is_cuda))
+        self.tokens = drawn[:, 0]  # the next step needs no copy from the host
+        drawn = drawn.tolist()  # the host's only wait
+        for r, (token, logprob, confidence, finite) in zip(self.slots, drawn):
+            if r:
+                check(finite, "generate: the model's logits are not finite")
+                r.ids.append(int(token))
+                r.trace.tokens.append(int(token))
+                r.trace.logprobs.append(logprob)
+                r.trace.confidences.append(confidence)
+        return len(self.slots) - self.slots.count(None)
+
+    def finish(self, max_new_tokens, stop_ids, on_token):
+        """Generator of the traces that end with this step; they leave their slots."""
+        for slot, trace in [(slot, running.trace) for slot, running in enumerate(self.slots) if running]:
+            if len(trace.tokens) == max_new_tokens:
+                trace.stop = "length"
+            if on_token is not None and on_token(trace):
+                trace.stop = "deepconf"
+            if trace.tokens[-1] in stop_ids:
+                trace.stop = "stop"
+            if trace.stop:
+                self.slots[slot] = None
+                yield trace
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -69,7 +333,8 @@ def norm_step(y, weight, eps, *, z=None, groups=1, norm_before_gate=False):
     width = y.shape[-1] // groups
     check(width <= 16384, f"norm: got {width} channels of a group, expected at most 16384, "
           "what the registers of one program hold")
-    y, out = y.flatten(0, -2), torch.empty(y.shape, dtype=y.dtype, device=y.device)
+    out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
+    y = y.flatten(0, -2)
     z = z if z is None else z.flatten(0, -2)
     _launch(_norm_kernel, len(y) * groups, y, z, weight, out, eps,
             y.stride(0), 0 if z is None else z.stride(0),
@@ -155,13 +420,15 @@ def _step_triton(state, x, dt, A_log, B, C, D, dt_bias, limit=(0.0, float("inf")
     return y
 
 
+@torch.compiler.disable
 def mamba_step(conv, state, xBC, dt, weight, bias, dt_bias, A_log, D, limit):
     """One token of the mixer: `causal_conv1d_step` with silu, then `ssd_step`. Both states change in place.
 
     conv (b, d, k - 1); state (b, h, p, n) float32; xBC (b, d), the channels of x, B and C; dt (b, h); weight
     (d, k); bias (d,) or None; dt_bias, A_log, D (h,). The step size is softplus(dt + dt_bias), clamped to
     limit, a pair. Returns y (b, h, p). Raises ValueError, naming the argument, for shapes that do not fit."""
-    (b, h, p, n), d, k = state.shape, xBC.shape[1], weight.shape[1]
+    b, h, p, n = state.shape
+    d, k = weight.shape
     g = (d - h * p) // (2 * n)
     check(g >= 1 and d == h * p + 2 * g * n and h % g == 0,
           f"xBC: got {d} channels, expected h p + 2 g n for h, p, n = {h, p, n} and a g that divides h")
@@ -279,6 +546,7 @@ def span_of(length, heads):
     return 1 << max(7, min(10, (length * heads // 512).bit_length() - 1))
 
 
+@torch.compiler.disable
 def attend_step(q, k, v, cos, sin, lengths, keys, values, *, key_multiplier=1.0):
     """Append a token to every slot, then attend to all that the slot holds -> (slots, 1, hq, hd).
 
@@ -292,7 +560,8 @@ def attend_step(q, k, v, cos, sin, lengths, keys, values, *, key_multiplier=1.0)
           "the rows of a tensor core")
     check(keys.is_contiguous() and values.is_contiguous(), "cache: got keys or values with gaps")
     q, k, v, cos, sin = (x.contiguous() for x in (q, k, v, cos, sin))
-    span, bd = span_of(length, slots * hkv), _power(hd)
+    span = span_of(length, slots * hkv)
+    bd = _power(hd)
     splits = triton.cdiv(length, span)
     part = torch.empty(slots, hq, splits, hd, dtype=torch.float32, device=q.device)
     lse = torch.empty(slots, hq, splits, dtype=torch.float32, device=q.device)
@@ -371,8 +640,10 @@ class Decoder:
 
     def __init__(self, model, cache, finish=lambda logits, u: logits):
         self.model, self.cache, self.finish = model, cache, finish
-        self.tokens, self.u = cache.lengths.clone(), cache.lengths.double()
-        self.warm, self.graph = False, None
+        self.tokens = cache.lengths.clone()
+        self.u = cache.lengths.double()
+        self.warm = False  # whether a step has run: the second one is recorded
+        self.graph = None
 
     def run(self):
         last = self.cache.k.shape[3] - 1

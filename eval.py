@@ -11,7 +11,8 @@ What it writes to --out
     traces.jsonl            every sampled reply, with answer, verdict and confidences; traces-sft.jsonl of the
                             other checkpoint, traces-low.jsonl, traces-high.jsonl of DeepConf online
     report.json, report.md  the table that is also printed; run.json: arguments, versions, hardware, commit
-    accuracy.png            the table as a picture, accuracy against tokens; needs matplotlib
+    accuracy.png            accuracy against tokens, with majority votes of 1, 2, 4, ... replies for
+                            comparison; needs matplotlib
 
 Methods (rows of the report), n samples per problem
     pass@1                   the mean over samples
@@ -252,6 +253,22 @@ def majority(samples):
     return vote_row(f"majority@{samples.n}", samples, votes, samples.tokens)
 
 
+def majority_curve(samples):
+    """(tokens, accuracy) of the majority of 1, 2, 4, ... replies: what more samples buy without DeepConf.
+
+    Of m replies a problem with n has n / m disjoint runs, over which its score is the mean."""
+    points = []
+    for m in (2**i for i in range(samples.n.bit_length())):
+        scores = []
+        for replies, same in samples.ballots:
+            answers = [reply.answer for reply in replies]
+            runs = [answers[i : i + m] for i in range(0, len(answers) - m + 1, m)]
+            right = [deepconf.is_right(deepconf.vote(run, same=same)[0], replies, same) for run in runs]
+            scores.append(mean_and_stderr(right)[0])
+        points.append((samples.tokens * m / samples.n, mean_and_stderr(scores)[0]))
+    return points
+
+
 def majority_at_equal_tokens(samples, low):
     """As many votes per problem as fit into the tokens that DeepConf LOW took for it. low: its Samples."""
     votes = []
@@ -281,7 +298,7 @@ def deepconf_online(level, eta, sample, args, ballots):
 
 
 def evaluate(sample, args):
-    """All methods on one checkpoint -> (rows, replies). sample(n, file, online=None): sample() for it."""
+    """All methods on one checkpoint -> (rows, Samples). sample(n, file, online=None): sample() for it."""
     samples = sample(args.samples, "traces.jsonl")
     rows = [pass_at_1(samples), majority(samples), deepconf_offline(samples, args.window)]
     if args.samples > WARM_UP:
@@ -289,7 +306,7 @@ def evaluate(sample, args):
         high_row, _ = deepconf_online("high", 90, sample, args, samples.ballots)
         rows.insert(2, majority_at_equal_tokens(samples, low))
         rows += [low_row, high_row]
-    return rows, [*itertools.chain(*(replies for replies, _ in samples.ballots))]
+    return rows, samples
 
 
 # 5. Report and plot -----------------------------------------------------------------------------------------
@@ -309,21 +326,22 @@ def table(rows):
     return "\n".join(lines)
 
 
-def write_report(args, rows, replies, problem):
+def write_report(args, rows, samples, problem):
     """Write report.json, report.md and accuracy.png; print the table, and the first reply to `problem`."""
+    replies = [*itertools.chain(*(replies for replies, _ in samples.ballots))]
     report = f"{table(rows)}\n\n{deepconf.calibration_sentence(replies, args.window)}\n"
     if reasons := unknown_reasons(replies):
         report += f"{reasons.total()} of {len(replies)} verdicts unknown: {data.describe(reasons)}.\n"
     out = Path(args.out)
     data.write_text(out / "report.json", json.dumps({"rows": rows}, indent=1) + "\n")
     data.write_text(out / "report.md", f"# Evaluation on {args.problems}\n\n{report}")
-    plot(out / "accuracy.png", rows)
+    plot(out / "accuracy.png", rows, majority_curve(samples))
     first = replies[0]
     print(f"\n{problem.prompt}\n{first.text}\nanswer {first.answer}, correct: {first.correct}\n\n{report}")
 
 
-def plot(path, rows):
-    """Accuracy, with its standard error, against generated tokens: a point per row."""
+def plot(path, rows, curve):
+    """Accuracy against generated tokens: majority votes as a curve, DeepConf's rows as points with errors."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -331,10 +349,13 @@ def plot(path, rows):
         return
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
+    known = [(tokens, 100 * accuracy) for tokens, accuracy in curve if accuracy is not None]
+    axes.plot([tokens for tokens, _ in known], [accuracy for _, accuracy in known], "o-",
+              label="majority of 1, 2, 4, ...")
     for r in rows:
-        if r["accuracy"] is not None:
-            axes.errorbar(r["tokens"], 100 * r["accuracy"], 100 * (r["stderr"] or 0), fmt="s",
-                          label=f"{r['checkpoint']} {r['method']}")
+        if "deepconf" in r["method"] and r["accuracy"] is not None:
+            stderr = 100 * (r["stderr"] or 0)
+            axes.errorbar(r["tokens"], 100 * r["accuracy"], stderr, fmt="s", label=r["method"])
     axes.set(xlabel="generated tokens, all problems", ylabel="accuracy, %")
     axes.legend()
     figure.savefig(path, dpi=150)
@@ -529,12 +550,12 @@ def run(args):
         name = path.parent.name if path.name == "model" else path.name  # "rl" for runs/tiny/rl/model
         sample_it = partial(sample, *checkpoint, problems, args, judge)
         if folder == folders[-1]:
-            new, replies = evaluate(sample_it, args)
+            new, samples = evaluate(sample_it, args)
         else:
             new = [pass_at_1(sample_it(min(4, args.samples), f"traces-{name}.jsonl"))]
         rows += [{"checkpoint": name, **row} for row in new]
     if RANK == 0:
-        write_report(args, rows, replies, problems[0])
+        write_report(args, rows, samples, problems[0])
         lock.close()
 
 

@@ -92,6 +92,11 @@ def test_majority_at_equal_tokens_pays_what_low_took():
     assert (row["accuracy"], row["tokens"], row["seconds"]) == (1, 15, 6.0)
 
 
+def test_majority_curve_by_hand():
+    samples = samples_of(True, True, False, answers=["1", "1", "2"])  # of two replies there is one run
+    assert ev.majority_curve(samples) == [(5, pytest.approx(2 / 3)), (10, 1)]
+
+
 def test_a_row_leaves_out_and_counts_what_is_unknown():
     row = ev.report_row("m", samples_of(True), [1, None, 0, None], 10)
     assert (row["accuracy"], row["stderr"], row["problems"], row["unknown"]) == (0.5, 0.5, 2, 2)
