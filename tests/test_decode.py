@@ -14,7 +14,7 @@ import ssm_scan as s
 from decode import Sampler, draw, generate, prefill
 from model import FalconH1
 from tests import test_ssm_scan
-from tests.measure import peak_bytes
+from tests.bench import peak_bytes
 from tests.test_model import SMALL, assert_close, build
 
 DEVICE = test_ssm_scan.DEVICE
