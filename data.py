@@ -850,9 +850,10 @@ def open_run(out, identity, outputs, *, fresh, device, **about):
     old = [found for pattern in outputs for found in Path(out).glob(pattern)]
     if not fresh and (old or path.exists()):
         advice = "choose another --out, or --fresh to start over"
-        if not path.exists():
-            raise ValueError(f"{path}: this folder holds files of no known run: {advice}")
-        before = json.loads(path.read_text())["identity"]
+        try:
+            before = json.loads(path.read_text())["identity"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise ValueError(f"{path}: this folder holds files of no known run: {advice}") from None
         for name, now in identity.items():
             if before.get(name) != now:
                 what = f"--{name.replace('_', '-')} {before.get(name)!r} and not {now!r}"
