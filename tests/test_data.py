@@ -16,6 +16,9 @@ import data
 
 TOKENIZER = data.Tokenizer.byte_level()
 SPECIAL = TOKENIZER.special
+GOOD = json.loads(TOKENIZER.files["tokenizer.json"])
+MODEL = GOOD["model"]
+SPLIT = {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False}
 
 def write(path, *records):
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -23,6 +26,15 @@ def write(path, *records):
 
 def turns(*contents):
     return [{"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(contents)]
+
+SFT = {"messages": turns("q", "<think>r</think>a"), "domain": "math", "weight": 1.5}
+OURS = {"id": "1", "domain": "math", "prompt": "1+1?", "answer": "2"}
+GSM8K = {"question": "Half of 48?", "answer": "48/2=<<48/2=24>>24.\n#### 24"}
+MATH = {"problem": "1+1?", "answer": "2", "solution": "It is $\\boxed{2}$.", "unique_id": "a/1", "level": 1}
+HUMANEVAL = {"task_id": "HumanEval/0", "prompt": "def f():\n", "test": "def check(f): ...",
+             "entry_point": "f", "canonical_solution": "    return 1\n"}
+GZIP = gzip.compress(json.dumps(OURS).encode())
+UNKNOWN = [{"answer": "1", "correct": None, "stop": "stop"}]
 
 def learned(messages, **options):
     """The text under the loss mask, and the whole text."""
@@ -48,11 +60,10 @@ def test_earlier_turns_lose_their_reasoning_and_the_last_is_learned():
     loss, whole = learned(turns("p", "<think>old</think>one", "q"), generation_prompt=True)
     assert loss == "" and "old" not in whole and whole.endswith("q<|im_end|>\n<|im_start|>assistant\n")
 
-@pytest.mark.parametrize("call", ["<tool_call>{}</tool_call>", "calling"])
-def test_tool_calling_keeps_reasoning_and_learns_every_reply(call):
+@pytest.mark.parametrize(("call", "role"), [("<tool_call>{}</tool_call>", "user"), ("calling", "tool")])
+def test_tool_calling_keeps_reasoning_and_learns_every_reply(call, role):
     messages = turns("p", f"<think>x</think>{call}", "r", "<think>y</think>done")
-    if "<" not in call:
-        messages[2]["role"] = "tool"
+    messages[2]["role"] = role
     assert learned(messages)[0] == f"<think>x</think>{call}<|im_end|><think>y</think>done<|im_end|>"
     ids, _ = data.render_chat(messages, TOKENIZER)
     assert (SPECIAL["<tool_call>"] in ids) == ("<" in call) and ids.count(SPECIAL["<think>"]) == 2
@@ -102,15 +113,12 @@ def test_saved_chat_template_agrees(contents, tool):
         text = template.render(messages=messages, bos_token="<|begin_of_text|>", add_generation_prompt=prompt)
         assert text == learned(messages, generation_prompt=prompt)[1]
 
-SFT = {"messages": turns("q", "<think>r</think>a"), "domain": "math", "weight": 1.5}
-
 def test_parse_sft():
     sample = data.parse_sft(SFT, TOKENIZER, "")
     ids, mask = data.render_chat(SFT["messages"], TOKENIZER)
     assert (sample.ids.tolist(), sample.mask.tolist()) == (ids, mask)
     assert (sample.ids.dtype, sample.mask.dtype) == (np.int32, bool)
     assert (sample.weight, sample.domain, sample.trimmed) == (1.5, "math", False)
-    assert not data.parse_sft(SFT, TOKENIZER, "", len(ids), trim=True).trimmed
     short = data.parse_sft(SFT, TOKENIZER, "", len(ids) - 2, trim=True)
     assert short.trimmed and (short.ids.tolist(), short.mask.tolist()) == (ids[:-2], mask[:-2])
     with pytest.raises(ValueError, match=f"^x, line 1: .*{len(ids)} tokens, the limit is {len(ids) - 2};"):
@@ -140,12 +148,9 @@ def check_trace(problem, trace):
         assert int(quotient) * int(divisor) + int(rest) == int(now) and int(rest) < int(divisor)
         taken, quotients, remainder = taken + now[len(remainder) :], quotients + quotient, rest
         sizes.append(size)
-    assert taken == digits and problem.answer == (quotients if sign == "/" else remainder)
-    assert sign == "%" or remainder == "0"
+    assert taken == digits and (sign == "%" or remainder == "0")
+    assert problem.answer == (quotients if sign == "/" else remainder)
     return sizes
-
-def is_careful(sizes):
-    return sizes[0] <= 2 and set(sizes[1:]) <= {1}
 
 @given(st.sampled_from(["div", "mod"]), st.integers(1, 12), st.integers(0, 999), st.booleans())
 def test_every_step_is_true(family, level, seed, careful):
@@ -155,10 +160,8 @@ def test_every_step_is_true(family, level, seed, careful):
     assert sum(sizes) == level
     if 1 < level and sizes[0] <= 2:  # the first step takes two digits only if one does not reach the divisor
         assert sizes[0] == 1 + (problem.prompt[0] < problem.prompt[-3])
-    if careful:
-        assert is_careful(sizes)
-    else:
-        assert set(sizes[1:]) <= {1, *data.SKIP_WIDTHS} and sizes[0] in {1, 2, *data.SKIP_WIDTHS}
+    widths = {1} if careful else {1, *data.SKIP_WIDTHS}
+    assert set(sizes[1:]) <= widths and sizes[0] in {2, *widths}
 
 @pytest.mark.parametrize(("prompt", "answer", "careful", "trace"), [
     ("4375/7=?", "625", True, "43/7=6r1;17/7=2r3;35/7=5r0;"),
@@ -186,26 +189,23 @@ def test_make(tmp_path):
     arguments = ["make", "--seed", "1", "--sft", "300", "--rl", "80", "--heldout", "50", "--out"]
     assert data.main([*arguments, str(tmp_path / "a")]) == data.main([*arguments, str(tmp_path / "b")]) == 0
     for name in ("sft", "rl", "heldout"):
-        first, second = ((tmp_path / folder / f"{name}.jsonl").read_bytes() for folder in "ab")
-        assert first == second
-    rl, heldout = (data.read_problems(tmp_path / "a" / f"{name}.jsonl") for name in ("rl", "heldout"))
+        assert (tmp_path / f"a/{name}.jsonl").read_bytes() == (tmp_path / f"b/{name}.jsonl").read_bytes()
     rows = [record for _, record in data.read_records(tmp_path / "a" / "sft.jsonl")]
-    assert (len(rows), len(rl), len(heldout)) == (300, 80, 50)
-    made = [row["messages"][0]["content"] for row in rows]
-    prompts = {"rl": [p.prompt for p in rl], "heldout": [p.prompt for p in heldout], "train": made}
-    assert len(set().union(*prompts.values())) == 430
+    prompts = {"train": [row["messages"][0]["content"] for row in rows]}
+    for name in ("rl", "heldout"):
+        prompts[name] = [problem.prompt for problem in data.read_problems(tmp_path / "a" / f"{name}.jsonl")]
+    assert [len(set(some)) for some in prompts.values()] == [300, 80, 50]
     assert all({data.split_of(prompt) for prompt in some} == {split} for split, some in prompts.items())
     sizes = []
-    for row, prompt in zip(rows, made):
+    for row, prompt in zip(rows, prompts["train"]):
         reply = row["messages"][1]["content"]
         trace, answer = re.fullmatch(r"<think>(.+)</think>\\boxed\{(\d+)\}", reply).groups()
         sizes.append(check_trace(data.Problem("", "", prompt, answer), trace))
-        assert data.why_not_sft(row) is None
-        data.parse_sft(row, TOKENIZER, "", 200)
+        assert data.why_not_sft(row) is None and data.parse_sft(row, TOKENIZER, "", 200)
     assert {1, 2, *data.SKIP_WIDTHS} == set().union(*sizes)
     assert any(1 in some and max(some) > 2 for some in sizes)  # careless traces are mixtures
-    careful = sum(map(is_careful, sizes))
-    assert 0.15 < careful / 300 < 0.5  # a ninth, and careless ones that happen to skip nothing
+    careful = [some for some in sizes if some[0] <= 2 and set(some[1:]) <= {1}]
+    assert 0.15 < len(careful) / 300 < 0.5  # a ninth, and careless ones that skip nothing
     assert {row["weight"] for row in rows} == {0.5, 1.0, 1.75}
 
 # 3. Curation ------------------------------------------------------------------------------------------------
@@ -233,8 +233,6 @@ def test_sft_filters(reply, domain, reason):
     assert data.why_not_sft(record | {"correct": False}) == "incorrect"
     assert data.why_not_sft(record | {"correct": None}) == "unknown verdict"
 
-UNKNOWN = [{"answer": "1", "correct": None, "stop": "stop"}]
-
 def rollouts(answers, gold="1", stop="stop"):
     return [{"answer": answer, "correct": answer == gold, "stop": stop} for answer in answers]
 
@@ -252,12 +250,6 @@ def test_rl_filter_keeps_some_of_the_truncated():
     reasons = Counter(data.why_not_rl(str(i), rollouts("22222222", stop="length")) for i in range(1000))
     assert set(reasons) == {None, "truncated in every rollout"} and 70 < reasons[None] < 130
 
-OURS = {"id": "1", "domain": "math", "prompt": "1+1?", "answer": "2"}
-GSM8K = {"question": "Half of 48?", "answer": "48/2=<<48/2=24>>24.\n#### 24"}
-MATH = {"problem": "1+1?", "answer": "2", "solution": "It is $\\boxed{2}$.", "unique_id": "a/1", "level": 1}
-HUMANEVAL = {"task_id": "HumanEval/0", "prompt": "def f():\n", "test": "def check(f): ...",
-             "entry_point": "f", "canonical_solution": "    return 1\n"}
-
 def trace(problem, answer, stop="stop", **changes):
     text = f"<think>hm</think>\\boxed{{{answer}}}<|im_end|>"
     return dict(problem=problem, text=text, answer=answer, correct=answer == "2", stop=stop) | changes
@@ -273,12 +265,11 @@ def test_curate_and_convert_rollouts(tmp_path, capsys):
     out = tmp_path / "out.jsonl"
     assert data.main(["curate", *files, "--out", str(out)]) == 0
     assert [problem.record() for problem in data.read_problems(out)] == [problems[1], problems[4]]
-    why = "1 solved by every rollout, 1 no rollouts, 1 no known verdict"
-    assert f"kept 2 of 5; dropped {why}" in capsys.readouterr().out
+    why = "dropped 1 solved by every rollout, 1 no rollouts, 1 no known verdict"
+    assert f"kept 2 of 5; {why}" in capsys.readouterr().out
     assert data.main(["convert", *files, "--out", str(out)]) == 0
     samples = [record for _, record in data.read_records(out)]
-    weights = [(sample["problem"], sample["weight"]) for sample in samples]
-    assert weights == [("1", 1.0), ("1", 1.0), ("2", 1.0), ("5", 1.0)]
+    assert [(sample["problem"], sample["weight"]) for sample in samples] == [(id, 1.0) for id in "1125"]
     assert samples[0]["messages"] == turns("1+1?", "<think>hm</think>\\boxed{2}") and samples[0]["correct"]
     assert "kept 4 of 16; dropped 7 unknown verdict, 5 incorrect" in capsys.readouterr().out
 
@@ -287,19 +278,18 @@ def test_curate_and_convert_rollouts(tmp_path, capsys):
     ({"correct": 1}, "field correct must be bool"), ({"answer": 2}, "field answer must be"),
     ({"stop": None}, "field stop must be str"), ({"text": None}, "field text must be str")])
 def test_bad_traces_are_named(tmp_path, capsys, change, error):
-    problems = write(tmp_path / "p.jsonl", OURS)
-    traces = write(tmp_path / "t.jsonl", trace("1", "2"), trace("1", "2") | change)
-    out = tmp_path / "out.jsonl"
-    assert data.main(["curate", str(traces), "--problems", str(problems), "--out", str(out)]) == 1
+    problems = str(write(tmp_path / "p.jsonl", OURS))
+    traces = str(write(tmp_path / "t.jsonl", trace("1", "2"), trace("1", "2") | change))
+    assert data.main(["curate", traces, "--problems", problems, "--out", f"{tmp_path}/out.jsonl"]) == 1
     assert re.match(rf"error: .*t\.jsonl, line 2: {error}.*\n\Z", capsys.readouterr().err)
-    assert not out.exists()
+    assert not (tmp_path / "out.jsonl").exists()
 
 def test_convert_worked_solutions(tmp_path, capsys):
     out = str(tmp_path / "sft.jsonl")
     assert data.main(["convert", str(write(tmp_path / "x.jsonl", GSM8K, MATH)), "--out", out]) == 0
-    gsm8k, maths = (record["messages"] for _, record in data.read_records(out))
-    assert gsm8k == turns("Half of 48?", "<think>48/2=24.</think>\\boxed{24}")
-    assert maths == turns("1+1?", "<think>It is $\\boxed{2}$.</think>\\boxed{2}")
+    assert [record["messages"] for _, record in data.read_records(out)] == [
+        turns("Half of 48?", "<think>48/2=24.</think>\\boxed{24}"),
+        turns("1+1?", "<think>It is $\\boxed{2}$.</think>\\boxed{2}")]
     for bad in (OURS, HUMANEVAL):
         assert data.main(["convert", str(write(tmp_path / "y.jsonl", bad)), "--out", out]) == 1
         assert re.search(r"y\.jsonl, line 1: .*field solution", capsys.readouterr().err)
@@ -335,7 +325,6 @@ def test_packing_keeps_every_document(lengths, capacity, multiple):
     start = np.cumsum([1, *lengths])
     samples = [make_sample(range(a, a + n), weight=0.5 + n) for a, n in zip(start, lengths)]
     packs, again = data.pack(samples, capacity, multiple), data.pack(samples, capacity, multiple)
-    assert len(packs) % multiple == 0
     found = []
     for one, two in zip(packs, again):
         assert np.array_equal(one.input_ids, two.input_ids)
@@ -348,7 +337,7 @@ def test_packing_keeps_every_document(lengths, capacity, multiple):
     assert sorted(doc for doc in found if doc != [0]) == [sample.ids.tolist() for sample in samples]
     bins = len(data.pack(samples, capacity))  # no two of them could be one: more than half full on average
     assert bins == 1 or bins * capacity < 2 * sum(lengths)
-    assert len(packs) < bins + multiple
+    assert len(packs) % multiple == 0 and len(packs) < bins + multiple
 
 # 5. Reading problems ----------------------------------------------------------------------------------------
 def test_public_shapes(tmp_path):
@@ -371,12 +360,11 @@ def test_containers(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(text.encode())
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(text.encode()))
     (tmp_path / "c.json").write_text(json.dumps([OURS, OURS | {"id": "7"}], indent=1))
-    for path in tmp_path.iterdir():
-        assert data.read_problems(path) == want
+    assert [data.read_problems(path) for path in tmp_path.iterdir()] == [want] * 3
 
 @pytest.mark.parametrize(("line", "error"), [
-    *[(line, "malformed JSON") for line in ("{", '{"a": ', "1" * 5000, "[" * 100000)], (b"\xff", "byte 0xff"),
-    *[(line, "is not a JSON object") for line in ("3", "null", "{}")],
+    *[(line, "malformed JSON") for line in (b"{", b'{"a": ', b"1" * 5000, b"[" * 100000, b"\xff")],
+    *[(line, "is not a JSON object") for line in (b"3", b"null", b"{}")],
     *[({k: v for k, v in OURS.items() if k != name}, f"field {name} is missing") for name in OURS],
     *[(OURS | {name: " "}, f"field {name} must be a string that is not empty") for name in OURS],
     (OURS | {"answer": None}, "field answer"), (OURS | {"answer": True}, "field answer"),
@@ -389,14 +377,11 @@ def test_containers(tmp_path):
     (MATH | {"answer": ""}, "field answer"), (HUMANEVAL | {"test": ""}, "field test"),
     ({k: v for k, v in HUMANEVAL.items() if k != "test"}, "field answer is missing")])
 def test_read_problems_names_file_line_and_field(tmp_path, line, error):
-    line = json.dumps(line) if isinstance(line, dict) else line
-    line = line.encode() if isinstance(line, str) else line
+    line = json.dumps(line).encode() if isinstance(line, dict) else line
     path = tmp_path / "bad.jsonl"
     path.write_bytes(json.dumps(OURS | {"id": "0"}).encode() + b"\n\n" + line + b"\n")
     with pytest.raises(ValueError, match=rf"bad\.jsonl, line 3: .*{error}"):
         data.read_problems(path)
-
-GZIP = gzip.compress(json.dumps(OURS).encode())
 
 @pytest.mark.parametrize(("name", "raw", "error"), [
     ("a.json", b"", "empty"), ("a.json", b"\n \n", "empty"), ("a.json", b"[]", "not a JSON array with items"),
@@ -417,15 +402,11 @@ def test_missing_files_of_the_small_run_say_what_makes_them(tmp_path, monkeypatc
         data.load_tokenizer("runs/tiny/rl")
 
 def test_a_problem_that_cannot_be_scored_is_named_by_its_line(tmp_path):
-    def check(problem):
-        if not problem.extra.get("choices"):
-            raise ValueError(f"{problem.answer!r} cannot be read")
-
-    choice = {"question": "q", "choices": ["x", "y"], "answer": "A", "id": "choice"}
-    bad = write(tmp_path / "bad.jsonl", choice, OURS)
-    with pytest.raises(ValueError, match=r"bad\.jsonl, line 2: field answer: '2' cannot be read"):
-        data.read_problems(bad, 0, check)
-    assert len(data.read_problems(bad, 1, check)) == 1  # what is beyond the limit is not looked at
+    bad = write(tmp_path / "bad.jsonl", OURS, OURS | {"id": "2", "answer": "x"})
+    with pytest.raises(ValueError, match=r"bad\.jsonl, line 2: field answer: could not convert .* 'x'"):
+        data.read_problems(bad, check=lambda problem: float(problem.answer))
+    # What is beyond the limit is not looked at.
+    assert len(data.read_problems(bad, 1, check=lambda problem: float(problem.answer))) == 1
     assert [problem.where for problem in data.read_problems(bad)] == [f"{bad}, line {n}" for n in (1, 2)]
 
 value = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.lists(st.text(), max_size=2)
@@ -446,7 +427,6 @@ def test_malformed_lines_are_read_or_refused(tmp_path_factory, lines):
 
 # 6. Tokenizer -----------------------------------------------------------------------------------------------
 def test_byte_level_ids_are_bytes_and_specials_follow():
-    assert TOKENIZER.encode("hé<think>") == [104, 195, 169, *b"<think>"]
     assert sorted(SPECIAL.values()) == [*range(256, 272)] and TOKENIZER.vocab_size == 272
     assert TOKENIZER.stop_ids == (SPECIAL["<|im_end|>"], SPECIAL["<|end_of_text|>"])
 
@@ -459,8 +439,7 @@ def test_reply_text_is_without_the_token_that_ends_it():
 @given(st.text())
 @example("<|im_start|>system\n<think>")
 def test_tokenizer_round_trip(text):
-    ids = TOKENIZER.encode(text)
-    assert ids == list(text.encode()) and TOKENIZER.decode(ids) == text
+    assert TOKENIZER.encode(text) == list(text.encode()) and TOKENIZER.decode(text.encode()) == text
 
 @given(st.lists(st.integers(0, 271)))
 def test_anything_a_model_samples_can_be_decoded(ids):
@@ -491,28 +470,20 @@ def test_tokenizers_library_reads_the_same_ids(tmp_path_factory, text):
     assert data.Tokenizer.from_pretrained(folder).special == SPECIAL
     assert theirs.decode(ids, skip_special_tokens=True).count("<think>") == 1
 
-@pytest.mark.parametrize(("behavior", "pieces", "inverted"), [
-    ("Removed", ["a", "b"], ["--", "-"]), ("Isolated", ["a", "--", "b", "-"], ["a", "--", "b", "-"]),
-    ("Contiguous", ["a", "--", "b", "-"], ["a", "--", "b", "-"]),
-    ("MergedWithPrevious", ["a--", "b-"], ["a", "--b", "-"]),
-    ("MergedWithNext", ["a", "--b", "-"], ["a--", "b-"])])
-def test_splitter_by_hand(behavior, pieces, inverted):
-    assert data.splitter("-+", behavior)("a--b-") == pieces
-    assert data.splitter("-+", behavior, invert=True)("a--b-") == inverted
-    single = {"Isolated": ["-", "-", "b"], "MergedWithPrevious": ["-", "-", "b"], "Contiguous": ["--", "b"],
-              "MergedWithNext": ["-", "-b"], "Removed": ["b"]}
-    assert data.splitter("-", behavior)("--b") == single[behavior]
+@pytest.mark.parametrize(("behavior", "pieces", "inverted", "single"), [
+    ("Removed", "a b", "-- -", "b"), ("Isolated", "a -- b -", "a -- b -", "- - b"),
+    ("Contiguous", "a -- b -", "a -- b -", "-- b"), ("MergedWithPrevious", "a-- b-", "a --b -", "- - b"),
+    ("MergedWithNext", "a --b -", "a-- b-", "- -b")])
+def test_splitter_by_hand(behavior, pieces, inverted, single):
+    assert data.splitter("-+", behavior)("a--b-") == pieces.split()
+    assert data.splitter("-+", behavior, invert=True)("a--b-") == inverted.split()
+    assert data.splitter("-", behavior)("--b") == single.split()
 
 def test_tokens_that_bpe_cannot_produce_are_never_used():
     """Merging b with c first leaves a and bc; tiktoken alone would join them, though no merge does."""
     vocab = {bytes([byte]): byte for byte in range(256)} | {b"bc": 256, b"ab": 257, b"abc": 258}
     assert [*data.tiktoken_ranks(vocab, ["b c", "a b", "ab c"])][256:] == [b"bc", b"ab"]
     assert data.tiktoken_ranks(vocab, [["a", "b"], ["b", "c"], ["ab", "c"]])[b"abc"] == 258
-
-GOOD = json.loads(TOKENIZER.files["tokenizer.json"])
-SPLIT = {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False}
-
-MODEL = GOOD["model"]
 
 @pytest.mark.parametrize(("change", "error"), [
     ({"normalizer": {"type": "NFC"}}, "this normalizer is not"), ({"decoder": None}, "this decoder is not"),
@@ -533,21 +504,19 @@ def test_from_pretrained_names_what_it_does_not_support(tmp_path, change, error)
 
 # 7. Scripts and commands ------------------------------------------------------------------------------------
 def test_show(tmp_path, capsys):
-    row = {"messages": turns("a", "<think>b</think>c"), "domain": "math", "weight": 0.5}
-    path = write(tmp_path / "s.jsonl", row, row, row | {"domain": "code"})
+    path = write(tmp_path / "s.jsonl", SFT, SFT, SFT | {"domain": "code"})
     assert data.main(["show", str(path), "--rows", "1"]) == 0
     out = capsys.readouterr().out
-    assert out.count("<think>b</think>c<|im_end|>") == 1
-    size = len(data.render_chat(row["messages"], TOKENIZER)[0])
-    assert re.search(rf"\nmath +2 +{2 * size} +{size} +0\.500", out) and re.search("\ncode +1 ", out)
+    size = len(data.render_chat(SFT["messages"], TOKENIZER)[0])
+    assert out.count("<think>r</think>a<|im_end|>") == 1
+    assert re.search(rf"\nmath +2 +{2 * size} +{size} +1\.500", out) and re.search("\ncode +1 ", out)
 
 def test_commands_refuse_bad_flags_in_one_line(tmp_path, capsys):
     (tmp_path / "file").touch()
-    rows = ["--sft", "3", "--rl", "3", "--heldout", "3"]
     for arguments, message in [
         (["make", "--sftt", "3"], "unrecognized arguments: --sftt 3"), ([], "arguments are required"),
-        (["make", "--sft", "x"], "argument --sft"), (["make", "--out", f"{tmp_path}/file", *rows], "file"),
-        (["curate"], "arguments are required: traces"), (["fetch"], "invalid choice: 'fetch'"),
+        (["make", "--sft", "x"], "argument --sft"), (["curate"], "arguments are required: traces"),
+        (["make", "--out", f"{tmp_path}/file", "--sft", "3"], "file"), (["fetch"], "invalid choice: 'fetch'"),
         (["show", str(tmp_path / "none.jsonl")], "none.jsonl is missing")]:
         assert data.main(arguments) == 1
         printed = capsys.readouterr().err
@@ -557,9 +526,9 @@ def test_many_unknown_verdicts_are_an_error_that_says_why():
     reasons = Counter({"unknown: no sandbox": 1, "unknown: no memory": 2})
     data.check_unknown("x", reasons, 150)  # 2% exactly
     data.check_unknown("x", Counter(), 0)
-    with pytest.raises(ValueError) as error:
+    why = "^x: 3 of 149 verdicts are unknown, more than 2%: 2 x no memory; 1 x no sandbox$"
+    with pytest.raises(ValueError, match=why):
         data.check_unknown("x", reasons, 149)
-    assert str(error.value) == "x: 3 of 149 verdicts are unknown, more than 2%: 2 x no memory; 1 x no sandbox"
 
 def test_a_folder_is_opened_once_and_never_taken_from_another_run(tmp_path, monkeypatch):
     def open_run(fresh=False, **changes):
@@ -570,10 +539,10 @@ def test_a_folder_is_opened_once_and_never_taken_from_another_run(tmp_path, monk
         with pytest.raises(ValueError, match=why):
             open_run(**changes)
 
+    path = tmp_path / "run.json"
     lock = open_run()
     refused("another process is working here")
     lock.close()
-    path = tmp_path / "run.json"
     about = json.loads(path.read_text())
     assert about["identity"] == {"seed": 0, "data": "a"} and about["ranks"] == 1
     assert about["hardware"].endswith("CPU cores") and {"torch", "python", "commit"} <= set(about)
@@ -588,5 +557,4 @@ def test_a_folder_is_opened_once_and_never_taken_from_another_run(tmp_path, monk
     assert (tmp_path / "model").is_dir()
     monkeypatch.setenv("PATH", "")  # git cannot be found
     open_run(fresh=True, seed=1)
-    assert not (tmp_path / "model").exists()
-    assert json.loads(path.read_text())["commit"] == "unknown"
+    assert not (tmp_path / "model").exists() and json.loads(path.read_text())["commit"] == "unknown"
