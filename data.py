@@ -273,7 +273,7 @@ def split_of(prompt):
     return "rl" if point < SPLIT["train"] + SPLIT["rl"] else "heldout"
 
 def make_problems(split, count, seed):
-    """List of `count` different problems of one split, in the proportions of MIX, or ValueError."""
+    """List of `count` different problems of one split, in the proportions of MIX. ValueError if too few exist."""
     rng = random.Random(f"{seed} {split}")
     problems = {}
     # Where a level has too few problems, others take its place, until all levels together have too few.
@@ -594,7 +594,7 @@ def shorten(value, limit=100):
 VISIBLE = [byte for byte in range(256) if chr(byte).isprintable() and byte != ord(" ")]
 HIDDEN = [byte for byte in range(256) if byte not in VISIBLE]
 SPELLING = {chr(byte): byte for byte in VISIBLE} | {chr(256 + i): byte for i, byte in enumerate(HIDDEN)}
-GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # of ByteLevel
 
 class Tokenizer:
     """Text <-> token ids: byte-level BPE by tiktoken, and the special tokens that a chat needs.
@@ -714,7 +714,7 @@ def check_supported(whole):
     for name in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
         parts[f"model.{name}"] = not model.get(name)
     for name in ("single_word", "lstrip", "rstrip"):
-        parts[f"{name} of an added token"] = not any(token[name] for token in whole["added_tokens"])
+        parts[f"flag {name} of an added token"] = not any(token[name] for token in whole["added_tokens"])
     if wrong := [name for name, supported in parts.items() if not supported]:
         raise ValueError(f"this {wrong[0]} is not supported")
 

@@ -490,7 +490,7 @@ def test_tokens_that_bpe_cannot_produce_are_never_used():
     ({"pre_tokenizer": {"type": "Metaspace"}}, "pre_tokenizer Metaspace is not supported"),
     ({"model": MODEL | {"type": "Unigram"}}, "this model is not"),
     ({"model": MODEL | {"dropout": 0.1}}, "this model.dropout is not"),
-    *[({"added_tokens": [GOOD["added_tokens"][0] | {name: True}]}, f"this {name} of an added token is not")
+    *[({"added_tokens": [GOOD["added_tokens"][0] | {name: True}]}, f"this flag {name} of an added")
       for name in ("single_word", "lstrip", "rstrip")],
     ({"model": MODEL | {"vocab": {"ab": 0}}}, "x00"),
     *[(bad, "cannot read it as a tokenizer") for bad in (
