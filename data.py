@@ -273,7 +273,7 @@ def split_of(prompt):
     return "rl" if point < SPLIT["train"] + SPLIT["rl"] else "heldout"
 
 def make_problems(split, count, seed):
-    """List of `count` different problems of one split, in the proportions of MIX. ValueError if too few exist."""
+    """List of `count` different problems of one split, in the proportions of MIX; ValueError if too few."""
     rng = random.Random(f"{seed} {split}")
     problems = {}
     # Where a level has too few problems, others take its place, until all levels together have too few.
