@@ -1,4 +1,4 @@
-r"""Data for the whole pipeline: chat format, problems, curation, packing, loader, tokenizer.
+r"""Data for the whole pipeline: chat format, problems, curation, packing, tokenizer.
 
     python data.py make --out runs/tiny/data --seed 0             # long divisions: sft, rl and heldout.jsonl
     python data.py convert train.jsonl --out sft.jsonl            # worked solutions (GSM8K, MATH) -> samples
@@ -31,7 +31,6 @@ This file can be copied alone. It needs numpy and tiktoken, which brings regex.
 import argparse
 import ast
 import fcntl
-import glob
 import gzip
 import hashlib
 import json
@@ -46,19 +45,15 @@ import zlib
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import regex
 import tiktoken
 
 # 1. Problems and samples ------------------------------------------------------------------------------------
-
-
 @dataclass
 class Problem:
     """One question whose answer can be verified."""
-
     id: str
     domain: str  # "math", "code", "science", ...: how the answer is verified, and the unit of the mixture
     prompt: str
@@ -70,23 +65,19 @@ class Problem:
         """The line of a problems file."""
         return dict(id=self.id, domain=self.domain, prompt=self.prompt, answer=self.answer, **self.extra)
 
-
 @dataclass
 class Sample:
     """One tokenised conversation."""
-
     ids: np.ndarray  # (t,) int32
     mask: np.ndarray  # (t,) bool: whether the model learns to predict this token
     weight: float  # of each of its tokens in the loss
     domain: str
     trimmed: bool = False  # cut off at the context length
 
-
 def sft_record(problem, reply, weight):
     """The line of an SFT file: a problem and a reply to learn."""
     messages = [{"role": "user", "content": problem.prompt}, {"role": "assistant", "content": reply}]
     return {"messages": messages, "domain": problem.domain, "weight": weight, "problem": problem.id}
-
 
 # 2. Chat format and loss mask -------------------------------------------------------------------------------
 #
@@ -102,11 +93,9 @@ def sft_record(problem, reply, weight):
 TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>")  # a model may write these inside its own turn
 CONTROL = ("<|pad|>", "<|begin_of_text|>", "<|end_of_text|>", "<|im_start|>", "<|im_end|>")
 STOP = ("<|im_end|>", "<|end_of_text|>")
-
 FOLLOWS = {  # role -> the roles it may follow; None is the beginning
     "system": {None}, "user": {None, "system", "assistant"},
     "assistant": {"user", "tool"}, "tool": {"assistant", "tool"}}
-
 
 def render_chat(messages, tokenizer, *, generation_prompt=False):
     """Token ids of a conversation, and which of them the model learns to write (paper, section 2).
@@ -133,13 +122,12 @@ def render_chat(messages, tokenizer, *, generation_prompt=False):
     bos, start, end = (tokenizer.special[name] for name in needed)
     replies = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     tools = any(message["role"] == "tool" for message in messages)
-    if tools or any("<tool_call>" in messages[i]["content"] for i in replies):
-        learned = replies
-    else:
-        learned = [] if generation_prompt else replies[-1:]
-
+    tools = tools or any("<tool_call>" in messages[i]["content"] for i in replies)
+    last = [] if generation_prompt else replies[-1:]
+    learned = replies if tools else last
+    # The conversation in pieces: their ids, and whether the model learns to write them.
     newline = tokenizer.encode("\n")
-    pieces = [([bos, *newline], False)]  # (ids, whether there is loss on them)
+    pieces = [([bos, *newline], False)]
     for i, message in enumerate(messages):
         content = message["content"]
         if i in replies:
@@ -153,32 +141,50 @@ def render_chat(messages, tokenizer, *, generation_prompt=False):
         pieces.append(([start, *tokenizer.encode("assistant\n")], False))
     return [i for ids, _ in pieces for i in ids], [loss for ids, loss in pieces for _ in ids]
 
+def parse_sft(record, tokenizer, where, max_tokens=None, trim=False):
+    """The Sample of a record. One of more than max_tokens is a ValueError, or trimmed if trim is set."""
+    domain, weight = check_sft(record, where)
+    ids, mask = render_chat(record["messages"], tokenizer)
+    trimmed = max_tokens is not None and len(ids) > max_tokens
+    if trimmed and not trim:
+        tokens = f"{len(ids)} tokens, the limit is {max_tokens}"
+        raise ValueError(f"{where}: field messages: {tokens}; raise it, allow trimming, or drop the line")
+    return Sample(np.array(ids[:max_tokens], np.int32), np.array(mask[:max_tokens]), weight, domain, trimmed)
 
-def check_messages(messages, generation_prompt):
+def check_sft(record, where):
+    """(domain, weight) of a record. ValueError names file, line and field if it cannot become a sample."""
+    domain = text_field(record, "domain", where)
+    weight = record.get("weight", "missing")
+    if type(weight) not in (int, float) or not 0 < weight < 1e6:
+        raise ValueError(f"{where}: field weight must be a positive number, not {shorten(weight)}")
+    check_messages(record.get("messages"), False, f"{where}: field ")
+    if all(message["role"] != "assistant" for message in record["messages"]):
+        raise ValueError(f"{where}: field messages: holds no assistant turn to learn from")
+    return domain, float(weight)
+
+def check_messages(messages, generation_prompt, where=""):
     """Raise ValueError, naming the message and its field, unless render_chat can render the messages."""
     if not isinstance(messages, list) or not messages:
-        raise ValueError("messages: must be a list of at least one message")
+        raise ValueError(f"{where}messages: must be a list of at least one message")
     before = None
     for i, message in enumerate(messages):
         message = message if isinstance(message, dict) else {}
         role, content = message.get("role"), message.get("content")
         if role not in list(FOLLOWS):
-            raise ValueError(f"messages[{i}].role: {shorten(role)} is none of {', '.join(FOLLOWS)}")
+            raise ValueError(f"{where}messages[{i}].role: {shorten(role)} is none of {', '.join(FOLLOWS)}")
         if not isinstance(content, str):
-            raise ValueError(f"messages[{i}].content: must be a string, not {shorten(content)}")
+            raise ValueError(f"{where}messages[{i}].content: must be a string, not {shorten(content)}")
         if before not in FOLLOWS[role]:
-            raise ValueError(f"messages[{i}].role: {role} may not follow {before or 'the beginning'}")
+            raise ValueError(f"{where}messages[{i}].role: {role} may not follow {before or 'the beginning'}")
         before = role
     if generation_prompt and before not in FOLLOWS["assistant"]:
         raise ValueError(f"messages[{i}].role: {before} leaves nothing to reply to; end with user or tool")
-
 
 def without_reasoning(content):
     """content without its <think> blocks, stripped. A block that is never closed ends at the next one."""
     head, *blocks = content.split("<think>")
     kept = [block.rpartition("</think>")[2] for block in blocks if "</think>" in block]
     return "".join([head.rpartition("</think>")[2], *kept]).strip()
-
 
 # render_chat as a Jinja template, for those who load a checkpoint with other software. Line breaks and
 # indents are taken out, as engines differ in whether those count.
@@ -206,7 +212,6 @@ CHAT_TEMPLATE = "".join(line.strip() for line in r"""
     {% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}
 """.splitlines())
 
-
 # 3. Problems made here: long division, every step of which can be checked -----------------------------------
 #
 #   family  level   prompt     answer  careful trace, one digit per step     careless, skipping steps
@@ -226,7 +231,6 @@ SKIP = 0.5  # probability that a step of a careless trace takes several digits
 SKIP_WIDTHS = (4, 5)  # how many, at random; of steps with three digits a model learns a third
 SPLIT = {"train": 0.6, "rl": 0.2, "heldout": 0.2}  # shares of all divisions
 
-
 def make_problem(family, level, rng):
     """A random Problem. family: "div" (exact) or "mod" (the remainder); level: digits of the dividend."""
     low, high = 10 ** (level - 1), 10**level
@@ -239,7 +243,6 @@ def make_problem(family, level, rng):
         answer = dividend % divisor
         text = f"{dividend}%{divisor}"
     return Problem(text, "math", text + "=?", str(answer), {"family": family, "level": level})
-
 
 def make_trace(problem, rng, careful):
     """A true computation of a made problem: steps `dividend/divisor=quotient r remainder`, see the table."""
@@ -258,27 +261,22 @@ def make_trace(problem, rng, careful):
         digits = digits[width:]
     return trace
 
-
 def hash_to_unit(text):
     """A number in [0, 1) that depends on text alone and is the same on every machine."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
-
 def split_of(prompt):
     """ "train", "rl" or "heldout". The division alone decides, so no seed or count can ever mix the three."""
-    split_key = prompt.replace("%", "/")  # 43758%7=? and 43758/7=? have the same trace
-    point = hash_to_unit(split_key)
+    point = hash_to_unit(prompt.replace("%", "/"))  # 43758%7=? and 43758/7=? have the same trace
     if point < SPLIT["train"]:
         return "train"
     return "rl" if point < SPLIT["train"] + SPLIT["rl"] else "heldout"
 
-
 def make_problems(split, count, seed):
-    """List of `count` different problems of one split, in the proportions of MIX.
-
-    Where a level has too few, others take its place. ValueError if all levels together have too few."""
+    """List of `count` different problems of one split, in the proportions of MIX; ValueError if too few."""
     rng = random.Random(f"{seed} {split}")
     problems = {}
+    # Where a level has too few problems, others take its place, until all levels together have too few.
     for _ in range(100 * count + 1001):
         if len(problems) == count:
             return list(problems.values())
@@ -287,7 +285,6 @@ def make_problems(split, count, seed):
         if split_of(problem.prompt) == split:
             problems[problem.id] = problem
     raise ValueError(f"only {len(problems)} different {split} problems found, {count} wanted")
-
 
 def make_sft(problem, rng):
     """An SFT record with one trace. The level decides its weight, and how likely the trace is careful."""
@@ -298,19 +295,15 @@ def make_sft(problem, rng):
     # The ease stands in for the pass rate: there is no model yet to measure one.
     return sft_record(problem, reply, difficulty_weight(ease)) | problem.extra
 
-
 # 4. Curation ------------------------------------------------------------------------------------------------
-
 EASY, HARD = 0.75, 0.25  # pass rates: above is easy, below is hard
 KEEP_TRUNCATED = 0.1  # "a small random subset"; the paper gives no number
-
 
 def difficulty_weight(pass_rate):
     """Weight in the SFT loss (paper, section 2): easy 0.5, medium 1, hard from 1.25 to 1.75 at rate 0."""
     if pass_rate > EASY:
         return 0.5
     return 1.0 if pass_rate >= HARD else 1.75 - 0.5 * pass_rate / HARD
-
 
 def why_not_sft(record):
     """The paper's filters (section 2) for one SFT record: the reason to drop it, or None.
@@ -333,14 +326,12 @@ def why_not_sft(record):
         return "python syntax error"
     return None
 
-
 def why_not_rl(problem_id, rollouts):
     """The paper's pass-rate filter (section 3) for one problem: the reason to drop it, or None.
 
     A problem that every rollout solves teaches nothing. One that none solves is kept if it is merely long (a
     random tenth of those where every rollout ran out of tokens; the id decides, so a second run keeps the
     same), and dropped if the rollouts agree on a wrong answer: the reference is then the likelier culprit.
-
     rollouts: traces of this problem, the paper takes 8; those of unknown verdict do not count."""
     if not rollouts:
         return "no rollouts"
@@ -355,26 +346,22 @@ def why_not_rl(problem_id, rollouts):
         return None if kept else "truncated in every rollout"
     # Compared as text, one answer in two spellings counts as two: that errs on the side of keeping.
     answers = Counter(rollout["answer"] for rollout in rollouts if rollout["answer"] is not None)
-    half = len(rollouts) / 2  # the paper's 4 of 8
-    return "wrong majority" if max(answers.values(), default=0) >= half else None
-
+    agreed = max(answers.values(), default=0) >= len(rollouts) / 2  # the paper's 4 of 8
+    return "wrong majority" if agreed else None
 
 def from_solution(problem):
-    """SFT record with a worked solution as the reasoning. Its difficulty is unknown: weight 1.
-
-    GSM8K's calculator annotations, 48/2=<<48/2=24>>24, are removed: no prompt has them."""
+    """SFT record with a worked solution as the reasoning. Its difficulty is unknown: weight 1."""
     solution = problem.extra.get("solution")
     if not isinstance(solution, str) or not problem.answer:
         raise ValueError(f"{problem.where}: needs an answer, and a worked one in the field solution")
+    # GSM8K's calculator annotations, 48/2=<<48/2=24>>24, are removed: no prompt has them.
     reasoning = re.sub(r"<<[^<>]*>>", "", solution).strip()
     return sft_record(problem, f"<think>{reasoning}</think>\\boxed{{{problem.answer}}}", 1.0)
 
-
 def from_rollouts(problem, rollouts):
-    """SFT records of a problem's rollouts, weighted by its pass rate over known verdicts.
-
-    Unfinished replies count as incorrect; an unknown verdict stays unknown ("correct" is None)."""
-    verdicts = [rollout["correct"] and rollout["stop"] == "stop" for rollout in rollouts]  # None stays None
+    """SFT records of a problem's rollouts, weighted by its pass rate over known verdicts."""
+    # Unfinished replies count as incorrect; an unknown verdict (None) stays unknown.
+    verdicts = [rollout["correct"] and rollout["stop"] == "stop" for rollout in rollouts]
     known = [verdict for verdict in verdicts if verdict is not None]
     weight = difficulty_weight(sum(known) / max(1, len(known)))
     for rollout, correct in zip(rollouts, verdicts):
@@ -382,20 +369,15 @@ def from_rollouts(problem, rollouts):
         record = sft_record(problem, reply.removesuffix("<|im_end|>"), weight)  # render_chat adds it
         yield record | {"correct": correct}
 
-
 # 5. Packing -------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class Pack:
     """Documents end to end, without padding; cu_seqlens keeps them apart in attention and SSM."""
-
     input_ids: np.ndarray  # (t,) int64
     targets: np.ndarray  # (t,) int64: the next token of the same document; 0 at a document's last position
     weights: np.ndarray  # (t,) float32: weight of predicting targets; 0 where there is no loss
     cu_seqlens: np.ndarray  # (s + 1,) int32: document j is [cu_seqlens[j], cu_seqlens[j + 1])
     members: list  # (s,) the samples in order, for losses that need more than one weight per token
-
 
 def pack(samples, capacity, multiple_of=1):
     """Packs of one global batch, by first-fit decreasing: longest sample first, into the first that has room.
@@ -420,7 +402,7 @@ def pack(samples, capacity, multiple_of=1):
             room.append(capacity)
         rows[first].append(sample)
         room[first] -= size
-
+    # Split the longest packs: their samples, longest first, go to the shorter half.
     while len(rows) % multiple_of and any(len(row) > 1 for row in rows):
         longest = max(range(len(rows)), key=lambda i: (len(rows[i]) > 1, tokens_of(rows[i])))
         halves = [], []
@@ -431,11 +413,9 @@ def pack(samples, capacity, multiple_of=1):
     dummy = Sample(np.zeros(1, np.int32), np.zeros(1, bool), 1.0, "")
     return [join(row) for row in rows + [[dummy]] * (-len(rows) % multiple_of)]
 
-
 def tokens_of(row):
     """Number of tokens of a list of samples."""
     return sum(len(sample.ids) for sample in row)
-
 
 def join(row):
     """Pack of a list of samples. Target and weight of position i are token and loss mask of i + 1."""
@@ -447,87 +427,14 @@ def join(row):
     weights[cu_seqlens[1:] - 1] = 0
     return Pack(ids, targets, weights, cu_seqlens, row)
 
-
-# 6. Loader --------------------------------------------------------------------------------------------------
-
-
-class Loader:
-    """next(loader): the next global batch, a list of sample numbers, in the proportions of a mixture.
-
-    Each domain has its own epochs, every one shuffled anew. With share_d = weight_d / sum of weights,
-
-        after n draws, domain d has been drawn floor(n share_d) or ceil(n share_d) times,
-
-    so every batch has the proportions and not only the average one (paper, section 2). The rule: sample k + 1
-    of d may be drawn once n share_d > k and is due when n share_d = k + 1; of those that may, draw the one
-    due first (Pfair scheduling). There is no random state: the order follows from (seed, domain, epoch), the
-    position from counts. So all ranks draw the same batches, and another number of ranks can continue them.
-
-    rows: dict from domain to an array of its sample numbers, as in SftFiles.
-    mixture: dict from domain to weight, of any sum. None: the sizes of the domains; as many draws as there
-        are samples then take every sample exactly once.
-    checksum: of the samples: a stream is continued on the same samples or not at all."""
-
-    def __init__(self, rows, batch_size, seed, mixture=None, checksum=0):
-        self.rows, self.batch_size, self.seed = rows, batch_size, seed
-        sizes = {domain: len(numbers) for domain, numbers in rows.items()}
-        self.mixture = mixture or sizes
-        weights = self.mixture.values()
-        if not any(sizes.values()) or batch_size < 1:
-            raise ValueError(f"batches of {batch_size} cannot be drawn from {sum(sizes.values())} samples")
-        if set(self.mixture) != set(rows):
-            raise ValueError(f"mixture: has {sorted(self.mixture)}, the data have the domains {sorted(rows)}")
-        if not all(0 <= weight < float("inf") for weight in weights) or not any(weights):
-            raise ValueError(f"mixture: weights must be 0 or more, and not all 0, not {self.mixture}")
-        if empty := [name for name, size in sizes.items() if not size and self.mixture[name]]:
-            raise ValueError(f"mixture: no sample of {empty[0]} is left to draw from; hold out fewer")
-        self.drawn = dict.fromkeys(sorted(rows), 0)
-        self.orders = {}  # domain -> (epoch, permutation)
-        # What the stream depends on. Not the batch size: it may change where a run is resumed.
-        count = sum(sizes.values())
-        self.identity = {"samples": count, "checksum": checksum, "seed": seed, "mixture": dict(self.mixture)}
-
-    def __next__(self):
-        return [self.draw() for _ in range(self.batch_size)]
-
-    def draw(self):
-        """The number of the next sample."""
-        # The domain, by the rule above with both sides multiplied by the sum of weights.
-        total, n = sum(self.mixture.values()), sum(self.drawn.values()) + 1
-        may = [name for name, k in self.drawn.items() if k * total < self.mixture[name] * n]
-        domain = min(may, key=lambda name: (self.drawn[name] + 1) / self.mixture[name])
-
-        # Its next sample, in the order of the epoch.
-        rows = self.rows[domain]
-        epoch, position = divmod(self.drawn[domain], len(rows))
-        if self.orders.get(domain, (None,))[0] != epoch:
-            rng = np.random.default_rng([self.seed, epoch, list(self.drawn).index(domain)])
-            self.orders[domain] = epoch, rng.permutation(len(rows))
-        self.drawn[domain] += 1
-        return int(rows[self.orders[domain][1][position]])
-
-    def state_dict(self):
-        """Position and identity of the stream, a small dict of JSON values."""
-        return {"drawn": dict(self.drawn), **self.identity}
-
-    def load_state_dict(self, state):
-        """Continue a stream exactly. ValueError if it had other data, another seed or another mixture."""
-        for name, here in self.identity.items():
-            if state.get(name) != here:
-                raise ValueError(f"data position: {name} was {shorten(state.get(name))}, now {shorten(here)}")
-        self.drawn = {domain: int(state["drawn"][domain]) for domain in self.drawn}
-
-
-# 7. Reading problems and traces -----------------------------------------------------------------------------
-
+# 6. Reading problems and traces -----------------------------------------------------------------------------
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # of choices
 PUBLIC = {  # field of a public data set -> ours
     "question": "prompt", "problem": "prompt", "Problem": "prompt", "answerKey": "answer", "Answer": "answer",
     "unique_id": "id", "task_id": "id", "ID": "id", "test": "tests",
     "canonical_solution": "solution", "Solution": "solution"}
 
-
-def read_problems(path, limit=0, check=None):
+def read_problems(path, limit=0, check=lambda problem: None):
     """The first `limit` problems (0: all) of a file, in our shape or a public one, recognised line by line:
 
         ours        id, domain, prompt, answer (or tests)
@@ -544,8 +451,7 @@ def read_problems(path, limit=0, check=None):
         if twin := problems.get(problem.id):
             raise ValueError(f"{where}: field id: {shorten(problem.id)} is also the id of {twin.where}")
         try:
-            if check is not None:
-                check(problem)
+            check(problem)
         except ValueError as error:
             raise ValueError(f"{where}: field answer: {error}") from None
         problems[problem.id] = problem
@@ -553,11 +459,9 @@ def read_problems(path, limit=0, check=None):
             break
     return list(problems.values())
 
-
 def parse_problem(record, where):
     """The Problem of one record. where: "FILE, line 3"; a problem without an id is named after it."""
     row = dict(record) if "prompt" in record and "task_id" not in record else from_public(record, where)
-
     # Choices go into the prompt, and the answer becomes the letter of the right one.
     choices = row.get("choices", row.pop("options", None))
     if choices is not None:
@@ -569,7 +473,6 @@ def parse_problem(record, where):
     id, domain, prompt = (text_field(row, name, where) for name in ("id", "domain", "prompt"))
     extra = {name: row[name] for name in row if name not in ("id", "domain", "prompt", "answer")}
     return Problem(id, domain, prompt, row["answer"], extra, where)
-
 
 def from_public(record, where):
     """A record of a public data set with our names for its fields, an id and a domain."""
@@ -589,7 +492,6 @@ def from_public(record, where):
         row |= {"solution": solution.strip(), "answer": answer}
     return row
 
-
 def parse_choices(choices, answer, where):
     """The texts of the choices and the letter of the right one.
 
@@ -604,17 +506,17 @@ def parse_choices(choices, answer, where):
         raise ValueError(f"{where}: field choices must be 2 to 26 different texts, not {shorten(choices)}")
     if not isinstance(labels, list) or len(labels) != len(texts):
         labels = list(LETTERS[: len(texts)])
-
-    # The ways to name the right choice, in the order in which they are tried.
-    name, indices = str(answer).strip(), [str(i) for i in range(len(texts))]
-    ways = [(labels, name.strip("().")), (texts, name), (indices, name)]
-    if isinstance(answer, int):
-        del ways[1]  # among numbers, 2 is the third choice, and "2" is itself
-    for names, name in ways:
-        if name in names:
-            return texts, LETTERS[names.index(name)]
+    # Labels come first: with ARC's labels 1 to 4, "1" is the first choice. Among the texts 1, 2 and 3, "2" is
+    # itself, and the number 2 is an index, hence the third choice.
+    name = str(answer).strip()
+    label = name.strip("().")
+    if label in labels:
+        return texts, LETTERS[labels.index(label)]
+    if name in texts and not isinstance(answer, int):
+        return texts, LETTERS[texts.index(name)]
+    if name in map(str, range(len(texts))):
+        return texts, LETTERS[int(name)]
     raise ValueError(f"{where}: field answer: {shorten(answer)} is no letter, text or index of a choice")
-
 
 def with_choices(prompt, choices):
     """The prompt, followed by the choices and their letters unless it shows them."""
@@ -623,7 +525,6 @@ def with_choices(prompt, choices):
         return prompt
     lines = "\n".join(f"{letter}. {text}" for letter, text in lettered)
     return f"{prompt.rstrip()}\n\n{lines}\n\nPut the letter of the right choice in \\boxed{{}}."
-
 
 def read_rollouts(path, problems):
     """Traces by problem: dict from the id of each of problems to a list of records, possibly empty."""
@@ -639,7 +540,6 @@ def read_rollouts(path, problems):
         rollouts[record["problem"]].append(record)
     return rollouts
 
-
 def read_records(path):
     """Yield (where, dict) of a .jsonl, .jsonl.gz or JSON array. where: "FILE, line 3" or "FILE, item 3".
 
@@ -647,20 +547,20 @@ def read_records(path):
     check_exists(path)
     try:
         with gzip.open(path) if str(path).endswith(".gz") else open(path, "rb") as file:
-            lines = file.read().removeprefix(b"\xef\xbb\xbf").splitlines()
+            raw = file.read().removeprefix(b"\xef\xbb\xbf")
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: not a complete gzip file ({error})") from None
-    filled = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if not filled:
+    if not raw.strip():
         raise ValueError(f"{path}: empty; expected one JSON object per line")
-    rows = [(f"{path}, line {n}", line) for n, line in filled]
-    # The items of an array are written out as lines again, and checked like lines.
-    if filled[0][1].lstrip().startswith(b"["):
-        items = parse_json(b"\n".join(lines), path, list)
-        rows = [(f"{path}, item {n}", json.dumps(item).encode()) for n, item in enumerate(items, 1)]
-    for where, raw in rows:
-        yield where, parse_json(raw, where)
-
+    unit = "line"
+    lines = raw.splitlines()
+    if raw.lstrip().startswith(b"["):  # items of an array are written out as lines, and checked like these
+        unit = "item"
+        lines = [json.dumps(item).encode() for item in parse_json(raw, path, list)]
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            where = f"{path}, {unit} {number}"
+            yield where, parse_json(line, where)
 
 def parse_json(raw, where, kind=dict):
     """The value that bytes of JSON hold: a dict, or a list if that is the kind, and not empty."""
@@ -673,7 +573,6 @@ def parse_json(raw, where, kind=dict):
         raise ValueError(f"{where}: {shorten(value)} is not a JSON {name}")
     return value
 
-
 def text_field(record, name, where):
     """record[name] as a non-blank str; integers, which some files have as answers, become text."""
     if name not in record:
@@ -685,20 +584,17 @@ def text_field(record, name, where):
         raise ValueError(f"{where}: field {name} holds half of a surrogate pair, which is no character")
     return value
 
-
 def shorten(value, limit=100):
     """JSON of a value, cut off for an error message."""
     text = json.dumps(value)
     return text if len(text) <= limit else text[:limit] + "..."
 
-
-# 8. Tokenizer -----------------------------------------------------------------------------------------------
-
+# 7. Tokenizer -----------------------------------------------------------------------------------------------
 # How tokenizer.json spells bytes, as in GPT-2: visible ones as Latin-1 does, the others from U+0100 on.
 VISIBLE = [byte for byte in range(256) if chr(byte).isprintable() and byte != ord(" ")]
 HIDDEN = [byte for byte in range(256) if byte not in VISIBLE]
 SPELLING = {chr(byte): byte for byte in VISIBLE} | {chr(256 + i): byte for i, byte in enumerate(HIDDEN)}
-
+GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # of ByteLevel
 
 class Tokenizer:
     """Text <-> token ids: byte-level BPE by tiktoken, and the special tokens that a chat needs.
@@ -718,10 +614,10 @@ class Tokenizer:
         # Added tokens are found before anything else: those not "normalized" first, of these the longest.
         added = sorted(added, key=lambda token: (token["normalized"], -len(token["content"])))
         control = {token["content"] for token in added if token["special"]}
-        self.added = {}  # encode's argument special -> (tokens to read, pattern that finds them)
+        self.added = {}  # encode's argument special -> pattern of the added tokens to read
         for special, unread in {True: set(), "tags": control - {*TAGS}, False: control | {*TAGS}}.items():
-            tokens = [token for token in added if token["content"] not in unread]
-            self.added[special] = (tokens, added_pattern(tokens))
+            read = [token["content"] for token in added if token["content"] not in unread]
+            self.added[special] = regex.compile("|".join(map(regex.escape, read)) or "(?!)")
 
         # All other text: tiktoken's ranks are the order of merging, and not the ids.
         vocab = {to_bytes(name): id for name, id in model["vocab"].items() if name not in control}
@@ -729,14 +625,10 @@ class Tokenizer:
         self.encoding = tiktoken.Encoding("bpe", pat_str=r"(?s).+", mergeable_ranks=ranks, special_tokens={})
         self.ids = {rank: vocab[name] for name, rank in ranks.items()}
         self.whole_words = vocab if model.get("ignore_merges") else {}
-
-        # The way back, and the tokens that end a generation: the chat's, and what the checkpoint names.
         self.bytes = {id: name for name, id in vocab.items()}
         self.bytes |= {id: name.encode() for name, id in self.special.items()}
         self.vocab_size = max(self.bytes) + 1
-        eos = json.loads(files["tokenizer_config.json"]).get("eos_token")
-        stop = dict.fromkeys([*STOP, eos["content"] if isinstance(eos, dict) else eos])
-        self.stop_ids = tuple(self.special[name] for name in stop if name in self.special)
+        self.stop_ids = tuple(self.special[name] for name in STOP if name in self.special)
 
     @classmethod
     def byte_level(cls):
@@ -767,22 +659,24 @@ class Tokenizer:
         are plain text, so that a user typing <|im_end|> cannot end the turn. Other added tokens are always
         read."""
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        tokens, pattern = self.added[special]
-        ids, end = [], 0
-        for match in pattern.finditer(text):
-            ids += [*self._encode_plain(text[end : match.start()]), tokens[match.lastindex - 1]["id"]]
+        ids = []
+        end = 0
+        for match in self.added[special].finditer(text):
+            ids += [*self._encode_plain(text[end : match.start()]), self.special[match[0]]]
             end = match.end()
         return ids + self._encode_plain(text[end:])
 
     def _encode_plain(self, text):
         """Ids of text that holds no added token."""
-        words, ids = [text] if text else [], []
+        words = [text] if text else []
         for stage in self.stages:
             words = [piece for word in words for piece in stage(word)]
+        ids = []
         for word in words:
-            whole = self.whole_words.get(word.encode())
-            ranks = self.encoding.encode_ordinary(word) if whole is None else []
-            ids += [self.ids[rank] for rank in ranks] if whole is None else [whole]
+            if word.encode() in self.whole_words:
+                ids.append(self.whole_words[word.encode()])
+            else:
+                ids += [self.ids[rank] for rank in self.encoding.encode_ordinary(word)]
         return ids
 
     def decode(self, ids):
@@ -803,7 +697,8 @@ class Tokenizer:
         """Read a published byte-level BPE: tokenizer.json, and tokenizer_config.json if present.
 
         ValueError names what is not supported. A post_processor is ignored: encode() adds no token."""
-        path, config = Path(folder) / "tokenizer.json", Path(folder) / "tokenizer_config.json"
+        path = Path(folder) / "tokenizer.json"
+        config = Path(folder) / "tokenizer_config.json"
         check_exists(path)
         try:
             settings = config.read_text("utf-8") if config.exists() else "{}"
@@ -811,49 +706,36 @@ class Tokenizer:
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError, regex.error) as error:
             raise ValueError(f"{path}: this code cannot read it as a tokenizer: {error!r}") from None
 
-
 def check_supported(whole):
     """Raise ValueError naming the first part of a tokenizer.json that this code would get wrong."""
-    model, decoder = whole["model"], whole["decoder"] or {}
+    model = whole["model"]
     parts = {"model": model["type"] == "BPE", "normalizer": whole["normalizer"] is None}
-    parts["decoder"] = decoder.get("type") == "ByteLevel"
+    parts["decoder"] = (whole["decoder"] or {}).get("type") == "ByteLevel"
     for name in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
         parts[f"model.{name}"] = not model.get(name)
+    for name in ("single_word", "lstrip", "rstrip"):
+        parts[f"flag {name} of an added token"] = not any(token[name] for token in whole["added_tokens"])
     if wrong := [name for name, supported in parts.items() if not supported]:
         raise ValueError(f"this {wrong[0]} is not supported")
-
 
 def to_bytes(spelled):
     """The bytes of a token as tokenizer.json spells it."""
     return bytes(SPELLING[c] for c in spelled)
 
-
-def added_pattern(tokens):
-    """Pattern that finds added tokens, those first that come first; group i + 1 is tokens[i]."""
-    parts = []
-    for token in tokens:
-        text = f"({regex.escape(token['content'])})"
-        text = rf"(?<!\w){text}(?!\w)" if token["single_word"] else text
-        parts.append((r"\s*" if token["lstrip"] else "") + text + (r"\s*" if token["rstrip"] else ""))
-    return regex.compile("|".join(parts) or "(?!)")
-
-
 def tiktoken_ranks(vocab, merges):
-    """dict from bytes to tiktoken's rank: the place of the last merge that makes a token of the vocabulary.
-
-    tiktoken merges any neighbours that form a token, the tokenizers library only listed pairs. Given only
-    tokens that BPE can itself produce, the two always pick the same pair."""
+    """dict from tokens (bytes) to tiktoken's ranks: the place of the last merge that makes the token."""
     order = {}  # pair of tokens, as bytes -> its place in the list of merges
     for place, pair in enumerate(merges):
         left, right = pair.split(" ") if isinstance(pair, str) else pair
         order[to_bytes(left), to_bytes(right)] = place
+    # tiktoken merges any neighbours that form a token, the tokenizers library only listed pairs. Given only
+    # tokens that BPE can itself produce, the two always pick the same pair.
     ranks = {bytes([byte]): byte for byte in range(256)}
     for token in vocab:
         pieces, last = bpe_merge(token, order)
         if pieces == [token] and len(token) > 1:
             ranks[token] = 256 + last
     return ranks
-
 
 def bpe_merge(word, order):
     """BPE by definition: while a pair is listed, join the leftmost of those listed first.
@@ -864,10 +746,6 @@ def bpe_merge(word, order):
         last, i = min(pairs)
         tokens[i : i + 2] = [tokens[i] + tokens[i + 1]]
     return tokens, last
-
-
-GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-
 
 def pre_tokenizers(spec):
     """The "pre_tokenizer" of a tokenizer.json -> list of functions from text to pieces, to apply in turn."""
@@ -889,7 +767,6 @@ def pre_tokenizers(spec):
         return add_space * spec["add_prefix_space"] + split * spec["use_regex"]
     raise ValueError(f"pre_tokenizer {kind} is not supported")
 
-
 def splitter(pattern, behavior, invert=False):
     """Function from text to a list of pieces, cut at delimiters: the matches of a pattern.
 
@@ -909,142 +786,18 @@ def splitter(pattern, behavior, invert=False):
     }[behavior])
     return lambda text: [match[0] for match in piece.finditer(text)]
 
-
-# 9. SFT files -----------------------------------------------------------------------------------------------
-
-BLOCK = 2**26  # bytes of a file that one rank checks at a time
-
-
-class Line(NamedTuple):
-    """A line of a file, known by its first byte. Only an error message needs its number."""
-
-    path: str
-    offset: int
-    domain: str = ""
-
-    def __str__(self):
-        number = 1
-        with open(self.path, "rb") as file:
-            while file.tell() < self.offset:
-                number += bool(file.readline())
-        return f"{self.path}, line {number}"
-
-
-def sizes_of(pattern):
-    """dict from files to their sizes in bytes. pattern: names and globs, separated by commas."""
-    sizes = {}
-    for part in map(str.strip, pattern.split(",")):
-        for path in [part] if os.path.exists(part) else sorted(glob.glob(part)) or [part]:
-            check_exists(path)
-            sizes[path] = os.path.getsize(path)
-    return sizes
-
-
-class SftFiles:
-    """The samples of JSONL files, by number. Files may be larger than memory, which holds a Line per sample.
-
-    At the start every line is read and checked once, in blocks that ranks can share out. A sample is read
-    again and tokenised when it is asked for: each rank reads its share, and none waits for hours.
-
-    pattern: the files, names or globs, separated by commas.
-    max_tokens: a longer sample is an error, as its answer would silently never be learned; or else
-    trim: cut it on the right and mark it, as the paper does above 36K tokens.
-    limit: samples to take, 0 for all.
-    each: each(function, items, desc) -> [function(item), ...], shared out among ranks; None: all of it here.
-
-    Attributes: rows (dict from domain to an array of its sample numbers), checksum (of all bytes)."""
-
-    def __init__(self, pattern, tokenizer, max_tokens, trim=False, limit=0, each=None):
-        self.tokenizer, self.max_tokens, self.trim = tokenizer, max_tokens, trim
-
-        # Check all lines, block by block; results come back in the order of the blocks.
-        sizes = sizes_of(pattern)
-        blocks = [Line(path, start) for path, size in sizes.items() for start in range(0, size, BLOCK)]
-        each = each or (lambda function, items, desc: [function(item) for item in items])
-        indexed = each(self._index, blocks, desc=f"reading {pattern}")
-        lines = [line for some, _ in indexed for line in some]
-        if empty := sizes.keys() - {line.path for line in lines}:
-            raise ValueError(f"{min(empty)}: empty; expected one JSON object per line")
-
-        # What is kept. Checksums of blocks do not depend on the number of ranks, hence nor does this one.
-        self.checksum = zlib.crc32(np.array([checksum for _, checksum in indexed]))
-        self.lines = lines[: limit or None]
-        rows = defaultdict(list)
-        for i, line in enumerate(self.lines):
-            rows[line.domain].append(i)
-        self.rows = {domain: np.array(numbers) for domain, numbers in sorted(rows.items())}
-
-    def _index(self, block):
-        """Check the lines that begin in a block. Returns a list of Line, and a checksum of their bytes."""
-        lines, checksum = [], 0
-        with open(block.path, "rb") as file:
-            # A line belongs to the block of its first byte: skip the rest of one that began before.
-            if block.offset:
-                file.seek(block.offset - 1)
-                file.readline()
-            while (at := file.tell()) < block.offset + BLOCK and (raw := file.readline()):
-                checksum = zlib.crc32(raw, checksum)
-                if raw.strip():
-                    line = Line(block.path, at)
-                    record = parse_json(raw, line)
-                    domain, _ = check_sft(record, line)
-                    if len(raw) > self.max_tokens and not self.trim:  # a line has more bytes than tokens
-                        parse_sft(record, self.tokenizer, line, self.max_tokens, self.trim)
-                    lines.append(Line(block.path, at, sys.intern(domain)))
-        return lines, checksum
-
-    def __len__(self):
-        return len(self.lines)
-
-    def __getitem__(self, i):
-        """Sample number i. ValueError if its line is no sample any more, IndexError beyond the last."""
-        line = self.lines[i]
-        with open(line.path, "rb") as file:
-            file.seek(line.offset)
-            record = parse_json(file.readline(), line)
-        return parse_sft(record, self.tokenizer, line, self.max_tokens, self.trim)
-
-
-def check_sft(record, where):
-    """(domain, weight) of a record. ValueError names file, line and field if it cannot become a sample."""
-    domain = text_field(record, "domain", where)
-    weight = record.get("weight", "missing")
-    if type(weight) not in (int, float) or not 0 < weight < 1e6:
-        raise ValueError(f"{where}: field weight must be a positive number, not {shorten(weight)}")
-    try:
-        check_messages(record.get("messages"), generation_prompt=False)
-    except ValueError as error:
-        raise ValueError(f"{where}: field {error}") from None
-    if all(message["role"] != "assistant" for message in record["messages"]):
-        raise ValueError(f"{where}: field messages: holds no assistant turn to learn from")
-    return domain, float(weight)
-
-
-def parse_sft(record, tokenizer, where, max_tokens=None, trim=False):
-    """The Sample of a record. One of more than max_tokens is a ValueError, or trimmed if trim is set."""
-    domain, weight = check_sft(record, where)
-    ids, mask = render_chat(record["messages"], tokenizer)
-    trimmed = max_tokens is not None and len(ids) > max_tokens
-    if trimmed and not trim:
-        tokens = f"{len(ids)} tokens, the limit is {max_tokens}"
-        raise ValueError(f"{where}: field messages: {tokens}; raise it, allow trimming, or drop the line")
-    return Sample(np.array(ids[:max_tokens], np.int32), np.array(mask[:max_tokens]), weight, domain, trimmed)
-
-
-# 10. What the scripts share: flags, files, run and checkpoint folders, exit, unknown verdicts ---------------
-
+# 8. What the scripts share: flags, files, run and checkpoint folders, exit, unknown verdicts ----------------
+MADE_BY = {"runs/tiny/data": "train_sft.py", "runs/tiny/sft": "train_sft.py", "runs/tiny/rl": "train_rl.py"}
+MOST_UNKNOWN = 0.02  # of all verdicts: so few cannot hide, or make, an effect that is worth reporting
 
 def flag(default, text):
     """A field of a script's Args: its default, and a line for --help."""
     return field(default=default, metadata={"help": text})
 
-
 class Flags(argparse.ArgumentParser):
     """Bad flags are a ValueError, like any other bad input: one line and exit status 1, not usage and 2."""
-
     def error(self, message):
         raise ValueError(f"{message}; see --help")
-
 
 def parse_args(cls, description, argv=None):
     """Flags of a dataclass: --kebab-case, its types and defaults; unknown or abbreviated flags are errors."""
@@ -1054,7 +807,6 @@ def parse_args(cls, description, argv=None):
         text = f"{f.metadata['help']} (default: {f.default!r})".replace("%", "%%")
         parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=text, **kind)
     return cls(**vars(parser.parse_args(argv)))
-
 
 def write_text(path, text):
     """Write a file whole or not at all: a reader never meets half of it."""
@@ -1068,14 +820,9 @@ def write_text(path, text):
         temporary.unlink(missing_ok=True)
         raise OSError(f"{path}: could not be written: {error.strerror}") from None
 
-
 def write_jsonl(path, records):
     """Write dicts as JSON lines."""
     write_text(path, "".join(json.dumps(record) + "\n" for record in records))
-
-
-MADE_BY = {"runs/tiny/data": "train_sft.py", "runs/tiny/sft": "train_sft.py", "runs/tiny/rl": "train_rl.py"}
-
 
 def check_exists(path):
     """Raise ValueError if a file is missing; for one of the small run, with the command that makes it."""
@@ -1083,13 +830,11 @@ def check_exists(path):
         scripts = [script for folder, script in MADE_BY.items() if Path(path).is_relative_to(folder)]
         raise ValueError(f"{path} is missing" + (f": run python {scripts[0]} first" if scripts else ""))
 
-
 def open_run(out, identity, outputs, *, fresh, device, **about):
     """Make `out` the folder of a run. Its run.json then holds identity, versions, hardware and commit.
 
     identity: dict of the arguments that two parts of one run must share. outputs: glob patterns of what such
     a run leaves in its folder; `fresh` deletes these and starts over. about: further entries of run.json.
-
     Returns a file that keeps other processes out until it is closed or this process ends, even by SIGKILL.
     ValueError if the folder belongs to another run, holds unknown files, or is in use; nothing is changed."""
     path = Path(out) / "run.json"
@@ -1101,46 +846,35 @@ def open_run(out, identity, outputs, *, fresh, device, **about):
         raise ValueError(f"{out}: another process is working here; stop it, or take another --out") from None
     except OSError:  # a file system without locks
         pass
-
     # The same run goes on: nothing is written. Otherwise there must be nothing here, or leave to delete it.
     old = [found for pattern in outputs for found in Path(out).glob(pattern)]
     if not fresh and (old or path.exists()):
-        check_same_run(path, identity)
+        advice = "choose another --out, or --fresh to start over"
+        try:
+            before = json.loads(path.read_text())["identity"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise ValueError(f"{path}: this folder holds files of no known run: {advice}") from None
+        for name, now in identity.items():
+            if before.get(name) != now:
+                what = f"--{name.replace('_', '-')} {before.get(name)!r} and not {now!r}"
+                raise ValueError(f"{path}: this folder holds another run, with {what}: {advice}")
         return lock
     for found in old:
         shutil.rmtree(found) if found.is_dir() else found.unlink()
-
+    # What the figures of this run depend on. Nothing else in this file needs torch.
     import torch
-
-    try:
-        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    except OSError:  # git is not installed
-        commit = ""
     gpu = "cuda" in device
     about["hardware"] = torch.cuda.get_device_name(device) if gpu else f"{os.cpu_count()} CPU cores"
-    about |= {"torch": torch.__version__, "python": sys.version.split()[0], "commit": commit or "unknown"}
+    about |= {"torch": torch.__version__, "python": sys.version.split()[0]}
+    # By a shell: where git is not installed, it prints nothing.
+    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True)
+    about["commit"] = git.stdout.decode().strip() or "unknown"
     write_text(path, json.dumps({"identity": identity, **about}, indent=2) + "\n")
     return lock
-
-
-def check_same_run(path, identity):
-    """Raise ValueError unless the run.json at `path` has this identity."""
-    advice = "choose another --out, or --fresh to start over"
-    try:
-        before = json.loads(path.read_text())["identity"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"{path}: this folder holds files of no known run: {advice}") from None
-    for name, now in identity.items():
-        if before.get(name) != now:
-            what = f"--{name.replace('_', '-')} {before.get(name)!r} and not {now!r}"
-            raise ValueError(f"{path}: this folder holds another run, with {what}: {advice}")
-
 
 def model_folder(folder):
     """Where a checkpoint lies: in model/ of a run's folder, or in `folder` itself (the published format)."""
     return Path(folder) / "model" if (Path(folder) / "model").is_dir() else Path(folder)
-
 
 def load_tokenizer(folder):
     """The tokenizer of a checkpoint, after a check that the model's vocabulary has room for it."""
@@ -1148,17 +882,16 @@ def load_tokenizer(folder):
     check_exists(folder)
     check_exists(folder / "config.json")
     tokenizer = Tokenizer.from_pretrained(folder)
-    size, room = tokenizer.vocab_size, json.loads((folder / "config.json").read_text())["vocab_size"]
-    if room < size:
+    room = json.loads((folder / "config.json").read_text())["vocab_size"]
+    if room < tokenizer.vocab_size:
+        size = tokenizer.vocab_size
         raise ValueError(f"{folder}: the tokenizer has {size} tokens, the model room for {room} only")
     return tokenizer
-
 
 def reply_text(ids, tokenizer):
     """What a model wrote, without the token that ends it. ids: the tokens of a trace."""
     ended = ids and ids[-1] in tokenizer.stop_ids
     return tokenizer.decode(ids[:-1] if ended else ids)
-
 
 def run_main(body):
     """Run a script's body; user errors print one line. Returns the exit status."""
@@ -1172,10 +905,6 @@ def run_main(body):
         print("interrupted", file=sys.stderr, flush=True)
         return 130  # what shells report for Ctrl-C
 
-
-MOST_UNKNOWN = 0.02  # of all verdicts: so few cannot hide, or make, an effect that is worth reporting
-
-
 def check_unknown(where, reasons, verdicts):
     """Raise ValueError if more than MOST_UNKNOWN of the verdicts are unknown; it begins with `where`.
 
@@ -1186,16 +915,12 @@ def check_unknown(where, reasons, verdicts):
         counts = f"{reasons.total()} of {verdicts} verdicts are unknown, more than {MOST_UNKNOWN:.0%}"
         raise ValueError(f"{where}: {counts}: {describe(reasons)}")
 
-
 def describe(reasons, most=5):
     """The most common reasons of unknown verdicts, in one line."""
     counts = reasons.most_common(most)
     return "; ".join(f"{count} x {reason.removeprefix('unknown: ')}" for reason, count in counts)
 
-
-# 11. Commands -----------------------------------------------------------------------------------------------
-
-
+# 9. Commands ------------------------------------------------------------------------------------------------
 def make(args):
     """Generate long divisions: SFT samples, RL problems and held-out problems, in the folder OUT."""
     counts = {"train": args.sft, "rl": args.rl, "heldout": args.heldout}
@@ -1206,13 +931,11 @@ def make(args):
         write_jsonl(folder / f"{split}.jsonl", [problem.record() for problem in problems[split]])
     print(f"{folder}: {args.sft} rows in sft.jsonl, {args.rl} in rl.jsonl, {args.heldout} in heldout.jsonl")
 
-
 def curate(args):
     """Keep the problems that are neither solved nor hopeless, by about 8 rollouts of each in TRACES."""
     problems = read_problems(args.problems)
     rollouts = read_rollouts(args.traces, problems)
     write_kept(args.out, [(one.record(), why_not_rl(one.id, rollouts[one.id])) for one in problems])
-
 
 def convert(args):
     """Turn the worked solutions in SOURCE, or with PROBLEMS the correct rollouts there, into SFT samples."""
@@ -1224,7 +947,6 @@ def convert(args):
         records = [from_solution(problem) for problem in problems]
     write_kept(args.out, [(record, why_not_sft(record)) for record in records])
 
-
 def write_kept(path, judged):
     """Write the records without a reason to drop them, print counts. judged: list of (record, reason)."""
     kept = [record for record, reason in judged if reason is None]
@@ -1233,15 +955,11 @@ def write_kept(path, judged):
     dropped = ", ".join(f"{count} {reason}" for reason, count in reasons) or "nothing"
     print(f"{path}: kept {len(kept)} of {len(judged)}; dropped {dropped}")
 
-
 def show(args):
-    """Print ROWS rows of SFT samples or problems, and a table by domain, in tokens of MODEL or bytes."""
+    """Print ROWS rows of SFT samples, and a table by domain, in tokens of MODEL or bytes."""
     tokenizer = load_tokenizer(args.model) if args.model else Tokenizer.byte_level()
     table = defaultdict(list)  # domain -> [(tokens, weight)]
     for n, (where, record) in enumerate(read_records(args.file)):
-        if "messages" not in record:  # a problem, shown with its answer as the reply
-            problem = parse_problem(record, where)
-            record = sft_record(problem, problem.answer, 1.0)
         sample = parse_sft(record, tokenizer, where)
         table[sample.domain].append((len(sample.ids), sample.weight))
         if n < args.rows:
@@ -1252,19 +970,17 @@ def show(args):
         tokens, weights = zip(*rows)
         print(f"{domain:16}{len(rows):9}{sum(tokens):12}{max(tokens):12}{sum(weights) / len(rows):13.3f}")
 
-
-COMMANDS = {  # flags and their defaults; None: required
+# Flags and their defaults, which also give them a type. None: required. Names without dashes are positional.
+COMMANDS = {
     make: {"--out": "runs/tiny/data", "--seed": 0, "--sft": 20000, "--rl": 4000, "--heldout": 1000},
     convert: {"source": None, "--problems": "", "--out": None},
     curate: {"traces": None, "--problems": None, "--out": None},
     show: {"file": None, "--rows": 3, "--model": ""}}
 
-
 def main(argv=None):
     """python data.py COMMAND ...; returns the exit status."""
     parser = Flags(description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    # A default also gives a flag its type; names without dashes are positional.
     for run, flags in COMMANDS.items():
         about = {"help": run.__doc__, "description": run.__doc__}
         command = commands.add_parser(run.__name__, allow_abbrev=False, **about)
@@ -1274,13 +990,10 @@ def main(argv=None):
             if default is None:
                 kind = {"required": True} if name.startswith("--") else {}
             command.add_argument(name, **kind)
-
-    def body():
+    def body():  # flags are parsed in here, as bad ones are user errors too
         args = parser.parse_args(argv)
         args.run(args)
-
     return run_main(body)
-
 
 if __name__ == "__main__":
     sys.exit(main())

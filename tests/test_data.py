@@ -4,31 +4,37 @@ import gzip
 import json
 import random
 import re
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import jinja2
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import data
 
 TOKENIZER = data.Tokenizer.byte_level()
 SPECIAL = TOKENIZER.special
-
+GOOD = json.loads(TOKENIZER.files["tokenizer.json"])
+MODEL = GOOD["model"]
+SPLIT = {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False}
 
 def write(path, *records):
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
 
-
 def turns(*contents):
     return [{"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(contents)]
 
+SFT = {"messages": turns("q", "<think>r</think>a"), "domain": "math", "weight": 1.5}
+OURS = {"id": "1", "domain": "math", "prompt": "1+1?", "answer": "2"}
+GSM8K = {"question": "Half of 48?", "answer": "48/2=<<48/2=24>>24.\n#### 24"}
+MATH = {"problem": "1+1?", "answer": "2", "solution": "It is $\\boxed{2}$.", "unique_id": "a/1", "level": 1}
+HUMANEVAL = {"task_id": "HumanEval/0", "prompt": "def f():\n", "test": "def check(f): ...",
+             "entry_point": "f", "canonical_solution": "    return 1\n"}
+GZIP = gzip.compress(json.dumps(OURS).encode())
+UNKNOWN = [{"answer": "1", "correct": None, "stop": "stop"}]
 
 def learned(messages, **options):
     """The text under the loss mask, and the whole text."""
@@ -36,10 +42,7 @@ def learned(messages, **options):
     assert len(ids) == len(mask)
     return TOKENIZER.decode([i for i, on in zip(ids, mask) if on]), TOKENIZER.decode(ids)
 
-
 # 1. Chat format ---------------------------------------------------------------------------------------------
-
-
 def test_render_chat_by_hand():
     names = ("<|begin_of_text|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
     bos, start, end, think, close = (SPECIAL[name] for name in names)
@@ -50,7 +53,6 @@ def test_render_chat_by_hand():
     assert mask == [False] * len(prompt) + [True] * len(reply) + [False]
     assert data.render_chat(turns("Q"), TOKENIZER, generation_prompt=True) == (prompt, [False] * len(prompt))
 
-
 def test_earlier_turns_lose_their_reasoning_and_the_last_is_learned():
     loss, whole = learned(turns("p", "<think>old</think>\n\none", "q", "<think>new</think>two"))
     assert loss == "<think>new</think>two<|im_end|>"
@@ -58,16 +60,13 @@ def test_earlier_turns_lose_their_reasoning_and_the_last_is_learned():
     loss, whole = learned(turns("p", "<think>old</think>one", "q"), generation_prompt=True)
     assert loss == "" and "old" not in whole and whole.endswith("q<|im_end|>\n<|im_start|>assistant\n")
 
-
-@pytest.mark.parametrize("call", ["<tool_call>{}</tool_call>", "calling"])
-def test_tool_calling_keeps_reasoning_and_learns_every_reply(call):
+@pytest.mark.parametrize(("call", "role"), [("<tool_call>{}</tool_call>", "user"), ("calling", "tool")])
+def test_tool_calling_keeps_reasoning_and_learns_every_reply(call, role):
     messages = turns("p", f"<think>x</think>{call}", "r", "<think>y</think>done")
-    if "<" not in call:
-        messages[2]["role"] = "tool"
+    messages[2]["role"] = role
     assert learned(messages)[0] == f"<think>x</think>{call}<|im_end|><think>y</think>done<|im_end|>"
     ids, _ = data.render_chat(messages, TOKENIZER)
     assert (SPECIAL["<tool_call>"] in ids) == ("<" in call) and ids.count(SPECIAL["<think>"]) == 2
-
 
 def test_special_tokens_that_are_typed_stay_text():
     everything = "".join(SPECIAL)
@@ -79,17 +78,14 @@ def test_special_tokens_that_are_typed_stay_text():
     reply = [i for i in ids[len(prompt) :] if i >= 256]  # an assistant may write tags and end its turn once
     assert reply == [*(SPECIAL[tag] for tag in data.TAGS), SPECIAL["<|im_end|>"]]
 
-
 @pytest.mark.parametrize(("content", "left"), [
     ("a", "a"), ("<think>x</think> a", "a"), ("a<think>x</think>b<think>y</think>c", "abc"),
     ("a<think>x", "a"), ("x</think>a", "a"), ("<think>x<think>y</think>a", "a"), ("<think>x</think>", "")])
 def test_without_reasoning(content, left):
     assert data.without_reasoning(content) == left
 
-
 def message(role):
     return {"role": role, "content": "x"}
-
 
 @pytest.mark.parametrize(("messages", "error"), [
     ([], "messages: "), ("hi", "messages: "), (["user"], r"messages\[0\]\.role: null"),
@@ -103,11 +99,9 @@ def test_render_chat_names_the_bad_message(messages, error):
     with pytest.raises(ValueError, match=error):
         data.render_chat(messages, TOKENIZER, generation_prompt=True)
 
-
 TEMPLATES = [jinja2.Environment(trim_blocks=trim, lstrip_blocks=trim).from_string(data.CHAT_TEMPLATE)
              for trim in (False, True)]
 content = st.lists(st.sampled_from([*data.TAGS, "a", "b ", "\n"]), max_size=6).map("".join)
-
 
 @given(st.lists(content, min_size=1, max_size=5), st.booleans())
 def test_saved_chat_template_agrees(contents, tool):
@@ -119,10 +113,27 @@ def test_saved_chat_template_agrees(contents, tool):
         text = template.render(messages=messages, bos_token="<|begin_of_text|>", add_generation_prompt=prompt)
         assert text == learned(messages, generation_prompt=prompt)[1]
 
+def test_parse_sft():
+    sample = data.parse_sft(SFT, TOKENIZER, "")
+    ids, mask = data.render_chat(SFT["messages"], TOKENIZER)
+    assert (sample.ids.tolist(), sample.mask.tolist()) == (ids, mask)
+    assert (sample.ids.dtype, sample.mask.dtype) == (np.int32, bool)
+    assert (sample.weight, sample.domain, sample.trimmed) == (1.5, "math", False)
+    short = data.parse_sft(SFT, TOKENIZER, "", len(ids) - 2, trim=True)
+    assert short.trimmed and (short.ids.tolist(), short.mask.tolist()) == (ids[:-2], mask[:-2])
+    with pytest.raises(ValueError, match=f"^x, line 1: .*{len(ids)} tokens, the limit is {len(ids) - 2};"):
+        data.parse_sft(SFT, TOKENIZER, "x, line 1", len(ids) - 2)
+
+@pytest.mark.parametrize(("change", "error"), [
+    ({"messages": None}, "messages: must be a list"), ({"domain": ""}, "domain must be a string"),
+    ({"messages": turns("q")}, "messages: holds no assistant"),
+    ({"messages": [{"role": "x", "content": ""}]}, r"messages\[0\]\.role"),
+    *[({"weight": bad}, "weight must be") for bad in (0, -1, "1", None, True, float("nan"), 1e999, 9**400)]])
+def test_parse_sft_names_the_field(change, error):
+    with pytest.raises(ValueError, match=f"^x, line 1: field {error}"):
+        data.parse_sft(SFT | change, TOKENIZER, "x, line 1")
 
 # 2. Made problems -------------------------------------------------------------------------------------------
-
-
 def check_trace(problem, trace):
     """Parse and verify every step; return how many digits each took. Independent of how traces are made."""
     digits, sign, divisor = re.fullmatch(r"(\d+)([/%])(\d)=\?", problem.prompt).groups()
@@ -137,14 +148,9 @@ def check_trace(problem, trace):
         assert int(quotient) * int(divisor) + int(rest) == int(now) and int(rest) < int(divisor)
         taken, quotients, remainder = taken + now[len(remainder) :], quotients + quotient, rest
         sizes.append(size)
-    assert taken == digits and problem.answer == (quotients if sign == "/" else remainder)
-    assert sign == "%" or remainder == "0"
+    assert taken == digits and (sign == "%" or remainder == "0")
+    assert problem.answer == (quotients if sign == "/" else remainder)
     return sizes
-
-
-def is_careful(sizes):
-    return sizes[0] <= 2 and set(sizes[1:]) <= {1}
-
 
 @given(st.sampled_from(["div", "mod"]), st.integers(1, 12), st.integers(0, 999), st.booleans())
 def test_every_step_is_true(family, level, seed, careful):
@@ -154,11 +160,8 @@ def test_every_step_is_true(family, level, seed, careful):
     assert sum(sizes) == level
     if 1 < level and sizes[0] <= 2:  # the first step takes two digits only if one does not reach the divisor
         assert sizes[0] == 1 + (problem.prompt[0] < problem.prompt[-3])
-    if careful:
-        assert is_careful(sizes)
-    else:
-        assert set(sizes[1:]) <= {1, *data.SKIP_WIDTHS} and sizes[0] in {1, 2, *data.SKIP_WIDTHS}
-
+    widths = {1} if careful else {1, *data.SKIP_WIDTHS}
+    assert set(sizes[1:]) <= widths and sizes[0] in {2, *widths}
 
 @pytest.mark.parametrize(("prompt", "answer", "careful", "trace"), [
     ("4375/7=?", "625", True, "43/7=6r1;17/7=2r3;35/7=5r0;"),
@@ -171,55 +174,45 @@ def test_traces_by_hand(monkeypatch, prompt, answer, careful, trace):
     monkeypatch.setattr(data, "SKIP_WIDTHS", (3,))
     assert data.make_trace(data.Problem("", "math", prompt, answer), random.Random(0), careful) == trace
 
-
 def test_small_spaces_end(monkeypatch):
     monkeypatch.setattr(data, "MIX", {("mod", 2): 1})  # 360 problems in all
     with pytest.raises(ValueError, match=r"only \d+ different train problems found, 300 wanted"):
         data.make_problems("train", 300, 0)
     assert len({problem.prompt for problem in data.make_problems("train", 20, 0)}) == 20
 
-
 def test_splits_have_their_shares_and_no_division_in_common():
     counts = Counter(data.split_of(str(i)) for i in range(5000))
     assert {name: count / 5000 for name, count in counts.items()} == pytest.approx(data.SPLIT, abs=0.03)
     assert all(data.split_of(f"{i}/7=?") == data.split_of(f"{i}%7=?") for i in range(99))
 
-
 def test_make(tmp_path):
     arguments = ["make", "--seed", "1", "--sft", "300", "--rl", "80", "--heldout", "50", "--out"]
     assert data.main([*arguments, str(tmp_path / "a")]) == data.main([*arguments, str(tmp_path / "b")]) == 0
     for name in ("sft", "rl", "heldout"):
-        first, second = ((tmp_path / folder / f"{name}.jsonl").read_bytes() for folder in "ab")
-        assert first == second
-    rl, heldout = (data.read_problems(tmp_path / "a" / f"{name}.jsonl") for name in ("rl", "heldout"))
+        assert (tmp_path / f"a/{name}.jsonl").read_bytes() == (tmp_path / f"b/{name}.jsonl").read_bytes()
     rows = [record for _, record in data.read_records(tmp_path / "a" / "sft.jsonl")]
-    assert (len(rows), len(rl), len(heldout)) == (300, 80, 50)
-    made = [row["messages"][0]["content"] for row in rows]
-    prompts = {"rl": [p.prompt for p in rl], "heldout": [p.prompt for p in heldout], "train": made}
-    assert len(set().union(*prompts.values())) == 430
+    prompts = {"train": [row["messages"][0]["content"] for row in rows]}
+    for name in ("rl", "heldout"):
+        prompts[name] = [problem.prompt for problem in data.read_problems(tmp_path / "a" / f"{name}.jsonl")]
+    assert [len(set(some)) for some in prompts.values()] == [300, 80, 50]
     assert all({data.split_of(prompt) for prompt in some} == {split} for split, some in prompts.items())
     sizes = []
-    for row, prompt in zip(rows, made):
+    for row, prompt in zip(rows, prompts["train"]):
         reply = row["messages"][1]["content"]
         trace, answer = re.fullmatch(r"<think>(.+)</think>\\boxed\{(\d+)\}", reply).groups()
         sizes.append(check_trace(data.Problem("", "", prompt, answer), trace))
-        assert data.why_not_sft(row) is None
+        assert data.why_not_sft(row) is None and data.parse_sft(row, TOKENIZER, "", 200)
     assert {1, 2, *data.SKIP_WIDTHS} == set().union(*sizes)
     assert any(1 in some and max(some) > 2 for some in sizes)  # careless traces are mixtures
-    careful = sum(map(is_careful, sizes))
-    assert 0.15 < careful / 300 < 0.5  # a ninth, and careless ones that happen to skip nothing
+    careful = [some for some in sizes if some[0] <= 2 and set(some[1:]) <= {1}]
+    assert 0.15 < len(careful) / 300 < 0.5  # a ninth, and careless ones that skip nothing
     assert {row["weight"] for row in rows} == {0.5, 1.0, 1.75}
-    assert len(data.SftFiles(str(tmp_path / "a" / "sft.jsonl"), TOKENIZER, 200)) == 300
-
 
 # 3. Curation ------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("rate", "weight"), [
     (1, 0.5), (0.76, 0.5), (0.75, 1), (0.5, 1), (0.25, 1), (0.24, 1.27), (0.125, 1.5), (0, 1.75)])
 def test_difficulty_weight(rate, weight):
     assert data.difficulty_weight(rate) == pytest.approx(weight)
-
 
 @pytest.mark.parametrize(("reply", "domain", "reason"), [
     ("<think>x</think>\\boxed{1}", "math", None), ("<think>x</think>A", "science", None),
@@ -240,13 +233,8 @@ def test_sft_filters(reply, domain, reason):
     assert data.why_not_sft(record | {"correct": False}) == "incorrect"
     assert data.why_not_sft(record | {"correct": None}) == "unknown verdict"
 
-
-UNKNOWN = [{"answer": "1", "correct": None, "stop": "stop"}]
-
-
 def rollouts(answers, gold="1", stop="stop"):
     return [{"answer": answer, "correct": answer == gold, "stop": stop} for answer in answers]
-
 
 @pytest.mark.parametrize(("some", "reason"), [
     ([], "no rollouts"), (rollouts("11111111"), "solved by every rollout"), (rollouts("11111112"), None),
@@ -258,23 +246,13 @@ def rollouts(answers, gold="1", stop="stop"):
 def test_rl_filter(some, reason):
     assert data.why_not_rl("a", some) == reason
 
-
 def test_rl_filter_keeps_some_of_the_truncated():
     reasons = Counter(data.why_not_rl(str(i), rollouts("22222222", stop="length")) for i in range(1000))
     assert set(reasons) == {None, "truncated in every rollout"} and 70 < reasons[None] < 130
 
-
-OURS = {"id": "1", "domain": "math", "prompt": "1+1?", "answer": "2"}
-GSM8K = {"question": "Half of 48?", "answer": "48/2=<<48/2=24>>24.\n#### 24"}
-MATH = {"problem": "1+1?", "answer": "2", "solution": "It is $\\boxed{2}$.", "unique_id": "a/1", "level": 1}
-HUMANEVAL = {"task_id": "HumanEval/0", "prompt": "def f():\n", "test": "def check(f): ...",
-             "entry_point": "f", "canonical_solution": "    return 1\n"}
-
-
 def trace(problem, answer, stop="stop", **changes):
     text = f"<think>hm</think>\\boxed{{{answer}}}<|im_end|>"
     return dict(problem=problem, text=text, answer=answer, correct=answer == "2", stop=stop) | changes
-
 
 def test_curate_and_convert_rollouts(tmp_path, capsys):
     problems = [OURS | {"id": id} for id in "12345"]
@@ -287,47 +265,39 @@ def test_curate_and_convert_rollouts(tmp_path, capsys):
     out = tmp_path / "out.jsonl"
     assert data.main(["curate", *files, "--out", str(out)]) == 0
     assert [problem.record() for problem in data.read_problems(out)] == [problems[1], problems[4]]
-    why = "1 solved by every rollout, 1 no rollouts, 1 no known verdict"
-    assert f"kept 2 of 5; dropped {why}" in capsys.readouterr().out
+    why = "dropped 1 solved by every rollout, 1 no rollouts, 1 no known verdict"
+    assert f"kept 2 of 5; {why}" in capsys.readouterr().out
     assert data.main(["convert", *files, "--out", str(out)]) == 0
     samples = [record for _, record in data.read_records(out)]
-    weights = [(sample["problem"], sample["weight"]) for sample in samples]
-    assert weights == [("1", 1.0), ("1", 1.0), ("2", 1.0), ("5", 1.0)]
+    assert [(sample["problem"], sample["weight"]) for sample in samples] == [(id, 1.0) for id in "1125"]
     assert samples[0]["messages"] == turns("1+1?", "<think>hm</think>\\boxed{2}") and samples[0]["correct"]
     assert "kept 4 of 16; dropped 7 unknown verdict, 5 incorrect" in capsys.readouterr().out
-
 
 @pytest.mark.parametrize(("change", "error"), [
     ({"problem": "9"}, "field problem: \"9\" is not in"), ({"problem": 3}, "field problem must be str"),
     ({"correct": 1}, "field correct must be bool"), ({"answer": 2}, "field answer must be"),
     ({"stop": None}, "field stop must be str"), ({"text": None}, "field text must be str")])
 def test_bad_traces_are_named(tmp_path, capsys, change, error):
-    problems = write(tmp_path / "p.jsonl", OURS)
-    traces = write(tmp_path / "t.jsonl", trace("1", "2"), trace("1", "2") | change)
-    out = tmp_path / "out.jsonl"
-    assert data.main(["curate", str(traces), "--problems", str(problems), "--out", str(out)]) == 1
+    problems = str(write(tmp_path / "p.jsonl", OURS))
+    traces = str(write(tmp_path / "t.jsonl", trace("1", "2"), trace("1", "2") | change))
+    assert data.main(["curate", traces, "--problems", problems, "--out", f"{tmp_path}/out.jsonl"]) == 1
     assert re.match(rf"error: .*t\.jsonl, line 2: {error}.*\n\Z", capsys.readouterr().err)
-    assert not out.exists()
-
+    assert not (tmp_path / "out.jsonl").exists()
 
 def test_convert_worked_solutions(tmp_path, capsys):
     out = str(tmp_path / "sft.jsonl")
     assert data.main(["convert", str(write(tmp_path / "x.jsonl", GSM8K, MATH)), "--out", out]) == 0
-    gsm8k, maths = (record["messages"] for _, record in data.read_records(out))
-    assert gsm8k == turns("Half of 48?", "<think>48/2=24.</think>\\boxed{24}")
-    assert maths == turns("1+1?", "<think>It is $\\boxed{2}$.</think>\\boxed{2}")
+    assert [record["messages"] for _, record in data.read_records(out)] == [
+        turns("Half of 48?", "<think>48/2=24.</think>\\boxed{24}"),
+        turns("1+1?", "<think>It is $\\boxed{2}$.</think>\\boxed{2}")]
     for bad in (OURS, HUMANEVAL):
         assert data.main(["convert", str(write(tmp_path / "y.jsonl", bad)), "--out", out]) == 1
         assert re.search(r"y\.jsonl, line 1: .*field solution", capsys.readouterr().err)
 
-
 # 4. Packing -------------------------------------------------------------------------------------------------
-
-
 def make_sample(ids, loss=None, weight=1.0):
     mask = [False] + [True] * (len(ids) - 1) if loss is None else loss
     return data.Sample(np.array(ids, np.int32), np.array(mask, bool), weight, "math")
-
 
 def test_pack_by_hand():
     samples = [make_sample([1, 2, 3], [0, 0, 1], 0.5), make_sample([4, 5, 6, 7], [0, 1, 0, 1], 1.5)]
@@ -340,7 +310,6 @@ def test_pack_by_hand():
     assert [first.input_ids.dtype, first.targets.dtype] == [np.int64] * 2
     assert (first.weights.dtype, first.cu_seqlens.dtype) == (np.float32, np.int32)
 
-
 def test_pack_splits_then_fills_up():
     samples = [make_sample([n] * 2) for n in range(1, 5)]
     assert [len(p.input_ids) for p in data.pack(samples, 8)] == [8]
@@ -351,13 +320,11 @@ def test_pack_splits_then_fills_up():
     with pytest.raises(ValueError, match="sample of 2 tokens does not fit a pack of 1"):
         data.pack(samples, 1)
 
-
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=30), st.integers(20, 60), st.integers(1, 5))
 def test_packing_keeps_every_document(lengths, capacity, multiple):
     start = np.cumsum([1, *lengths])
     samples = [make_sample(range(a, a + n), weight=0.5 + n) for a, n in zip(start, lengths)]
     packs, again = data.pack(samples, capacity, multiple), data.pack(samples, capacity, multiple)
-    assert len(packs) % multiple == 0
     found = []
     for one, two in zip(packs, again):
         assert np.array_equal(one.input_ids, two.input_ids)
@@ -370,81 +337,9 @@ def test_packing_keeps_every_document(lengths, capacity, multiple):
     assert sorted(doc for doc in found if doc != [0]) == [sample.ids.tolist() for sample in samples]
     bins = len(data.pack(samples, capacity))  # no two of them could be one: more than half full on average
     assert bins == 1 or bins * capacity < 2 * sum(lengths)
-    assert len(packs) < bins + multiple
+    assert len(packs) % multiple == 0 and len(packs) < bins + multiple
 
-
-# 5. Loader --------------------------------------------------------------------------------------------------
-
-
-def make_rows(**sizes):
-    """Numbers of samples by domain, all different."""
-    ends = np.cumsum([0, *sizes.values()])
-    return {name: np.arange(start, end) for name, start, end in zip(sizes, ends, ends[1:]) if end > start}
-
-
-def stream(loader, batches):
-    return [next(loader) for _ in range(batches)]
-
-
-@given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 9), st.integers(0, 99))
-def test_default_mixture_takes_every_sample_once_an_epoch(a, b, c, seed):
-    loader = data.Loader(make_rows(a=a, b=b, c=c), a + b + c, seed)
-    assert [sorted(batch) for batch in stream(loader, 3)] == [[*range(a + b + c)]] * 3
-
-
-@given(st.lists(st.integers(0, 50), min_size=1, max_size=6).filter(any), st.integers(0, 9))
-@settings(max_examples=50)
-def test_no_domain_is_ever_a_whole_sample_away_from_its_share(weights, seed):
-    names = "abcdef"[: len(weights)]
-    rows = make_rows(**dict.fromkeys(names, 5))
-    loader, drawn = data.Loader(rows, 1, seed, dict(zip(names, weights))), Counter()
-    for step in range(1, 101):
-        [number] = next(loader)
-        drawn[names[number // 5]] += 1
-        shares = {name: step * weight / sum(weights) for name, weight in zip(names, weights)}
-        assert all(abs(drawn[name] - share) < 1 for name, share in shares.items())
-
-
-def test_epochs_are_shuffled_anew_and_by_seed():
-    first, second = stream(data.Loader(make_rows(a=50), 50, 0), 2)
-    [other] = stream(data.Loader(make_rows(a=50), 50, 1), 1)
-    assert first != second and first != other and sorted(first) == sorted(second)
-
-
-@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 7), st.integers(0, 9), st.booleans())
-def test_resumed_stream_equals_the_uninterrupted_one(a, b, batch, taken, mixed):
-    rows, mixture = make_rows(a=a, b=b), {"a": 0.9, "b": 0.3} if mixed else None
-    loader = data.Loader(rows, batch, 3, mixture)
-    stream(loader, taken)
-    state = json.loads(json.dumps(loader.state_dict()))
-    resumed = data.Loader(rows, batch, 3, mixture)
-    stream(resumed, 2)  # a used loader forgets its own position
-    resumed.load_state_dict(state)
-    assert stream(resumed, 5) == stream(loader, 5)
-    assert len(json.dumps(state)) < 300
-
-
-@pytest.mark.parametrize(("changes", "name"), [
-    ({"rows": make_rows(a=4, b=3)}, "samples"), ({"checksum": 2}, "checksum"), ({"seed": 1}, "seed"),
-    ({"mixture": {"a": 1, "b": 2}}, "mixture")])
-def test_state_of_something_else_is_refused(changes, name):
-    settings = {"rows": make_rows(a=4, b=4), "batch_size": 2, "seed": 0, "checksum": 1}
-    state = data.Loader(**settings).state_dict()
-    with pytest.raises(ValueError, match=f"data position: {name} was"):
-        data.Loader(**settings | changes).load_state_dict(state)
-
-
-@pytest.mark.parametrize(("size", "batch", "mixture", "error"), [
-    (0, 1, None, "0 samples"), (3, 0, None, "batches of 0"), (3, 1, {"b": 1}, r"has \['b'\]"),
-    (3, 1, {"a": -1}, "weights"), (3, 1, {"a": 0}, "weights"), (3, 1, {"a": float("nan")}, "weights")])
-def test_loader_refuses(size, batch, mixture, error):
-    with pytest.raises(ValueError, match=error):
-        data.Loader(make_rows(a=size), batch, 0, mixture)
-
-
-# 6. Reading problems ----------------------------------------------------------------------------------------
-
-
+# 5. Reading problems ----------------------------------------------------------------------------------------
 def test_public_shapes(tmp_path):
     path = write(tmp_path / "x.jsonl", OURS | {"n": 3}, GSM8K, MATH, HUMANEVAL)
     ours, gsm8k, maths, code = data.read_problems(path)
@@ -459,20 +354,17 @@ def test_public_shapes(tmp_path):
     assert data.parse_problem(choice, "FILE, line 1").domain == "biology"  # a public shape may name its own
     assert data.parse_problem(MATH | {"choices": None}, "FILE, line 1").domain == "math"
 
-
 def test_containers(tmp_path):
     want = [data.Problem("1", "math", "1+1?", "2"), data.Problem("7", "math", "1+1?", "2")]
     text = f"\ufeff\n{json.dumps(OURS)}\r\n\n{json.dumps(OURS | {'id': 7, 'answer': 2})}"
     (tmp_path / "a.jsonl").write_bytes(text.encode())
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(text.encode()))
     (tmp_path / "c.json").write_text(json.dumps([OURS, OURS | {"id": "7"}], indent=1))
-    for path in tmp_path.iterdir():
-        assert data.read_problems(path) == want
-
+    assert [data.read_problems(path) for path in tmp_path.iterdir()] == [want] * 3
 
 @pytest.mark.parametrize(("line", "error"), [
-    *[(line, "malformed JSON") for line in ("{", '{"a": ', "1" * 5000, "[" * 100000)], (b"\xff", "byte 0xff"),
-    *[(line, "is not a JSON object") for line in ("3", "null", "{}")],
+    *[(line, "malformed JSON") for line in (b"{", b'{"a": ', b"1" * 5000, b"[" * 100000, b"\xff")],
+    *[(line, "is not a JSON object") for line in (b"3", b"null", b"{}")],
     *[({k: v for k, v in OURS.items() if k != name}, f"field {name} is missing") for name in OURS],
     *[(OURS | {name: " "}, f"field {name} must be a string that is not empty") for name in OURS],
     (OURS | {"answer": None}, "field answer"), (OURS | {"answer": True}, "field answer"),
@@ -485,16 +377,11 @@ def test_containers(tmp_path):
     (MATH | {"answer": ""}, "field answer"), (HUMANEVAL | {"test": ""}, "field test"),
     ({k: v for k, v in HUMANEVAL.items() if k != "test"}, "field answer is missing")])
 def test_read_problems_names_file_line_and_field(tmp_path, line, error):
-    line = json.dumps(line) if isinstance(line, dict) else line
-    line = line.encode() if isinstance(line, str) else line
+    line = json.dumps(line).encode() if isinstance(line, dict) else line
     path = tmp_path / "bad.jsonl"
     path.write_bytes(json.dumps(OURS | {"id": "0"}).encode() + b"\n\n" + line + b"\n")
     with pytest.raises(ValueError, match=rf"bad\.jsonl, line 3: .*{error}"):
         data.read_problems(path)
-
-
-GZIP = gzip.compress(json.dumps(OURS).encode())
-
 
 @pytest.mark.parametrize(("name", "raw", "error"), [
     ("a.json", b"", "empty"), ("a.json", b"\n \n", "empty"), ("a.json", b"[]", "not a JSON array with items"),
@@ -505,35 +392,26 @@ def test_read_problems_names_the_file(tmp_path, name, raw, error):
     with pytest.raises(ValueError, match=rf"{name}.*{error}"):
         data.read_problems(tmp_path / name)
 
-
 @pytest.mark.parametrize(("path", "hint"), [
     ("runs/tiny/data/rl.jsonl", ": run python train_sft.py first"), ("runs/tinier/x", ""), ("x.jsonl", "")])
 def test_missing_files_of_the_small_run_say_what_makes_them(tmp_path, monkeypatch, path, hint):
     monkeypatch.chdir(tmp_path)
-    for read in (data.read_problems, data.sizes_of):
-        with pytest.raises(ValueError, match=f"^{path} is missing{hint}$"):
-            read(path)
+    with pytest.raises(ValueError, match=f"^{path} is missing{hint}$"):
+        data.read_problems(path)
     with pytest.raises(ValueError, match="^runs/tiny/rl is missing: run python train_rl.py first$"):
         data.load_tokenizer("runs/tiny/rl")
 
-
 def test_a_problem_that_cannot_be_scored_is_named_by_its_line(tmp_path):
-    def check(problem):
-        if not problem.extra.get("choices"):
-            raise ValueError(f"{problem.answer!r} cannot be read")
-
-    choice = {"question": "q", "choices": ["x", "y"], "answer": "A", "id": "choice"}
-    bad = write(tmp_path / "bad.jsonl", choice, OURS)
-    with pytest.raises(ValueError, match=r"bad\.jsonl, line 2: field answer: '2' cannot be read"):
-        data.read_problems(bad, 0, check)
-    assert len(data.read_problems(bad, 1, check)) == 1  # what is beyond the limit is not looked at
+    bad = write(tmp_path / "bad.jsonl", OURS, OURS | {"id": "2", "answer": "x"})
+    with pytest.raises(ValueError, match=r"bad\.jsonl, line 2: field answer: could not convert .* 'x'"):
+        data.read_problems(bad, check=lambda problem: float(problem.answer))
+    # What is beyond the limit is not looked at.
+    assert len(data.read_problems(bad, 1, check=lambda problem: float(problem.answer))) == 1
     assert [problem.where for problem in data.read_problems(bad)] == [f"{bad}, line {n}" for n in (1, 2)]
-
 
 value = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.lists(st.text(), max_size=2)
 names = st.sampled_from([*OURS, *GSM8K, *MATH, *HUMANEVAL, "tests", "choices"])
 rows = st.dictionaries(names, value, max_size=5).map(lambda row: json.dumps(row).encode())
-
 
 @given(st.lists(st.binary(max_size=20) | rows, max_size=4))
 def test_malformed_lines_are_read_or_refused(tmp_path_factory, lines):
@@ -547,15 +425,10 @@ def test_malformed_lines_are_read_or_refused(tmp_path_factory, lines):
         assert problems
         assert all(p.id and p.domain and p.prompt and (p.answer or p.extra["tests"]) for p in problems)
 
-
-# 7. Tokenizer -----------------------------------------------------------------------------------------------
-
-
+# 6. Tokenizer -----------------------------------------------------------------------------------------------
 def test_byte_level_ids_are_bytes_and_specials_follow():
-    assert TOKENIZER.encode("hé<think>") == [104, 195, 169, *b"<think>"]
     assert sorted(SPECIAL.values()) == [*range(256, 272)] and TOKENIZER.vocab_size == 272
     assert TOKENIZER.stop_ids == (SPECIAL["<|im_end|>"], SPECIAL["<|end_of_text|>"])
-
 
 def test_reply_text_is_without_the_token_that_ends_it():
     end = TOKENIZER.stop_ids[0]
@@ -563,13 +436,10 @@ def test_reply_text_is_without_the_token_that_ends_it():
     assert data.reply_text([end], TOKENIZER) == data.reply_text([], TOKENIZER) == ""
     assert data.reply_text([end, 97], TOKENIZER) == "<|im_end|>a"  # only the last token ends it
 
-
 @given(st.text())
 @example("<|im_start|>system\n<think>")
 def test_tokenizer_round_trip(text):
-    ids = TOKENIZER.encode(text)
-    assert ids == list(text.encode()) and TOKENIZER.decode(ids) == text
-
+    assert TOKENIZER.encode(text) == list(text.encode()) and TOKENIZER.decode(text.encode()) == text
 
 @given(st.lists(st.integers(0, 271)))
 def test_anything_a_model_samples_can_be_decoded(ids):
@@ -580,13 +450,11 @@ def test_anything_a_model_samples_can_be_decoded(ids):
         with pytest.raises(ValueError, match=f"decode {bad}: token ids are 0 to 271"):
             TOKENIZER.decode([*ids, bad])
 
-
 def test_tokenizer_survives_saving(tmp_path):
     TOKENIZER.save(tmp_path)
     again = data.Tokenizer.from_pretrained(tmp_path)
     assert (again.special, again.bytes, again.stop_ids) == (SPECIAL, TOKENIZER.bytes, TOKENIZER.stop_ids)
     assert {path.name for path in tmp_path.iterdir()} == {*TOKENIZER.files, "generation_config.json"}
-
 
 @given(st.text())
 def test_tokenizers_library_reads_the_same_ids(tmp_path_factory, text):
@@ -602,19 +470,14 @@ def test_tokenizers_library_reads_the_same_ids(tmp_path_factory, text):
     assert data.Tokenizer.from_pretrained(folder).special == SPECIAL
     assert theirs.decode(ids, skip_special_tokens=True).count("<think>") == 1
 
-
-@pytest.mark.parametrize(("behavior", "pieces", "inverted"), [
-    ("Removed", ["a", "b"], ["--", "-"]), ("Isolated", ["a", "--", "b", "-"], ["a", "--", "b", "-"]),
-    ("Contiguous", ["a", "--", "b", "-"], ["a", "--", "b", "-"]),
-    ("MergedWithPrevious", ["a--", "b-"], ["a", "--b", "-"]),
-    ("MergedWithNext", ["a", "--b", "-"], ["a--", "b-"])])
-def test_splitter_by_hand(behavior, pieces, inverted):
-    assert data.splitter("-+", behavior)("a--b-") == pieces
-    assert data.splitter("-+", behavior, invert=True)("a--b-") == inverted
-    single = {"Isolated": ["-", "-", "b"], "MergedWithPrevious": ["-", "-", "b"], "Contiguous": ["--", "b"],
-              "MergedWithNext": ["-", "-b"], "Removed": ["b"]}
-    assert data.splitter("-", behavior)("--b") == single[behavior]
-
+@pytest.mark.parametrize(("behavior", "pieces", "inverted", "single"), [
+    ("Removed", "a b", "-- -", "b"), ("Isolated", "a -- b -", "a -- b -", "- - b"),
+    ("Contiguous", "a -- b -", "a -- b -", "-- b"), ("MergedWithPrevious", "a-- b-", "a --b -", "- - b"),
+    ("MergedWithNext", "a --b -", "a-- b-", "- -b")])
+def test_splitter_by_hand(behavior, pieces, inverted, single):
+    assert data.splitter("-+", behavior)("a--b-") == pieces.split()
+    assert data.splitter("-+", behavior, invert=True)("a--b-") == inverted.split()
+    assert data.splitter("-", behavior)("--b") == single.split()
 
 def test_tokens_that_bpe_cannot_produce_are_never_used():
     """Merging b with c first leaves a and bc; tiktoken alone would join them, though no merge does."""
@@ -622,19 +485,13 @@ def test_tokens_that_bpe_cannot_produce_are_never_used():
     assert [*data.tiktoken_ranks(vocab, ["b c", "a b", "ab c"])][256:] == [b"bc", b"ab"]
     assert data.tiktoken_ranks(vocab, [["a", "b"], ["b", "c"], ["ab", "c"]])[b"abc"] == 258
 
-
-GOOD = json.loads(TOKENIZER.files["tokenizer.json"])
-SPLIT = {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False}
-
-
-MODEL = GOOD["model"]
-
-
 @pytest.mark.parametrize(("change", "error"), [
     ({"normalizer": {"type": "NFC"}}, "this normalizer is not"), ({"decoder": None}, "this decoder is not"),
     ({"pre_tokenizer": {"type": "Metaspace"}}, "pre_tokenizer Metaspace is not supported"),
     ({"model": MODEL | {"type": "Unigram"}}, "this model is not"),
     ({"model": MODEL | {"dropout": 0.1}}, "this model.dropout is not"),
+    *[({"added_tokens": [GOOD["added_tokens"][0] | {name: True}]}, f"this flag {name} of an added")
+      for name in ("single_word", "lstrip", "rstrip")],
     ({"model": MODEL | {"vocab": {"ab": 0}}}, "x00"),
     *[(bad, "cannot read it as a tokenizer") for bad in (
         {"model": None}, {"pre_tokenizer": SPLIT}, b"", b"[]", b"{", b"3", b"\xed\xa0\x80")]])
@@ -645,156 +502,33 @@ def test_from_pretrained_names_what_it_does_not_support(tmp_path, change, error)
     with pytest.raises(ValueError, match=rf"tokenizer\.json: .*{error}"):
         data.Tokenizer.from_pretrained(tmp_path)
 
-
-# 8. SFT files -----------------------------------------------------------------------------------------------
-
-SFT = {"messages": turns("q", "<think>r</think>a"), "domain": "math", "weight": 1.5}
-
-
-def sft_files(path, *options, **more):
-    return data.SftFiles(str(path), TOKENIZER, *options, **more)
-
-
-def test_sft_files(tmp_path):
-    samples = sft_files(write(tmp_path / "s.jsonl", SFT, SFT | {"domain": "code", "weight": 1}), 99)
-    ids, mask = data.render_chat(SFT["messages"], TOKENIZER)
-    assert samples[0].ids.tolist() == ids and samples[0].mask.tolist() == mask
-    assert samples[0].ids.dtype == np.int32 and samples[0].mask.dtype == bool
-    found = [(sample.weight, sample.domain, sample.trimmed) for sample in samples]
-    assert found == [(1.5, "math", False), (1.0, "code", False)]
-    assert {name: rows.tolist() for name, rows in samples.rows.items()} == {"code": [1], "math": [0]}
-
-
-def test_long_samples_are_refused_or_trimmed_and_marked(tmp_path):
-    path = write(tmp_path / "s.jsonl", SFT, SFT | {"messages": turns("q" * 50, "<think>r</think>a")})
-    ids, mask = data.render_chat(SFT["messages"], TOKENIZER)
-    size = len(ids)
-    with pytest.raises(ValueError, match=rf"s\.jsonl, line 2: .*{size + 49} tokens, the limit is {size}"):
-        sft_files(path, size)
-    one, two = sft_files(path, size, trim=True)
-    assert one.ids.tolist() == ids and not one.trimmed
-    assert len(two.ids) == len(two.mask) == size and two.trimmed and not two.mask.any()
-    one, _ = sft_files(path, size - 2, trim=True)
-    assert one.ids.tolist() == ids[:-2] and one.mask.tolist() == mask[:-2] and one.trimmed
-
-
-@pytest.mark.parametrize(("line", "error"), [
-    ({"messages": None}, "field messages: must be a list"), ({"domain": ""}, "field domain"),
-    ({"messages": turns("q")}, "field messages: holds no assistant"),
-    ({"messages": [{"role": "x", "content": ""}]}, r"field messages\[0\]\.role"),
-    *[({"weight": bad}, "field weight") for bad in (0, -1, "1", None, True, float("nan"), 1e999, 9**400)],
-    (b"{}", "{} is not a JSON object with fields"), (b"[1]", r"\[1\] is not"),
-    (b'{"a": \xff}', "malformed .*0xff"), (b"[", "malformed")])
-def test_sft_files_name_file_line_and_field(tmp_path, line, error):
-    path = write(tmp_path / "s.jsonl", SFT)
-    line = json.dumps(SFT | line).encode() if isinstance(line, dict) else line
-    path.write_bytes(path.read_bytes() + b"\n" + line)
-    with pytest.raises(ValueError, match=rf"s\.jsonl, line 3: {error}"):
-        sft_files(path, 99)
-
-
-@pytest.mark.parametrize("content", [b"", b"\n \n"])
-def test_empty_files_are_named(tmp_path, content):
-    write(tmp_path / "a.jsonl", SFT)
-    (tmp_path / "b.jsonl").write_bytes(content)
-    with pytest.raises(ValueError, match=r"b\.jsonl: empty"):
-        sft_files(tmp_path / "*.jsonl", 99)
-
-
-sizes_of_files = st.lists(st.lists(st.integers(0, 60), max_size=8), min_size=1, max_size=3).filter(all)
-
-
-@given(sizes_of_files, st.integers(1, 400), st.integers(1, 4))
-@settings(max_examples=50)
-def test_blocks_and_ranks_do_not_change_what_is_read(tmp_path_factory, sizes, block, ranks):
-    """Blank lines, a byte order mark, a last line without an end; blocks end even inside a character."""
-    folder, expected = tmp_path_factory.mktemp("files"), []
-    for i, some in enumerate(sizes):
-        text = "\ufeff" if i else ""
-        for n in some:
-            messages = turns(f"{n}é" * (n % 7), "<think>r</think>" + "x" * n)
-            record = SFT | {"domain": "ab"[n % 2], "messages": messages}
-            text += json.dumps(record, ensure_ascii=False) + "\n" * (1 + n % 3)
-            expected.append(data.parse_sft(record, TOKENIZER, ""))
-        (folder / f"{i}.jsonl").write_text(text.removesuffix("\n"), "utf-8")
-
-    def each(function, items, desc):  # as ranks do: by turns
-        results = {i: function(items[i]) for rank in range(ranks) for i in range(rank, len(items), ranks)}
-        return [results[i] for i in range(len(items))]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "BLOCK", block)
-        samples = sft_files(",".join(f"{folder}/{i}.jsonl" for i in range(len(sizes))), 999, each=each)
-        assert sft_files(f"{folder}/*.jsonl", 999).checksum == samples.checksum
-    assert [(s.ids.tolist(), s.domain) for s in samples] == [(s.ids.tolist(), s.domain) for s in expected]
-    for name, rows in samples.rows.items():
-        assert rows.tolist() == [i for i, sample in enumerate(expected) if sample.domain == name]
-    assert sorted(samples.rows) == [*samples.rows] == sorted({sample.domain for sample in expected})
-    few = sft_files(f"{folder}/*.jsonl", 999, limit=2)
-    assert len(few) == min(2, len(expected))
-    assert sorted(np.concatenate([*few.rows.values()])) == [*range(len(few))]
-
-
-def test_files_larger_than_memory(tmp_path):
-    """1,500 samples of 50 kB, 75 MB, in a process that may have 30 MB more than it needs for itself."""
-    with open(tmp_path / "s.jsonl", "w") as file:
-        for i in range(1500):
-            record = SFT | {"domain": "ab"[i % 2], "messages": turns(str(i), "x" * 50_000)}
-            file.write(json.dumps(record) + "\n")
-    program = f"""
-import resource, sys
-sys.path.insert(0, {str(Path(data.__file__).parent)!r})
-import data
-tokenizer = data.Tokenizer.byte_level()
-used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + 30_000_000,) * 2)
-samples = data.SftFiles({str(tmp_path / "s.jsonl")!r}, tokenizer, 1000, trim=True)
-loader = data.Loader(samples.rows, 8, 0, {{"a": 3, "b": 1}}, samples.checksum)
-for _ in range(10):
-    batch = [samples[i] for i in next(loader)]
-    assert [sample.domain for sample in batch].count("a") == 6 and all(sample.trimmed for sample in batch)
-print(len(samples))
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.stdout == "1500\n", done.stderr
-
-
-# 9. Scripts and commands ------------------------------------------------------------------------------------
-
-
+# 7. Scripts and commands ------------------------------------------------------------------------------------
 def test_show(tmp_path, capsys):
-    row = {"messages": turns("a", "<think>b</think>c"), "domain": "math", "weight": 0.5}
-    path = write(tmp_path / "s.jsonl", row, row, row | {"domain": "code"})
+    path = write(tmp_path / "s.jsonl", SFT, SFT, SFT | {"domain": "code"})
     assert data.main(["show", str(path), "--rows", "1"]) == 0
     out = capsys.readouterr().out
-    assert out.count("<think>b</think>c<|im_end|>") == 1
-    size = len(data.render_chat(row["messages"], TOKENIZER)[0])
-    assert re.search(rf"\nmath +2 +{2 * size} +{size} +0\.500", out) and re.search("\ncode +1 ", out)
-    assert data.main(["show", str(write(tmp_path / "p.jsonl", OURS))]) == 0
-    assert "1+1?<|im_end|>\n<|im_start|>assistant\n2<|im_end|>" in capsys.readouterr().out
-
+    size = len(data.render_chat(SFT["messages"], TOKENIZER)[0])
+    assert out.count("<think>r</think>a<|im_end|>") == 1
+    assert re.search(rf"\nmath +2 +{2 * size} +{size} +1\.500", out) and re.search("\ncode +1 ", out)
 
 def test_commands_refuse_bad_flags_in_one_line(tmp_path, capsys):
     (tmp_path / "file").touch()
-    rows = ["--sft", "3", "--rl", "3", "--heldout", "3"]
     for arguments, message in [
         (["make", "--sftt", "3"], "unrecognized arguments: --sftt 3"), ([], "arguments are required"),
-        (["make", "--sft", "x"], "argument --sft"), (["make", "--out", f"{tmp_path}/file", *rows], "file"),
-        (["curate"], "arguments are required: traces"), (["fetch"], "invalid choice: 'fetch'"),
+        (["make", "--sft", "x"], "argument --sft"), (["curate"], "arguments are required: traces"),
+        (["make", "--out", f"{tmp_path}/file", "--sft", "3"], "file"), (["fetch"], "invalid choice: 'fetch'"),
         (["show", str(tmp_path / "none.jsonl")], "none.jsonl is missing")]:
         assert data.main(arguments) == 1
         printed = capsys.readouterr().err
         assert re.fullmatch("error: .+\n", printed) and message in printed
 
-
 def test_many_unknown_verdicts_are_an_error_that_says_why():
     reasons = Counter({"unknown: no sandbox": 1, "unknown: no memory": 2})
     data.check_unknown("x", reasons, 150)  # 2% exactly
     data.check_unknown("x", Counter(), 0)
-    with pytest.raises(ValueError) as error:
+    why = "^x: 3 of 149 verdicts are unknown, more than 2%: 2 x no memory; 1 x no sandbox$"
+    with pytest.raises(ValueError, match=why):
         data.check_unknown("x", reasons, 149)
-    assert str(error.value) == "x: 3 of 149 verdicts are unknown, more than 2%: 2 x no memory; 1 x no sandbox"
-
 
 def test_a_folder_is_opened_once_and_never_taken_from_another_run(tmp_path, monkeypatch):
     def open_run(fresh=False, **changes):
@@ -805,10 +539,10 @@ def test_a_folder_is_opened_once_and_never_taken_from_another_run(tmp_path, monk
         with pytest.raises(ValueError, match=why):
             open_run(**changes)
 
+    path = tmp_path / "run.json"
     lock = open_run()
     refused("another process is working here")
     lock.close()
-    path = tmp_path / "run.json"
     about = json.loads(path.read_text())
     assert about["identity"] == {"seed": 0, "data": "a"} and about["ranks"] == 1
     assert about["hardware"].endswith("CPU cores") and {"torch", "python", "commit"} <= set(about)
@@ -823,5 +557,4 @@ def test_a_folder_is_opened_once_and_never_taken_from_another_run(tmp_path, monk
     assert (tmp_path / "model").is_dir()
     monkeypatch.setenv("PATH", "")  # git cannot be found
     open_run(fresh=True, seed=1)
-    assert not (tmp_path / "model").exists()
-    assert json.loads(path.read_text())["commit"] == "unknown"
+    assert not (tmp_path / "model").exists() and json.loads(path.read_text())["commit"] == "unknown"
