@@ -21,9 +21,10 @@ weights, optimizer, step and positions.
 Deviations from the paper: the samples of a batch are packed (the paper does not say); a sample's difficulty
 weight enters the loss and its normalisation alike, so a batch of hard samples takes no larger step; the tiny
 run's learning rate and batch are its own. To copy this file, also take model.py, decode.py, ssm_scan.py and
-data.py. Sections 1 to 4 are the method; train_rl.py uses the others, too.
+data.py. Sections 1 to 5 are the method; train_rl.py uses the others, too.
 """
 
+import glob
 import hashlib
 import json
 import math
@@ -32,6 +33,9 @@ import shutil
 import sys
 import time
 import warnings
+import zlib
+from array import array
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -222,12 +226,13 @@ def open_samples(args, tokenizer, ranks):
     if args.data == Args.data and not Path(args.data).exists() and ranks.rank == 0:
         data.main(["make", "--out", str(Path(args.data).parent)])
     ranks.all_values(None)  # wait for rank 0
-    ranks.check_same_on_all("the data", data.sizes_of(args.data))
-    samples = data.SftFiles(args.data, tokenizer, args.context, args.trim, args.limit, ranks.share_out)
+    quiet = ranks.rank > 0
+    samples = SftFiles(args.data, tokenizer, args.context, args.trim, args.limit, quiet)
+    ranks.check_same_on_all("the data", samples.checksum)
     check(len(samples) > args.held_out, f"{args.data}: has {len(samples)} samples, --held-out keeps them all")
     held_out = np.linspace(0, len(samples) - 1, args.held_out, dtype=int)
     rows = {domain: np.setdiff1d(numbers, held_out) for domain, numbers in samples.rows.items()}
-    loader = data.Loader(rows, args.batch, args.seed, parse_mixture(args.mixture), samples.checksum)
+    loader = Loader(rows, args.batch, args.seed, parse_mixture(args.mixture), samples.checksum)
     return samples, loader, ranks.share_out(samples.__getitem__, held_out)
 
 def parse_mixture(text):
@@ -265,7 +270,170 @@ def evaluate(model, tokenizer, held_out, args, ranks, step):
     return {"held_out": float(ranks.all_sum(loss))}
 
 
-# 5. Ranks ---------------------------------------------------------------------------------------------------
+# 5. The stream of samples -----------------------------------------------------------------------------------
+
+
+def sizes_of(pattern):
+    """dict from files to their sizes in bytes. pattern: names and globs, separated by commas."""
+    sizes = {}
+    for part in map(str.strip, pattern.split(",")):
+        for path in [part] if os.path.exists(part) else sorted(glob.glob(part)) or [part]:
+            data.check_exists(path)
+            sizes[path] = os.path.getsize(path)
+    return sizes
+
+
+class SftFiles:
+    """The samples of JSONL files, by number. Files may be larger than memory: it holds 32 bytes per sample.
+
+    Every line is read and checked once, at the start, so that no bad line can end a run after days. It is
+    not tokenised then: that happens when its sample is asked for, and the line is read again.
+
+    Args:
+        pattern: the files, names or globs, separated by commas.
+        max_tokens: a longer sample is an error, as its answer would silently never be learned; or else
+        trim: cut it on the right and mark it, as the paper does above 36K tokens.
+        limit: samples to take, 0 for all. Lines beyond are checked too.
+        quiet: show no progress bar.
+
+    Attributes: rows (dict from domain to an array of its sample numbers), checksum (of all bytes)."""
+
+    def __init__(self, pattern, tokenizer, max_tokens, trim=False, limit=0, quiet=False):
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+        self.trim = trim
+        self.checksum = 0
+        # Where sample i stands: its file, the byte its line begins at, the number of the line.
+        self.paths = []
+        self.offsets = array("q")
+        self.numbers = array("q")
+
+        rows = defaultdict(lambda: array("q"))
+        sizes = sizes_of(pattern)
+        total = sum(sizes.values())
+        with tqdm(desc=f"reading {pattern}", total=total, unit="B", unit_scale=True, delay=2,
+                  disable=quiet) as bar:
+            for path in sizes:
+                for offset, number, domain in self._check(path, bar):
+                    if not limit or len(self) < limit:
+                        rows[domain].append(len(self))
+                        self.paths.append(path)
+                        self.offsets.append(offset)
+                        self.numbers.append(number)
+        self.rows = {domain: np.array(numbers) for domain, numbers in sorted(rows.items())}
+
+    def _check(self, path, bar):
+        """Check all lines of a file, and take their checksum. Yields (offset, line number, domain)."""
+        offset = 0
+        empty = True
+        with open(path, "rb") as file:
+            for number, raw in enumerate(file, 1):
+                self.checksum = zlib.crc32(raw, self.checksum)
+                if raw.strip():
+                    where = f"{path}, line {number}"
+                    record = data.parse_json(raw, where)
+                    domain, _ = data.check_sft(record, where)
+                    # A sample has fewer tokens than its line has bytes, so only a long line can be too long.
+                    if len(raw) > self.max_tokens and not self.trim:
+                        data.parse_sft(record, self.tokenizer, where, self.max_tokens)
+                    empty = False
+                    yield offset, number, domain
+                offset += len(raw)
+                bar.update(len(raw))
+        if empty:
+            raise ValueError(f"{path}: empty; expected one JSON object per line")
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, i):
+        """Sample number i. ValueError if its line is no sample any more, IndexError beyond the last."""
+        where = f"{self.paths[i]}, line {self.numbers[i]}"
+        with open(self.paths[i], "rb") as file:
+            file.seek(self.offsets[i])
+            record = data.parse_json(file.readline(), where)
+        return data.parse_sft(record, self.tokenizer, where, self.max_tokens, self.trim)
+
+
+class Loader:
+    """next(loader): the next global batch, a list of sample numbers, in the proportions of a mixture.
+
+    Each domain has its own epochs, every one shuffled anew. With share_d = weight_d / sum of weights,
+
+        after n draws, domain d has been drawn floor(n share_d) or ceil(n share_d) times,
+
+    so every batch has the proportions and not only the average one (paper, section 2). The rule: sample k + 1
+    of d may be drawn once n share_d > k and is due when n share_d = k + 1; of those that may, draw the one
+    due first (Pfair scheduling). There is no random state: the order follows from (seed, domain, epoch), the
+    position from counts. So all ranks draw the same batches, and another number of ranks can continue them.
+
+    Args:
+        rows: dict from domain to an array of its sample numbers, as in SftFiles.
+        mixture: dict from domain to weight, of any sum. None: the sizes of the domains; as many draws as
+            there are samples then take every sample exactly once.
+        checksum: of the samples: a stream is continued on the same samples or not at all."""
+
+    def __init__(self, rows, batch_size, seed, mixture=None, checksum=0):
+        self.rows = rows
+        self.batch_size = batch_size
+        self.seed = seed
+        sizes = {domain: len(numbers) for domain, numbers in rows.items()}
+        count = sum(sizes.values())
+        if not count or batch_size < 1:
+            raise ValueError(f"batches of {batch_size} cannot be drawn from {count} samples")
+        self.mixture = mixture or sizes
+        check_mixture(self.mixture, sizes)
+
+        self.drawn = dict.fromkeys(sorted(rows), 0)  # domain -> draws so far
+        self.orders = {}  # domain -> (epoch, permutation)
+        # What the stream depends on. Not the batch size: it may change where a run is resumed.
+        self.identity = {"samples": count, "checksum": checksum, "seed": seed, "mixture": dict(self.mixture)}
+
+    def __next__(self):
+        return [self.draw() for _ in range(self.batch_size)]
+
+    def draw(self):
+        """The number of the next sample."""
+        # The domain, by the rule above with both sides multiplied by the sum of weights.
+        total = sum(self.mixture.values())
+        n = sum(self.drawn.values()) + 1
+        may = [name for name, k in self.drawn.items() if k * total < self.mixture[name] * n]
+        domain = min(may, key=lambda name: (self.drawn[name] + 1) / self.mixture[name])
+
+        # Its next sample, in the order of the epoch.
+        rows = self.rows[domain]
+        epoch, position = divmod(self.drawn[domain], len(rows))
+        if self.orders.get(domain, (None,))[0] != epoch:
+            rng = np.random.default_rng([self.seed, epoch, list(self.drawn).index(domain)])
+            self.orders[domain] = epoch, rng.permutation(len(rows))
+        self.drawn[domain] += 1
+        return int(rows[self.orders[domain][1][position]])
+
+    def state_dict(self):
+        """Position and identity of the stream, a small dict of JSON values."""
+        return {"drawn": dict(self.drawn), **self.identity}
+
+    def load_state_dict(self, state):
+        """Continue a stream exactly. ValueError if it had other data, another seed or another mixture."""
+        for name, here in self.identity.items():
+            if state.get(name) != here:
+                before = data.shorten(state.get(name))
+                raise ValueError(f"data position: {name} was {before}, now {data.shorten(here)}")
+        self.drawn = {domain: int(state["drawn"][domain]) for domain in self.drawn}
+
+
+def check_mixture(mixture, sizes):
+    """Raise ValueError unless a mixture (domain -> weight) can be drawn from domains of these sizes."""
+    weights = mixture.values()
+    if set(mixture) != set(sizes):
+        raise ValueError(f"mixture: has {sorted(mixture)}, the data have the domains {sorted(sizes)}")
+    if not all(0 <= weight < float("inf") for weight in weights) or not any(weights):
+        raise ValueError(f"mixture: weights must be 0 or more, and not all 0, not {mixture}")
+    if empty := [name for name, size in sizes.items() if not size and mixture[name]]:
+        raise ValueError(f"mixture: no sample of {empty[0]} is left to draw from; hold out fewer")
+
+
+# 6. Ranks ---------------------------------------------------------------------------------------------------
 # A rank that dies ends the run: torchrun stops the others on its node within a second; elsewhere the next
 # collective fails, as the dead process's connections are closed. The time-out is for hosts that vanish.
 
@@ -358,7 +526,7 @@ def run_main(body):
     return status
 
 
-# 6. Sharding ------------------------------------------------------------------------------------------------
+# 7. Sharding ------------------------------------------------------------------------------------------------
 
 def shard(model, ranks, checkpoint_activations=False, compile=False):
     """FSDP2: each rank keeps a slice of every parameter, gathers a block to compute it, averages gradients.
@@ -401,7 +569,7 @@ def unsharded_copy(model, copy=None):
     return copy
 
 
-# 7. Context parallelism -------------------------------------------------------------------------------------
+# 8. Context parallelism -------------------------------------------------------------------------------------
 # As in DeepSpeed Ulysses (arXiv 2309.14509), n neighbouring ranks share every row. Norms, projections, MLP
 # and head work per token. Attention, convolution and scan need whole sequences, but heads are independent. So
 # two all-to-alls per mixer change who holds what, here for n = 2; in between, the block is unchanged:
@@ -505,7 +673,7 @@ class _AllToAll(torch.autograd.Function):
         return _AllToAll.apply(grad, ctx.group), None
 
 
-# 8. The optimizer -------------------------------------------------------------------------------------------
+# 9. The optimizer -------------------------------------------------------------------------------------------
 
 def make_optimizer(model, lr, weight_decay):
     """AdamW with default betas. Vectors (norms, biases, A_log, dt_bias, D) are scales and do not decay."""
@@ -530,7 +698,7 @@ def optimizer_step(model, optimizer, loss, lr, clip):
     return loss, norm
 
 
-# 9. The run's folder ----------------------------------------------------------------------------------------
+# 10. The run's folder ---------------------------------------------------------------------------------------
 # Arguments that a resumed run may change.
 VOLATILE = "out fresh device cp replicas checkpoint_activations compile save_every eval_every".split()
 

@@ -114,10 +114,10 @@ def block_bytes(c):
 
 
 def loss_bytes(c, tokens):
-    """Peak bytes of model.token_logprobs in bfloat16: 10 per logit of a chunk of tokens; in the backward pass
-    8 per logit, and the head's gradient in float32."""
+    """Peak bytes of model.token_logprobs in bfloat16: 8 per logit of a chunk of tokens; in the backward pass
+    6 per logit, and the head's gradient in float32."""
     logits = c.vocab_size * min(tokens, tokens_of_chunk(c.vocab_size, torch.device("cuda")))
-    return max(10 * logits, 8 * logits + 4 * c.vocab_size * c.hidden_size)
+    return max(8 * logits, 6 * logits + 4 * c.vocab_size * c.hidden_size)
 
 
 def training_bytes(c, tokens, gpus):

@@ -71,7 +71,7 @@ def train_tokenizer(pre_tokenizer, **model):
         vocab_size=400, special_tokens=names, show_progress=False,
         initial_alphabet=tk.pre_tokenizers.ByteLevel.alphabet())
     t.train_from_iterator(corpus, trainer)
-    t.add_tokens([tk.AddedToken("<sep>", lstrip=True, rstrip=True), tk.AddedToken("clock", single_word=True)])
+    t.add_tokens(["<sep>", "clock"])
     return t
 
 

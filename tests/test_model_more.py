@@ -97,7 +97,7 @@ def test_sampling_at_7b_stays_inside_80_gb(monkeypatch):
     per_slot = sum(v.nbytes for v in vars(one).values() if isinstance(v, torch.Tensor))
     n = sum(p.numel() for p in model.parameters())
     held = Held(80 * 10**9 - 2 * n - 12 * n // 8)
-    monkeypatch.setattr("model.free_bytes", lambda device: held.room - held.now)
+    monkeypatch.setattr("decode.free_bytes", lambda device: held.room - held.now)
     with held:
         sampler = Sampler(model, [[1] * 300] * 16, 16, 0, 300 + 49152 - 1, 0, None, None)
         slots, sizes = len(sampler.slots), []

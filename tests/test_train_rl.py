@@ -241,13 +241,23 @@ def test_groups_that_differ_in_style_alone_are_dropped():
     assert (stats["groups"], stats["all_right"], stats["all_wrong"]) == (3, 1, 1)
 
 def test_many_unknown_verdicts_end_the_run():
-    one = Counter({"unknown: down": 1})
-    r.check_signal([1], r.new_stats(), one, 10, last=False)  # too few to tell
+    def after(verdicts, last=False, **unknown):
+        reasons = Counter({f"unknown: {reason}": n for reason, n in unknown.items()})
+        r.check_signal([1], r.new_stats(), reasons, verdicts, last, train_sft.Ranks())
+
+    after(10, down=1)  # too few to tell
     with pytest.raises(ValueError, match="so far: 1 of 10 verdicts are unknown, more than 2%: 1 x down"):
-        r.check_signal([1], r.new_stats(), one, 10, last=True)
-    r.check_signal([1], r.new_stats(), Counter({"unknown: down": 2}), 100, last=False)  # 2% are not more
+        after(10, last=True, down=1)
+    after(100, down=2)  # 2% are not more
     with pytest.raises(ValueError, match="5 of 201 verdicts are unknown, more than 2%: 3 x down; 2 x full"):
-        r.check_signal([1], r.new_stats(), Counter({"unknown: down": 3, "unknown: full": 2}), 201, last=False)
+        after(201, down=3, full=2)
+
+@pytest.mark.parametrize(("correct", "told"), [([False, None], True), ([False, True], False), ([None], False)])
+def test_a_step_without_a_right_reply_says_so(correct, told, capsys):
+    stats = r.new_stats()
+    stats["samples"] += [{"correct": verdict} for verdict in correct]
+    r.check_signal([1], stats, Counter(), 2, False, train_sft.Ranks())
+    assert (f"none of {len(correct)} replies is right" in capsys.readouterr().out) == told
 
 def test_prompts_are_shuffled_anew_each_epoch():
     epochs = [r.take_prompts(range(5), seed=0, position=n, count=5) for n in (0, 5, 10)]

@@ -183,7 +183,7 @@ def test_a_block_creates_no_more_tensors_than_it_did(monkeypatch):
 def test_the_split_into_rows_changes_nothing(sft_file):
     torch.manual_seed(0)
     model = FalconH1(PRESETS["tiny"])
-    samples = [*data.SftFiles(str(sft_file), data.Tokenizer.byte_level(), 512, limit=9)]
+    samples = [*t.SftFiles(str(sft_file), data.Tokenizer.byte_level(), 512, limit=9)]
 
     def gradients(packs, world=1):
         model.zero_grad()

@@ -122,7 +122,7 @@ def set_aside(net, prompts, new):
         slots = original(sampler, length)
         waiting.append(len(sampler.aside))
         return slots
-    with patch("model.free_bytes", lambda device: room), patch.object(model.Sampler, "set_aside", counting):
+    with patch("decode.free_bytes", lambda device: room), patch.object(model.Sampler, "set_aside", counting):
         traces, worst = sampled(net, prompts, new, len(prompts))
     whole = all(len(tokens) == new for tokens in traces)
     put("set aside", waiting=max(waiting), whole=whole, worst_logprob_against_trainer=worst)
