@@ -148,7 +148,7 @@ def extract_answer(text):
 # "The correct answer is (B) 12." is a letter, the mark after it, and the rest.
 OPTION = re.compile(
     r"""(?i:(?:(?:the|my|final|correct|right|best)\s+)*(?:answer|option|choice)(?:\s+is)?\b[\s:]*)*
-        (?:[(\[{"“]\s*)*(?P<letter>[A-Za-z])
+        (?:[(\[{"“]\s*)*(?P<letter>[A-Z])
         (?P<mark>\s*(?:[)\]}"”.:、][)\]}"”.:、\s]*|$)|\s+[-–—]\s+|\s+)
         (?P<rest>.*)""",
     re.VERBOSE | re.DOTALL,
@@ -162,7 +162,7 @@ def unwrapped(answer):
     return plain(answer).replace('"', "").strip()
 
 
-def named(text, choices, by_value=True):
+def named(text, choices, by_value):
     """Indices of the choices that a text names: word for word, else ignoring case, else by value."""
     wanted, *words = [" ".join(unwrapped(x).split()).rstrip(".") for x in (text, *choices)]
     same = [i for i, choice in enumerate(words) if choice == wanted]
@@ -174,25 +174,23 @@ def chosen(answer, choices):
     """The index of the choice that an answer names by letter, text or both; None if it names none or several.
 
     A letter that contradicts the text after it names none; a text that is no choice is a comment. A lone
-    capital is a letter even if a choice reads the same; a lone small letter is not if another choice does.
+    capital is a letter even if a choice reads the same; small letters are never one.
     """
     if len(answer) > MAX_CHARS + max(map(len, choices), default=0):
         return None
     found = OPTION.fullmatch(unwrapped(answer))
-    letter = string.ascii_uppercase.index(found["letter"].upper()) if found else len(choices)
+    letter = string.ascii_uppercase.index(found["letter"]) if found else len(choices)
     has_letter = letter < len(choices)
-    small = has_letter and found["letter"].islower()
     if has_letter and not found["rest"]:
-        contradicted = small and named(answer, choices, by_value=False) not in ([], [letter])
-        return None if contradicted else letter
+        return letter
 
     # Read it first as the text of a choice, `E. coli`, and only then as a letter before a text.
     weak = not has_letter or found["mark"].strip() in WEAK_MARKS
     indices = named(answer, choices, by_value=weak)
     if has_letter and not indices:
-        meant = named(found["rest"], choices)
+        meant = named(found["rest"], choices, by_value=True)
         comment = not meant and not OTHER_OPTION.search(found["rest"])
-        if letter in meant or comment and found["mark"].strip() and not small:
+        if letter in meant or comment and found["mark"].strip():
             indices = [letter]
     return indices[0] if len(indices) == 1 else None
 
@@ -519,11 +517,10 @@ SPELLINGS = {
 }
 SPELLING = {other: one for one, others in SPELLINGS.items() for other in others.split()}
 UNITS = """millimeter mm millimetre; centimeter cm centimetre; meter m metre; kilometer km kilometre; inch in
-    inches; foot ft feet; yard yd; mile mi; milligram mg; gram g; kilogram kg; ton tonne; pound lb; ounce oz;
-    second s sec; minute min; hour h hr; day; week; month; year yr; milliliter mL ml; liter L l litre;
-    gallon gal; hertz Hz; kilohertz kHz; electronvolt eV; joule J; kilojoule kJ; newton N; watt W;
-    kilowatt kW; pascal Pa; volt V; ampere A; mole mol; kelvin K; radian rad; cent; dollar; euro; sterling;
-    / per"""
+    inches; foot ft feet; yard yd; mile mi; milligram mg; gram g; kilogram kg; ton; pound lb; ounce oz; second s
+    sec; minute min; hour h hr; day; week; month; year yr; milliliter mL ml; liter L l litre; gallon gal; hertz
+    Hz; kHz; eV; joule J; kJ; newton N; watt W; kW; pascal Pa; volt V; ampere A; mole mol; kelvin K; radian rad;
+    cent; dollar; euro; sterling; / per"""
 UNITS = {spelling: line.split()[0] for line in UNITS.split(";") for spelling in line.split()}
 UNIT = "|".join(sorted(UNITS, key=len, reverse=True))
 SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12,
@@ -532,7 +529,8 @@ GREEK = """alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta kap
     tau phi varphi chi psi omega Gamma Delta Theta Lambda Sigma Phi Psi Omega ell""".split()
 NAMES = [*"arcsin arccos arctan sin cos tan exp ln log sqrt".split(), *GREEK]
 SPELLED = {name: f"\\{name} " for name in NAMES}
-SPELLED |= {"pi": "π", "inf": "∞", "infinity": "∞"}
+SPELLED |= {"pi": "π", "inf": "∞", "infinity": "∞", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4",
+            "five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10", "twelve": "12"}
 ORDINARY = set("yes no not odd even true false none all any per".split())  # words in any case
 # Letters are a word if they are four or more with a vowel (wxyz is a product), but for those like sinx.
 LETTERS_OF_WORD = re.compile(r"(?=.{4})[A-Za-z]*[aeiou][A-Za-z]*(?<!(?:sin|cos|tan|cot|sec|csc|log)[txyz])")
@@ -643,7 +641,6 @@ REWRITES = [
     (r"(?<![A-Za-z0-9_.])\(?([0-9]+)\)?\s*_\s*\{?([0-9]+)\}?(?![0-9])", r'\1 "base\2"'),
     (r"(?<=[0-9)}])\s*(mm|cm|km|kg|ft|lb|oz)(?![A-Za-z])", r' "\1"'),
     (rf"(?<=[0-9)}}])\s+((?:{UNIT})(?<=[A-Za-z]{{2}})|(?:{UNIT})/(?:{UNIT})(?:\^\{{?[0-9]\}}?)?)\s*$", r' "\1"'),
-    (r"\bmph\b", '"mile/hour"'),
     # words; 5 million; square meters are meters^2
     (r'"([^"]*)"|\\?[A-Za-z]+', _words),
     (rf'(?<=[0-9)}}])\s*"({"|".join(SCALES)})', lambda m: f'*{SCALES[m[1]]}"'),
@@ -676,8 +673,7 @@ DIGITS = decimal.Context(prec=50, traps=TRAPS)
 # From the most to the least exact type: what rounding errors may add up to, relative to a number.
 ROUNDING = {Fraction: 0, Decimal: Decimal("1e-40"), float: 1e-12, complex: 1e-12}
 PI = Decimal("3.14159265358979323846264338327950288419716939937511")
-E = Decimal("2.71828182845904523536028747135266249775724709369996")
-CONSTANTS = {"π": PI, "e": E, "i": 1j, "∞": Decimal("Infinity")}
+CONSTANTS = {"π": PI, "e": DIGITS.exp(Decimal(1)), "i": 1j, "∞": Decimal("Infinity")}
 
 
 def alike(x, y):
@@ -713,20 +709,18 @@ def divide(x, y):
 
 def power(x, y):
     """x ** y, exact for an integer y; an odd root of a negative number is the real one."""
-    if complex in (type(x), type(y)):
-        return complex(x) ** complex(y)
-    if x < 0 and type(y) is Fraction and y.denominator % 2 == 1 < y.denominator:
-        return (-1) ** y.numerator * power(-x, y)
     if type(x) is type(y) is Fraction and y.denominator == 1:
         if abs(y) * max(abs(x.numerator), x.denominator).bit_length() > 2 * MAX_BITS:
             raise OverflowError
         return x**y.numerator
-    x, y = alike(alike(x, E)[0], y)
+    if type(x) is not complex and x < 0 and type(y) is Fraction and y.denominator % 2 == 1 < y.denominator:
+        return (-1) ** y.numerator * power(-x, y)
+    x, y = alike(alike(x, PI)[0], y)
     return math.pow(x, y) if type(x) is float else x**y
 
 
 def logarithm(x):
-    x, _ = alike(x, E)
+    x, _ = alike(x, PI)
     return x.ln() if type(x) is Decimal else math.log(x)  # a TypeError for complex x
 
 
@@ -748,7 +742,7 @@ def binomial(n, k):
 
 FUNCTIONS = {
     "arcsin": math.asin, "arccos": math.acos, "arctan": math.atan, "sin": math.sin, "cos": math.cos,
-    "tan": math.tan, "exp": lambda x: power(E, x), "ln": logarithm, "log": logarithm,
+    "tan": math.tan, "exp": lambda x: power(CONSTANTS["e"], x), "ln": logarithm, "log": logarithm,
 }
 
 
@@ -798,20 +792,17 @@ def number(function, *operands):
     if any(x.kind != "number" for x in operands):
         raise ValueError("something else stands where a number should")
     count = max(len(x.items) for x in operands)
-    points = zip(*(x.items * (count // len(x.items)) for x in operands))
+    values = []
     with decimal.localcontext(DIGITS):
-        values = tuple(value_at(function, xs, MAX_BITS // math.isqrt(count)) for xs in points)
-    return Value("number", values, " ".join(sorted({x.mark for x in operands} - {""})))
-
-
-def value_at(function, xs, limit):
-    """function(*xs); None if that has no value, or an exact one of more than limit bits."""
-    try:
-        value = None if None in xs else function(*xs)
-    except (ArithmeticError, ValueError, TypeError):
-        return None
-    exact = type(value) is Fraction
-    return None if exact and value.numerator.bit_length() + value.denominator.bit_length() > limit else value
+        for xs in zip(*(x.items * (count // len(x.items)) for x in operands)):
+            try:
+                value = None if None in xs else function(*xs)
+            except (ArithmeticError, ValueError, TypeError):
+                value = None
+            exact = type(value) is Fraction
+            bits = value.numerator.bit_length() + value.denominator.bit_length() if exact else 0
+            values.append(value if bits <= MAX_BITS // math.isqrt(count) else None)
+    return Value("number", tuple(values), " ".join(sorted({x.mark for x in operands} - {""})))
 
 
 # 10. Plain text -> tokens -> value --------------------------------------------------------------------------
@@ -910,7 +901,7 @@ class Parser:
 
     def __init__(self, text):
         tokens = [(match.lastgroup, match[0]) for match in TOKEN.finditer(text)]
-        self.tokens = [token for token in tokens if token[0] != "space"] + [("end", "")]
+        self.tokens = [token for token in tokens if token[0] != "space"] + [("end", "the end")]
         self.at = 0
         self.bars = False  # whether the next | closes one
         self.value = self.expression()
@@ -918,21 +909,12 @@ class Parser:
             raise ValueError(f"cannot read on from {self.take()!r}")
 
     @property
-    def op(self):
-        """The sign that comes next, or None."""
-        kind, text = self.tokens[self.at]
-        return text if kind == "op" else None
+    def next(self):
+        return self.tokens[self.at][1]
 
     def take(self):
         self.at += 1
         return self.tokens[self.at - 1][1]
-
-    def after(self, sign):
-        """The operand behind a sign, if that comes next."""
-        if self.op != sign:
-            return None
-        self.at += 1
-        return self.operand()
 
     def expression(self, least=0):
         """An operand, and all operators after it that bind at least so strongly."""
@@ -954,7 +936,7 @@ class Parser:
         before, _ = self.tokens[self.at - 1]
         if kind == "text" or text in ("%", "°"):
             return "unit"
-        if text in OPERATORS and kind == "op":
+        if text in OPERATORS:
             return text if (before, text) != ("text", "^") else None
         if kind == "number":  # "2 3" and "x2" are not meant as products, (x)2 and n2^{n-1} are
             product = before == "op" or before == "name" and self.tokens[self.at + 1] == ("op", "^")
@@ -977,20 +959,20 @@ class Parser:
         if text in PREFIX:
             return number(PREFIX[text], self.operand(), self.operand())
         if text == r"\sqrt":  # \sqrt12 is meant as the root of 12, whatever LaTeX makes of it
-            index = self.bracket(self.take()) if self.op == "[" else constant(2)
+            index = self.bracket(self.take()) if self.next == "[" else constant(2)
             return number(lambda x, n: power(x, 1 / n), self.operand(), index)
         if text in ("+", "-"):
             return times(constant(text + "1"), self.expression(SIGN))
         if text == "∅":
             return Value("set", ())
-        raise ValueError(f"cannot read {text!r}" if text else "it ends too early")
+        raise ValueError(f"cannot read {text!r} as a value")
 
     def bracket(self, opening):
         """A tuple, set, matrix or function of brackets. A bar closes the last: |x|y|z| is |x| y |z|."""
         bars = self.bars
         self.bars = opening == "|"
-        inside = Value("list", ()) if self.op in CLOSING[opening] else self.expression()
-        if self.op not in CLOSING[opening]:
+        inside = Value("list", ()) if self.next in CLOSING[opening] else self.expression()
+        if self.next not in CLOSING[opening]:
             raise ValueError(f"nothing closes {opening}")
         brackets = opening + self.take()
         self.bars = bars
@@ -1010,18 +992,20 @@ class Parser:
     def function(self, name):
         r"""\sin x, \sin(x), \sin^2 x, \log_2 x. \sin 2x y + z is \sin(2xy) + z."""
         # \log without a base is to the base 10 or e, depending on whom one asks: here to an unknown one.
-        base = self.after("_") or number(abs, symbol(r"\log"))
-        exponent = self.after("^") or constant(1)
-        brackets = self.op in CLOSING
-        value = self.operand() if brackets else self.expression(SIGN)
-        while not brackets and self.operator() == "" and self.tokens[self.at][0] in ("name", "number"):
+        scripts = {"_": number(abs, symbol(r"\log")), "^": constant(1)}
+        while self.next in scripts:
+            sign = self.take()
+            scripts[sign] = self.operand()
+        whole = self.next in CLOSING
+        value = self.operand() if whole else self.expression(SIGN)
+        while not whole and self.operator() == "" and self.tokens[self.at][0] in ("name", "number"):
             value = times(value, self.expression(SIGN))
         if value.mark == "°":
             value = times(value._replace(mark=""), SCALE["°"])
         value = number(FUNCTIONS[name], value)
         if name == "log":
-            value = number(lambda x, b: divide(x, logarithm(b)), value, base)
-        return number(power, value, exponent)
+            value = number(lambda x, b: divide(x, logarithm(b)), value, scripts["_"])
+        return number(power, value, scripts["^"])
 
 
 # 11. The comparison of values -------------------------------------------------------------------------------
@@ -1034,22 +1018,14 @@ def same(a, b):
     kinds = {a.kind, b.kind}
     if "" != a.mark != b.mark != "":
         return False
-    if kinds == {"number"}:
-        return agree(a, b) or a.mark != b.mark and agree(unscaled(a), unscaled(b))
-    if kinds <= {"list", "set"} or kinds == {"union"}:
-        # Without order: each item has as many partners on both sides.
-        return len(a.items) == len(b.items) and all(copies(x, a) == copies(x, b) for x in a.items)
-    return a.kind == b.kind and len(a.items) == len(b.items) and all(map(same, a.items, b.items))
-
-
-def copies(x, value):
-    """How many items of a list are the same as x."""
-    return sum(same(x, item) for item in value.items)
-
-
-def unscaled(value):
-    """A value in degrees as the number of radians, one in per cent as a fraction of 1."""
-    return times(value, SCALE.get(value.mark, constant(1)))
+    if kinds == {"number"}:  # 90° is 90 and pi/2, 50% is 50 and 0.5
+        scale = SCALE.get(a.mark, constant(1)), SCALE.get(b.mark, constant(1))
+        return agree(a, b) or a.mark != b.mark and agree(times(a, scale[0]), times(b, scale[1]))
+    if len(a.items) != len(b.items):
+        return False
+    if kinds <= {"list", "set"} or kinds == {"union"}:  # in any order: each item as often on both sides
+        return all(sum(same(x, y) for y in a.items) == sum(same(x, y) for y in b.items) for x in a.items)
+    return a.kind == b.kind and all(map(same, a.items, b.items))
 
 
 def agree(a, b):
