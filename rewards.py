@@ -29,7 +29,6 @@ import math
 import os
 import random
 import re
-import string
 import time
 import unicodedata
 import urllib.request
@@ -38,9 +37,17 @@ from decimal import Decimal
 from fractions import Fraction
 from functools import lru_cache, partial
 from pathlib import Path
+from string import ascii_uppercase as LETTERS
 from typing import NamedTuple
 
 from sandbox import Verdict, check_tests, require_sandbox, run_code
+
+
+def check(ok, why):
+    """Raise ValueError unless ok."""
+    if not ok:
+        raise ValueError(why)
+
 
 # 1. The verdict ---------------------------------------------------------------------------------------------
 
@@ -84,7 +91,7 @@ def is_right(answer, problem):
     choices = problem.extra.get("choices")
     if not choices:
         return is_equivalent(answer, problem.answer)
-    return answer is not None and chosen(answer, choices) == string.ascii_uppercase.index(problem.answer)
+    return answer is not None and chosen(answer, choices) == LETTERS.index(problem.answer)
 
 
 def decided_by_tests(problem):
@@ -115,7 +122,7 @@ def after_reasoning(text):
     return text.rpartition("</think>")[2].partition("<think>")[0]
 
 
-# A brace that opens, perhaps a box; an escaped character such as `\{`, which is no brace; a brace that closes.
+# A brace that opens, perhaps a box; an escaped character such as `\{`, no brace; a brace that closes.
 BRACE = re.compile(r"(?P<open>(?P<box>\\(?:boxed|fbox)\s*)?\{)|\\.|(?P<close>\})", re.DOTALL)
 
 
@@ -137,10 +144,9 @@ def extract_answer(text):
             if start > last:
                 last = start
                 answer = reply[start : brace.start()]
-    if answer is None:
-        _, hashes, rest = reply.rpartition("####")
-        answer = rest.partition("\n")[0] if hashes else ""
-    return answer.strip() or None
+    if answer is None and "####" in reply:
+        answer = reply.rpartition("####")[2].partition("\n")[0]
+    return answer.strip() or None if answer else None
 
 
 # 3. Choices -------------------------------------------------------------------------------------------------
@@ -153,7 +159,8 @@ OPTION = re.compile(
         (?P<rest>.*)""",
     re.VERBOSE | re.DOTALL,
 )
-WEAK_MARKS = ("", "-", "–", "—")  # `A mole` and `A - B` may be choices in themselves, unlike `A. 12`, `A) 12`
+WEAK_MARKS = ("", "-", "–", "—")  # `A mole` and `A - B` may be choices in themselves, unlike `A. 12`
+# The rest of `A, B`, `A or B`, `A. 12 B. 13` names another option.
 OTHER_OPTION = re.compile(r"(?<![A-Za-z])\(?[A-Z](?:[).:]|$)|(?:\b(?:or|and|not)\b|[/&,;])\s*\(?[A-Z]\b")
 
 
@@ -179,7 +186,7 @@ def chosen(answer, choices):
     if len(answer) > MAX_CHARS + max(map(len, choices), default=0):
         return None
     found = OPTION.fullmatch(unwrapped(answer))
-    letter = string.ascii_uppercase.index(found["letter"]) if found else len(choices)
+    letter = LETTERS.index(found["letter"]) if found else len(choices)
     has_letter = letter < len(choices)
     if has_letter and not found["rest"]:
         return letter
@@ -231,11 +238,9 @@ def extract_code(text):
 
 def verify_code(text, problem, **settings):
     """Verdict on a reply to a problem with tests. settings and ValueError: those of sandbox.run_code."""
-    language, source = extract_code(text) or (None, None)
-    if language is None:
-        return Verdict(0.0, "no code")
+    language, source = extract_code(text) or ("", "")
     if language != "python":
-        return Verdict(0.0, f"language not supported: {language[:80]}")
+        return Verdict(0.0, f"language not supported: {language[:80]}" if source else "no code")
     entry_point = problem.extra.get("entry_point", "")
     prompt = problem.prompt if entry_point else ""  # HumanEval's prompts are code
     return run_code(source, problem.extra.get("tests"), entry_point=entry_point, prompt=prompt, **settings)
@@ -300,8 +305,7 @@ class Judge:
         self.known = read_verdicts(self.cache) if self.cache else {}
         for answer, expected in (("4", "right"), ("5", "wrong")):
             verdict = self.ask(JUDGE_PROMPT.format('"What is 2 + 2?"', '"4"', f'"{answer}"'))
-            if verdict != expected:
-                raise ValueError(f"--judge {self.url}: {self.model} says {verdict} of 2 + 2 = {answer}")
+            check(verdict == expected, f"--judge {self.url}: {self.model} says {verdict} of 2 + 2 = {answer}")
 
     def verdict(self, question, gold, answer):
         """"right", "wrong" or "unknown: " and why. No answer, or one that is too long, is wrong."""
@@ -334,9 +338,7 @@ class Judge:
 
     def post(self, body):
         """The text of the completion; a TypeError if there is none."""
-        headers = {"Content-Type": "application/json"}
-        if self.key:
-            headers["Authorization"] = f"Bearer {self.key}"
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"}
         request = urllib.request.Request(self.url.rstrip("/") + "/chat/completions", body, headers)
         with urllib.request.urlopen(request, timeout=self.timeout) as connection:
             response = json.loads(connection.read(MAX_RESPONSE))
@@ -349,8 +351,7 @@ def read_verdicts(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     text = path.read_text("utf-8", errors="replace") if path.exists() else ""
     verdicts = dict(re.findall(r'^\{"key": "(\w+)", "verdict": "(right|wrong)"\}$', text, re.MULTILINE))
-    if text.strip() and not verdicts:
-        raise ValueError(f"{path} holds no verdicts of a judge: is it another file?")
+    check(verdicts or not text.strip(), f"{path} holds no verdicts of a judge: is it another file?")
     return verdicts
 
 
@@ -430,7 +431,7 @@ MAX_CHARS = 1000  # the longest reference answers in use have some 150
 MAX_ITEMS = 100  # of a list, set or matrix: comparing sets is quadratic
 MAX_BITS = 40_000  # of an exact numerator and denominator together: 3500! fits
 MAX_FACTORIAL = 3500
-ENOUGH = 3  # points, of 16, at which two expressions in variables must have a value
+ENOUGH = 3  # points, of 16, at which two expressions in variables must have a value: fewer are no evidence
 
 
 def is_equivalent(prediction, gold):
@@ -448,10 +449,12 @@ def is_equivalent(prediction, gold):
         return False
     a = plain(prediction)
     b = plain(gold)
+    # As text: all that the grammar does not know, words above all.
     if not bare(a) or not bare(b):
         return False
     if bare(a) == bare(b):
         return True
+    # By value, first with names, so that x = 1, y = 2 is not x = 2, y = 1; then without.
     for x, y in ((a, b), unnamed(a, b)):
         try:
             if same(read(x), read(y)):
@@ -463,8 +466,8 @@ def is_equivalent(prediction, gold):
 
 def check_gold(answer):
     """Raise ValueError, saying why, if no prediction could be compared with a reference answer."""
-    if not isinstance(answer, str) or not answer.strip() or len(answer) > MAX_CHARS:
-        raise ValueError(f"an answer must be text of 1 to {MAX_CHARS} characters, found {str(answer)[:80]!r}")
+    fits = isinstance(answer, str) and answer.strip() and len(answer) <= MAX_CHARS
+    check(fits, f"an answer must be text of 1 to {MAX_CHARS} characters, found {str(answer)[:80]!r}")
     text = plain(answer)
     if re.fullmatch(r"(?=.*(?:[a-z]{2}|:))[A-Za-z0-9][A-Za-z0-9 .,:;'?!&-]*", text.replace('"', "")):
         return  # east, 10:30, a sentence: compared as text
@@ -479,12 +482,14 @@ def bare(text):
     return re.sub(r'"|(?<![0-9])\s+|\s+(?![0-9\s])|(?<!\.)\."?$', "", text)
 
 
-# What may stand before `=` and only names a value: x, x_1, f(2), AB, |AB|, [ABC], (x,y), a text. In a
-# prediction also x + y, xy, \sin A: `x + y = 42` answers 42, but as a gold it is a line, which 42 is not.
+# What only names a value in front of `=` or `∈`, or a letter behind: x, x_1, f(2), AB, |AB|, [ABC], (x,y), a
+# text. In a prediction also x + y, xy, \sin A: there `x + y = 42` answers 42, but a gold x + y = 42 is a
+# line, which 42 is not. e and i are numbers.
 LETTER = r"(?![ei]\b)[A-Za-z]'*(?:_(?:\w|\{[^{}]*\}))?"
-NAME = rf'{LETTER}(?:\([^()=]*\))?|[A-Z]+|\|\s*[A-Z]+\s*\||\[[A-Z]+\]|\({LETTER}(?:,\s*{LETTER})+\)|(?:"[^"]*"\s*)+'
+NAME = rf"{LETTER}(?:\([^()=]*\))?|[A-Z]+|\|\s*[A-Z]+\s*\||\[[A-Z]+\]|\({LETTER}(?:,\s*{LETTER})+\)"
+NAME += r'|(?:"[^"]*"\s*)+'
 MEANT = rf"(?:\\(?:sin|cos|tan)\s*)?\(?{LETTER}(?:[\s+*-]*{LETTER})*\)?"
-ASIDE = rf"(?:^|(?<=[,{{∪]))\s*(?:%s)\s*[=∈]|=\s*{LETTER}\s*$"
+ASIDE = rf"(?:^|(?<=[,{{∪]))\s*(?:%s)\s*[=∈]|(?<![<>!])=\s*{LETTER}\s*$"
 NAMED = re.compile(ASIDE % NAME)
 MEANT_OR_NAMED = re.compile(ASIDE % f"{NAME}|{MEANT}")
 
@@ -500,11 +505,13 @@ def unnamed(prediction, gold):
 
 # 8. LaTeX -> plain text, by one table of rewrites -----------------------------------------------------------
 
+# Commands that set their argument as text, and commands of the look alone.
 FONT = "text(?:bf|it|rm|sf|tt|up|normal)?|mathrm|mathsf|[hm]box|emph"
 LOOK = """boldsymbol mathbf mathit bm pmb boxed fbox framebox underline displaystyle textstyle scriptstyle
     limits bf it rm sf tt em bfseries boldmath tiny scriptsize footnotesize small normalsize large Large LARGE
     huge Huge left right [bB]igg?[lrm]? q?quad thinspace enspace vec"""
 LOOK = "|".join([*LOOK.split(), FONT])
+# One spelling of a sign, and the others.
 SPELLINGS = {
     "*": r"\cdot \times \ast · × ⋅ ∗", "/": r"\div ÷ ⁄", "-": "− – — ‐", "±": r"\pm", "∓": r"\mp", "%": r"\%",
     "<": r"\lt", "<=": r"\le \leq \leqslant ≤", ">": r"\gt", ">=": r"\ge \geq \geqslant ≥", "∈": r"\in",
@@ -516,21 +523,22 @@ SPELLINGS = {
     '"dollar"': r"\$", '"euro"': "€", '"sterling"': "£", '"cent"': "¢",
 }
 SPELLING = {other: one for one, others in SPELLINGS.items() for other in others.split()}
+# One name of a unit, and its other spellings. Other words are units too, but have one spelling: 5 apples.
 UNITS = """millimeter mm millimetre; centimeter cm centimetre; meter m metre; kilometer km kilometre; inch in
-    inches; foot ft feet; yard yd; mile mi; milligram mg; gram g; kilogram kg; ton; pound lb; ounce oz; second s
-    sec; minute min; hour h hr; day; week; month; year yr; milliliter mL ml; liter L l litre; gallon gal; hertz
-    Hz; kHz; eV; joule J; kJ; newton N; watt W; kW; pascal Pa; volt V; ampere A; mole mol; kelvin K; radian rad;
-    cent; dollar; euro; sterling; / per"""
+    inches; foot ft feet; yard yd; mile mi; milligram mg; gram g; kilogram kg; ton; pound lb; ounce oz; second
+    s sec; minute min; hour h hr; day; week; month; year yr; milliliter mL ml; liter L l litre; gallon gal;
+    hertz Hz; kHz; eV; joule J; kJ; newton N; watt W; kW; pascal Pa; volt V; ampere A; mole mol; kelvin K;
+    radian rad; cent; dollar; euro; sterling; / per"""
 UNITS = {spelling: line.split()[0] for line in UNITS.split(";") for spelling in line.split()}
-UNIT = "|".join(sorted(UNITS, key=len, reverse=True))
-SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12,
-          "dozen": 12}
+UNIT = f"(?:{'|'.join(sorted(UNITS, key=len, reverse=True))})"
+SCALES = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9,
+          "trillion": 10**12}
+# Names that are written as words: theta, sin x.
 GREEK = """alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta kappa lambda mu nu xi rho sigma
     tau phi varphi chi psi omega Gamma Delta Theta Lambda Sigma Phi Psi Omega ell""".split()
 NAMES = [*"arcsin arccos arctan sin cos tan exp ln log sqrt".split(), *GREEK]
 SPELLED = {name: f"\\{name} " for name in NAMES}
-SPELLED |= {"pi": "π", "inf": "∞", "infinity": "∞", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4",
-            "five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10", "twelve": "12"}
+SPELLED |= {"pi": "π", "inf": "∞", "infinity": "∞"}
 ORDINARY = set("yes no not odd even true false none all any per".split())  # words in any case
 # Letters are a word if they are four or more with a vowel (wxyz is a product), but for those like sinx.
 LETTERS_OF_WORD = re.compile(r"(?=.{4})[A-Za-z]*[aeiou][A-Za-z]*(?<!(?:sin|cos|tan|cot|sec|csc|log)[txyz])")
@@ -593,72 +601,75 @@ def _membership(match):
 
 
 REWRITES = [
-    # 5\sqrt2 ≈ 7.07 says 5\sqrt2, and x ≈ 7 says 7
+    # 5\sqrt2 ≈ 7.07 says 5\sqrt2, and x ≈ 7 says 7.
     (r"^[\s$]*[A-Za-z]?\s*(?:\\approx(?![A-Za-z])|≈)|(?:\\approx(?![A-Za-z])|≈)[\s\S]*", ""),
-    # Unicode: x² is x^{2}, x₁ is x_{1}, 3½ is 3 1/2, full-width letters are letters
+    # Unicode: x² is x^{2}, x₁ is x_{1}, 3½ is 3 1/2, ℝ an interval, full-width digits are digits.
     (r"[⁰¹²³⁴-⁹⁻]+", _normal("^{%s}")),
     (r"[₀-₉]+", _normal("_{%s}")),
     (r"[¼-¾⅐-⅞]", _normal(" %s")),
     (r"\\mathbb\s*(?:R|\{\s*R\s*\})|ℝ", r"(-\\infty,\\infty)"),
     (r"[^\x00-\x7f]+", _normal("%s")),
-    # quotes will mark words; `;;` ends a row of a matrix: \\, \\[4pt], \cr
+    # Quotes go, as they will mark words. `;;` ends a row of a matrix: \\, \\[4pt], \cr.
     (r'["“”]', ""),
     (r"\\\\(?:\s*\[[^\]]*\])?|\\(?:cr|tabularnewline)(?![A-Za-z])", ";;"),
-    # Markdown, **42** and `42`, but 2**3**2 is a power; mathematics within text, \(42\) and $42$
+    # Markdown: **42**, _42_ and `42`; but 2**3**2 is a power.
     (r"(?<![\w)}])(\*\*?|__|`+)(?=\S)(.+?)(?<=\S)\1(?![\w(])", r"\2"),
+    # Delimiters of mathematics: \(42\), $42$.
     (r"\\[()\[\]]|(?<!\\)\$", " "),
     # A segment has two ends in any order; angles, vectors and arcs go by the order of their letters.
     (r"\\overline\s*\{([A-Z]{2})\}", r" \1 "),
     (r"\\(angle|triangle|overrightarrow|vec|widehat)\s*\{?\s*([A-Z]{1,4})\b\s*\}?", r" N_{\1\2} "),
-    # thousands: 1\,000, 1{,}000, 1_000, and then 1,000 and 1 000, which may be lists in brackets
+    # Thousands: 1\,000, 1{,}000, 1,\!000, 1_000; then 1,000 and 1 000, which may be lists in brackets.
     (r"(?<![0-9._^])[1-9][0-9]{0,2}(?:(?:,\s*\\!\s*|\{,\}|\\[, ]|\\thinspace |~|_)[0-9]{3})+(?![0-9])",
      lambda m: re.sub("[^0-9]", "", m[0])),
     (r"(?<![0-9.,^_/])[1-9][0-9]{0,2}(?:(?: [0-9]{3})+|(?:,[0-9]{3})+)(?![0-9/,])", _thousands),
-    # the look: matrices of any brackets, spaces, colours, \left. and \left|
+    # Matrices of any brackets: \begin{bmatrix}, \begin{array}{cc}.
     (r"\\(begin|end)\s*\{(?:[bp]?matrix|smallmatrix|array)\*?\}(?:\{[lcr|\s]*\})?", r"\\\1 "),
+    # \color{red}, spaces, the invisible bracket \left. and the bars \left| and \right|.
     (r"\\(?:[hv]space\*?|(?:text)?color)\s*\{[^{}]*\}|\\[,;:!> ]|~|\\\Z|\\(?:left|right)\s*\.", " "),
     (r"\\(l|r)(?:eft|ight)\s*(?:\||\\vert(?![A-Za-z]))", r" \\\1vert "),
-    # text, up to three deep; a lone e, i or d is mathematics however it is set
+    # \text{miles}, up to three deep; a lone e, i or d is mathematics however it is set. Then \bf, \large.
     (r"\\(?:mathrm|text|textrm|operatorname)\s*\{\s*([eid])\s*\}", r" \1 "),
     *3 * [(rf"\\(?:{FONT}|operatorname\*?)\s*\{{([^{{}}]*)\}}", _text)],
     (rf"\\(?:{LOOK})(?![A-Za-z])", " "),
-    # \frac12, and mixed numbers: 2 1/2, 2\frac12
+    # \frac12 has no braces; the mixed numbers 2 1/2 and 2\frac12.
     (r"\\([dtc]?frac|[dt]?binom)\s*([0-9])\s*([0-9])(?![0-9])", r"\\\1{\2}{\3}"),
     (r"(?<![0-9.,^_/])([0-9]+)\s+([0-9]+)/([0-9]+)(?![0-9.])", _mixed_number),
     (r"(?<![A-Za-z0-9.,^_/])([0-9]+)\s*\\[dtc]?frac\s*\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}",
      _mixed_number),
-    # signs: 30^\circ, 20°C, 5 percent; `3, 5 and 7` is a list, `x < 1 or x > 3` a union; \log_23 is to base 2
+    # One spelling: \cdot is *, \dfrac is \frac. Then 30^\circ, 30 degrees, 20°C, 5 percent.
     (r"\\[A-Za-z]+|\\[%$]|[^\x00-\x7f]|\*\*", lambda m: SPELLING.get(m[0], m[0])),
     (r'\^\s*(?:\\circ(?![a-z])|\{\s*\\circ\s*\})|"degrees?"', "°"),
     (r'°\s*"?([CF])"?(?![A-Za-z])', r'"°\1"'),
     (r'"(?:percent|per cent)"|(?<![A-Za-z"])percent\b', "%"),
+    # `3, 5, and 7` is a list, `x < 1 or x > 3` a union.
     (r',?\s*(?:"\s*(and|or)\s*"|(?<![A-Za-z"])(and|or)\b(?![A-Za-z"]))',
      lambda m: "∪" if "or" in m.groups() and re.search("[<>]", m.string) else ","),
+    # \log_28 is \log_2 8, \sin^{-1} is not 1/\sin; a last \\ ends no row.
     (r"\\log\s*_\s*([0-9])", r"\\log_{\1}"),
-    (r"\\(sin|cos|tan)\s*\^\s*\{\s*-1\s*\}", r"\\arc\1 "),
+    (r"(?<![A-Za-z])\\?(sin|cos|tan)\s*\^\s*\{?\s*-1\s*\}?(?![0-9])", r"\\arc\1 "),
     (r";;\s*(?=\\end)", ""),
-    # (2516)_8 is 2516 with a unit, as $5 is; 5cm is a length, but 5mg a product; 5 m/s and 5 eV at the end
+    # Units: (2516)_8 is 2516 in base 8; 5cm is a length, but 5mg a product; 5 m/s and 5 eV are at the end.
     (r"(?<![A-Za-z0-9_.])\(?([0-9]+)\)?\s*_\s*\{?([0-9]+)\}?(?![0-9])", r'\1 "base\2"'),
     (r"(?<=[0-9)}])\s*(mm|cm|km|kg|ft|lb|oz)(?![A-Za-z])", r' "\1"'),
-    (rf"(?<=[0-9)}}])\s+((?:{UNIT})(?<=[A-Za-z]{{2}})|(?:{UNIT})/(?:{UNIT})(?:\^\{{?[0-9]\}}?)?)\s*$", r' "\1"'),
-    # words; 5 million; square meters are meters^2
+    (rf"(?<=[0-9)}}])\s+({UNIT}/{UNIT}(?:\^\{{?[0-9]\}}?)?|{UNIT}(?<=[A-Za-z]{{2}}))\s*$", r' "\1"'),
+    # Words; then 5 million is 5*1000000, $5 is 5 dollars, square meters are meters^2.
     (r'"([^"]*)"|\\?[A-Za-z]+', _words),
-    (rf'(?<=[0-9)}}])\s*"({"|".join(SCALES)})', lambda m: f'*{SCALES[m[1]]}"'),
+    (rf'(?<=[0-9)}}])\s*"({"|".join(SCALES)})s?(?=["\s])', lambda m: f'*{SCALES[m[1]]}"'),
     (r'"(dollar|euro|sterling)"\s*([0-9][0-9.,*]*)', r'\2 "\1" '),
     (r'"(square|cubic)"?\s"?(\w+)', lambda m: f'"{m[2]}^{2 if m[1] == "square" else 3}'),
-    # inequalities of a lone variable
+    # Inequalities of a lone variable: 1 < x <= 3. Last, punctuation at the ends.
     (rf"(?:^|(?<=∪))\s*(?:([^<>=!,∪]+?)\s*([<>]=?))?\s*({LETTER})\s*(?:([<>]=?)\s*([^<>=!,∪]+?))?\s*(?=$|∪)",
      _membership),
     (r'^[\s,]+|""|(?:[\s,;:]|(?<!\.)\.|;;)+$', ""),
 ]
-REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in REWRITES]
 
 
 @lru_cache(maxsize=4096)
 def plain(answer):
     """An answer in one notation, without its look."""
     for pattern, replacement in REWRITES:
-        answer = pattern.sub(replacement, answer)
+        answer = re.sub(pattern, replacement, answer)
     return answer
 
 
@@ -668,9 +679,10 @@ def plain(answer):
 # complex. A sum that cancels to less than its rounding is an exact 0: sqrt(2) - sqrt(2) is 0, and e^{-40} is
 # not. ArithmeticError, ValueError or, where complex numbers cannot be used, TypeError mean: no value.
 
-TRAPS = [decimal.InvalidOperation, decimal.DivisionByZero, decimal.Overflow, decimal.Underflow]
-DIGITS = decimal.Context(prec=50, traps=TRAPS)
-# From the most to the least exact type: what rounding errors may add up to, relative to a number.
+DIGITS = decimal.Context(prec=50, traps=[decimal.InvalidOperation, decimal.DivisionByZero,
+                                         decimal.Overflow, decimal.Underflow])
+# From the most to the least exact type: the relative error that may be rounding. Errors add up, so ten of a
+# Decimal's 50 digits and four of a float's 16 are left to them.
 ROUNDING = {Fraction: 0, Decimal: Decimal("1e-40"), float: 1e-12, complex: 1e-12}
 PI = Decimal("3.14159265358979323846264338327950288419716939937511")
 CONSTANTS = {"π": PI, "e": DIGITS.exp(Decimal(1)), "i": 1j, "∞": Decimal("Infinity")}
@@ -691,10 +703,11 @@ def close(x, y):
 
 
 def add(x, y):
+    """x + y, an exact 0 if nothing but rounding is left. No value if y is lost in x: 10^400 pi + 1."""
     x, y = alike(x, y)
     lost = max(abs(x), abs(y)) * ROUNDING[type(x)]
     if 0 < min(abs(x), abs(y)) < lost:
-        raise ArithmeticError  # 10^400 pi + 1 must not be 10^400 pi
+        raise ArithmeticError
     return Fraction(0) if abs(x + y) < lost else x + y
 
 
@@ -720,8 +733,9 @@ def power(x, y):
 
 
 def logarithm(x):
+    """The natural logarithm; a TypeError, so no value, for complex x."""
     x, _ = alike(x, PI)
-    return x.ln() if type(x) is Decimal else math.log(x)  # a TypeError for complex x
+    return x.ln() if type(x) is Decimal else math.log(x)
 
 
 def floor(x):
@@ -731,12 +745,13 @@ def floor(x):
 
 
 def factorial(n):
-    if n > MAX_FACTORIAL or n != int(n):
-        raise ValueError
+    """n!, for integers only: (1/2)! has no value here."""
+    check(n <= MAX_FACTORIAL and n == int(n), "no factorial")
     return Fraction(math.factorial(int(n)))
 
 
 def binomial(n, k):
+    r"""n! / (k! (n - k)!), so that \binom{n}{2} has a value where n is an integer of at least 2."""
     return factorial(n) / (factorial(k) * factorial(n - k))
 
 
@@ -753,14 +768,14 @@ class Value(NamedTuple):
     "number"           one number, or of an expression in variables one at each of 16 points; None: no value
     "()", "[)", ...    the members of a point or an interval, by its brackets
     "row", "matrix"    numbers, rows
-    "list", "set"      members without order; in a list, what is there twice counts twice
+    "list", "set"      members without order; a list keeps duplicates
     "union"            intervals
-    "equation"         what is 0, divided by its first value: y = 2x + 3 is 2y - 4x = 6
+    "equation"         its two sides
     """
 
     kind: str
     items: tuple
-    mark: str = ""  # the unit of a number, the variable of an interval x > 3; no mark agrees with any
+    mark: str = ""  # the unit of a number, "%" or "°"; no mark agrees with any
 
 
 @lru_cache(maxsize=512)
@@ -784,13 +799,13 @@ def symbol(name):
 
 
 def constant(x):
+    """A number that is the same at every point."""
     return Value("number", (Fraction(x),))
 
 
 def number(function, *operands):
     """function of numbers, at every point; None where it has no value or one that is too large."""
-    if any(x.kind != "number" for x in operands):
-        raise ValueError("something else stands where a number should")
+    check(all(x.kind == "number" for x in operands), "not a number where one is needed")
     count = max(len(x.items) for x in operands)
     values = []
     with decimal.localcontext(DIGITS):
@@ -833,8 +848,7 @@ def join(kind, *items):
     """A value of items. A list in a list is taken apart, a set holds nothing twice, one item stands alone."""
     inner = "list" if kind == "set" else kind
     members = [member for item in items for member in (item.items if item.kind == inner else [item])]
-    if len(members) > MAX_ITEMS:
-        raise ValueError(f"more than {MAX_ITEMS} items")
+    check(len(members) <= MAX_ITEMS, f"more than {MAX_ITEMS} items")
     if kind == "matrix":
         members = [row if row.kind == "row" else Value("row", (row,)) for row in members]
     if kind == "set":
@@ -859,8 +873,8 @@ def with_unit(value, text):
     singular = [re.sub("(?<=[^s]{2})s$", "", word) for word in words]
     names = [UNITS.get(word, UNITS.get(one, one)) for word, one in zip(words, singular)]
     ordinal = any(name.endswith("th") and name != "month" for name in names)  # seventh, 5 th
-    if value.kind != "number" or ordinal or not NO_UNITS.isdisjoint(names):
-        raise ValueError(f"{text} after a number")
+    unit = value.kind == "number" and not ordinal and NO_UNITS.isdisjoint(names)
+    check(unit, f"{text} after a number is no unit")
     return value._replace(mark=" ".join([value.mark, *names]).strip())
 
 
@@ -875,20 +889,22 @@ OPERATORS = {
     "^": (11, partial(number, power)),
     "unit": (12, with_unit), "!": (12, lambda value, sign: number(factorial, value)),
 }
+# Functions of the two operands that follow.
 PREFIX = {r"\frac": divide, r"\binom": binomial}
 SIGN = 10  # -x^2 is -(x^2), and -2 * 3 is (-2) * 3
+# Bracket -> what may close it: (0, 1] is an interval.
 CLOSING = {
     "(": [")", "]"], "[": [")", "]"], "{": ["}"], r"\{": [r"\}"], "|": ["|"], r"\lvert": [r"\rvert"],
     r"\lfloor": [r"\rfloor"], r"\lceil": [r"\rceil"], r"\begin": [r"\end"],
 }
+# Functions that are written as brackets: |x|, floor and ceiling.
 AROUND = {"||": abs, r"\lvert\rvert": abs, r"\lfloor\rfloor": floor, r"\lceil\rceil": lambda x: -floor(-x)}
 
 
 @lru_cache(maxsize=1024)  # of hostile answers, each may hold a hundred kilobytes
 def read(text):
     """The value of a plain text; a ± makes two values: 1 ± 2 is the set 3, -1. Raises ValueError."""
-    if text.count("±") > 1 or text.count("∓") > 1:
-        raise ValueError("more than one ±")
+    check(text.count("±") < 2 and text.count("∓") < 2, "more than one ±")
     upper = Parser(text.replace("±", "+").replace("∓", "-")).value
     if "±" not in text and "∓" not in text:
         return upper
@@ -905,14 +921,15 @@ class Parser:
         self.at = 0
         self.bars = False  # whether the next | closes one
         self.value = self.expression()
-        if self.at < len(self.tokens) - 1:
-            raise ValueError(f"cannot read on from {self.take()!r}")
+        check(self.at == len(self.tokens) - 1, f"cannot read on from {self.next!r}")
 
     @property
     def next(self):
+        """The token that comes next."""
         return self.tokens[self.at][1]
 
     def take(self):
+        """The token that comes next, which is read with this."""
         self.at += 1
         return self.tokens[self.at - 1][1]
 
@@ -946,6 +963,7 @@ class Parser:
         return "" if product else None
 
     def operand(self):
+        """A number, a name, something in brackets, or an operator with what it is applied to."""
         kind, _ = self.tokens[self.at]
         text = self.take()
         if kind == "number":
@@ -970,10 +988,9 @@ class Parser:
     def bracket(self, opening):
         """A tuple, set, matrix or function of brackets. A bar closes the last: |x|y|z| is |x| y |z|."""
         bars = self.bars
-        self.bars = opening == "|"
+        self.bars = opening == "|"  # within other brackets a bar opens again
         inside = Value("list", ()) if self.next in CLOSING[opening] else self.expression()
-        if self.next not in CLOSING[opening]:
-            raise ValueError(f"nothing closes {opening}")
+        check(self.next in CLOSING[opening], f"nothing closes {opening}")
         brackets = opening + self.take()
         self.bars = bars
         items = inside.items if inside.kind == "list" else (inside,)
@@ -985,8 +1002,7 @@ class Parser:
             return join("set", *items)
         if len(items) > 1:
             return Value(brackets, items)
-        if not items or brackets in ("(]", "[)"):
-            raise ValueError(f"too little in {brackets}")
+        check(items and brackets not in ("(]", "[)"), f"too little in {brackets}")
         return inside
 
     def function(self, name):
@@ -996,6 +1012,7 @@ class Parser:
         while self.next in scripts:
             sign = self.take()
             scripts[sign] = self.operand()
+        # Without brackets the argument is all that is multiplied, up to the next function or bracket.
         whole = self.next in CLOSING
         value = self.operand() if whole else self.expression(SIGN)
         while not whole and self.operator() == "" and self.tokens[self.at][0] in ("name", "number"):
