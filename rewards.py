@@ -472,7 +472,7 @@ def check_gold(answer):
     if re.fullmatch(r"(?=.*(?:[a-z]{2}|:))[A-Za-z0-9][A-Za-z0-9 .,:;'?!&-]*", text.replace('"', "")):
         return  # east, 10:30, a sentence: compared as text
     try:
-        read(text)
+        read(NAMED.sub("", text))
     except (ArithmeticError, ValueError, RecursionError) as error:
         raise ValueError(f"the answer {answer!r} cannot be checked: {error}") from None
 
@@ -505,7 +505,7 @@ def unnamed(prediction, gold):
 
 # 8. LaTeX -> plain text, by one table of rewrites -----------------------------------------------------------
 
-# Commands that set their argument as text, and commands of the look alone.
+# Commands that set their argument as text, and commands that change nothing but the look.
 FONT = "text(?:bf|it|rm|sf|tt|up|normal)?|mathrm|mathsf|[hm]box|emph"
 LOOK = """boldsymbol mathbf mathit bm pmb boxed fbox framebox underline displaystyle textstyle scriptstyle
     limits bf it rm sf tt em bfseries boldmath tiny scriptsize footnotesize small normalsize large Large LARGE
@@ -761,6 +761,12 @@ FUNCTIONS = {
 }
 
 
+def apply(name, x):
+    """A function of x, with the zeros that rounding misses: sin(pi)."""
+    y = FUNCTIONS[name](x)
+    return Fraction(0) if type(y) is float and abs(y) < 1e-15 * abs(float(x)) else y
+
+
 class Value(NamedTuple):
     """What an answer means.
 
@@ -857,8 +863,14 @@ def join(kind, *items):
 
 
 def equation(a, b):
-    """6/8 = 3/4 is 3/4. Sides that differ, y = 2x or 41 = 42, are an equation and no value."""
-    return a if same(a, b) else Value("equation", (a, b))
+    """6/8 = 3/4 is 3/4, and y = 2x an equation. 41 = 42 is nothing, nor is x = 41 = 42."""
+    if a.kind == "equation":
+        check(same(a.items[1], b), "sides of an equation that differ")
+        return a
+    if same(a, b):
+        return a
+    check(len(a.items) > 1 or len(b.items) > 1, "an equation without a variable")
+    return Value("equation", (a, b))
 
 
 # Words after a number that are no unit: they make it another number.
@@ -868,13 +880,13 @@ NO_UNITS = ORDINARY - {"per"} | set("""is are except without or and more less mo
 
 
 def with_unit(value, text):
-    """A number with the words after it, in one spelling: "km"/"h" is kilometer / hour."""
+    """A number with the unit after it, in one spelling: "km"/"h" is kilometer / hour."""
     words = re.findall(r"°[CF]?|%|[^\W_]+|[/^]|-?[0-9]", text)
     singular = [re.sub("(?<=[^s]{2})s$", "", word) for word in words]
     names = [UNITS.get(word, UNITS.get(one, one)) for word, one in zip(words, singular)]
     ordinal = any(name.endswith("th") and name != "month" for name in names)  # seventh, 5 th
-    unit = value.kind == "number" and not ordinal and NO_UNITS.isdisjoint(names)
-    check(unit, f"{text} after a number is no unit")
+    number = value.kind == "number" and len(value.items) == 1  # `a mole` is not a
+    check(number and not ordinal and NO_UNITS.isdisjoint(names), f"{text} is no unit here")
     return value._replace(mark=" ".join([value.mark, *names]).strip())
 
 
@@ -1019,7 +1031,7 @@ class Parser:
             value = times(value, self.expression(SIGN))
         if value.mark == "°":
             value = times(value._replace(mark=""), SCALE["°"])
-        value = number(FUNCTIONS[name], value)
+        value = number(partial(apply, name), value)
         if name == "log":
             value = number(lambda x, b: divide(x, logarithm(b)), value, scripts["_"])
         return number(power, value, scripts["^"])
