@@ -417,11 +417,12 @@ def mixed_scripts(reply, prompt):
 #
 # An answer goes through three stages. Take the prediction `$x = 1\,000\text{ cm}$` against the gold `10^3`:
 #
-#     plain       x = 1000 "cm"        section 8: one notation, by a table of rewrites; words stand in quotes
-#     unnamed     1000 "cm"            here: the gold has no name, so the prediction's name does not count
-#     tokens      1000   "cm"          section 10: numbers, names, texts, functions, signs
-#     value       number (1000,) cm    section 10: precedence climbing that computes as it reads
-#     verdict     True                 section 11: the values agree, and a unit that one side drops is no harm
+#     plain       x = 1000 "cm"       section 8: one notation, by a table of rewrites; words stand in quotes
+#     unnamed     1000 "cm"           here: the gold has no name, so the prediction's does not count
+#     tokens      1000   "cm"         section 10: numbers, names, texts, functions, signs
+#     value       1000 centimeter     section 10: precedence climbing that computes as it reads, with the
+#                                     numbers of section 9
+#     verdict     True                section 11: the values agree, and one side may drop a unit
 #
 # A model writes whatever it likes, and a reward must neither hang nor raise: characters, items, bits and
 # nesting (by Python's limit of 1000 frames, some 80 brackets) are bounded. An answer that breaks a bound, is
@@ -663,13 +664,14 @@ REWRITES = [
      _membership),
     (r'^[\s,]+|""|(?:[\s,;:]|(?<!\.)\.|;;)+$', ""),
 ]
+REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in REWRITES]
 
 
 @lru_cache(maxsize=4096)
 def plain(answer):
     """An answer in one notation, without its look."""
     for pattern, replacement in REWRITES:
-        answer = re.sub(pattern, replacement, answer)
+        answer = pattern.sub(replacement, answer)
     return answer
 
 
@@ -690,6 +692,8 @@ CONSTANTS = {"π": PI, "e": DIGITS.exp(Decimal(1)), "i": 1j, "∞": Decimal("Inf
 
 def alike(x, y):
     """Two numbers in the less exact of their types."""
+    if type(x) is type(y):
+        return x, y
     kind = max(type(x), type(y), key=[*ROUNDING].index)
     if kind is Decimal:
         return [Decimal(z.numerator) / z.denominator if type(z) is Fraction else z for z in (x, y)]
@@ -699,7 +703,7 @@ def alike(x, y):
 def close(x, y):
     """Whether two numbers are the same but for rounding: |x - y| < rounding * min(|x|, |y|)."""
     x, y = alike(x, y)
-    return x == y or abs(x - y) < min(abs(x), abs(y)) * ROUNDING[type(x)]
+    return x == y or type(x) is not Fraction and abs(x - y) < min(abs(x), abs(y)) * ROUNDING[type(x)]
 
 
 def add(x, y):

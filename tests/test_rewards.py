@@ -53,8 +53,7 @@ def test_labelled_pairs():
     """405 pairs labelled without sight of the parser: none is wrongly accepted, few are refused."""
     accepted = [x for x in PAIRS if not x["same"] and is_equivalent(x["prediction"], x["gold"])]
     refused = [x["gold"] for x in PAIRS if x["same"] and not is_equivalent(x["prediction"], x["gold"])]
-    assert len(PAIRS) == 405 and not accepted
-    assert refused == REFUSED
+    assert len(PAIRS) == 405 and not accepted and refused == REFUSED
 
 
 def test_what_only_a_prediction_may_name():
@@ -225,10 +224,10 @@ def test_no_function_of_i_raises(name):
         assert not is_equivalent(text, "17") and not is_equivalent(rf"\binom{{{text}}}{{i}}!", "17")
 
 
-PIECES = r"""\frac \sqrt \pm \cup \{ \} \pi \infty \text{ \left \right \% \\ \begin{pmatrix} \end{pmatrix}
-    1,000 2^{9^9} cm \sin \log \log_ \ln^ \left| \right| \lfloor \rfloor \binom \overline{3} \approx \$
-    ^\circ !! (B) three \exp i \ln(3i) \lfloor i \rfloor i! |i| e^i \arctan m/s \over \choose 0.333... f(x)= \angle \in
-    \mathbb{R} \text{and} square per \\[4pt] ** _{ 1e6 x<""".split()
+PIECES = r"""\frac \sqrt \pm \cup \{ \} \pi \infty \text{ \left \right \% \\ \begin{pmatrix}
+    \end{pmatrix} 1,000 2^{9^9} cm \sin \log \log_ \ln^ \left| \right| \lfloor \rfloor \binom
+    \overline{3} \approx \$ ^\circ !! (B) three \exp i \ln(3i) \lfloor i \rfloor i! |i| e^i \arctan m/s
+    \over \choose 0.333... f(x)= \angle \in \mathbb{R} \text{and} square per \\[4pt] ** _{ 1e6 x<""".split()
 PIECES += "0123456789xyieE+-*/^_(){}[]|,.;:=<>!%&$ ~'²∞\ud800"
 LATEX = st.lists(st.sampled_from(PIECES)).map("".join)
 
@@ -280,8 +279,8 @@ NAMED = {  # letter -> answers that name it
     # rather none than a wrong one
     None: ["B. 13 cm", "A and B", "A, B", "(A) (B)", "A or B", "A. B.", "E", "AB", "", "14", "Vitamin",
            "A B C D", "B. 12 C. 13", "1", "none", "A - 12", "(A) 12", r"\textbf{A} 12", "b", "(b)",
-           "b) twelve", "A/B", "B, not C", "B. or C", "not B", "I think B", "Both A and B", "A is wrong", "A - B", "B?",
-           r"\text{A}\text{B}", "I"],
+           "b) twelve", "A/B", "B, not C", "B. or C", "not B", "I think B", "Both A and B", "A is wrong",
+           "A - B", "B?", r"\text{A}\text{B}", "I"],
 }
 
 
@@ -478,7 +477,7 @@ def test_an_endpoint_that_is_down_or_none(server, tmp_path):
 
 def test_a_judge_that_always_agrees_is_found_out(server, monkeypatch):
     monkeypatch.setattr(rewards, "parse_verdict", lambda text: "right")
-    with pytest.raises(ValueError, match="m says right of 2 \\+ 2 = 5"):
+    with pytest.raises(ValueError, match="m says right of 2 . 2 = 5"):
         rewards.Judge(server.url, "m", **QUICK)
 
 
@@ -502,7 +501,8 @@ def test_format_ok():
     "reply",
     ["<think></think>b", "<think> \n</think>b", "<think>a</think>", "<think>a</think> \n", "a</think>b",
      "<think>a", "b", "", "x<think>a</think>b", "<think>a</think>b<think>c</think>d",
-     "<think>a<think>c</think>b", "<think>a</think>b</think>", "<think>a</think>b<|im_end|>", "<think>a</think>b<|im_start|>user\nc"],
+     "<think>a<think>c</think>b", "<think>a</think>b</think>", "<think>a</think>b<|im_end|>",
+     "<think>a</think>b<|im_start|>user\nc"],
 )
 def test_format_not_ok(reply):
     assert rewards.format_ok(reply) is False
@@ -514,11 +514,10 @@ def test_format_not_ok(reply):
         ("All in English.", "A question", 0), ("да", "A question", 1), ("yes да", "A question", 2 / 5),
         ("是的", "问题", 0), ("是的 yes", "问题", 3 / 5), ("いいえカナ", "これは", 0),
         ("yes 是", "Translate 是", 0), (r"$\alpha x_{max}$ and `def f` 是", "问题", 3 / 4),
-        ("let x be α", "let x be what", 0),
-        ("x = 5", "问题", 0), ("$ скрыто $", "A question", 1), ("``` скрыто", "A question", 1),
-        ("$ open yes да", "Latin", 1), ("Größe naïve", "A question", 0), ("ｆｕｌｌ 𝐛𝐨𝐥𝐝", "A question", 0),
-        (r"\frac{1}{2} \text{ok} 好", "问题", 2 / 3), ("<think>想</think>好<|im_end|>", "问题", 0),
-        ("", "A question", 0), ("123 !? \ud800", "A question", 0), ("yes", "", 0),
+        ("let x be α", "let x be what", 0), ("x = 5", "问题", 0), ("$ скрыто $", "A question", 1),
+        ("``` скрыто", "A question", 1), ("$ open yes да", "Latin", 1), ("Größe naïve", "A question", 0),
+        ("ｆｕｌｌ 𝐛𝐨𝐥𝐝", "A question", 0), (r"\frac{1}{2} \text{ok} 好", "问题", 2 / 3), ("", "A question", 0),
+        ("<think>想</think>好<|im_end|>", "问题", 0), ("123 !? \ud800", "A question", 0), ("yes", "", 0),
     ],
 )
 def test_mixed_scripts(reply, prompt, share):
