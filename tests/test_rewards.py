@@ -516,8 +516,8 @@ def test_format_not_ok(reply):
         ("yes 是", "Translate 是", 0), (r"$\alpha x_{max}$ and `def f` 是", "问题", 3 / 4),
         ("let x be α", "let x be what", 0), ("x = 5", "问题", 0), ("$ скрыто $", "A question", 1),
         ("``` скрыто", "A question", 1), ("$ open yes да", "Latin", 1), ("Größe naïve", "A question", 0),
-        ("ｆｕｌｌ 𝐛𝐨𝐥𝐝", "A question", 0), (r"\frac{1}{2} \text{ok} 好", "问题", 2 / 3), ("", "A question", 0),
-        ("<think>想</think>好<|im_end|>", "问题", 0), ("123 !? \ud800", "A question", 0), ("yes", "", 0),
+        ("ｆｕｌｌ 𝐛𝐨𝐥𝐝", "A question", 0), (r"\frac{1}{2} \text{ok} 好", "问题", 2 / 3),
+        ("", "A question", 0), ("<think>想</think>好<|im_end|>", "问题", 0), ("123 !? \ud800", "A question", 0), ("yes", "", 0),
     ],
 )
 def test_mixed_scripts(reply, prompt, share):
