@@ -59,8 +59,7 @@ def test_labelled_pairs():
 def test_what_only_a_prediction_may_name():
     """x + y = 42 answers 42, but 42 is not the line x + y = 42."""
     for quantity in ("x+y", "xy", r"\sin A", r"\sin x"):
-        assert is_equivalent(f"{quantity}=42", "42")
-        assert not is_equivalent("42", f"{quantity}=42")
+        assert is_equivalent(f"{quantity}=42", "42") and not is_equivalent("42", f"{quantity}=42")
 
 
 @pytest.mark.parametrize("blank", ["", " ", "$", r"\!", ".", "\\", r"\ ", None])
@@ -517,7 +516,8 @@ def test_format_not_ok(reply):
         ("let x be α", "let x be what", 0), ("x = 5", "问题", 0), ("$ скрыто $", "A question", 1),
         ("``` скрыто", "A question", 1), ("$ open yes да", "Latin", 1), ("Größe naïve", "A question", 0),
         ("ｆｕｌｌ 𝐛𝐨𝐥𝐝", "A question", 0), (r"\frac{1}{2} \text{ok} 好", "问题", 2 / 3),
-        ("", "A question", 0), ("<think>想</think>好<|im_end|>", "问题", 0), ("123 !? \ud800", "A question", 0), ("yes", "", 0),
+        ("", "A question", 0), ("<think>想</think>好<|im_end|>", "问题", 0),
+        ("123 !? \ud800", "A question", 0), ("yes", "", 0),
     ],
 )
 def test_mixed_scripts(reply, prompt, share):
