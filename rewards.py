@@ -297,7 +297,7 @@ class Judge:
     model: str
     cache: str = ""  # file of verdicts, created and appended to; "" is none
     key: str = ""  # bearer token
-    timeout: float = 60.0  # seconds without a byte, per attempt
+    timeout: float = 60.0  # seconds per attempt
     retries: int = 3  # further attempts
     wait: float = 1.0  # seconds before the first retry, doubled each time
 
@@ -340,9 +340,14 @@ class Judge:
         """The text of the completion; a TypeError if there is none."""
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"}
         request = urllib.request.Request(self.url.rstrip("/") + "/chat/completions", body, headers)
+        deadline = time.monotonic() + self.timeout  # of the body: urlopen's timeout is per read
+        response = b""
         with urllib.request.urlopen(request, timeout=self.timeout) as connection:
-            response = json.loads(connection.read(MAX_RESPONSE))
-        return "" + response["choices"][0]["message"]["content"]
+            while len(response) < MAX_RESPONSE and (part := connection.read1(1 << 16)):
+                response += part
+                if time.monotonic() > deadline:
+                    raise TimeoutError("timed out")
+        return "" + json.loads(response)["choices"][0]["message"]["content"]
 
 
 def read_verdicts(path):

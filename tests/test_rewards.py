@@ -382,7 +382,10 @@ class Endpoint(BaseHTTPRequestHandler):
             time.sleep(0.3 if mood == "slow" else 0)
             self.send_response(200)
             self.end_headers()
-            self.wfile.write(odd.get(mood, body).encode())
+            sent = odd.get(mood, body).encode()
+            for part in [sent[i : i + 1] for i in range(len(sent))] if mood == "drops" else [sent]:
+                time.sleep(0.02 if mood == "drops" else 0)
+                self.wfile.write(part)
         except OSError:  # who asked has hung up
             pass
 
@@ -434,7 +437,7 @@ def test_verdicts_are_kept(server, tmp_path):
 @pytest.mark.parametrize(
     ("mood", "why"),
     [
-        ("slow", "timed out"), (500, "HTTP Error 500"), (404, "HTTP Error 404"),
+        ("slow", "timed out"), ("drops", "timed out"), (500, "HTTP Error 500"), (404, "HTTP Error 404"),
         ("nonsense", "JSONDecodeError"), ("list", "TypeError"), ("deep", "RecursionError"),
         ("silent", "TypeError"), ("chatty", "no clear verdict"), ("huge", "JSONDecodeError"),
     ],

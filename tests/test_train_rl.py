@@ -252,7 +252,8 @@ def test_many_unknown_verdicts_end_the_run():
     with pytest.raises(ValueError, match="5 of 201 verdicts are unknown, more than 2%: 3 x down; 2 x full"):
         after(201, down=3, full=2)
 
-@pytest.mark.parametrize(("correct", "told"), [([False, None], True), ([False, True], False), ([None], False)])
+@pytest.mark.parametrize(
+    ("correct", "told"), [([False, None], True), ([False, True], False), ([None], False)])
 def test_a_step_without_a_right_reply_says_so(correct, told, capsys):
     stats = r.new_stats()
     stats["samples"] += [{"correct": verdict} for verdict in correct]
