@@ -100,7 +100,7 @@ def test_bytes_of_training():
     total = sum(bench.parameters(c).values())
     assert bench.training_bytes(c, 300, gpus=8) == {
         "weights": total / 2, "gradients": total / 2, "moments": total, "gathered": 4 * total,
-        "activations": 2 * 2 * 12 * 300 + 10 * 300 * 5000}  # both blocks' inputs, the logits
+        "activations": 2 * 2 * 12 * 300 + 8 * 300 * 5000}  # both blocks' inputs, the logits
 
 
 def test_bytes_of_kernels_by_hand():

@@ -265,7 +265,7 @@ def test_ranks_that_cannot_train_together(sft_file, tmp_path):
         for result in launch(t.main, *args, flag, 3, ranks=2):
             assert result.status == 1 and f"{flag} 3: it must divide the number of ranks, 2" in result.err
     assert "num_attention_heads 3" in launch(t.main, *args, "--cp", 2, ranks=2)[0].err
-    for what, message in (("seeds", "the arguments: "), ("files", "the data: {")):
+    for what, message in (("seeds", "the arguments: "), ("files", "the data: ")):
         for result in launch(partial(processes.differ, what), *args, ranks=2):
             assert result.status == 1 and f"error: ranks 0 and 1 disagree about {message}" in result.err
     assert not (tmp_path / "run").exists()
