@@ -340,11 +340,12 @@ class Judge:
         """The text of the completion; a TypeError if there is none."""
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"}
         request = urllib.request.Request(self.url.rstrip("/") + "/chat/completions", body, headers)
-        deadline = time.monotonic() + self.timeout  # of the body: urlopen's timeout is per read
+        # urlopen's timeout is per read: a server that trickles bytes must not outlast the deadline.
+        deadline = time.monotonic() + self.timeout
         response = b""
         with urllib.request.urlopen(request, timeout=self.timeout) as connection:
-            while len(response) < MAX_RESPONSE and (part := connection.read1(1 << 16)):
-                response += part
+            while len(response) < MAX_RESPONSE and (chunk := connection.read1(1 << 16)):
+                response += chunk
                 if time.monotonic() > deadline:
                     raise TimeoutError("timed out")
         return "" + json.loads(response)["choices"][0]["message"]["content"]
@@ -460,6 +461,8 @@ def is_equivalent(prediction, gold):
         return False
     if bare(a) == bare(b):
         return True
+    if all(re.fullmatch("(?=.*[eiou]|[A-Z][a-z])[A-Za-z]{3,}", bare(text)) for text in (a, b)):
+        return False  # words: as products dog and god would be the same
     # By value, first with names, so that x = 1, y = 2 is not x = 2, y = 1; then without.
     for x, y in ((a, b), unnamed(a, b)):
         try:
@@ -484,8 +487,15 @@ def check_gold(answer):
 
 
 def bare(text):
-    """A plain text without quotes, and without spaces except between digits: `4 2` is not 42."""
-    return re.sub(r'"|(?<![0-9])\s+|\s+(?![0-9\s])|(?<!\.)\."?$', "", text)
+    """A plain text without quotes and most spaces: `4 2` is not 42, nor is `now here` nowhere."""
+    text = re.sub(r'"|(?<!\.)\."?$', "", text)
+    return SPACE.sub(lambda match: " " if match[1] else "", text)
+
+
+# Spaces between digits or beside words, which count (group 1), and all others, which do not.
+SPACE = re.compile(
+    r"((?<=[0-9])\s+(?=[0-9])|(?<=[A-Za-z]{2})\s+(?=[A-Za-z])|(?<=[A-Za-z])\s+(?=[A-Za-z]{2}))|\s+"
+)
 
 
 # What only names a value in front of `=` or `∈`, or a letter behind: x, x_1, f(2), AB, |AB|, [ABC], (x,y), a
@@ -504,7 +514,8 @@ def unnamed(prediction, gold):
     """Both texts without names such as `x =`, if one has none or both have the same one; else unchanged."""
     names = MEANT_OR_NAMED.findall(prediction)
     others = NAMED.findall(gold)
-    if names and others and len({re.sub(r"[=∈\s]", "", name) for name in names + others}) > 1:
+    several = len({re.sub(r"[=∈\s]", "", name) for name in names + others}) > 1
+    if several and (names and others or "∪" in prediction + gold):  # x < 1 or y > 3 is no union
         return prediction, gold
     return MEANT_OR_NAMED.sub("", prediction), NAMED.sub("", gold)
 
@@ -542,7 +553,7 @@ SCALES = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "bill
 # Names that are written as words: theta, sin x.
 GREEK = """alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta kappa lambda mu nu xi rho sigma
     tau phi varphi chi psi omega Gamma Delta Theta Lambda Sigma Phi Psi Omega ell""".split()
-NAMES = [*"arcsin arccos arctan sin cos tan exp ln log sqrt".split(), *GREEK]
+NAMES = [*"arcsin arccos arctan sin cos tan cot csc exp ln log sqrt".split(), *GREEK]
 SPELLED = {name: f"\\{name} " for name in NAMES}
 SPELLED |= {"pi": "π", "inf": "∞", "infinity": "∞"}
 ORDINARY = set("yes no not odd even true false none all any per".split())  # words in any case
@@ -640,7 +651,7 @@ REWRITES = [
     (rf"\\(?:{LOOK})(?![A-Za-z])", " "),
     # \frac12 has no braces; the mixed numbers 2 1/2 and 2\frac12.
     (r"\\([dtc]?frac|[dt]?binom)\s*([0-9])\s*([0-9])(?![0-9])", r"\\\1{\2}{\3}"),
-    (r"(?<![0-9.,^_/])([0-9]+)\s+([0-9]+)/([0-9]+)(?![0-9.])", _mixed_number),
+    (r"(?<![A-Za-z0-9.,^_/])([0-9]+)\s+([0-9]+)/([0-9]+)(?![0-9.])", _mixed_number),
     (r"(?<![A-Za-z0-9.,^_/])([0-9]+)\s*\\[dtc]?frac\s*\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}",
      _mixed_number),
     # One spelling: \cdot is *, \dfrac is \frac. Then 30^\circ, 30 degrees, 20°C, 5 percent.
@@ -737,6 +748,8 @@ def power(x, y):
         return x**y.numerator
     if type(x) is not complex and x < 0 and type(y) is Fraction and y.denominator % 2 == 1 < y.denominator:
         return (-1) ** y.numerator * power(-x, y)
+    if type(x) is Fraction and max(x.numerator, x.denominator) > 10**38:
+        raise OverflowError  # sqrt(10^100 + 1) would be 10^50
     x, y = alike(alike(x, PI)[0], y)
     return math.pow(x, y) if type(x) is float else x**y
 
@@ -766,13 +779,20 @@ def binomial(n, k):
 
 FUNCTIONS = {
     "arcsin": math.asin, "arccos": math.acos, "arctan": math.atan, "sin": math.sin, "cos": math.cos,
-    "tan": math.tan, "exp": lambda x: power(CONSTANTS["e"], x), "ln": logarithm, "log": logarithm,
+    "tan": math.tan, "cot": lambda x: 1 / math.tan(x), "sec": lambda x: 1 / math.cos(x),
+    "csc": lambda x: 1 / math.sin(x), "exp": lambda x: power(CONSTANTS["e"], x), "ln": logarithm,
+    "log": logarithm,
 }
 
 
 def apply(name, x):
-    """A function of x, with the zeros that rounding misses: sin(pi)."""
+    """A function of x, with the zeros that rounding misses: sin(pi).
+
+    No value where a float has too few digits: sin(10^20), and cos(10^-7), which is nearly 1.
+    """
     y = FUNCTIONS[name](x)
+    if type(y) is float and x and not 1e-4 < abs(x) < 1e7:
+        raise ArithmeticError
     return Fraction(0) if type(y) is float and abs(y) < 1e-15 * abs(float(x)) else y
 
 
@@ -818,9 +838,16 @@ def constant(x):
     return Value("number", (Fraction(x),))
 
 
+SCALE = {"": constant(1), "°": Value("number", (DIGITS.divide(PI, 180),)), "%": constant(Fraction(1, 100))}
+
+
 def number(function, *operands):
-    """function of numbers, at every point; None where it has no value or one that is too large."""
-    check(all(x.kind == "number" for x in operands), "not a number where one is needed")
+    """function of numbers, at every point; None where it has no value or one that is too large.
+
+    There 90° is pi/2 and 50% is 0.5. Nothing is computed with other units: 5 ft + 6 in is not 11.
+    """
+    check(all(x.kind == "number" and x.mark in SCALE for x in operands), "no number where one is needed")
+    operands = [number(multiply, x._replace(mark=""), SCALE[x.mark]) if x.mark else x for x in operands]
     count = max(len(x.items) for x in operands)
     values = []
     with decimal.localcontext(DIGITS):
@@ -832,7 +859,7 @@ def number(function, *operands):
             exact = type(value) is Fraction
             bits = value.numerator.bit_length() + value.denominator.bit_length() if exact else 0
             values.append(value if bits <= MAX_BITS // math.isqrt(count) else None)
-    return Value("number", tuple(values), " ".join(sorted({x.mark for x in operands} - {""})))
+    return Value("number", tuple(values))
 
 
 # 10. Plain text -> tokens -> value --------------------------------------------------------------------------
@@ -885,7 +912,8 @@ def equation(a, b):
 # Words after a number that are no unit: they make it another number.
 NO_UNITS = ORDINARY - {"per"} | set("""is are except without or and more less most least than to over under
     below if plus minus times root squared cubed factorial choose mod modulo negative inverse wrong incorrect
-    ten st nd rd half halve third quarter score gross lakh crore quadrillion""".split())
+    fewer too above permille basis k M B bn mn mil ten st nd rd half halve third quarter score gross lakh
+    crore quadrillion""".split())
 
 
 def with_unit(value, text):
@@ -894,8 +922,9 @@ def with_unit(value, text):
     singular = [re.sub("(?<=[^s]{2})s$", "", word) for word in words]
     names = [UNITS.get(word, UNITS.get(one, one)) for word, one in zip(words, singular)]
     ordinal = any(name.endswith("th") and name != "month" for name in names)  # seventh, 5 th
-    number = value.kind == "number" and len(value.items) == 1  # `a mole` is not a
-    check(number and not ordinal and NO_UNITS.isdisjoint(names), f"{text} is no unit here")
+    closed = len(value.items) == 1 or text in SCALE  # `a mole` is not a
+    unit = closed and not ordinal and NO_UNITS.isdisjoint(names)
+    check(value.kind == "number" and unit, f"{text} is no unit here")
     return value._replace(mark=" ".join([value.mark, *names]).strip())
 
 
@@ -908,7 +937,8 @@ OPERATORS = {
     "+": (8, partial(number, add)), "-": (8, partial(number, lambda x, y: add(x, -y))),
     "": (9, times), "*": (9, times), "/": (9, partial(number, divide)),
     "^": (11, partial(number, power)),
-    "unit": (12, with_unit), "!": (12, lambda value, sign: number(factorial, value)),
+    "unit": (7, with_unit), "base": (12, with_unit), "%": (9, with_unit), "°": (9, with_unit),
+    "!": (12, lambda value, sign: number(factorial, value)),
 }
 # Functions of the two operands that follow.
 PREFIX = {r"\frac": divide, r"\binom": binomial}
@@ -926,6 +956,8 @@ AROUND = {"||": abs, r"\lvert\rvert": abs, r"\lfloor\rfloor": floor, r"\lceil\rc
 def read(text):
     """The value of a plain text; a ± makes two values: 1 ± 2 is the set 3, -1. Raises ValueError."""
     check(text.count("±") < 2 and text.count("∓") < 2, "more than one ±")
+    # Words are no products: dog bit man is not man bit dog.
+    check(not re.search(r"(?<![\\A-Za-z])[A-Za-z]{2,}\s+[A-Za-z]", re.sub('"[^"]*"', "", text)), "a sentence")
     upper = Parser(text.replace("±", "+").replace("∓", "-")).value
     if "±" not in text and "∓" not in text:
         return upper
@@ -962,7 +994,7 @@ class Parser:
             strength, function = OPERATORS.get(operator, (-1, None))
             if strength < least:
                 return value
-            if operator in ("unit", "!"):
+            if operator in ("unit", "base", "%", "°", "!"):
                 value = function(value, self.take())
             else:
                 self.at += operator != ""
@@ -972,15 +1004,16 @@ class Parser:
         """The operator that comes next: "" for a product without a sign, None where an expression ends."""
         kind, text = self.tokens[self.at]
         before, _ = self.tokens[self.at - 1]
-        if kind == "text" or text in ("%", "°"):
-            return "unit"
+        if kind == "text":
+            return "base" if text.startswith('"base') else "unit"
         if text in OPERATORS:
             return text if (before, text) != ("text", "^") else None
         if kind == "number":  # "2 3" and "x2" are not meant as products, (x)2 and n2^{n-1} are
             product = before == "op" or before == "name" and self.tokens[self.at + 1] == ("op", "^")
         else:  # nor is 5 plus x
             starts = kind in ("name", "function") or text in (*CLOSING, *PREFIX, r"\sqrt")
-            product = starts and before != "text" and not (text == "|" and self.bars)
+            applied = text == "(" and self.tokens[self.at - 1][1][0] in "fg"  # f(g(x)) is no product
+            product = starts and before != "text" and not applied and not (text == "|" and self.bars)
         return "" if product else None
 
     def operand(self):
@@ -989,8 +1022,10 @@ class Parser:
         text = self.take()
         if kind == "number":
             return constant(text)
-        if kind in ("name", "text"):
-            return symbol(re.sub(r'[{}\s"]', "", text))
+        if kind == "name":
+            return symbol(re.sub(r"[{}\s]", "", text))
+        if kind == "text":
+            return symbol(" ".join(text.replace('"', "").split()))
         if kind == "function":
             return self.function(text[1:])
         if text in CLOSING:
@@ -1038,8 +1073,8 @@ class Parser:
         value = self.operand() if whole else self.expression(SIGN)
         while not whole and self.operator() == "" and self.tokens[self.at][0] in ("name", "number"):
             value = times(value, self.expression(SIGN))
-        if value.mark == "°":
-            value = times(value._replace(mark=""), SCALE["°"])
+        if not whole and self.next == "°":
+            value = with_unit(value, self.take())
         value = number(partial(apply, name), value)
         if name == "log":
             value = number(lambda x, b: divide(x, logarithm(b)), value, scripts["_"])
@@ -1048,17 +1083,14 @@ class Parser:
 
 # 11. The comparison of values -------------------------------------------------------------------------------
 
-SCALE = {"°": Value("number", (DIGITS.divide(PI, 180),)), "%": constant(Fraction(1, 100))}
-
-
 def same(a, b):
     """Whether two values are the same answer. A mark that one side drops does not count."""
     kinds = {a.kind, b.kind}
     if "" != a.mark != b.mark != "":
         return False
     if kinds == {"number"}:  # 90° is 90 and pi/2, 50% is 50 and 0.5
-        scale = SCALE.get(a.mark, constant(1)), SCALE.get(b.mark, constant(1))
-        return agree(a, b) or a.mark != b.mark and agree(times(a, scale[0]), times(b, scale[1]))
+        as_written = agree(a._replace(mark=""), b._replace(mark=""))
+        return as_written or a.mark != b.mark and {a.mark, b.mark} <= {*SCALE} and agree(a, b)
     if len(a.items) != len(b.items):
         return False
     if kinds <= {"list", "set"} or kinds == {"union"}:  # in any order: each item as often on both sides
