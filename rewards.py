@@ -762,6 +762,8 @@ def logarithm(x):
 
 def floor(x):
     """The floor; for a number that is an integer but for rounding, that integer."""
+    if type(x) is not Fraction and abs(x) > 10**30:
+        raise OverflowError  # its last digits are rounding, and it may have a million of them
     nearly = abs(x - round(x)) <= abs(x) * ROUNDING[type(x)]
     return Fraction(round(x) if nearly else math.floor(x))
 
@@ -913,7 +915,7 @@ def equation(a, b):
 NO_UNITS = ORDINARY - {"per"} | set("""is are except without or and more less most least than to over under
     below if plus minus times root squared cubed factorial choose mod modulo negative inverse wrong incorrect
     fewer too above permille basis k M B bn mn mil ten st nd rd half halve third quarter score gross lakh
-    crore quadrillion""".split())
+    crore quadrillion""".split()) | {*SCALES}
 
 
 def with_unit(value, text):
@@ -1093,8 +1095,14 @@ def same(a, b):
         return as_written or a.mark != b.mark and {a.mark, b.mark} <= {*SCALE} and agree(a, b)
     if len(a.items) != len(b.items):
         return False
-    if kinds <= {"list", "set"} or kinds == {"union"}:  # in any order: each item as often on both sides
-        return all(sum(same(x, y) for y in a.items) == sum(same(x, y) for y in b.items) for x in a.items)
+    if kinds <= {"list", "set"} or kinds == {"union"}:  # in any order: each item has a partner of its own
+        rest = list(b.items)
+        for x in a.items:
+            partners = [i for i, y in enumerate(rest) if same(x, y)]
+            if not partners:
+                return False
+            del rest[partners[0]]
+        return True
     return a.kind == b.kind and all(map(same, a.items, b.items))
 
 
