@@ -461,8 +461,8 @@ def is_equivalent(prediction, gold):
         return False
     if bare(a) == bare(b):
         return True
-    if all(re.fullmatch("(?=.*[eiou]|[A-Z][a-z])[A-Za-z]{3,}", bare(text)) for text in (a, b)):
-        return False  # words: as products dog and god would be the same
+    if all(re.fullmatch("(?=.*[eiou]|[A-Z][A-Za-z])[A-Za-z]{3,}", bare(text)) for text in (a, b)):
+        return False  # words or an order: as products dog and god, ABC and CAB would be the same
     # By value, first with names, so that x = 1, y = 2 is not x = 2, y = 1; then without.
     for x, y in ((a, b), unnamed(a, b)):
         try:
@@ -676,9 +676,10 @@ REWRITES = [
     (r'"(dollar|euro|sterling)"\s*([0-9][0-9.,*]*)', r'\2 "\1" '),
     (r'"(square|cubic)"?\s"?(\w+)', lambda m: f'"{m[2]}^{2 if m[1] == "square" else 3}'),
     # Inequalities of a lone variable: 1 < x <= 3. Last, punctuation at the ends.
+    (r"\s+", " "),
     (rf"(?:^|(?<=∪))\s*(?:([^<>=!,∪]+?)\s*([<>]=?))?\s*({LETTER})\s*(?:([<>]=?)\s*([^<>=!,∪]+?))?\s*(?=$|∪)",
      _membership),
-    (r'^[\s,]+|""|(?:[\s,;:]|(?<!\.)\.|;;)+$', ""),
+    (r'^[\s,]+|""|(?:[\s,;:]|(?<!\.)\.)+$', ""),
 ]
 REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in REWRITES]
 
@@ -880,10 +881,14 @@ TOKEN = re.compile(
 
 
 def times(a, b):
-    """A product. A number times a matrix is the matrix of the products."""
+    """A product. A number times a matrix is the matrix of the products.
+
+    Two matrices have no product here: multiplied entry by entry, nested ones would grow without bound.
+    """
     if a.kind in ("matrix", "row"):
         a, b = b, a
     if b.kind in ("matrix", "row"):
+        check(a.kind == "number", "a product of matrices")
         return Value(b.kind, tuple(times(a, entry) for entry in b.items))
     return number(multiply, a, b)
 
@@ -897,7 +902,8 @@ def join(kind, *items):
         members = [row if row.kind == "row" else Value("row", (row,)) for row in members]
     if kind == "set":
         members = [x for i, x in enumerate(members) if not any(same(x, other) for other in members[:i])]
-    return members[0] if len(members) == 1 and kind in ("list", "set") else Value(kind, tuple(members))
+    alone = len(members) == 1 and kind in ("list", "set") and members[0].kind != "set"
+    return members[0] if alone else Value(kind, tuple(members))
 
 
 def equation(a, b):
@@ -1096,6 +1102,7 @@ def same(a, b):
     if len(a.items) != len(b.items):
         return False
     if kinds <= {"list", "set"} or kinds == {"union"}:  # in any order: each item has a partner of its own
+        # Counting equal items would not do: an item without a value does not equal even itself.
         rest = list(b.items)
         for x in a.items:
             partners = [i for i, y in enumerate(rest) if same(x, y)]
