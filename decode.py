@@ -297,8 +297,7 @@ class Sampler:
                 yield trace
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 1. Norms
+# 3. Norms ---------------------------------------------------------------------------------------------------
 
 
 @_jit
@@ -343,8 +342,8 @@ def norm_step(y, weight, eps, *, z=None, groups=1, norm_before_gate=False):
     return out
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 2. The mixer. The convolution has a kernel of its own. In one with the state, the programs of several heads
+# 4. The mixer -----------------------------------------------------------------------------------------------
+# The convolution has a kernel of its own. In one with the state, the programs of several heads
 # would convolve the B and C of their group, and some would still read the last inputs while another moves
 # them on.
 
@@ -445,8 +444,8 @@ def mamba_step(conv, state, xBC, dt, weight, bias, dt_bias, A_log, D, limit):
     return _step_triton(state, x.view(b, h, p), dt, A_log, B, C, D, dt_bias, limit)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 3. Attention. The one query of a slot reads all its keys: that takes memory bandwidth, hence programs on
+# 5. Attention -----------------------------------------------------------------------------------------------
+# The one query of a slot reads all its keys: that takes memory bandwidth, hence programs on
 # every multiprocessor, and a single slot has too few heads for that. So the keys are split
 # ("flash-decoding"). A program takes the keys [i span, (i + 1) span) of one slot and key head, and all query
 # heads that share them, with a running maximum as in FlashAttention. A second kernel adds up the parts of a
@@ -577,8 +576,7 @@ def attend_step(q, k, v, cos, sin, lengths, keys, values, *, key_multiplier=1.0)
     return y
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 4. Drawing the next token, on any device
+# 6. Drawing the next token, on any device -------------------------------------------------------------------
 
 
 def invert(weights, u):
@@ -624,8 +622,7 @@ def draw(logits, u, temperature, top_p, top=20):
     return (first + index)[:, 0], (probs.gather(-1, index) / total).log()[:, 0], confidence
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 5. The recorded step
+# 7. The recorded step ---------------------------------------------------------------------------------------
 
 
 class Decoder:
