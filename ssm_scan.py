@@ -950,25 +950,6 @@ def _backend(name, x):
     return name or ("triton" if runs and x.is_cuda else "torch")
 
 
-class _GatherRows(torch.autograd.Function):
-    """x (tokens, ...)[index (rows,)], whose backward is no scatter-add: faster and deterministic. Where index
-    is padded, inverse (tokens,) says where each token sits in it; gradients of padding are dropped."""
-    @staticmethod
-    def forward(ctx, x, index, inverse=None):
-        ctx.save_for_backward(index, inverse)
-        ctx.shape = x.shape
-        return x.index_select(0, index)  # on a CPU much faster than x[index]
-
-    @staticmethod
-    def backward(ctx, dout):
-        index, inverse = ctx.saved_tensors
-        if inverse is None:
-            return dout.new_zeros(ctx.shape).index_copy_(0, index, dout), None, None
-        return dout.index_select(0, inverse), None, None
-
-gather_rows = _GatherRows.apply
-
-
 def to_device(tensors, device):
     """Copy CPU tensors of one dtype to `device`, by one copy from pinned memory: no waiting."""
     if device.type == "cpu":

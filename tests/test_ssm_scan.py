@@ -144,17 +144,6 @@ def test_tables_go_to_a_device_together_each_at_a_multiple_of_16_bytes():
     assert [part.storage_offset() * part.itemsize % 16 for part in parts] == [0, 0, 0]
     assert s.to_device(tensors, torch.device("cpu")) is tensors
 
-def test_gathered_rows_give_their_gradients_back():
-    x = torch.arange(6.0).view(3, 2).requires_grad_()
-    index, inverse = torch.tensor([2, 0, 1, 1]), torch.tensor([1, 2, 0])  # the last row is padding
-    rows = s.gather_rows(x, index, inverse)
-    assert torch.equal(rows, x[index])
-    rows.backward(torch.tensor([[1.0, 1], [2, 2], [3, 3], [9, 9]]))
-    assert x.grad[:, 0].tolist() == [2, 3, 1]
-    x.grad = None
-    s.gather_rows(x, index[:2]).sum().backward()
-    assert x.grad[:, 0].tolist() == [1, 0, 1]
-
 
 # 3. The Triton kernels, in Triton's interpreter where there is no GPU (see conftest.py) ---------------------
 
