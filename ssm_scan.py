@@ -43,7 +43,6 @@ try:
 except ImportError:  # macOS and Windows: the kernels below are plain functions that nobody calls
     triton, tl, _jit, constexpr = None, None, lambda kernel: kernel, int
 
-
 # 1. The scan, one step of it, and the definition ------------------------------------------------------------
 
 def ssd_scan(x, dt, A, B, C, *, D=None, dt_bias=None, dt_softplus=False, initial_states=None, cu_seqlens=None,
@@ -84,7 +83,6 @@ def ssd_scan(x, dt, A, B, C, *, D=None, dt_bias=None, dt_softplus=False, initial
         y = y if D is None else torch.addcmul(y, D[:, None], x)
     return y.to(x.dtype).view(shape), S if return_final_states else None
 
-
 def ssd_step(state, x, dt, A, B, C, *, D=None, dt_bias=None, dt_softplus=False):
     """One token of `ssd_scan`, in torch; decode.py has a kernel for it.
 
@@ -107,12 +105,10 @@ def ssd_step(state, x, dt, A, B, C, *, D=None, dt_bias=None, dt_softplus=False):
     y = y.view(x.shape) if D is None else torch.addcmul(y.view(x.shape), D.to(dtype)[:, None], x)
     return y.to(x.dtype), state
 
-
 def _step_size(dt, dt_bias, dt_softplus, dtype):
     """Delta in the dtype of the state: a bfloat16 step would lose the decay's digits."""
     dt = dt.to(dtype) if dt_bias is None else dt.to(dtype) + dt_bias.to(dtype)
     return F.softplus(dt) if dt_softplus else dt
-
 
 def _scan_recurrent(x, dt, B, C, A, S, cu, chunk_size):
     """The definition. x (tokens, h, p), dt (tokens, h), B and C (tokens, g, n), S (s, h, p, n)."""
@@ -125,7 +121,6 @@ def _scan_recurrent(x, dt, B, C, A, S, cu, chunk_size):
             ys.append(torch.einsum("hpn,hn->hp", state, C[i]))
         finals.append(state)
     return torch.stack(ys), torch.stack(finals)
-
 
 # 2. The scan in matrix products -----------------------------------------------------------------------------
 
@@ -179,7 +174,6 @@ def _scan_chunked(x, dt, B, C, A, S, cu, chunk_size):
     y = y.permute(0, 3, 1, 2).flatten(0, 1)  # (k l, h, p)
     return torch.cat(y.split(sizes)[::2]), torch.stack(finals)
 
-
 class _DecayedScores(torch.autograd.Function):
     """(B C^T)_ji exp(c_i - c_j) at row j, column i >= j, else 0. bc (k, g, l, l), c (k, h, l) -> (k, h, l, l)
     dc_i = sum of column i - sum of row i, without the diagonal: there the two terms cancel exactly, and
@@ -200,11 +194,9 @@ class _DecayedScores(torch.autograd.Function):
         q.diagonal(dim1=-2, dim2=-1).zero_()
         return dbc, q.sum(-2, dtype=torch.float64) - q.sum(-1, dtype=torch.float64)
 
-
 def _bounded_exp(c):
     """exp(c), c <= 0, clamped at e^-60 = 9e-27: denormals are 100x slower on a CPU."""
     return c.clamp(-60, 0).exp_()
-
 
 # 3. The scan in Triton: kernels -----------------------------------------------------------------------------
 #
@@ -258,20 +250,17 @@ def _bounded_exp(c):
 # next. Capitals are known at compile time: the sizes above, R boundaries EDGE tokens apart, the sides BL, BP,
 # BN, BK of tiles. A tile of cb is loaded whole and selected from afterwards: a mask would make loads narrow.
 
-
 @_jit
 def _program(tiles, heads):
     """Programs are numbered by tile, then head or group (neighbours share cb in the L2 cache), then chunk."""
     pid = tl.program_id(0)
     return pid % tiles, pid // tiles % heads, (pid // (tiles * heads)).to(tl.int64)
 
-
 @_jit
 def _chunk_program(tiles, heads, start, left, L: constexpr):
     """As _program, and the chunk's first token and number of tokens."""
     tile, h, k = _program(tiles, heads)
     return tile, h, k, tl.load(start + k), tl.minimum(tl.load(left + k), L).to(tl.int32)
-
 
 @_jit
 def _rows(decays, head, L: constexpr, R: constexpr):
@@ -280,7 +269,6 @@ def _rows(decays, head, L: constexpr, R: constexpr):
     after = decays + head * (2 * R + 3) * L
     return after, after + R * L, after + 2 * R * L
 
-
 @_jit
 def _decay(dt, i, j, L: constexpr):
     """2^(c_i - c_j) dt_j, at most dt_j."""
@@ -288,19 +276,16 @@ def _decay(dt, i, j, L: constexpr):
     rise = (tl.load(c + i) - tl.load(c + j)) + (tl.load(low + i) - tl.load(low + j))
     return tl.exp2(tl.minimum(rise, 0.0)) * tl.load(dt + j)
 
-
 @_jit
 def _range(start, tile: constexpr, size: constexpr):
     """tile indices from start, and which are below size: all, known when compiling, if tiles divide it."""
     i = start + tl.arange(0, tile)
     return i, (i < size) | (size % tile == 0)
 
-
 @_jit
 def _load(base, token, stride, column, mask):
     """A tile of tokens' vectors: element `column` of each `token`, counted from base; 0 outside the mask."""
     return tl.load(base + token.to(tl.int64) * stride + column, mask=mask, other=0.0)
-
 
 @_jit
 def _products(a, b, i, j, num, s_a, s_b, SIZE: constexpr, BL: constexpr, BK: constexpr):
@@ -312,7 +297,6 @@ def _products(a, b, i, j, num, s_a, s_b, SIZE: constexpr, BL: constexpr, BK: con
         bj = _load(b, j[None, :], s_b, k[:, None], (j < num)[None, :] & inside[:, None])  # (BK, BL)
         acc = tl.dot(ai, bj, acc, input_precision="ieee")
     return acc
-
 
 @_jit
 def _decays_kernel(step, A, start, left, decays, H: constexpr, L: constexpr, R: constexpr, EDGE: constexpr,
@@ -338,7 +322,6 @@ def _decays_kernel(step, A, start, left, decays, H: constexpr, L: constexpr, R: 
         tl.store(after + r * L + j, tl.exp2(tl.where(rise > 0, 0.0, rise)), mask=in_h)
         tl.store(before + r * L + j, tl.exp2(tl.where(rise < 0, 0.0, -rise)) * dt, mask=in_h)
 
-
 @_jit
 def _cb_kernel(B, C, start, left, cb, s_B, s_C, G: constexpr, N: constexpr, L: constexpr,
                BL: constexpr, BK: constexpr):
@@ -350,7 +333,6 @@ def _cb_kernel(B, C, start, left, cb, s_B, s_C, G: constexpr, N: constexpr, L: c
         i, j = i0 + tl.arange(0, BL), j0 + tl.arange(0, BL)
         acc = _products(C + token * s_C + g * N, B + token * s_B + g * N, i, j, num, s_C, s_B, N, BL, BK)
         tl.store(cb + ((k * G + g) * L + i[:, None]) * L + j[None, :], acc)
-
 
 @_jit
 def _states_kernel(value, key, decays, start, left, first, initial, states, final, entering, crossing,
@@ -407,7 +389,6 @@ def _states_kernel(value, key, decays, start, left, first, initial, states, fina
     if final is not None:
         tl.store(final + (s * H + h) * P * N + place, S, mask=inside)
 
-
 @_jit
 def _scan_kernel(value, query, cb, states, decays, D, start, left, out, s_value, s_query,
                  H: constexpr, G: constexpr, P: constexpr, N: constexpr, L: constexpr, R: constexpr,
@@ -458,7 +439,6 @@ def _scan_kernel(value, query, cb, states, decays, D, start, left, out, s_value,
     acc += tl.load(D + h) * v.to(tl.float32)
     tl.store(out + (token + i)[:, None] * H * P + h * P + p, acc, mask=row & in_p)
 
-
 @_jit
 def _dcb_kernel(x, dy, cb, decays, start, left, dcb, row, col, diagonal, s_x, H: constexpr, G: constexpr,
                 P: constexpr, L: constexpr, R: constexpr, BL: constexpr, BP: constexpr, DIAGONAL: constexpr):
@@ -492,7 +472,6 @@ def _dcb_kernel(x, dy, cb, decays, start, left, dcb, row, col, diagonal, s_x, H:
         tl.store(row + (head * SIDE + across) * L + i, tl.sum(q, 1))
         tl.store(col + (head * SIDE + down) * L + j, tl.sum(q, 0))
     tl.store(dcb + place, acc)
-
 
 @_jit
 def _dbc_kernel(value, own, other, dcb, states, decays, start, left, out, flow, s_value, s_own, s_other,
@@ -536,7 +515,6 @@ def _dbc_kernel(value, own, other, dcb, states, decays, start, left, out, flow, 
         acc = tl.dot(tl.where(later >= sooner, d, 0.0).to(o.dtype), o, acc, input_precision="ieee")
     tl.store(out + (token + i)[:, None] * G * N + g * N + n, acc, mask=row & in_n)
 
-
 @_jit
 def _ddt_kernel(row, col, diagonal, F, E, crossing, cb, decays, A, start, left, ddt, dA, dD,
                 H: constexpr, G: constexpr, L: constexpr, R: constexpr,
@@ -573,27 +551,22 @@ def _ddt_kernel(row, col, diagonal, F, E, crossing, cb, decays, A, start, left, 
     tl.store(dA + head, tl.sum(dt * da))
     tl.store(dD + head, tl.sum(dy_x.to(tl.float64)))
 
-
 # 4. The scan in Triton: launches ----------------------------------------------------------------------------
 
 def _power(size):
     return max(16, 1 << (size - 1).bit_length())  # tl.dot needs at least 16, tl.arange a power of two
 
-
 def _empty(like, *shape, dtype=None):
     return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
-
 
 def _dense(v):
     """v, copied unless the elements of a token are contiguous: tokens may be slices of wider rows."""
     return v if v[0].is_contiguous() else v.contiguous()
 
-
 def _launch(kernel, programs, *args, **options):
     tensors = (v for v in (*args, *options.values()) if isinstance(v, Tensor))
     with torch.cuda.device_of(next(tensors)):  # Triton launches on the current GPU, wherever the tensors are
         kernel[(programs,)](*args, **options)
-
 
 def _tiling(l, p, n, dtype, shared_memory):
     """Tile sizes and launch options of every kernel, for chunks of l tokens. With 16 bits, Hopper (227 KB of
@@ -615,7 +588,6 @@ def _tiling(l, p, n, dtype, shared_memory):
         scan=dict(BL=side, BP=bp, BK=min(inner, bn), **large | dict(num_stages=2)),
         dcb=dict(BL=edge, BP=min(32, bp) if full else bp, **small),
         dbc=dict(BL=side, BN=min(128 if wide else 64, bn), BP=bp, BK=inner, **large))
-
 
 class _Plan:
     """The kernels of one scan. `given` are the arguments that mean the same to all of them, by name."""
@@ -646,7 +618,6 @@ class _Plan:
         given = {key: v for key, v in given.items() if key in kernel.arg_names}
         _launch(kernel, self.count(name, grid), **given, **self.tiles[name])
 
-
 # Custom operators are opaque to torch.compile, which therefore has no graph break.
 @torch.library.custom_op("falcon_h1r::ssd", mutates_args=("y", "final", "states", "cb"))
 def _ssd(inputs: Sequence[Tensor], initial: Tensor | None, y: Tensor, cb: Tensor, states: Tensor,
@@ -656,7 +627,6 @@ def _ssd(inputs: Sequence[Tensor], initial: Tensor | None, y: Tensor, cb: Tensor
     plan.launch(_cb_kernel, "cb", "LLGk")
     plan.launch(_states_kernel, "states", "PNHs", value=x, key=B, initial=initial, final=final)
     plan.launch(_scan_kernel, "scan", "LHk", value=x, query=C, out=y)
-
 
 @torch.library.custom_op("falcon_h1r::ssd_backward", mutates_args=("gradients", "dinitial"))
 def _ssd_backward(dy: Tensor, dfinal: Tensor | None, inputs: Sequence[Tensor], states: Tensor, cb: Tensor,
@@ -684,7 +654,6 @@ def _ssd_backward(dy: Tensor, dfinal: Tensor | None, inputs: Sequence[Tensor], s
     plan.given.update(states=states, REVERSED=False)  # dC walks as the forward pass does
     plan.launch(_dbc_kernel, "dbc", "LNGk", value=dy, own=C, other=B, out=dC, flow=sums["F"])
     plan.launch(_ddt_kernel, "ddt", "Hk")
-
 
 class _Scan(torch.autograd.Function):
     @staticmethod
@@ -715,7 +684,6 @@ class _Scan(torch.autograd.Function):
         *direct, dA, dD = gradients
         return dinitial, None, None, None, *direct, dA.sum(0).float(), dD.sum(0).float()
 
-
 def _scan_triton(x, dt, B, C, A, D, S, cu, chunk_size, want_final):
     """x (tokens, h, p) in its own dtype, dt (tokens, h) float32 -> y with D x in it, final states."""
     check(x.shape[2] <= 256, f"x: got {x.shape[2]} channels per head, expected at most 256, or backend=torch")
@@ -725,7 +693,6 @@ def _scan_triton(x, dt, B, C, A, D, S, cu, chunk_size, want_final):
     A = torch.where(A < 0, A, torch.nan)  # A >= 0 is an error, but the host must not wait to see it
     S = None if S is None else S.contiguous()
     return _Scan.apply(S, cu, l, want_final, _dense(x), dt.contiguous(), _dense(B), _dense(C), A, D)
-
 
 # 5. The causal convolution ----------------------------------------------------------------------------------
 
@@ -766,7 +733,6 @@ def causal_conv1d(x, weight, bias=None, *, initial_states=None, cu_seqlens=None,
     final = torch.where((token >= start[:, None])[..., None], row[token.clamp(min=0)], 0)
     return y.view(x.shape), final.mT
 
-
 def causal_conv1d_step(state, x, weight, bias=None, *, activation=None):
     """One token: state (b, d, k - 1), x (b, d) -> y, new state (updated in place without gradients)."""
     check(x.dim() == 2, f"x: got {tuple(x.shape)}, expected (b, d)")
@@ -776,7 +742,6 @@ def causal_conv1d_step(state, x, weight, bias=None, *, activation=None):
     y = y if bias is None else y + bias
     state = window[:, 1:].mT if torch.is_grad_enabled() else state.copy_(window[:, 1:].mT)
     return (F.silu(y) if activation else y), state
-
 
 class _ConvTorch(torch.autograd.Function):
     """x (tokens, d) of one sequence, taps (k + 1, d) with the bias last -> as x. In autograd each slice of x
@@ -801,7 +766,6 @@ class _ConvTorch(torch.autograd.Function):
             dtaps.append((dy[back:] * x[:-back]).sum(0))
         return dx, torch.stack(dtaps[::-1])
 
-
 # In Triton a program is one warp that walks over a block, up to BT tokens of one sequence. A thread keeps the
 # last k inputs of a few channels in registers, so it loads each input once, ROWS tokens at a time to hide the
 # latency of memory. The backward pass recomputes z, the value before the activation:
@@ -814,7 +778,6 @@ class _ConvTorch(torch.autograd.Function):
 # BD: 32 threads with 8 channels, 16 bytes of bfloat16; backward 4, because 8 take 242 registers.
 _CONV_FORWARD = dict(BT=128, BD=256, ROWS=8, num_warps=1)
 _CONV_BACKWARD = dict(BT=128, BD=128, ROWS=4, num_warps=1)
-
 
 @_jit
 def _conv_kernel(x, taps, dy, out, dtaps, start, left, s_x, CHANNELS: constexpr, K: constexpr,
@@ -865,7 +828,6 @@ def _conv_kernel(x, taps, dy, out, dtaps, start, left, s_x, CHANNELS: constexpr,
         for j in tl.static_range(K + 1):
             tl.store(dtaps + (block * (K + 1) + j) * CHANNELS + d, dw[j], mask=in_d)
 
-
 @torch.library.custom_op("falcon_h1r::conv", mutates_args=("out", "dtaps"))
 def _conv(x: Tensor, taps: Tensor, dy: Tensor | None, out: Tensor, dtaps: Tensor | None, cu: Sequence[int],
           silu: bool) -> None:
@@ -874,7 +836,6 @@ def _conv(x: Tensor, taps: Tensor, dy: Tensor | None, out: Tensor, dtaps: Tensor
     programs = len(start) * triton.cdiv(x.shape[1], sizes["BD"])
     _launch(_conv_kernel, programs, x, taps, dy, out, dtaps, start, left, x.stride(0),
             CHANNELS=x.shape[1], K=len(taps) - 1, SILU=silu, **sizes)
-
 
 class _ConvTriton(torch.autograd.Function):
     @staticmethod
@@ -893,14 +854,12 @@ class _ConvTriton(torch.autograd.Function):
         _conv(x, taps, dy.contiguous(), dx, dtaps, ctx.cu, ctx.silu)
         return dx, dtaps.sum(0).to(taps.dtype), None, None
 
-
 # 6. Checks, and where tokens go -----------------------------------------------------------------------------
 
 def check(ok, message):
     """Wrong shapes can broadcast into plausible nonsense: check every argument, by name."""
     if not ok:
         raise ValueError(message)
-
 
 def check_tensors(x, **expected):
     """Check every name=(tensor or None, shape): its shape, and that it is on the device of x."""
@@ -909,7 +868,6 @@ def check_tensors(x, **expected):
             got, want = tuple(v.shape), tuple(shape)
             check(got == want and v.device == x.device,
                   f"{name}: got {got} on {v.device}, expected {want} on {x.device}")
-
 
 def check_cu_seqlens(cu_seqlens, b, t):
     """Boundaries (s + 1,) as a tuple of ints, those of the batch rows if None. Keep them on the host."""
@@ -922,7 +880,6 @@ def check_cu_seqlens(cu_seqlens, b, t):
           f"cu_seqlens: got {cu}, expected strictly increasing integers from 0 to {t}, the number of tokens")
     return cu
 
-
 def _check_scan(x, dt, A, B, C, D, dt_bias, states, s):
     """For one token (no t) and for many."""
     *lead, h, p = x.shape
@@ -934,12 +891,10 @@ def _check_scan(x, dt, A, B, C, D, dt_bias, states, s):
     if A.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere the host would wait
         check(bool((A < 0).all()), "A: got a value that is not negative, expected A < 0 in every head")
 
-
 def _check_conv(x, weight, bias, activation, states, s):
     d, k = x.shape[-1], weight.shape[-1]
     check_tensors(x, weight=(weight, (d, k)), bias=(bias, (d,)), initial_states=(states, (s, d, k - 1)))
     check(activation in (None, "silu"), f'activation: got {activation!r}, expected None or "silu"')
-
 
 def _backend(name, x):
     """The backend's name; None picks the fastest one where x is. The kernels have no float64."""
@@ -948,7 +903,6 @@ def _backend(name, x):
           f'backend: got {name!r} for {x.dtype} on {x.device.type}, expected None, "recurrent", "torch", or '
           '"triton" for 32 and 16 bits on a GPU with triton installed')
     return name or ("triton" if runs and x.is_cuda else "torch")
-
 
 def to_device(tensors, device):
     """Copy CPU tensors of one dtype to `device`, by one copy from pinned memory: no waiting."""
@@ -961,11 +915,9 @@ def to_device(tensors, device):
     parts = row.to(device, non_blocking=True).split([len(v) for v in padded])
     return [part[: v.numel()].view(v.shape) for part, v in zip(parts, tensors)]
 
-
 def _chunks(cu, size):
     """How many chunks of at most `size` tokens each sequence has."""
     return [-(-(end - start) // size) for start, end in zip(cu, cu[1:])]
-
 
 @lru_cache(maxsize=16)  # once per batch, then shared by all layers and by the backward pass
 @torch.inference_mode(False)  # what is cached may meet autograd later

@@ -31,7 +31,6 @@ DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
 
 # 1. What a configuration costs. c is a FalconH1Config; letters as in model.py's glossary --------------------
 
-
 @lru_cache
 def parameters(c):
     """{part: number of parameters}. Tied embeddings count once; nothing is allocated."""
@@ -45,7 +44,6 @@ def parameters(c):
         counts[part] += p.numel()
     return counts
 
-
 def scan_flops(h, p, g, n, chunk=CHUNK):
     """FLOPs per token of the chunked scan with chunks of l tokens; the triangles' zeros do not count.
 
@@ -53,7 +51,6 @@ def scan_flops(h, p, g, n, chunk=CHUNK):
         (C B^T * L) (dt x)  h l p        C times the state before a chunk    2 h p n
     """
     return h * (chunk * p + 4 * p * n) + g * chunk * n
-
 
 def flops_per_token(c, context):
     """{part: forward FLOPs per token}, the mean over a row of `context` tokens.
@@ -75,14 +72,12 @@ def flops_per_token(c, context):
     return {"blocks": n * 2 * (attention + mamba + mlp), "head": 2 * d * c.vocab_size,
             "attention": n * 2 * c.num_attention_heads * hd * context, "scan": n * scan}
 
-
 def cache_bytes(c, slots, length, dtype):
     """{part: bytes} of a Cache: keys, values and the convolution's inputs in dtype, SSM states in float32."""
     rows = c.num_hidden_layers * slots
     return {"kv": dtype.itemsize * rows * 2 * c.num_key_value_heads * c.head_dim * length,
             "conv": dtype.itemsize * rows * sum(c.mamba_widths[1:4]) * (c.mamba_d_conv - 1),
             "ssm": 4 * rows * c.mamba_d_ssm * c.mamba_d_state}
-
 
 def decoding_floor(c, batch, context, dtype, bandwidth, rate):
     """Seconds that a decoding step of `batch` sequences with `context` tokens each cannot beat.
@@ -95,7 +90,6 @@ def decoding_floor(c, batch, context, dtype, bandwidth, rate):
     products = flops["blocks"] + flops["head"]  # 2 per weight
     moved = products // 2 * dtype.itemsize + cache["kv"] + 2 * (cache["conv"] + cache["ssm"])
     return max(moved / bandwidth, batch * products / rate)
-
 
 def block_bytes(c):
     """Bytes per token that one block keeps for its backward pass: bfloat16, Triton kernels."""
@@ -112,13 +106,11 @@ def block_bytes(c):
     scan = 2 * (I * c.mamba_d_state // CHUNK + CHUNK * c.mamba_n_groups)  # states before chunks; C B^T
     return norms + projections + attention + mamba + gated_norm + mlp + scan
 
-
 def loss_bytes(c, tokens):
     """Peak bytes of model.token_logprobs in bfloat16: 8 per logit of a chunk of tokens; in the backward pass
     6 per logit, and the head's gradient in float32."""
     logits = c.vocab_size * min(tokens, tokens_of_chunk(c.vocab_size, torch.device("cuda")))
     return max(8 * logits, 6 * logits + 4 * c.vocab_size * c.hidden_size)
-
 
 def training_bytes(c, tokens, gpus):
     """{part: bytes} that train_sft.py needs per GPU for one row of `tokens` tokens, recomputing activations.
@@ -140,7 +132,6 @@ def training_bytes(c, tokens, gpus):
             "gathered": (2 + 2) * (outer + two_blocks),
             "activations": inputs + max(one_block, loss_bytes(c, tokens))}
 
-
 def sizes(tokens=32768):
     """Print the table of presets. Every number is in millions, of parameters, FLOPs or bytes."""
     print(f"Millions: parameters; FLOPs per token, forward and training, mean of {tokens:,}; bytes of")
@@ -155,9 +146,7 @@ def sizes(tokens=32768):
         cells += [sum(training_bytes(c, tokens, gpus).values()) for gpus in (1, 8, 64)]
         print(f"{name:10s}", *(f"{cell / 1e6:10,.1f}" for cell in cells))
 
-
 # 2. Measuring -----------------------------------------------------------------------------------------------
-
 
 def medians(runs, device, rounds=5):
     """Median milliseconds of each function; all have run before, and now take turns. On a GPU, events on the
@@ -180,12 +169,10 @@ def medians(runs, device, rounds=5):
     torch.cuda.synchronize()
     return [statistics.median(begin.elapsed_time(end) for begin, end in times) for times in calls]
 
-
 def milliseconds(run, device):
     """Median of 5 calls on a CPU and of 15 on a GPU, after one that compiles."""
     run()
     return medians([run], device, 5 if device == "cpu" else 15)[0]
-
 
 def passes(function, leaves):
     """{"forward": run, "backward": run} of y = function(*leaves), each pass by itself."""
@@ -193,7 +180,6 @@ def passes(function, leaves):
     dy = torch.randn_like(y)
     return {"forward": torch.no_grad()(lambda: function(*leaves)),
             "backward": lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True)}
-
 
 def peak_bytes(run, device):
     """The most bytes of tensors that run() holds at a time, beyond those held before. On a CPU from the
@@ -211,7 +197,6 @@ def peak_bytes(run, device):
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     return max(itertools.accumulate(nbytes for _, nbytes in changes))
 
-
 def floors(device):
     """This machine's limits: bytes per second of a copy (read and write), FLOPs per second of a product."""
     size, nbytes = (1024, 2**26) if device == "cpu" else (8192, 2**29)
@@ -223,7 +208,6 @@ def floors(device):
     copy = milliseconds(lambda: target.copy_(source), device)
     return 1e3 * 2 * nbytes / copy, 1e3 * 2 * size**3 / product
 
-
 def print_machine(device):
     bandwidth, rate = floors(device)
     name = f"{torch.get_num_threads()} CPU threads" if device == "cpu" else torch.cuda.get_device_name()
@@ -231,9 +215,7 @@ def print_machine(device):
           f"copy {bandwidth / 1e9:,.1f} GB/s, product {rate / 1e12:,.3f} TFLOP/s")
     return bandwidth, rate
 
-
 # 3. The scan ------------------------------------------------------------------------------------------------
-
 
 def random_inputs(b, t, h, p, g, n, *, states=None, dtype=torch.float32, seed=0, device="cpu"):
     """Leaves of a plausible layer, named as ssd_scan names them: dt near 0.1 after softplus, -16 < A < -1."""
@@ -247,12 +229,10 @@ def random_inputs(b, t, h, p, g, n, *, states=None, dtype=torch.float32, seed=0,
         inputs["initial_states"] = normal(states, h, p, n)
     return {name: v.to(dtype).requires_grad_() for name, v in inputs.items()}
 
-
 def cotangents(*outputs):
     """Random gradients of the outputs, the same for every backend."""
     r = torch.Generator(outputs[0].device).manual_seed(1)
     return [torch.randn(v.shape, generator=r, device=v.device).to(v) for v in outputs]
-
 
 def scan_results(inputs, backend=None, *, cu_seqlens=None, chunk_size=CHUNK):
     """{"y": ..., "S": final states, "dx": ..., ...}: the scan's outputs and gradients."""
@@ -261,13 +241,11 @@ def scan_results(inputs, backend=None, *, cu_seqlens=None, chunk_size=CHUNK):
     torch.autograd.backward([y, S], cotangents(y, S))
     return {"y": y.detach(), "S": S.detach(), **{"d" + name: v.grad for name, v in leaves.items()}}
 
-
 def relative_errors(inputs, *, backend="torch", oracle="recurrent", **options):
     """{name: |ours - oracle| / |oracle|} of y, S and every gradient; the oracle runs in float64."""
     results = scan_results(inputs, backend, **options)
     exact = scan_results({name: v.double() for name, v in inputs.items()}, oracle, **options)
     return {name: float((results[name] - v).norm() / v.norm().clamp(min=1e-30)) for name, v in exact.items()}
-
 
 def ours(backend=None, chunk=CHUNK):
     """Our scan with the signature of those in tests/peers.py."""
@@ -275,13 +253,11 @@ def ours(backend=None, chunk=CHUNK):
         return ssd_scan(x, dt, A, B, C, cu_seqlens=cu, backend=backend, chunk_size=chunk)[0]
     return scan
 
-
 def scan_inputs(t, h, p, n, dtype, device):
     """Leaves x, dt after softplus, A, B, C of one row with one group; dt and A stay float32."""
     inputs = {name: v.detach() for name, v in random_inputs(1, t, h, p, 1, n, device=device).items()}
     x, B, C = (inputs[name].to(dtype) for name in "xBC")
     return [v.requires_grad_() for v in (x, F.softplus(inputs["dt"]), inputs["A"], B, C)]
-
 
 def scan_work(t, h, p, n, width):
     """{pass: (bytes, FLOPs)} of t tokens, one group; `width` bytes per number, but 4 for dt. Forward moves
@@ -289,7 +265,6 @@ def scan_work(t, h, p, n, width):
     flops = t * scan_flops(h, p, 1, n)
     return {"forward": (t * width * (2 * h * p + 2 * n) + 4 * t * h, flops),
             "backward": (t * width * (3 * h * p + 4 * n) + 8 * t * h, 2 * flops)}
-
 
 def print_scan_errors(backends, device):
     # Shape and cu_seqlens of small inputs that reach every special case.
@@ -301,7 +276,6 @@ def print_scan_errors(backends, device):
         inputs = random_inputs(**shape, device=device)
         errors = relative_errors(inputs, backend=backend, cu_seqlens=cu, chunk_size=32)
         print(f"  {name:10s} {backend:6s}", *(f"{k} {v:.0e}" for k, v in errors.items()))
-
 
 def scan_speed(device):
     """Errors; then every scan's passes over one document, and over documents of 1,000 tokens ("packed")."""
@@ -329,13 +303,11 @@ def scan_speed(device):
                 print(f"{row} {part:8s} {seconds * 1e3:9.3f} {size / seconds / 1e9:7.1f} "
                       f"{flops / seconds / 1e12:7.3f} {share:6.0%}")
 
-
 # 4. The model -----------------------------------------------------------------------------------------------
 
 SMALL = FalconH1Config(
     vocab_size=512, hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4,
     num_key_value_heads=2, head_dim=64, mamba_d_ssm=512, mamba_n_heads=8, mamba_d_head=64, mamba_d_state=64)
-
 
 def compare(name, tokens, floor, runs, device, rounds):
     """Print a row: tokens per second of the floor, and of each function with its share of the floor and peak.
@@ -352,7 +324,6 @@ def compare(name, tokens, floor, runs, device, rounds):
     for ms, peak in zip(times, peaks):
         row += f" {1e3 * tokens / ms:10,.0f} {1e3 * seconds / ms:6.0%} {peak / 2**20:9,.0f}"
     print(row, flush=True)
-
 
 def model_speed(c, device, batch, length, decoding, rounds=3):
     """Training, prefill and greedy decoding; on a CPU next to transformers.
@@ -399,7 +370,6 @@ def model_speed(c, device, batch, length, decoding, rounds=3):
             lambda: generate(model, prompts.tolist(), max_new_tokens=new, temperature=0, slots=slots),
             lambda: theirs.generate(prompts, attention_mask=torch.ones_like(prompts), **options))
 
-
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m tests.bench", allow_abbrev=False)
     parser.add_argument("command", choices=("scan", "model", "sizes"))
@@ -414,7 +384,6 @@ def main(argv=None):
         model_speed(SMALL, "cpu", 8, 512, ((1, 128), (16, 64), (256, 8)))
     else:
         model_speed(PRESETS["7b"], "cuda", 1, 32768, ((1, 128), (16, 128), (256, 128)))
-
 
 if __name__ == "__main__":
     main()

@@ -52,15 +52,12 @@ POINTERS = {
 SCALARS = {"room": "i32", "splits": "i32", "span": "i32", "eps": "fp32", "multiplier": "fp32",
            "scale": "fp32", "low": "fp32", "high": "fp32"}
 
-
 # 1. Compiling -----------------------------------------------------------------------------------------------
-
 
 def type_of(name):
     if name in SCALARS or name.startswith("s_"):
         return SCALARS.get(name, "i32")
     return "*" + next((dtype for dtype, names in POINTERS.items() if name in names), "bf16")
-
 
 def compiled(kernel, capability, constants, *, num_warps, num_stages=3):
     signature = {name: "constexpr" if name in constants else type_of(name) for name in kernel.arg_names}
@@ -70,19 +67,16 @@ def compiled(kernel, capability, constants, *, num_warps, num_stages=3):
     options = dict(num_warps=num_warps, num_stages=num_stages)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
-
 def cuobjdump(binary, option):
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(binary.asm["cubin"])
         return subprocess.run([CUOBJDUMP, option, cubin], capture_output=True, text=True, check=True).stdout
 
-
 def instructions(binary):
     """[(address, text)] of the listing, without the padding behind its end."""
     found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);", cuobjdump(binary, "-sass"))
     return [(int(address, 16), text) for address, text in found if not text.startswith("NOP")]
-
 
 def report(name, binary, listing):
     text = "\n".join(text for _, text in listing)
@@ -93,7 +87,6 @@ def report(name, binary, listing):
             "tensor_core": len(re.findall(r"\b(?:HGMMA|HMMA)\b", text)),
             "scalar_products": len(re.findall(r"tt\.dot .*-> tensor<\S+ #blocked", binary.asm["ttgir"])),
             "narrow_loads": len(re.findall(r"\bLDG\S*\.[US](?:8|16)\b", text))}
-
 
 def jobs(capability):
     """{name: (kernel, constants, launch options)} at the 7B model's shape and with its chunks."""
@@ -141,13 +134,11 @@ def jobs(capability):
         result[name] = kernel, {k: v for k, v in given.items() if k in kernel.arg_names}, options
     return result
 
-
 # 2. The model -----------------------------------------------------------------------------------------------
 
 PARTS = {"states": "forward", "scan": "forward", "states reversed": "backward", "scan reversed": "backward",
          "dcb": "backward", "dcb diagonal": "backward", "dbc": "backward", "dbc reversed": "backward",
          "conv": "convolution", "conv backward": "convolution"}
-
 
 def executed(listing, trips, branch=1.0):
     """Instructions that a warp executes. Loops, in the order of their first instructions, run `trips` times.
@@ -168,7 +159,6 @@ def executed(listing, trips, branch=1.0):
             weight *= branch if jump < address < target else 1
         total += weight
     return total
-
 
 def workload(name, c):
     """Programs, trips of their loops, share of a loop's branch, bytes moved, operations."""
@@ -193,7 +183,6 @@ def workload(name, c):
     trips = [h, (side + 1) / 2 * c["BL"] / c["BK"]]  # dbc: moved is what both of its runs do
     return rows * (n // c["BN"]), trips, 1, moved / 2, 2 * t * n * (h * p + within)
 
-
 def milliseconds(name, listing, c, warps):
     """{issue, bytes, tensor, serial} of one kernel, see the top."""
     programs, trips, branch, moved, operations = workload(name, c)
@@ -205,7 +194,6 @@ def milliseconds(name, listing, c, warps):
         seconds["serial"] = (2 * each + trips[0] * (tile / 4096 + 60)) / CLOCK
     return {key: v * 1e3 for key, v in seconds.items()}
 
-
 def sums_of(times):
     """{pass: the sum of its kernels' largest times}. The two launches of dcb count as one kernel."""
     times = dict(times)
@@ -215,7 +203,6 @@ def sums_of(times):
     for name, parts in times.items():
         sums[PARTS[name]] += max(parts.values())
     return times, {key: round(v, 4) for key, v in sums.items()}
-
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -239,7 +226,6 @@ def main():
         print(f"{name:16s}", "  ".join(f"{key} {ms:.3f}" for key, ms in parts.items()),
               f"  largest {max(parts.values()):.3f} ms")
     print(json.dumps(sums))
-
 
 if __name__ == "__main__":
     main()

@@ -8,14 +8,12 @@ from functools import lru_cache
 
 import torch
 
-
 @lru_cache(maxsize=8)  # as our own tables are: copies from the host are not what is timed
 def documents(cu, device):
     """cu as a tensor, and the document (1, t) of every token."""
     ends = torch.tensor(cu)
     number = torch.repeat_interleave(torch.arange(len(cu) - 1), ends.diff())[None].int()
     return ends.to(device), number.to(device)
-
 
 def mamba_ssm_scan():
     try:
@@ -29,7 +27,6 @@ def mamba_ssm_scan():
         return mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size=256, seq_idx=number)
     return scan
 
-
 def fla_scan():
     """fla's q, k, v are C, B, dt x. It has no groups: every head gets a copy of C and B."""
     from fla.ops.simple_gla import chunk_simple_gla
@@ -41,7 +38,6 @@ def fla_scan():
         return chunk_simple_gla(q, k, v, g=dt * A, scale=1.0, cu_seqlens=ends)[0]
     return scan
 
-
 def peers():
     """{name: scan} of those that can be imported. For the others, print why not."""
     found = {}
@@ -52,7 +48,6 @@ def peers():
             reason = (str(e).splitlines() or ["no message"])[0]
             print(f"{name} cannot be imported: {type(e).__name__}: {reason}")
     return found
-
 
 def their_model(model):
     """transformers' model in float32, sharing our weights; None if transformers is not installed."""

@@ -26,7 +26,6 @@ BLOCK = 12 * 6 * (4 + 2 + 2 + 4) + 12 * (20 + 20 + 14 + 14 + 4) + 20 * 12 + 3 * 
 COUNTS = {"0.5b": 521_411_104, "1.5b": 1_554_859_392, "1.5b-deep": 1_554_872_208, "3b": 3_149_387_264,
           "7b": 7_585_648_736, "34b": 33_642_516_224}  # of the published checkpoints
 
-
 def test_sizes_are_the_published_ones(capsys):
     assert {name: sum(bench.parameters(PRESETS[name]).values()) for name in COUNTS} == COUNTS
     bench.main(["sizes"])
@@ -34,13 +33,11 @@ def test_sizes_are_the_published_ones(capsys):
     assert rows.keys() >= PRESETS.keys()
     assert rows["7b"][0] == "7,585.6" and rows["7b"][3] == "15,171.3"  # 2 bytes per weight
 
-
 def test_flops_by_hand():
     assert bench.scan_flops(h=1, p=2, g=1, n=3, chunk=4) == 4 * 3 + 4 * 2 + 2 * 2 * 3 + 2 * 2 * 3
     assert bench.flops_per_token(TINY, 10) == {
         "blocks": 2 * 2 * BLOCK, "head": 2 * 12 * 37, "attention": 2 * 2 * 4 * 6 * 10,
         "scan": 2 * (4 * (10 * 5 + 4 * 5 * 7) + 2 * 10 * 7)}
-
 
 def test_flops_are_those_that_torch_counts(monkeypatch):
     monkeypatch.setattr(model, "attend", model.attend.__wrapped__)  # the kernel is chosen here
@@ -55,7 +52,6 @@ def test_flops_are_those_that_torch_counts(monkeypatch):
     assert forward == {mm: 64 * (flops["blocks"] + flops["head"]), bmm: 64 * (scan + 2 * flops["attention"])}
     assert counter.flop_counts["Global"] == {mm: 2 * forward[mm], bmm: 2 * forward[bmm]}
 
-
 def test_bytes_of_decoding():
     cache = Cache(TINY, 5, 8, dtype=torch.bfloat16)
     size = {"kv": cache.k.nbytes + cache.v.nbytes, "conv": cache.conv.nbytes, "ssm": cache.ssm.nbytes}
@@ -65,7 +61,6 @@ def test_bytes_of_decoding():
     floor = partial(bench.decoding_floor, TINY, 5, 8, torch.bfloat16)
     assert floor(bandwidth=100, rate=1e30) == pytest.approx(moved / 100)
     assert floor(bandwidth=1e30, rate=100) == pytest.approx(5 * 2 * weights / 100)
-
 
 @interpreter
 @pytest.mark.parametrize("norm", [True, False])
@@ -91,7 +86,6 @@ def test_bytes_of_a_block_are_what_autograd_saves(norm, monkeypatch):
         storages.pop(x.untyped_storage().data_ptr(), None)
     assert bench.block_bytes(c) * t == pytest.approx(sum(storages.values()), rel=0.01)
 
-
 def test_bytes_of_training():
     c = replace(TINY, vocab_size=5000)
     h, weight = (torch.randn(n, 12, dtype=torch.bfloat16) for n in (300, 5000))
@@ -102,7 +96,6 @@ def test_bytes_of_training():
         "weights": total / 2, "gradients": total / 2, "moments": total, "gathered": 4 * total,
         "activations": 2 * 2 * 12 * 300 + 8 * 300 * 5000}  # both blocks' inputs, the logits
 
-
 def test_bytes_of_kernels_by_hand():
     # 2 chunks of 512 tokens, 3 heads of 4, state 5, 2 groups; 10 of C B^T's 16 tiles; bfloat16, f float32.
     x, s, bc, f = 2 * 1024 * 12, 2 * 2 * 3 * 4 * 5, 2 * 1024 * 5 * 2, 4 * 1024 * 3
@@ -112,7 +105,6 @@ def test_bytes_of_kernels_by_hand():
         "forward": both | {"_cb_kernel": bc + bc + cb, "_states_kernel": x + bc + s},
         "backward": both | {"_states_kernel": x + bc + s + s, "_dcb_kernel": x + x + cb + cb,
                             "_dbc_kernel": 2 * (x + 3 * bc + cb + s), "_ddt_kernel": (9 + 5) * f}}
-
 
 @interpreter
 def test_kernels_are_those_that_run(monkeypatch):
@@ -125,7 +117,6 @@ def test_kernels_are_those_that_run(monkeypatch):
     y.sum().backward()
     assert launched == set(kernel_bytes(40, 2, 16, 16, 16)["backward"])
 
-
 def test_functions_take_turns_and_their_peak_is_counted():
     order = []
     assert len(bench.medians([lambda: order.append("a"), lambda: order.append("b")], "cpu", rounds=3)) == 2
@@ -134,7 +125,6 @@ def test_functions_take_turns_and_their_peak_is_counted():
     peak = bench.peak_bytes(lambda: (torch.ones(1000, 250) + 1).exp(), "cpu")
     assert peak == pytest.approx(2_000_000, abs=100)
 
-
 def test_tables_of_speed(capsys, monkeypatch):
     monkeypatch.setattr(bench, "floors", lambda device: (1e10, 1e11))
     monkeypatch.setattr(bench, "milliseconds", lambda run, device: bench.medians([run], device, 1)[0])
@@ -142,7 +132,6 @@ def test_tables_of_speed(capsys, monkeypatch):
     bench.model_speed(PRESETS["tiny"], "cpu", batch=2, length=8, decoding=((2, 3),), rounds=1)
     rows = [line.split()[0] for line in capsys.readouterr().out.splitlines() if "%" in line]
     assert rows == 4 * ["small"] + ["training,", "prefill,", "decoding,"]
-
 
 @pytest.mark.parametrize("script", ["stages", "check", "decoding", "parts", "scan", "train", "warm"])
 def test_gpu_scripts_can_be_imported(script, monkeypatch):

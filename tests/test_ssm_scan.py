@@ -38,7 +38,6 @@ def outputs_and_gradients(inputs, scan=s.ssd_scan, **options):
     (y.sin().sum() + S.sin().sum()).backward()
     return [y, S, *(v.grad for v in leaves.values())]
 
-
 # 1. The torch backend and the definition --------------------------------------------------------------------
 
 @pytest.mark.parametrize("backend", ["recurrent", "torch"])
@@ -129,7 +128,6 @@ def test_triton_is_refused_where_it_cannot_run(monkeypatch):
     with pytest.raises(ValueError, match="^backend: got .* expected .*GPU"):
         s.ssd_scan(**small(), backend="triton")
 
-
 # 2. Where tokens go -----------------------------------------------------------------------------------------
 
 def test_chunk_tables_by_hand():
@@ -143,7 +141,6 @@ def test_tables_go_to_a_device_together_each_at_a_multiple_of_16_bytes():
     assert len({id(part._base) for part in parts}) == 1
     assert [part.storage_offset() * part.itemsize % 16 for part in parts] == [0, 0, 0]
     assert s.to_device(tensors, torch.device("cpu")) is tensors
-
 
 # 3. The Triton kernels, in Triton's interpreter where there is no GPU (see conftest.py) ---------------------
 
@@ -314,7 +311,6 @@ def test_triton_compiles_into_one_graph():
     for ours, expected in zip(outputs_and_gradients(inputs, compiled), outputs_and_gradients(inputs, layer)):
         assert torch.equal(ours, expected)
 
-
 # 4. The convolution -----------------------------------------------------------------------------------------
 
 def conv_inputs(lengths, d, k, without=()):
@@ -425,7 +421,6 @@ def test_convolution_steps(interpreter, backend):
         steps = [s.causal_conv1d_step(state, x[:, i], w, activation="silu")[0] for i in range(6)]
     torch.testing.assert_close(torch.stack(steps, 1), y)
     assert torch.equal(state, last)
-
 
 # 5. What a GPU will make of the kernels ---------------------------------------------------------------------
 

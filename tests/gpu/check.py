@@ -16,11 +16,9 @@ SHAPE = dict(h=4, p=16, g=1, n=16) if DRY else dict(h=24, p=128, g=1, n=256)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 PER_TOKEN = ("x", "dt", "B", "C")
 
-
 def layer_inputs(t, dtype, states=None, **shape):
     inputs = random_inputs(1, t, **(SHAPE | shape), states=states, device=DEV)
     return {name: v.detach().to(dtype if name in PER_TOKEN else FP32) for name, v in inputs.items()}
-
 
 def against_float64(name, t, dtype, cu=None, states=None, decay=1.0, **shape):
     """Two calls must have the same bits; and their distance from the chunked scan in float64."""
@@ -31,7 +29,6 @@ def against_float64(name, t, dtype, cu=None, states=None, decay=1.0, **shape):
     del first, second
     errors = relative_errors(inputs, cu_seqlens=cu, backend=None, oracle="torch")
     put("scan error", case=name, tokens=t, dtype=str(dtype)[6:], same_bits_twice=again, **errors)
-
 
 def long_is_chained(t, pieces):
     """A sequence in one call, and in `pieces` calls that hand on the state: are all results the same?"""
@@ -50,7 +47,6 @@ def long_is_chained(t, pieces):
     same = {k: "same bits" if torch.equal(v, chained[k]) else error(chained[k], v) for k, v in whole.items()}
     put("long", tokens=t, pieces=pieces, elements=y.numel(), **same)
 
-
 def convolution(t, d, cu, dtype):
     torch.manual_seed(0)
     shapes = ((1, t, d), (d, 4), (d,), (len(cu) - 1, d, 3), (1, t, d))
@@ -67,7 +63,6 @@ def convolution(t, d, cu, dtype):
     put("conv error", tokens=t, documents=len(cu) - 1, dtype=str(dtype)[6:],
         **{name: error(ours[name], v) for name, v in exact.items()})
 
-
 @torch.no_grad()
 def steps(t=64):
     """One token after another against the scan."""
@@ -81,12 +76,10 @@ def steps(t=64):
         out.append(ssm_scan.ssd_step(state, **one, **inputs, dt_softplus=True)[0])
     put("step error", y=error(torch.stack(out, 1), y), S=error(state, S))
 
-
 def synchronise_until(done):
     """As torch's checkpoint writer does in the background: a graph is recorded while another thread waits."""
     while not done.wait(1e-4):
         sync()
-
 
 def sampled(net, prompts, new, slots):
     """Greedy traces, and the largest distance of their log-probabilities from the trainer's."""
@@ -99,7 +92,6 @@ def sampled(net, prompts, new, slots):
         worst = max(worst, float((trained - torch.tensor(trace.logprobs, device=DEV)).abs().max()))
     return [trace.tokens for trace in traces], worst
 
-
 def graphs(net, prompts, new, slots):
     """CUDA graphs and a cache that grows, against plain steps in one that is long enough from the start."""
     done = threading.Event()
@@ -111,7 +103,6 @@ def graphs(net, prompts, new, slots):
     with patch.object(model.Decoder, "recorded_on", ""), patch.object(model.Sampler, "first_length", 2048):
         plain, _ = sampled(net, prompts, new, slots)
     put("graphs", tokens=new, same_tokens=graph == plain, worst_logprob_against_trainer=worst)
-
 
 def set_aside(net, prompts, new):
     """Memory in which three traces may outgrow 256 tokens, but not more: others wait and are read again."""
@@ -126,7 +117,6 @@ def set_aside(net, prompts, new):
         traces, worst = sampled(net, prompts, new, len(prompts))
     whole = all(len(tokens) == new for tokens in traces)
     put("set aside", waiting=max(waiting), whole=whole, worst_logprob_against_trainer=worst)
-
 
 def main():
     t = 256 if DRY else 4096
@@ -150,7 +140,6 @@ def main():
     stage("graphs", graphs, net, prompts, 12 if DRY else 200, 4)
     stage("growth past 256, 512 and 1,024 tokens", graphs, net, prompts[:2], 1100, 2)
     stage("set aside", set_aside, net, prompts[:4], 600)
-
 
 if __name__ == "__main__":
     main()

@@ -9,7 +9,6 @@ from kernels import step_kernel_bytes
 from model import PRESETS, Cache, Decoder, FalconH1, generate, prefill
 from tests.bench import decoding_floor, floors, flops_per_token, milliseconds
 
-
 def decoding_step(model, batch, context):
     """run() -> logits of a step of `batch` sequences with `context` tokens each, whose cache holds noise."""
     cache = Cache(model.config, batch, context + 1, dtype=torch.bfloat16, device=DEV)
@@ -25,7 +24,6 @@ def decoding_step(model, batch, context):
         return step(tokens)
     return run
 
-
 def one_step(model, batch, context, limits, detail):
     run = decoding_step(model, batch, context)
     first, second = seconds(run)[0], seconds(run)[0]  # compiles; is recorded
@@ -37,18 +35,15 @@ def one_step(model, batch, context, limits, detail):
         sizes = step_kernel_bytes(model.config, batch, context, torch.bfloat16)
         put_kernels("decode kernel", run, limits[0], sizes, batch=batch, context=context)
 
-
 def whole_generation(model, slots, new):
     prompts = [[1 + i, 2, 3] for i in range(slots)]
     took, _ = seconds(lambda: generate(model, prompts, max_new_tokens=new, temperature=0.85, slots=slots))
     put("generate", slots=slots, new=new, seconds=took, tokens_s=slots * new / took)
 
-
 def reading(model, t, rate):
     prefill(model, [[1] * t])
     took, _ = seconds(lambda: prefill(model, [[1] * t]))
     put("prefill", tokens=t, seconds=took, share=t * flops_per_token(model.config, t)["blocks"] / rate / took)
-
 
 def main():
     torch.manual_seed(0)
@@ -63,7 +58,6 @@ def main():
         stage(f"generate, {slots} slots", whole_generation, model, slots, new)
     for t in (64,) if DRY else (4096, 32768):
         stage(f"prefill {t}", reading, model, t, limits[1])
-
 
 if __name__ == "__main__":
     main()

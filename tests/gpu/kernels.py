@@ -4,7 +4,6 @@ import torch
 
 from tests.bench import cache_bytes
 
-
 def kernel_times(run):
     """{kernel: (milliseconds, calls)} of a second call of run, the longest first; {} without a GPU."""
     run()
@@ -17,7 +16,6 @@ def kernel_times(run):
     events = profiler.key_averages()
     times = {e.key: (e.self_device_time_total / 1e3, e.count) for e in events}  # microseconds
     return dict(sorted(((k, v) for k, v in times.items() if v[0] > 0), key=lambda row: -row[1][0]))
-
 
 def kernel_bytes(t, h, p, n, l, g=1):
     """{pass: {kernel: bytes of all its calls}} of the scan, each operand moved once; t tokens, chunks of l.
@@ -44,7 +42,6 @@ def kernel_bytes(t, h, p, n, l, g=1):
                 "_dbc_kernel": 2 * (x + s + cb + 3 * bc),  # two calls: dC, dB
                 "_ddt_kernel": f * (edges + 1 + 2 * max(1, n // 128) + 3)}
     return {"forward": both | forward, "backward": both | backward}
-
 
 def step_kernel_bytes(c, slots, length, dtype):
     """{kernel: bytes} of a decoding step, all layers: keys and values are read, states read and written."""

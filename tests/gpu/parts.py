@@ -14,7 +14,6 @@ from train_sft import make_optimizer
 
 DTYPE = torch.bfloat16
 
-
 def convolution(c, tokens):
     d = sum(c.mamba_widths[1:4])
     shapes = ((1, tokens, d), (d, c.mamba_d_conv), (d,))
@@ -23,13 +22,11 @@ def convolution(c, tokens):
     yield "convolution, forward", runs["forward"], 2 * leaves[0].nbytes  # x, y
     yield "convolution, backward", runs["backward"], 3 * leaves[0].nbytes  # x, dy, dx
 
-
 def drawing(c, batches):
     for batch, top_p in itertools.product(batches, (1.0, 0.95)):
         logits = torch.randn(batch, c.vocab_size, dtype=DTYPE, device=DEV)
         u = torch.rand(batch, dtype=torch.float64, device=DEV)
         yield f"draw, batch {batch}, top-p {top_p}", lambda: draw(logits, u, 0.85, top_p), logits.nbytes
-
 
 def adamw(c):
     """Two layers: 1.1 billion parameters at the 7B shape."""
@@ -41,13 +38,11 @@ def adamw(c):
     # Reads 4 numbers per parameter and writes 3: all but the gradient.
     yield "AdamW", step, 28 * sum(parameters(model.config).values())
 
-
 def measure(part, bandwidth):
     for name, run, size in part:
         ms = milliseconds(run, DEV)
         put("part", name=name, ms=ms, share=size / bandwidth * 1e3 / ms)
         put_kernels("part kernel", run, bandwidth, {"_conv_kernel": size}, top=5, part=name)
-
 
 def main():
     c = PRESETS["tiny" if DRY else "7b"]
@@ -55,7 +50,6 @@ def main():
     stage("convolution", measure, convolution(c, 300 if DRY else 32768), bandwidth)
     stage("drawing", measure, drawing(c, (2,) if DRY else (1, 16, 256)), bandwidth)
     stage("AdamW", measure, adamw(c), bandwidth)
-
 
 if __name__ == "__main__":
     main()

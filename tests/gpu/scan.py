@@ -14,7 +14,6 @@ from tests.peers import peers
 SHAPES = {"small": (4, 16, 16)} if DRY else {"7B": (24, 128, 256), "0.5B": (24, 64, 128)}
 TOKENS = (256,) if DRY else (32768, 4096, 131072)
 
-
 def scan(by, function, shape, t, packed, bandwidth, rate, chunk=CHUNK, detail=False):
     h, p, n = SHAPES[shape]
     inputs, cu = scan_inputs(t, h, p, n, torch.bfloat16, DEV), (*range(0, t, 1000 if packed else t), t)
@@ -25,7 +24,6 @@ def scan(by, function, shape, t, packed, bandwidth, rate, chunk=CHUNK, detail=Fa
         put("scan", ms=took, floor_ms=floor, share=floor / took, **about)
         if detail:  # the peers' kernels have other names, and so no bytes here
             put_kernels("kernel", run, bandwidth, kernel_bytes(t, h, p, n, chunk)[part], **about)
-
 
 def main():
     limits, device = floors(DEV), "cpu" if DRY else torch.cuda.get_device_name()
@@ -42,7 +40,6 @@ def main():
     for (name, function), t, packed in itertools.product(found.items(), TOKENS, (False, True)):
         stage(f"{name}, {t}", scan, name, function, "7B", t, packed, *limits,
               detail=not packed and t == TOKENS[0])
-
 
 if __name__ == "__main__":
     main()

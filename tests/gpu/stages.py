@@ -17,11 +17,9 @@ DRY = not torch.cuda.is_available()
 DEV = "cpu" if DRY else "cuda"
 OUT = Path(os.environ.get("OUT", "runs/gpu"))
 
-
 def sync():
     if not DRY:
         torch.cuda.synchronize()
-
 
 def seconds(run):
     """Wall time of one call, which may well wait for the host; and what it returns."""
@@ -31,7 +29,6 @@ def seconds(run):
     sync()
     return time.perf_counter() - start, result
 
-
 def put(kind, **fields):
     """One JSON line, printed and added to results.jsonl at once: a stage that is stopped loses nothing."""
     numbers = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in fields.items()}
@@ -40,7 +37,6 @@ def put(kind, **fields):
     OUT.mkdir(parents=True, exist_ok=True)
     with open(OUT / "results.jsonl", "a") as f:
         f.write(line + "\n")
-
 
 def put_kernels(kind, run, bandwidth=None, sizes=None, top=15, **fields):
     """The longest kernels of run(), with their share of a copy's bandwidth where `sizes` has their bytes."""
@@ -52,11 +48,9 @@ def put_kernels(kind, run, bandwidth=None, sizes=None, top=15, **fields):
     ms, launches = (sum(column) for column in zip((0, 0), *kernels.values()))
     put(f"{kind}s", sum_ms=ms, launches=launches, **fields)
 
-
 def error(a, b):
     a, b = a.detach().double(), b.detach().double()
     return float((a - b).norm() / b.norm().clamp(min=1e-30))
-
 
 def stage(name, function, *args, **kwargs):
     """Run one part. A failure is a line in the results and not the end."""

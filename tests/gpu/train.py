@@ -16,7 +16,6 @@ from tests.bench import floors, flops_per_token, parameters
 
 DATA_SHEET = 989e12  # bfloat16 FLOPs per second of an H100 and an H200
 
-
 def row(t, vocab, seed, packed):
     """Random tokens; packed, documents of lognormal lengths, others in every step, as real data has them."""
     r = np.random.default_rng(seed)
@@ -25,7 +24,6 @@ def row(t, vocab, seed, packed):
         cu.append(min(t, cu[-1] + int(np.clip(r.lognormal(8, 1), 64, t))) if packed else t)
     ids = r.integers(0, vocab, t)
     return Pack(ids, np.roll(ids, -1), np.ones(t, np.float32), np.array(cu, np.int32), [])
-
 
 def train(layers, t, compile, packed, steps):
     c = replace(PRESETS["tiny" if DRY else "7b"], num_hidden_layers=layers)
@@ -49,7 +47,6 @@ def train(layers, t, compile, packed, steps):
         peak_gb=0 if DRY else torch.cuda.max_memory_allocated() / 1e9)
     if not packed:
         put_kernels("train kernel", lambda: step(steps), top=40, compile=compile)
-
 
 if __name__ == "__main__":
     options = dict(compile="compile" in sys.argv, packed="packed" in sys.argv, steps=3 if DRY else 6)

@@ -20,7 +20,6 @@ SHAPES = ("1024 24 128 256", "1024 24 64 128", "1024 3 32 32")
 JOBS = [*(f"ours {shape}" for shape in SHAPES),
         *(f"{peer} {SHAPES[0]} {share}" for peer in ("mamba_ssm", "fla") for share in range(SHARES))]
 
-
 def run_ours(t, h, p, n):
     """Each kernel once, then the scan's in documents and in the small chunks of short rows."""
     for tokens, cu in ((t, (0, t)), (t, (0, t - 24, t)), (100, (0, 100)), (40, (0, 40)), (20, (0, 20))):
@@ -34,7 +33,6 @@ def run_ours(t, h, p, n):
             causal_conv1d(*conv, activation="silu")[0].sum().backward()
             with torch.no_grad():
                 ssd_step(torch.zeros(1, h, p, n, device=DEV), x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0])
-
 
 def compile_peer(name, t, h, p, n, share):
     from triton.runtime.autotuner import Autotuner
@@ -54,7 +52,6 @@ def compile_peer(name, t, h, p, n, share):
     for run in passes(lambda *leaves: scan(*leaves, (0, t)), leaves).values():
         run()
 
-
 def run_all(limit):
     begin, names = time.time(), JOBS[2:3] if DRY else JOBS
     jobs = {job: subprocess.Popen([sys.executable, __file__, *job.split()]) for job in names}
@@ -64,7 +61,6 @@ def run_all(limit):
         except subprocess.TimeoutExpired:
             process.kill()
         put("warm", job=job, rc=process.wait(), by=time.time() - begin)
-
 
 if __name__ == "__main__":
     if len(sys.argv) > 2:
