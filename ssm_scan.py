@@ -53,15 +53,14 @@ def ssd_scan(x, dt, A, B, C, *, D=None, dt_bias=None, dt_softplus=False, initial
 
     Args:
         x, dt, A, B, C, D: see the glossary; any t >= 1, g divides h; x, B and C share one dtype.
-        dt_bias, dt_softplus: (h,), bool. The step size is dt, or softplus(dt + dt_bias).
+        dt_bias, dt_softplus: (h,), bool. The step size is dt + dt_bias, or its softplus.
         initial_states: (s, h, p, n), zeros if None.
         cu_seqlens: (s + 1,) packs s sequences along t, and b = 1; None: s = b. A tuple under torch.compile.
         chunk_size: the most tokens per chunk; changes speed only.
         backend: "recurrent", "torch", "triton"; None picks "triton" on a GPU and "torch" elsewhere.
         return_final_states: False returns None instead, and saves 3 MB per sequence at 7B.
     Returns:
-        y (b, t, h, p) in x's dtype and the final states (s, h, p, n), float32 or float64; both differentiable
-        in every tensor.
+        y (b, t, h, p) in x's dtype, final states (s, h, p, n) in float32 or float64; both differentiable.
     Raises:
         ValueError, naming the argument. (A >= 0 gives NaN on a GPU: looking would make the host wait.)"""
     backend = _backend(backend, x)
@@ -72,10 +71,11 @@ def ssd_scan(x, dt, A, B, C, *, D=None, dt_bias=None, dt_softplus=False, initial
     shape = x.shape
     dtype = torch.promote_types(x.dtype, torch.float32)  # of the state and of all sums
     dt = _step_size(dt, dt_bias, dt_softplus, dtype)
-    A, D, S = (v if v is None else v.to(dtype) for v in (A, D, initial_states))
+    A, D, S = (v if v is None else v.to(dtype).contiguous() for v in (A, D, initial_states))
     x, dt, B, C = (v.flatten(0, 1) for v in (x, dt, B, C))  # all sequences in one row, (tokens, ...)
     if backend == "triton":
-        y, S = _scan_triton(x, dt, B, C, A, D, S, cu, chunk_size, return_final_states)
+        D = torch.zeros_like(A) if D is None else D
+        y, S = _Scan.apply(S, cu, chunk_size, return_final_states, x, dt, B, C, A, D)
     else:
         S = x.new_zeros(len(cu) - 1, *x.shape[1:], B.shape[2], dtype=dtype) if S is None else S
         scan = _scan_chunked if backend == "torch" else _scan_recurrent
@@ -113,7 +113,8 @@ def _step_size(dt, dt_bias, dt_softplus, dtype):
 def _scan_recurrent(x, dt, B, C, A, S, cu, chunk_size):
     """The definition. x (tokens, h, p), dt (tokens, h), B and C (tokens, g, n), S (s, h, p, n)."""
     B, C = (v.repeat_interleave(x.shape[1] // v.shape[1], 1) for v in (B, C))  # (tokens, h, n)
-    ys, finals = [], []
+    ys = []
+    finals = []
     for state, start, end in zip(S, cu, cu[1:]):
         for i in range(start, end):
             decayed = torch.exp(dt[i] * A)[:, None, None] * state
@@ -146,7 +147,8 @@ def _scan_chunked(x, dt, B, C, A, S, cu, chunk_size):
     # From here on time is the last dimension: heads of a group, rows of one matrix, share B and C uncopied.
     dt = cut(dt).transpose(1, 2)  # (k, h, l)
     dtx = cut(x).permute(0, 2, 3, 1) * dt[:, :, None]  # (k, h, p, l)
-    B, C = cut(B).transpose(1, 2), cut(C).permute(0, 2, 3, 1)  # (k, g, l, n), (k, g, n, l)
+    B = cut(B).transpose(1, 2)  # (k, g, l, n)
+    C = cut(C).permute(0, 2, 3, 1)  # (k, g, n, l)
     a = (dt * A[:, None]).double()
     c = a.cumsum(2)
 
@@ -161,7 +163,8 @@ def _scan_chunked(x, dt, B, C, A, S, cu, chunk_size):
     # Step 3, from chunk to chunk, the only sequential loop: t / l short steps per sequence.
     keep = _bounded_exp(c[..., -1].to(x.dtype))[..., None, None]  # (k, h, 1, 1)
     chunks = _chunks(cu, l)
-    entering, finals = [], []
+    entering = []
+    finals = []
     for state, kept, new in zip(S, keep.split(chunks), added.split(chunks)):
         for factor, own in zip(kept.unbind(), new.unbind()):  # new[i] would have a gradient as large as new
             entering.append(state)
@@ -247,7 +250,7 @@ def _bounded_exp(c):
 #
 # Arguments are pointers: start, left, first as in chunk_table; x, B, ... (tokens, h or g, p or n); cb, dcb
 # (k, g, l, l); states (k, h, p, n); decays as in _rows. s_value is the stride from one token of value to the
-# next. Capitals are known at compile time: the sizes above, R boundaries EDGE tokens apart, the sides BL, BP,
+# next. Capitals are known at compile time: the sizes above, boundaries every EDGE tokens, the sides BL, BP,
 # BN, BK of tiles. A tile of cb is loaded whole and selected from afterwards: a mask would make loads narrow.
 
 @_jit
@@ -263,16 +266,18 @@ def _chunk_program(tiles, heads, start, left, L: constexpr):
     return tile, h, k, tl.load(start + k), tl.minimum(tl.load(left + k), L).to(tl.int32)
 
 @_jit
-def _rows(decays, head, L: constexpr, R: constexpr):
+def _rows(decays, head, L: constexpr, EDGE: constexpr):
     """One head's decays in a chunk, 2 r + 3 rows of l float32: after and before at r boundaries, dt, c, and
     what rounding took from c. Returns where after, before and dt start."""
+    R: constexpr = L // EDGE + 1
     after = decays + head * (2 * R + 3) * L
     return after, after + R * L, after + 2 * R * L
 
 @_jit
 def _decay(dt, i, j, L: constexpr):
     """2^(c_i - c_j) dt_j, at most dt_j."""
-    c, low = dt + L, dt + 2 * L
+    c = dt + L
+    low = dt + 2 * L
     rise = (tl.load(c + i) - tl.load(c + j)) + (tl.load(low + i) - tl.load(low + j))
     return tl.exp2(tl.minimum(rise, 0.0)) * tl.load(dt + j)
 
@@ -299,11 +304,11 @@ def _products(a, b, i, j, num, s_a, s_b, SIZE: constexpr, BL: constexpr, BK: con
     return acc
 
 @_jit
-def _decays_kernel(step, A, start, left, decays, H: constexpr, L: constexpr, R: constexpr, EDGE: constexpr,
-                   BH: constexpr):
+def _decays_kernel(step, A, start, left, decays, H: constexpr, L: constexpr, EDGE: constexpr, BH: constexpr):
     """The decays of BH heads in one chunk, from step (tokens, h). c is summed in float64."""
     tile, _, k, token, num = _chunk_program((H + BH - 1) // BH, 1, start, left, L)
-    h, j = tile * BH + tl.arange(0, BH)[:, None], tl.arange(0, L)[None, :]
+    h = tile * BH + tl.arange(0, BH)[:, None]
+    j = tl.arange(0, L)[None, :]
     in_h = h < H
     dt = tl.load(step + (token + j) * H + h, mask=in_h & (j < num), other=0.0)  # (BH, L)
     # Padding has dt = 0 and so constant c: the last entry is the chunk's end in any case.
@@ -311,11 +316,11 @@ def _decays_kernel(step, A, start, left, decays, H: constexpr, L: constexpr, R: 
     c = tl.cumsum(dt.to(tl.float64) * a, 1)
     high = c.to(tl.float32)
     dt = tl.where(dt < 1e-30, 1e-30, dt)
-    after, before, dt_row = _rows(decays, k * H + h, L, R)
+    after, before, dt_row = _rows(decays, k * H + h, L, EDGE)
     tl.store(dt_row + j, dt, mask=in_h)
     tl.store(dt_row + L + j, high, mask=in_h)
     tl.store(dt_row + 2 * L + j, (c - high).to(tl.float32), mask=in_h)
-    for r in tl.static_range(R):
+    for r in tl.static_range(L // EDGE + 1):
         boundary = tl.sum(tl.where(j == r * EDGE - 1, c, 0.0), 1)[:, None]  # 0 before the first token
         rise = (c - boundary).to(tl.float32)
         # `where` and not `minimum`, which would drop a NaN.
@@ -328,16 +333,18 @@ def _cb_kernel(B, C, start, left, cb, s_B, s_C, G: constexpr, N: constexpr, L: c
     """cb = C B^T, one tile on or below the diagonal per program, whole, 0 in the padding."""
     SIDE: constexpr = L // BL
     tile, g, k, token, num = _chunk_program(SIDE * SIDE, G, start, left, L)
-    i0, j0 = tile // SIDE * BL, tile % SIDE * BL
+    i0 = tile // SIDE * BL
+    j0 = tile % SIDE * BL
     if (j0 <= i0) & (i0 < num):
-        i, j = i0 + tl.arange(0, BL), j0 + tl.arange(0, BL)
+        i = i0 + tl.arange(0, BL)
+        j = j0 + tl.arange(0, BL)
         acc = _products(C + token * s_C + g * N, B + token * s_B + g * N, i, j, num, s_C, s_B, N, BL, BK)
         tl.store(cb + ((k * G + g) * L + i[:, None]) * L + j[None, :], acc)
 
 @_jit
 def _states_kernel(value, key, decays, start, left, first, initial, states, final, entering, crossing,
                    s_value, s_key, H: constexpr, G: constexpr, P: constexpr, N: constexpr, L: constexpr,
-                   R: constexpr, BP: constexpr, BN: constexpr, BK: constexpr, REVERSED: constexpr):
+                   EDGE: constexpr, BP: constexpr, BN: constexpr, BK: constexpr, REVERSED: constexpr):
     """Steps 2 and 3. A program carries a BP x BN tile of a head's state through one sequence, BK tokens at a
     time, in float32 registers: states[k] = S, then S <- 2^(c_l) S + sum_j 2^(c_l - c_j) dt_j value_j key_j^T.
     REVERSED: states[k] = R, then R <- 2^(c_l) R + sum_i 2^(c_i) dy_i C_i^T. And with S = entering[k],
@@ -345,7 +352,6 @@ def _states_kernel(value, key, decays, start, left, first, initial, states, fina
     ACROSS: constexpr = (N + BN - 1) // BN
     TILES: constexpr = (P + BP - 1) // BP * ACROSS
     PER_CHUNK: constexpr = L // BK
-    ROWS: constexpr = (2 * R + 3) * L
     tile, h, s = _program(TILES, H)
     p, in_p = _range(tile // ACROSS * BP, BP, P)
     n, in_n = _range(tile % ACROSS * BN, BN, N)
@@ -362,7 +368,7 @@ def _states_kernel(value, key, decays, start, left, first, initial, states, fina
     tokens = tl.load(left + begin).to(tl.int32)
     parts = (tokens + BK - 1) // BK
     head = (tl.load(first + s + 1) - 1 if REVERSED else begin) * H + h
-    keep = tl.load(decays + head * ROWS + L - 1)
+    keep = tl.load(_rows(decays, head, L, EDGE)[0] + L - 1)
     if REVERSED:
         S_before = tl.load(entering + head * P * N + place, mask=inside, other=0.0)
     for count in range(0, parts):
@@ -372,11 +378,11 @@ def _states_kernel(value, key, decays, start, left, first, initial, states, fina
             tl.store(states + head * P * N + place, S, mask=inside)
             S *= keep
             coming = tl.where(parts - count > PER_CHUNK, head + (-H if REVERSED else H), head)
-            keep = tl.load(decays + coming * ROWS + L - 1)
+            keep = tl.load(_rows(decays, coming, L, EDGE)[0] + L - 1)
             if REVERSED:
                 tl.store(crossing + head * TILES + tile, tl.sum(S * S_before.to(tl.float32)))
                 S_before = tl.load(entering + coming * P * N + place, mask=inside, other=0.0)
-        after, _, dt = _rows(decays, head, L, R)
+        after, _, dt = _rows(decays, head, L, EDGE)
         j = tl.arange(0, BK)
         at = token + part * BK
         real = j < tokens - part * BK
@@ -391,15 +397,16 @@ def _states_kernel(value, key, decays, start, left, first, initial, states, fina
 
 @_jit
 def _scan_kernel(value, query, cb, states, decays, D, start, left, out, s_value, s_query,
-                 H: constexpr, G: constexpr, P: constexpr, N: constexpr, L: constexpr, R: constexpr,
-                 EDGE: constexpr, BL: constexpr, BP: constexpr, BK: constexpr, REVERSED: constexpr):
+                 H: constexpr, G: constexpr, P: constexpr, N: constexpr, L: constexpr, EDGE: constexpr,
+                 BL: constexpr, BP: constexpr, BK: constexpr, REVERSED: constexpr):
     """Steps 1 and 4, BL rows of one chunk and head per program (the picture above):
     y_i = 2^(c_i) S C_i + sum_{j <= i} W_ij x_j + D x_i.
     REVERSED: dx_j = dt_j 2^(c_l - c_j) R B_j + sum_{i >= j} W_ij dy_i + D dy_j."""
     tile, h, k, token, num = _chunk_program(L // BL, H, start, left, L)
     if tile * BL >= num:
         return
-    head, group = k * H + h, h // (H // G)
+    head = k * H + h
+    group = h // (H // G)
     i = tile * BL + tl.arange(0, BL)
     row = (i < num)[:, None]
     p, in_p = _range(0, BP, P)
@@ -407,7 +414,7 @@ def _scan_kernel(value, query, cb, states, decays, D, start, left, out, s_value,
     value += token * s_value + h * P
     query += token * s_query + group * N
     cb += (k * G + group) * L * L
-    after, before, dt = _rows(decays, head, L, R)
+    after, before, dt = _rows(decays, head, L, EDGE)
     edge = (tile + REVERSED) * (BL // EDGE) * L  # the boundary next to this tile
 
     # Step 4, the state that enters (leaves) the chunk, decayed only up to that boundary.
@@ -441,7 +448,8 @@ def _scan_kernel(value, query, cb, states, decays, D, start, left, out, s_value,
 
 @_jit
 def _dcb_kernel(x, dy, cb, decays, start, left, dcb, row, col, diagonal, s_x, H: constexpr, G: constexpr,
-                P: constexpr, L: constexpr, R: constexpr, BL: constexpr, BP: constexpr, DIAGONAL: constexpr):
+                P: constexpr, L: constexpr, EDGE: constexpr, BL: constexpr, BP: constexpr,
+                DIAGONAL: constexpr):
     """d(cb)_ij = sum over the group's heads of 2^(c_i - c_j) dt_j (dy_i . x_j), a tile per program. Those on
     the DIAGONAL have their own launch. Boundaries are where tiles meet.
     Per head also diagonal_j = dy_j . x_j and, with q = d(cb) cb below the diagonal, the sums of the tile's q:
@@ -451,7 +459,8 @@ def _dcb_kernel(x, dy, cb, decays, start, left, dcb, row, col, diagonal, s_x, H:
     down, across = (tile, tile) if DIAGONAL else (tile // SIDE, tile % SIDE)
     if (down * BL >= num) | (across > down) | ((across == down) & (not DIAGONAL)):
         return
-    i, j = down * BL + tl.arange(0, BL), across * BL + tl.arange(0, BL)
+    i = down * BL + tl.arange(0, BL)
+    j = across * BL + tl.arange(0, BL)
     place = ((k * G + g) * L + i[:, None]) * L + j[None, :]
     below = tl.load(cb + place).to(tl.float32)
     if DIAGONAL:
@@ -459,7 +468,7 @@ def _dcb_kernel(x, dy, cb, decays, start, left, dcb, row, col, diagonal, s_x, H:
     acc = tl.zeros((BL, BL), tl.float32)
     for h in range(g * (H // G), (g + 1) * (H // G)):
         head = k * H + h
-        after, before, dt = _rows(decays, head, L, R)
+        after, before, dt = _rows(decays, head, L, EDGE)
         q = _products(dy + (token * H + h) * P, x + token * s_x + h * P, i, j, num, H * P, s_x, P, BL, BP)
         if DIAGONAL:
             tl.store(diagonal + head * L + i, tl.sum(tl.where(i[:, None] == j[None, :], q, 0.0), 1))
@@ -475,14 +484,15 @@ def _dcb_kernel(x, dy, cb, decays, start, left, dcb, row, col, diagonal, s_x, H:
 
 @_jit
 def _dbc_kernel(value, own, other, dcb, states, decays, start, left, out, flow, s_value, s_own, s_other,
-                H: constexpr, G: constexpr, P: constexpr, N: constexpr, L: constexpr, R: constexpr,
+                H: constexpr, G: constexpr, P: constexpr, N: constexpr, L: constexpr, EDGE: constexpr,
                 BL: constexpr, BN: constexpr, BP: constexpr, BK: constexpr, REVERSED: constexpr):
     """dC_i = sum_h 2^(c_i) S^T dy_i + sum_{j <= i} d(cb)_ij B_j, BL x BN per program, and per head
     flow[k, h, tile of n, i] = C_i . (the first term), which is F_i.
     REVERSED: dB_j = sum_h dt_j 2^(c_l - c_j) R^T x_j + sum_{i >= j} d(cb)_ij C_i, and flow is E_j."""
     SPLIT: constexpr = (N + BN - 1) // BN
     tile, g, k, token, num = _chunk_program((L // BL) * SPLIT, G, start, left, L)
-    i0, part = tile // SPLIT * BL, tile % SPLIT
+    i0 = tile // SPLIT * BL
+    part = tile % SPLIT
     if i0 >= num:
         return
     i = i0 + tl.arange(0, BL)
@@ -496,9 +506,8 @@ def _dbc_kernel(value, own, other, dcb, states, decays, start, left, out, flow, 
     # Through the state, for every head of the group. dt - L: before, at the chunk's end.
     for h in range(g * (H // G), (g + 1) * (H // G)):
         head = k * H + h
-        after, _, dt = _rows(decays, head, L, R)
-        head_value = value + token * s_value + h * P
-        v = _load(head_value, i[:, None], s_value, p[None, :], row & in_p[None, :])  # (BL, BP)
+        after, _, dt = _rows(decays, head, L, EDGE)
+        v = _load(value + token * s_value + h * P, i[:, None], s_value, p[None, :], row & in_p[None, :])
         S = tl.load(states + head * P * N + p[:, None] * N + n, mask=in_p[:, None] & in_n, other=0.0)
         term = tl.dot(v, S, input_precision="ieee") * tl.load((dt - L if REVERSED else after) + i)[:, None]
         tl.store(flow + (head * SPLIT + part) * L + i, tl.sum(term * mine, 1))
@@ -510,14 +519,13 @@ def _dbc_kernel(value, own, other, dcb, states, decays, start, left, out, flow, 
         j = l0 + tl.arange(0, BK)
         later, sooner = (j[None, :], i[:, None]) if REVERSED else (i[:, None], j[None, :])
         d = tl.load(dcb + (k * G + g) * L * L + later * L + sooner)
-        in_chunk = (j < num)[:, None]
-        o = _load(other + token * s_other + g * N, j[:, None], s_other, n, in_chunk & in_n)  # (BK, BN)
+        o = _load(other + token * s_other + g * N, j[:, None], s_other, n, (j < num)[:, None] & in_n)
         acc = tl.dot(tl.where(later >= sooner, d, 0.0).to(o.dtype), o, acc, input_precision="ieee")
     tl.store(out + (token + i)[:, None] * G * N + g * N + n, acc, mask=row & in_n)
 
 @_jit
 def _ddt_kernel(row, col, diagonal, F, E, crossing, cb, decays, A, start, left, ddt, dA, dD,
-                H: constexpr, G: constexpr, L: constexpr, R: constexpr,
+                H: constexpr, G: constexpr, L: constexpr, EDGE: constexpr,
                 SIDE: constexpr, SPLIT: constexpr, PARTS: constexpr):
     """The gradient of log a_t by the formula above, for one chunk and head, summed in float64. From it ddt
     (tokens, h), and the chunk's share in dA and dD (k, h)."""
@@ -526,8 +534,8 @@ def _ddt_kernel(row, col, diagonal, F, E, crossing, cb, decays, A, start, left, 
     j = tl.arange(0, L)
     inside = j < num
     own_tile = j // (L // SIDE)
-    zero = tl.zeros((L,), tl.float32)
-    rows, cols, Fs, Es, across = zero, zero, zero, zero, 0.0
+    rows, cols, Fs, Es = (tl.zeros((L,), tl.float32),) * 4
+    across = 0.0
     for part in tl.static_range(SIDE):  # of the tiles that were computed
         place = (head * SIDE + part) * L + j
         computed = part * (L // SIDE) < num
@@ -545,7 +553,7 @@ def _ddt_kernel(row, col, diagonal, F, E, crossing, cb, decays, A, start, left, 
     sources = Es.to(tl.float64)
     paths = tl.cumsum((rows - cols + Fs).to(tl.float64), 0, reverse=True) + (tl.cumsum(sources, 0) - sources)
     da = tl.where(inside, paths + across, 0.0)
-    dt = tl.load(decays + (head * (2 * R + 3) + 2 * R) * L + j)
+    dt = tl.load(_rows(decays, head, L, EDGE)[2] + j)
     written = (cols + Es) / dt + cb_jj * dy_x  # q_jj / dt_j = cb_jj dy_j . x_j
     tl.store(ddt + (token + j) * H + h, written + (tl.load(A + h) * da).to(tl.float32), mask=inside)
     tl.store(dA + head, tl.sum(dt * da))
@@ -590,20 +598,21 @@ def _tiling(l, p, n, dtype, shared_memory):
         dbc=dict(BL=side, BN=min(128 if wide else 64, bn), BP=bp, BK=inner, **large))
 
 class _Plan:
-    """The kernels of one scan. `given` are the arguments that mean the same to all of them, by name."""
-    def __init__(self, inputs, cu, l, **given):
-        """Computes the decays. inputs: x (tokens, h, p), dt (tokens, h), B, C (tokens, g, n), A, D (h,)."""
+    """Launches the kernels of one scan; first that of the decays.
+    inputs: x (tokens, h, p), dt (tokens, h), B, C (tokens, g, n), A, D (h,). given: more arguments, by name,
+    for all kernels that take them."""
+    def __init__(self, inputs, cu, cb, **given):
         x, dt, B, C, A, D = inputs
         (h, p), (g, n) = x.shape[1:], B.shape[1:]
+        l = cb.shape[-1]
         shared = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin if x.is_cuda else 0
         self.tiles = _tiling(l, p, n, x.dtype, shared)
         start, left, first = chunk_table(tuple(cu), l, x.device)
         edge = self.tiles["dcb"]["BL"]
-        r = l // edge + 1
-        decays = _empty(A, len(start), h, 2 * r + 3, l)
+        decays = _empty(A, len(start), h, 2 * (l // edge + 1) + 3, l)
         self.given = given | dict(
-            x=x, step=dt, B=B, C=C, A=A, D=D, start=start, left=left, first=first, decays=decays,
-            H=h, G=g, P=p, N=n, L=l, R=r, EDGE=edge, k=len(start), s=len(cu) - 1)
+            x=x, step=dt, B=B, C=C, A=A, D=D, cb=cb, start=start, left=left, first=first, decays=decays,
+            H=h, G=g, P=p, N=n, L=l, EDGE=edge, k=len(start), s=len(cu) - 1)
         self.launch(_decays_kernel, "decays", "Hk")
 
     def count(self, name, grid):
@@ -621,24 +630,25 @@ class _Plan:
 # Custom operators are opaque to torch.compile, which therefore has no graph break.
 @torch.library.custom_op("falcon_h1r::ssd", mutates_args=("y", "final", "states", "cb"))
 def _ssd(inputs: Sequence[Tensor], initial: Tensor | None, y: Tensor, cb: Tensor, states: Tensor,
-         final: Tensor | None, cu: Sequence[int], l: int) -> None:
+         final: Tensor | None, cu: Sequence[int]) -> None:
     x, _, B, C, _, _ = inputs
-    plan = _Plan(inputs, cu, l, cb=cb, states=states, entering=None, crossing=None, REVERSED=False)
+    plan = _Plan(inputs, cu, cb, states=states, entering=None, crossing=None, REVERSED=False)
     plan.launch(_cb_kernel, "cb", "LLGk")
     plan.launch(_states_kernel, "states", "PNHs", value=x, key=B, initial=initial, final=final)
     plan.launch(_scan_kernel, "scan", "LHk", value=x, query=C, out=y)
 
 @torch.library.custom_op("falcon_h1r::ssd_backward", mutates_args=("gradients", "dinitial"))
 def _ssd_backward(dy: Tensor, dfinal: Tensor | None, inputs: Sequence[Tensor], states: Tensor, cb: Tensor,
-                  gradients: Sequence[Tensor], dinitial: Tensor | None, cu: Sequence[int], l: int) -> None:
+                  gradients: Sequence[Tensor], dinitial: Tensor | None, cu: Sequence[int]) -> None:
     """gradients: of x, dt, B and C, and (k, h) the parts of those of A and D."""
     x, _, B, C, A, _ = inputs
     dx, ddt, dB, dC, dA, dD = gradients
     R = _empty(states, *states.shape)
     dcb = _empty(cb, *cb.shape)
-    plan = _Plan(inputs, cu, l, cb=cb, states=R, entering=states, dy=dy, dcb=dcb, ddt=ddt, dA=dA, dD=dD,
+    plan = _Plan(inputs, cu, cb, states=R, entering=states, dy=dy, dcb=dcb, ddt=ddt, dA=dA, dD=dD,
                  REVERSED=True)
     # Programs that share a sum: SIDE tiles of a row or column of dcb, SPLIT of dB and dC, PARTS of a state.
+    l = cb.shape[-1]
     side = plan.count("dcb", "L")
     split = plan.count("dbc", "N")
     parts = plan.count("states", "PN")
@@ -656,43 +666,37 @@ def _ssd_backward(dy: Tensor, dfinal: Tensor | None, inputs: Sequence[Tensor], s
     plan.launch(_ddt_kernel, "ddt", "Hk")
 
 class _Scan(torch.autograd.Function):
+    """x (tokens, h, p) in its own dtype, dt (tokens, h) float32 -> y with D x in it, final states or None."""
     @staticmethod
-    def forward(ctx, S, cu, l, want_final, *inputs):
-        x, _, B, _, A, _ = inputs
-        k, (h, p), (g, n) = sum(_chunks(cu, l)), x.shape[1:], B.shape[1:]
+    def forward(ctx, S, cu, chunk_size, want_final, x, dt, B, C, A, D):
+        (h, p), (g, n) = x.shape[1:], B.shape[1:]
+        check(p <= 256, f"x: got {p} channels per head, expected at most 256, or backend=torch")
+        longest = max(end - start for start, end in zip(cu, cu[1:]))
+        l = _power(min(chunk_size, 1024, longest))  # a program of _decays_kernel holds a chunk
+        k = sum(_chunks(cu, l))
+        A = torch.where(A < 0, A, torch.nan)  # A >= 0 is an error, but the host must not wait to see it
+        inputs = _dense(x), dt.contiguous(), _dense(B), _dense(C), A, D
         y = _empty(x, *x.shape)
         final = _empty(A, len(cu) - 1, h, p, n) if want_final else None
         states = _empty(x, k, h, p, n)  # that enter each chunk
         cb = _empty(x, k, g, l, l)
-        _ssd(inputs, S, y, cb, states, final, cu, l)
+        _ssd(inputs, S, y, cb, states, final, cu)
         ctx.save_for_backward(*inputs, states, cb)
-        ctx.cu, ctx.l = cu, l
-        ctx.set_materialize_grads(False)  # None for final states that nobody used, instead of as many zeros
+        ctx.cu = cu
         return y, final
 
     @staticmethod
     def backward(ctx, dy, dfinal):
         *inputs, states, cb = ctx.saved_tensors
-        x, A = inputs[0], inputs[4]
         k, h, p, n = states.shape
-        dy = x.new_zeros(x.shape) if dy is None else dy.contiguous()
+        A = inputs[4]
         dfinal = None if dfinal is None else dfinal.contiguous()
         dinitial = _empty(A, len(ctx.cu) - 1, h, p, n) if ctx.needs_input_grad[0] else None
         gradients = [_empty(v, *v.shape) for v in inputs[:4]]
         gradients += [_empty(A, k, h, dtype=torch.float64) for _ in "AD"]
-        _ssd_backward(dy, dfinal, inputs, states, cb, gradients, dinitial, ctx.cu, ctx.l)
+        _ssd_backward(dy.contiguous(), dfinal, inputs, states, cb, gradients, dinitial, ctx.cu)
         *direct, dA, dD = gradients
         return dinitial, None, None, None, *direct, dA.sum(0).float(), dD.sum(0).float()
-
-def _scan_triton(x, dt, B, C, A, D, S, cu, chunk_size, want_final):
-    """x (tokens, h, p) in its own dtype, dt (tokens, h) float32 -> y with D x in it, final states."""
-    check(x.shape[2] <= 256, f"x: got {x.shape[2]} channels per head, expected at most 256, or backend=torch")
-    longest = max(end - start for start, end in zip(cu, cu[1:]))
-    l = _power(min(chunk_size, 1024, longest))  # a program of _decays_kernel holds a chunk
-    D = torch.zeros_like(A) if D is None else D
-    A = torch.where(A < 0, A, torch.nan)  # A >= 0 is an error, but the host must not wait to see it
-    S = None if S is None else S.contiguous()
-    return _Scan.apply(S, cu, l, want_final, _dense(x), dt.contiguous(), _dense(B), _dense(C), A, D)
 
 # 5. The causal convolution ----------------------------------------------------------------------------------
 
@@ -791,25 +795,26 @@ def _conv_kernel(x, taps, dy, out, dtaps, start, left, s_x, CHANNELS: constexpr,
     num = tl.minimum(rest, BT)
     first = tl.load(left + block - 1, mask=block > 0, other=0) <= BT  # the block before ends its sequence
     zero = tl.zeros((BD,), tl.float32)
-    w, window = (), ()
+    w = ()
     for j in tl.static_range(K + 1):
         w += (tl.load(taps + j * CHANNELS + d, mask=in_d, other=0.0).to(tl.float32),)
+    window = ()
     for j in tl.static_range(K - 1):
         window += (_load(x, token - (K - 1) + j, s_x, d, in_d & (first == 0)).to(tl.float32),)
-    dw, dzs = (zero,) * (K + 1), (zero,) * (K - 1)
+    dw = (zero,) * (K + 1)
+    dzs = (zero,) * (K - 1)
     for i in range(0, num + EXTRA, ROWS):
         # All loads come before the first store, because the compiler cannot move them over it.
-        xs, dys = (), ()
+        dys = ()
         for r in tl.static_range(ROWS):
             inside = in_d & (i + r < rest)
-            xs += (_load(x, token + i + r, s_x, d, inside).to(tl.float32),)
+            window += (_load(x, token + i + r, s_x, d, inside).to(tl.float32),)
             if dy is not None:
                 dys += (_load(dy, token + i + r, CHANNELS, d, inside).to(tl.float32),)
         for r in tl.static_range(ROWS):
-            window += (xs[r],)
             z = w[K]
             for j in tl.static_range(K):
-                z += w[j] * window[j]
+                z += w[j] * window[r + j]
             gate = tl.sigmoid(z) if SILU else 1.0
             value = z * gate
             if dy is not None:
@@ -819,11 +824,12 @@ def _conv_kernel(x, taps, dy, out, dtaps, start, left, s_x, CHANNELS: constexpr,
                 value = zero
                 for j in tl.static_range(K):
                     value += w[j] * dzs[K - 1 - j]
-                    dw += (dw[j] + own * window[j],)
-                dw, dzs = dw[K + 1:] + (dw[K] + own,), dzs[1:]
+                    dw += (dw[j] + own * window[r + j],)
+                dzs = dzs[1:]
+                dw = dw[K + 1:] + (dw[K] + own,)
             done = i + r - EXTRA  # the token that `value` is the y or dx of, counted in the block
             tl.store(out + (token + done) * CHANNELS + d, value, mask=in_d & (done >= 0) & (done < num))
-            window = window[1:]
+        window = window[ROWS:]
     if dy is not None:
         for j in tl.static_range(K + 1):
             tl.store(dtaps + (block * (K + 1) + j) * CHANNELS + d, dw[j], mask=in_d)

@@ -91,8 +91,7 @@ def report(name, binary, listing):
 def jobs(capability):
     """{name: (kernel, constants, launch options)} at the 7B model's shape and with its chunks."""
     tiles = s._tiling(CHUNK, SIZES["P"], SIZES["N"], torch.bfloat16, SHARED[capability] * 1024)
-    edge = tiles["dcb"]["BL"]
-    sizes = SIZES | dict(L=CHUNK, EDGE=edge, R=CHUNK // edge + 1)
+    sizes = SIZES | dict(L=CHUNK, EDGE=tiles["dcb"]["BL"])
 
     def count(name, side):
         return triton.cdiv(sizes[side], tiles[name]["B" + side])

@@ -265,7 +265,7 @@ def test_documents_do_not_leak(interpreter, backend, poison):
 def test_triton_answers_nan_where_nothing_is_forgotten(interpreter):
     inputs = small(DEVICE)
     A, S = torch.tensor([-1.0, 0.0], device=DEVICE), torch.zeros(1, 2, 3, 4, device=DEVICE)
-    y, _ = s._scan_triton(*(inputs[k][0] for k in PER_TOKEN), A, None, S, (0, 12), 16, True)
+    y, _ = s._Scan.apply(S, (0, 12), 16, True, *(inputs[k][0] for k in PER_TOKEN), A, inputs["D"])
     assert y[:, 0].isfinite().all() and y[:, 1].isnan().all()
 
 def test_triton_gives_a_step_of_nothing_its_gradient(interpreter):
