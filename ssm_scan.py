@@ -5,10 +5,8 @@ Three backends compute the same function and all of its gradients:
 
     "recurrent"   the definition, one token after another; in float64 the oracle of the tests
     "torch"       for CPUs: sequences are cut into chunks, and the scan becomes matrix products (section 2)
-    "triton"      for GPUs: the same in kernels, forward and backward (sections 3 and 4)
-
-    python tests/compile_kernels.py 90          registers, spills, shared memory of the kernels, without a GPU
-    TRITON_INTERPRET=1 python your_script.py    backend="triton" on a CPU, slowly, in Triton's interpreter
+    "triton"      for GPUs: the same in kernels, forward and backward (sections 3 and 4). With the environment
+                  variable TRITON_INTERPRET=1 they run on a CPU, slowly, in Triton's interpreter.
 
 Glossary (Mamba-2 is arXiv 2405.21060)
     b, t, h, p   batch, tokens, heads, channels per head (the paper's P, "head dim")
@@ -22,9 +20,9 @@ Glossary (Mamba-2 is arXiv 2405.21060)
     S            (s, h, p, n)   the state, one p x n matrix per head, always float32 or wider
     cu_seqlens   (s + 1,)       where packed documents start, and the end: [0, 7, 19] is 7 and 12 tokens
 
-Deviations from Mamba-2: none in the function. Decays are differences of cumulative sums of float64, or (in
-kernels) pairs of float32: over a strongly decaying chunk a sum reaches -10^4, where float32 has three digits
-after the point. No chunk holds tokens of two documents, so nothing needs a mask and nothing can leak.
+Deviations from Mamba-2: none in the function. Decays are differences of cumulative sums in float64 or, in the
+kernels, in pairs of float32: over a strongly decaying chunk a sum reaches -10^4, where float32 has three
+digits after the point. No chunk has tokens of two documents, so nothing needs a mask and nothing can leak.
 """
 
 import math
@@ -113,8 +111,7 @@ def _step_size(dt, dt_bias, dt_softplus, dtype):
 def _scan_recurrent(x, dt, B, C, A, S, cu, chunk_size):
     """The definition. x (tokens, h, p), dt (tokens, h), B and C (tokens, g, n), S (s, h, p, n)."""
     B, C = (v.repeat_interleave(x.shape[1] // v.shape[1], 1) for v in (B, C))  # (tokens, h, n)
-    ys = []
-    finals = []
+    ys, finals = [], []
     for state, start, end in zip(S, cu, cu[1:]):
         for i in range(start, end):
             decayed = torch.exp(dt[i] * A)[:, None, None] * state
@@ -162,9 +159,8 @@ def _scan_chunked(x, dt, B, C, A, S, cu, chunk_size):
 
     # Step 3, from chunk to chunk, the only sequential loop: t / l short steps per sequence.
     keep = _bounded_exp(c[..., -1].to(x.dtype))[..., None, None]  # (k, h, 1, 1)
-    chunks = _chunks(cu, l)
-    entering = []
-    finals = []
+    chunks = [-(-length // l) for length in lengths]
+    entering, finals = [], []
     for state, kept, new in zip(S, keep.split(chunks), added.split(chunks)):
         for factor, own in zip(kept.unbind(), new.unbind()):  # new[i] would have a gradient as large as new
             entering.append(state)
@@ -276,8 +272,7 @@ def _rows(decays, head, L: constexpr, EDGE: constexpr):
 @_jit
 def _decay(dt, i, j, L: constexpr):
     """2^(c_i - c_j) dt_j, at most dt_j."""
-    c = dt + L
-    low = dt + 2 * L
+    c, low = dt + L, dt + 2 * L
     rise = (tl.load(c + i) - tl.load(c + j)) + (tl.load(low + i) - tl.load(low + j))
     return tl.exp2(tl.minimum(rise, 0.0)) * tl.load(dt + j)
 
@@ -336,8 +331,7 @@ def _cb_kernel(B, C, start, left, cb, s_B, s_C, G: constexpr, N: constexpr, L: c
     i0 = tile // SIDE * BL
     j0 = tile % SIDE * BL
     if (j0 <= i0) & (i0 < num):
-        i = i0 + tl.arange(0, BL)
-        j = j0 + tl.arange(0, BL)
+        i, j = i0 + tl.arange(0, BL), j0 + tl.arange(0, BL)
         acc = _products(C + token * s_C + g * N, B + token * s_B + g * N, i, j, num, s_C, s_B, N, BL, BK)
         tl.store(cb + ((k * G + g) * L + i[:, None]) * L + j[None, :], acc)
 
@@ -459,8 +453,7 @@ def _dcb_kernel(x, dy, cb, decays, start, left, dcb, row, col, diagonal, s_x, H:
     down, across = (tile, tile) if DIAGONAL else (tile // SIDE, tile % SIDE)
     if (down * BL >= num) | (across > down) | ((across == down) & (not DIAGONAL)):
         return
-    i = down * BL + tl.arange(0, BL)
-    j = across * BL + tl.arange(0, BL)
+    i, j = down * BL + tl.arange(0, BL), across * BL + tl.arange(0, BL)
     place = ((k * G + g) * L + i[:, None]) * L + j[None, :]
     below = tl.load(cb + place).to(tl.float32)
     if DIAGONAL:
@@ -598,9 +591,8 @@ def _tiling(l, p, n, dtype, shared_memory):
         dbc=dict(BL=side, BN=min(128 if wide else 64, bn), BP=bp, BK=inner, **large))
 
 class _Plan:
-    """Launches the kernels of one scan; first that of the decays.
-    inputs: x (tokens, h, p), dt (tokens, h), B, C (tokens, g, n), A, D (h,). given: more arguments, by name,
-    for all kernels that take them."""
+    """Launches the kernels of one scan, that of the decays at once. inputs: x (tokens, h, p), dt (tokens, h),
+    B, C (tokens, g, n), A, D (h,). given: what else kernels may take, by name."""
     def __init__(self, inputs, cu, cb, **given):
         x, dt, B, C, A, D = inputs
         (h, p), (g, n) = x.shape[1:], B.shape[1:]
@@ -671,9 +663,9 @@ class _Scan(torch.autograd.Function):
     def forward(ctx, S, cu, chunk_size, want_final, x, dt, B, C, A, D):
         (h, p), (g, n) = x.shape[1:], B.shape[1:]
         check(p <= 256, f"x: got {p} channels per head, expected at most 256, or backend=torch")
-        longest = max(end - start for start, end in zip(cu, cu[1:]))
-        l = _power(min(chunk_size, 1024, longest))  # a program of _decays_kernel holds a chunk
-        k = sum(_chunks(cu, l))
+        lengths = [end - start for start, end in zip(cu, cu[1:])]
+        l = _power(min(chunk_size, 1024, max(lengths)))  # a program of _decays_kernel holds a chunk
+        k = sum(-(-length // l) for length in lengths)
         A = torch.where(A < 0, A, torch.nan)  # A >= 0 is an error, but the host must not wait to see it
         inputs = _dense(x), dt.contiguous(), _dense(B), _dense(C), A, D
         y = _empty(x, *x.shape)
@@ -711,7 +703,7 @@ def causal_conv1d(x, weight, bias=None, *, initial_states=None, cu_seqlens=None,
         initial_states: (s, d, k - 1), the inputs before the first token, newest last; zeros if None.
         activation: None or "silu". cu_seqlens and backend are as for ssd_scan.
     Returns:
-        y (b, t, d) and the final states (s, d, k - 1), differentiable in every tensor."""
+        y (b, t, d) and the final states (s, d, k - 1), both differentiable."""
     check(x.dim() == 3 and x.shape[1] >= 1, f"x: got {tuple(x.shape)}, expected (b, t, d) with t >= 1")
     b, t, d = x.shape
     k = weight.shape[-1]
@@ -727,8 +719,10 @@ def causal_conv1d(x, weight, bias=None, *, initial_states=None, cu_seqlens=None,
         row = torch.cat([part for pair in zip(states.mT, row.split(lengths)) for part in pair])
         cu = tuple(start + i * (k - 1) for i, start in enumerate(cu))
 
-    y = (_ConvTriton.apply(_dense(row), taps, cu, activation == "silu") if backend == "triton"
-         else _ConvTorch.apply(row, taps))
+    if backend == "triton":
+        y = _ConvTriton.apply(_dense(row), taps, cu, activation == "silu")
+    else:
+        y = _ConvTorch.apply(row, taps)
     if not bare:
         y = torch.cat(y.split([size for length in lengths for size in (k - 1, length)])[1::2])
     y = F.silu(y) if activation and backend != "triton" else y  # now without histories, which may be NaN
@@ -856,7 +850,8 @@ class _ConvTriton(torch.autograd.Function):
     def backward(ctx, dy):
         x, taps = ctx.saved_tensors
         dx = _empty(x, *x.shape)
-        dtaps = _empty(x, sum(_chunks(ctx.cu, _CONV_BACKWARD["BT"])), *taps.shape, dtype=torch.float32)
+        blocks = sum(-(-(end - start) // _CONV_BACKWARD["BT"]) for start, end in zip(ctx.cu, ctx.cu[1:]))
+        dtaps = _empty(x, blocks, *taps.shape, dtype=torch.float32)
         _conv(x, taps, dy.contiguous(), dx, dtaps, ctx.cu, ctx.silu)
         return dx, dtaps.sum(0).to(taps.dtype), None, None
 
@@ -871,9 +866,8 @@ def check_tensors(x, **expected):
     """Check every name=(tensor or None, shape): its shape, and that it is on the device of x."""
     for name, (v, shape) in expected.items():
         if v is not None:
-            got, want = tuple(v.shape), tuple(shape)
-            check(got == want and v.device == x.device,
-                  f"{name}: got {got} on {v.device}, expected {want} on {x.device}")
+            check(v.shape == tuple(shape) and v.device == x.device,
+                  f"{name}: got {tuple(v.shape)} on {v.device}, expected {tuple(shape)} on {x.device}")
 
 def check_cu_seqlens(cu_seqlens, b, t):
     """Boundaries (s + 1,) as a tuple of ints, those of the batch rows if None. Keep them on the host."""
@@ -911,19 +905,10 @@ def _backend(name, x):
     return name or ("triton" if runs and x.is_cuda else "torch")
 
 def to_device(tensors, device):
-    """Copy CPU tensors of one dtype to `device`, by one copy from pinned memory: no waiting."""
-    if device.type == "cpu":
-        return tensors
-    # Each starts at a multiple of 16 bytes: for other addresses Triton compiles again.
-    padded = [F.pad(v.flatten(), (0, -v.numel() % 16)) for v in tensors]
-    row = torch.cat(padded)
-    row = row.pin_memory() if device.type == "cuda" and not torch.compiler.is_compiling() else row
-    parts = row.to(device, non_blocking=True).split([len(v) for v in padded])
-    return [part[: v.numel()].view(v.shape) for part, v in zip(parts, tensors)]
+    """Copy CPU tensors to `device`, for a GPU from pinned memory: the host need not wait."""
+    pin = device.type == "cuda" and not torch.compiler.is_compiling()
+    return [(v.pin_memory() if pin else v).to(device, non_blocking=True) for v in tensors]
 
-def _chunks(cu, size):
-    """How many chunks of at most `size` tokens each sequence has."""
-    return [-(-(end - start) // size) for start, end in zip(cu, cu[1:])]
 
 @lru_cache(maxsize=16)  # once per batch, then shared by all layers and by the backward pass
 @torch.inference_mode(False)  # what is cached may meet autograd later

@@ -88,8 +88,7 @@ def test_steps_are_the_scan():
     with torch.no_grad():
         ys = [s.ssd_step(state, **{k: v[:, i] for k, v in tokens.items()}, **inputs, dt_softplus=True)[0]
               for i in range(7)]
-    torch.testing.assert_close(torch.stack(ys, 1), y, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(state, S, rtol=1e-5, atol=1e-5)  # in place
+    torch.testing.assert_close([torch.stack(ys, 1), state], [y, S], rtol=1e-5, atol=1e-5)  # state in place
 
 def test_step_has_gradients():
     state, one = torch.randn(1, 1, 2, 2, requires_grad=True), torch.ones(1, 1, 2)
@@ -128,21 +127,12 @@ def test_triton_is_refused_where_it_cannot_run(monkeypatch):
     with pytest.raises(ValueError, match="^backend: got .* expected .*GPU"):
         s.ssd_scan(**small(), backend="triton")
 
-# 2. Where tokens go -----------------------------------------------------------------------------------------
-
 def test_chunk_tables_by_hand():
     table = s.chunk_table((0, 5, 6, 10), 4, torch.device("cpu"))
     assert [v.tolist() for v in table] == [[0, 4, 5, 6], [5, 1, 1, 4], [0, 2, 3, 4]]
+    assert all(v.is_meta for v in s.chunk_table((0, 5), 4, torch.device("meta")))
 
-def test_tables_go_to_a_device_together_each_at_a_multiple_of_16_bytes():
-    tensors = [torch.arange(3), torch.arange(4).view(2, 2), torch.arange(17)]
-    parts = s.to_device(tensors, torch.device("meta"))
-    assert [part.shape for part in parts] == [v.shape for v in tensors]
-    assert len({id(part._base) for part in parts}) == 1
-    assert [part.storage_offset() * part.itemsize % 16 for part in parts] == [0, 0, 0]
-    assert s.to_device(tensors, torch.device("cpu")) is tensors
-
-# 3. The Triton kernels, in Triton's interpreter where there is no GPU (see conftest.py) ---------------------
+# 2. The Triton kernels, in Triton's interpreter where there is no GPU (see conftest.py) ---------------------
 
 class Poisoned:
     """torch, but new memory holds NaN, so that reading what no kernel has written shows."""
@@ -179,7 +169,7 @@ def interpreter(monkeypatch):
     monkeypatch.setattr(Builder, "cast_impl", cast)
 
 def triton_errors(shape, cu, chunk, *, decay=1.0, dtype=torch.float32):
-    inputs = {k: v.detach().to(DEVICE) for k, v in random_inputs(**shape).items()}
+    inputs = small(DEVICE, **shape)
     inputs["A"] *= decay
     inputs |= {k: inputs[k].to(dtype) for k in PER_TOKEN}
     return relative_errors(inputs, backend="triton", cu_seqlens=cu, chunk_size=chunk)
@@ -206,30 +196,25 @@ def test_triton_with_the_tiles_of_a_hopper(interpreter, monkeypatch):
     errors = triton_errors(shape, [0, 1, 70, 270], 512, dtype=torch.float16)
     assert all(e < (5e-3 if name == "dA" else 2e-3) for name, e in errors.items()), errors
 
-def test_triton_chained_pieces_give_the_bits_of_a_whole_row(interpreter):
-    """4 x 16 tokens, handing on the state and, backwards, its gradient. And two runs give the same bits."""
-    inputs = {k: v.detach().to(DEVICE) for k, v in random_inputs(1, 64, 2, 16, 1, 24, states=1).items()}
-    r = torch.Generator().manual_seed(1)
-    grads = [torch.randn(shape, generator=r).to(DEVICE) for shape in ((1, 64, 2, 16), (1, 2, 16, 24))]
+def in_four_calls(initial_states, **inputs):
+    """ssd_scan of 4 x 16 tokens, handing on the state."""
+    state, ys = initial_states, []
+    for cuts in zip(*(inputs.pop(k).split(16, 1) for k in PER_TOKEN)):
+        y, state = s.ssd_scan(**dict(zip(PER_TOKEN, cuts)), **inputs, initial_states=state)
+        ys.append(y)
+    return torch.cat(ys, 1), state
 
-    def run(pieces):
-        leaves = leaves_of(inputs)
-        rest = {k: leaves[k] for k in ("A", "D", "dt_bias")}
-        rest |= dict(dt_softplus=True, chunk_size=16, backend="triton")
-        state, ys = leaves["initial_states"], []
-        for cuts in zip(*(leaves[k].split(64 // pieces, 1) for k in PER_TOKEN)):
-            y, state = s.ssd_scan(**dict(zip(PER_TOKEN, cuts)), **rest, initial_states=state)
-            ys.append(y)
-        torch.autograd.backward([torch.cat(ys, 1), state], grads)
-        return {"y": torch.cat(ys, 1), "S": state, **{"d" + k: v.grad for k, v in leaves.items()}}
-
-    whole, again, chained = run(1), run(1), run(4)
-    for name, v in whole.items():
-        assert torch.equal(v, again[name]), name
-        if name in ("dA", "dD", "ddt_bias"):  # sums over the pieces
-            torch.testing.assert_close(v, chained[name], rtol=1e-6, atol=1e-6 * float(v.abs().max()))
+def test_triton_in_four_calls_gives_the_bits_of_one_and_one_the_same_bits_twice(interpreter):
+    inputs = small(DEVICE, t=64, p=16, n=24, states=1)
+    scans = s.ssd_scan, s.ssd_scan, in_four_calls
+    options = dict(dt_softplus=True, chunk_size=16, backend="triton")
+    results = (outputs_and_gradients(inputs, scan, **options) for scan in scans)
+    for name, whole, again, chained in zip(["y", "S", *inputs], *results):
+        assert torch.equal(whole, again), name
+        if name in ("A", "D", "dt_bias"):  # sums over the calls
+            torch.testing.assert_close(whole, chained, rtol=1e-6, atol=1e-6 * float(whole.abs().max()))
         else:
-            assert torch.equal(v, chained[name]), name
+            assert torch.equal(whole, chained), name
 
 def far_apart(v):
     """v (1, t, ...) with its tokens 2^30 elements apart: only the pages with tokens exist."""
@@ -245,8 +230,7 @@ def test_triton_reaches_beyond_32_bits(interpreter):
     y, S = s.ssd_scan(**leaves, dt_softplus=True, backend="triton")
     (y.sin().sum() + S.sin().sum()).backward()
     expected = outputs_and_gradients(inputs, dt_softplus=True, backend="recurrent")
-    for ours, oracle in zip([y, S, *(v.grad for v in leaves.values())], expected):
-        torch.testing.assert_close(ours, oracle)
+    torch.testing.assert_close([y, S, *(v.grad for v in leaves.values())], expected)
     x, weight = far_apart(inputs["x"].flatten(2)).requires_grad_(), torch.randn(32, 4, device=DEVICE)
     results = [s.causal_conv1d(x, weight, backend=backend)[0] for backend in ("triton", "torch")]
     torch.testing.assert_close(*results)
@@ -273,17 +257,16 @@ def test_triton_gives_a_step_of_nothing_its_gradient(interpreter):
     inputs["dt"] = inputs["dt"].exp()
     inputs["dt"][:, ::3] = 0
     del inputs["dt_bias"]
-    ours, oracle = (outputs_and_gradients(inputs, backend=backend) for backend in ("triton", "recurrent"))
-    for a, b in zip(ours, oracle):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    results = (outputs_and_gradients(inputs, backend=backend) for backend in ("triton", "recurrent"))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
 
 def test_triton_sums_in_float32_whatever_the_default_dtype(interpreter, request):
     inputs = small(DEVICE, t=40)
     expected = s.ssd_scan(**inputs, dt_softplus=True, backend="triton")
     request.addfinalizer(lambda: torch.set_default_dtype(torch.float32))
     torch.set_default_dtype(torch.bfloat16)
-    y, S = s.ssd_scan(**inputs, dt_softplus=True, backend="triton")
-    assert torch.equal(y, expected[0]) and torch.equal(S, expected[1])
+    result = s.ssd_scan(**inputs, dt_softplus=True, backend="triton")
+    torch.testing.assert_close(result, expected, rtol=0, atol=0)
 
 def test_triton_makes_states_only_where_they_are_wanted(interpreter, monkeypatch):
     inputs, shapes, original = small(DEVICE, t=40), [], s._empty
@@ -308,10 +291,10 @@ def test_triton_compiles_into_one_graph():
         return s.ssd_scan(x, **rest, dt_softplus=True, **options)
 
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    for ours, expected in zip(outputs_and_gradients(inputs, compiled), outputs_and_gradients(inputs, layer)):
-        assert torch.equal(ours, expected)
+    results = (outputs_and_gradients(inputs, scan) for scan in (compiled, layer))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
 
-# 4. The convolution -----------------------------------------------------------------------------------------
+# 3. The convolution -----------------------------------------------------------------------------------------
 
 def conv_inputs(lengths, d, k, without=()):
     torch.manual_seed(0)
@@ -346,9 +329,8 @@ def conv_results(inputs, backend, dtype=torch.float32, conv=None, activation="si
 def test_convolution_is_a_loop(lengths, k, activation, without):
     inputs, cu = conv_inputs(lengths, 3, k, without)
     options = dict(dtype=torch.float64, activation=activation, cu_seqlens=cu)
-    ours, oracle = (conv_results(inputs, "torch", conv=conv, **options) for conv in (None, conv_loop))
-    for name, v in oracle.items():
-        torch.testing.assert_close(ours[name], v)
+    results = (conv_results(inputs, "torch", conv=conv, **options) for conv in (None, conv_loop))
+    torch.testing.assert_close(*results)
 
 @pytest.mark.parametrize(("lengths", "k", "d", "without"), [
     ([127, 128, 129, 1], 4, 5, ()),  # one token less than a block, a block, one token more
@@ -359,8 +341,8 @@ def test_convolution_is_a_loop(lengths, k, activation, without):
 def test_triton_convolution(interpreter, lengths, k, d, without):
     inputs, cu = conv_inputs(lengths, d, k, without)
     ours = conv_results(inputs, "triton", cu_seqlens=cu)
-    for name, oracle in conv_results(inputs, "torch", torch.float64, cu_seqlens=cu).items():
-        torch.testing.assert_close(ours[name].double(), oracle, rtol=1e-5, atol=1e-5)
+    oracle = conv_results(inputs, "torch", torch.float64, cu_seqlens=cu)
+    torch.testing.assert_close(ours, oracle, rtol=1e-5, atol=1e-5, check_dtype=False)
 
 def test_triton_convolution_in_bfloat16(interpreter):
     inputs, cu = conv_inputs([133, 1, 2], 24, 4)
@@ -422,7 +404,7 @@ def test_convolution_steps(interpreter, backend):
     torch.testing.assert_close(torch.stack(steps, 1), y)
     assert torch.equal(state, last)
 
-# 5. What a GPU will make of the kernels ---------------------------------------------------------------------
+# 4. What a GPU will make of the kernels ---------------------------------------------------------------------
 
 def test_instructions_of_loops_are_weighted():
     # Two loops: 4 instructions run 10 times, of which two half of the times, and 2 run 3 times; two outside.
