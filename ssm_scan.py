@@ -129,7 +129,7 @@ def _scan_chunked(x, dt, B, C, A, S, cu, chunk_size):
             + exp(c_i) S C_i                                      what the entering state adds        (step 4)
         S'  = exp(c_l) S + sum_j exp(c_l - c_j) dt_j x_j B_j^T    the state handed on             (steps 2, 3)
 
-    Padding is 0, also dt: it neither writes nor decays, so c_l is right for chunks that are not full, too."""
+    Padding has dt = 0: it neither writes nor decays, so c_l is right for partly filled chunks too."""
     (h, p), (g, n) = x.shape[1:], B.shape[1:]
     lengths = [end - start for start, end in zip(cu, cu[1:])]
     # The fastest chunk on a CPU. Per token: l decays and p n / l of a state; fewest at l = sqrt(p n).
@@ -199,9 +199,8 @@ def _bounded_exp(c):
 
 # 3. The scan in Triton: kernels -----------------------------------------------------------------------------
 #
-# The same four steps, in kernels that keep the two large things out of memory: the (l, l) matrix of a chunk's
-# decays, and copies of B and C for the heads of a group. A program, the unit that Triton runs in parallel,
-# computes one tile of an output:
+# The same four steps in kernels that never store the two large things: a chunk's (l, l) matrix of decays, and
+# copies of B and C for the heads of a group. A program, Triton's unit of parallel work, computes one tile:
 #
 #                source j ->                      one chunk (k), one head (h), 2 x 2 tiles of l / 2 tokens.
 #              +-------+-------+   value (l, p)   The program of the marked tile of y walks over the tiles of
@@ -251,13 +250,13 @@ def _bounded_exp(c):
 
 @_jit
 def _program(tiles, heads):
-    """Programs are numbered by tile, then head or group (neighbours share cb in the L2 cache), then chunk."""
+    """This program's tile, head or group, and chunk. Neighbours share cb in the L2 cache."""
     pid = tl.program_id(0)
     return pid % tiles, pid // tiles % heads, (pid // (tiles * heads)).to(tl.int64)
 
 @_jit
 def _chunk_program(tiles, heads, start, left, L: constexpr):
-    """As _program, and the chunk's first token and number of tokens."""
+    """As _program, with the chunk's first token and its number of tokens."""
     tile, h, k = _program(tiles, heads)
     return tile, h, k, tl.load(start + k), tl.minimum(tl.load(left + k), L).to(tl.int32)
 
@@ -278,13 +277,13 @@ def _decay(dt, i, j, L: constexpr):
 
 @_jit
 def _range(start, tile: constexpr, size: constexpr):
-    """tile indices from start, and which are below size: all, known when compiling, if tiles divide it."""
+    """`tile` indices from start, and which are below size: known at compile time if tiles divide it."""
     i = start + tl.arange(0, tile)
     return i, (i < size) | (size % tile == 0)
 
 @_jit
 def _load(base, token, stride, column, mask):
-    """A tile of tokens' vectors: element `column` of each `token`, counted from base; 0 outside the mask."""
+    """Element `column` of every `token`'s vector, counted from base; 0 outside the mask."""
     return tl.load(base + token.to(tl.int64) * stride + column, mask=mask, other=0.0)
 
 @_jit
@@ -636,9 +635,8 @@ def _ssd_backward(dy: Tensor, dfinal: Tensor | None, inputs: Sequence[Tensor], s
     x, _, B, C, A, _ = inputs
     dx, ddt, dB, dC, dA, dD = gradients
     R = _empty(states, *states.shape)
-    dcb = _empty(cb, *cb.shape)
-    plan = _Plan(inputs, cu, cb, states=R, entering=states, dy=dy, dcb=dcb, ddt=ddt, dA=dA, dD=dD,
-                 REVERSED=True)
+    plan = _Plan(inputs, cu, cb, states=R, entering=states, dcb=_empty(cb, *cb.shape), dy=dy, ddt=ddt,
+                 dA=dA, dD=dD, REVERSED=True)
     # Programs that share a sum: SIDE tiles of a row or column of dcb, SPLIT of dB and dC, PARTS of a state.
     l = cb.shape[-1]
     side = plan.count("dcb", "L")
@@ -719,10 +717,8 @@ def causal_conv1d(x, weight, bias=None, *, initial_states=None, cu_seqlens=None,
         row = torch.cat([part for pair in zip(states.mT, row.split(lengths)) for part in pair])
         cu = tuple(start + i * (k - 1) for i, start in enumerate(cu))
 
-    if backend == "triton":
-        y = _ConvTriton.apply(_dense(row), taps, cu, activation == "silu")
-    else:
-        y = _ConvTorch.apply(row, taps)
+    y = (_ConvTriton.apply(_dense(row), taps, cu, activation == "silu") if backend == "triton"
+         else _ConvTorch.apply(row, taps))
     if not bare:
         y = torch.cat(y.split([size for length in lengths for size in (k - 1, length)])[1::2])
     y = F.silu(y) if activation and backend != "triton" else y  # now without histories, which may be NaN
@@ -812,9 +808,8 @@ def _conv_kernel(x, taps, dy, out, dtaps, start, left, s_x, CHANNELS: constexpr,
             gate = tl.sigmoid(z) if SILU else 1.0
             value = z * gate
             if dy is not None:
-                dz = dys[r] * gate * (1 + z * (1 - gate)) if SILU else dys[r]
-                own = tl.where(i + r < num, dz, 0.0)
-                dzs += (dz,)
+                dzs += (dys[r] * gate * (1 + z * (1 - gate)) if SILU else dys[r],)
+                own = tl.where(i + r < num, dzs[K - 1], 0.0)  # past its own tokens a block only completes dx
                 value = zero
                 for j in tl.static_range(K):
                     value += w[j] * dzs[K - 1 - j]

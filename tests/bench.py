@@ -40,16 +40,14 @@ def parameters(c):
     with torch.device("meta"):
         model = FalconH1(c)
     for name, p in model.named_parameters():
-        part = next(part for key, part in part_of.items() if key in name)
-        counts[part] += p.numel()
+        counts[next(part for key, part in part_of.items() if key in name)] += p.numel()
     return counts
 
 def scan_flops(h, p, g, n, chunk=CHUNK):
     """FLOPs per token of the chunked scan with chunks of l tokens; the triangles' zeros do not count.
 
         C B^T               g l n        what a chunk adds to the state      2 h p n
-        (C B^T * L) (dt x)  h l p        C times the state before a chunk    2 h p n
-    """
+        (C B^T * L) (dt x)  h l p        C times the state before a chunk    2 h p n"""
     return h * (chunk * p + 4 * p * n) + g * chunk * n
 
 def flops_per_token(c, context):
@@ -61,8 +59,7 @@ def flops_per_token(c, context):
         scan        scan_flops
 
     Training costs three times the sum: the backward pass has two products for each of the forward's. Norms,
-    gates and the convolution do not count (0.1% at 7B), nor does what the backward pass recomputes.
-    """
+    gates and the convolution do not count (0.1% at 7B), nor does what the backward pass recomputes."""
     d, hd = c.hidden_size, c.head_dim
     attention = d * hd * (2 * c.num_attention_heads + 2 * c.num_key_value_heads)  # q, o; k, v
     mamba = d * sum(c.mamba_widths) + c.mamba_d_ssm * d  # in_proj, out_proj
@@ -80,11 +77,9 @@ def cache_bytes(c, slots, length, dtype):
             "ssm": 4 * rows * c.mamba_d_ssm * c.mamba_d_state}
 
 def decoding_floor(c, batch, context, dtype, bandwidth, rate):
-    """Seconds that a decoding step of `batch` sequences with `context` tokens each cannot beat.
-
-    The larger of bytes / bandwidth (every weight and key is read, every state read and written) and
-    FLOPs / rate (a token of each sequence goes through every matrix).
-    """
+    """The least seconds of a decoding step of `batch` sequences with `context` tokens each: the larger of
+    bytes / bandwidth (every weight and key is read, every state read and written) and FLOPs / rate (a token
+    of each sequence goes through every matrix)."""
     flops = flops_per_token(c, context)
     cache = cache_bytes(c, batch, context, dtype)
     products = flops["blocks"] + flops["head"]  # 2 per weight
@@ -120,8 +115,7 @@ def training_bytes(c, tokens, gpus):
         activations    inputs of all blocks; and the larger of what the loss needs and what one block keeps,
                        together with the gradients of its MLP's three products
 
-    The sum is an upper bound: gradients come while activations go.
-    """
+    The sum is an upper bound: gradients come while activations go."""
     counts = parameters(c)
     total = sum(counts.values())
     outer = counts["embedding"] + counts["head"]
@@ -164,10 +158,12 @@ def medians(runs, device, rounds=5):
             begin = now()
             run()
             times.append((begin, now()))
-    if device == "cpu":
-        return [statistics.median(1e3 * (end - begin) for begin, end in times) for times in calls]
-    torch.cuda.synchronize()
-    return [statistics.median(begin.elapsed_time(end) for begin, end in times) for times in calls]
+    def elapsed(begin, end):
+        return 1e3 * (end - begin) if device == "cpu" else begin.elapsed_time(end)
+
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return [statistics.median(elapsed(*call) for call in times) for times in calls]
 
 def milliseconds(run, device):
     """Median of 5 calls on a CPU and of 15 on a GPU, after one that compiles."""
@@ -200,10 +196,8 @@ def peak_bytes(run, device):
 def floors(device):
     """This machine's limits: bytes per second of a copy (read and write), FLOPs per second of a product."""
     size, nbytes = (1024, 2**26) if device == "cpu" else (8192, 2**29)
-    a = torch.randn(size, size, device=device, dtype=DTYPE[device])
-    out = torch.empty_like(a)
-    source = torch.empty(nbytes, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
+    a, out = torch.randn(2, size, size, device=device, dtype=DTYPE[device])
+    source, target = torch.empty(2, nbytes, dtype=torch.uint8, device=device)
     product = milliseconds(lambda: torch.mm(a, a, out=out), device)
     copy = milliseconds(lambda: target.copy_(source), device)
     return 1e3 * 2 * nbytes / copy, 1e3 * 2 * size**3 / product
@@ -311,11 +305,8 @@ SMALL = FalconH1Config(
 
 def compare(name, tokens, floor, runs, device, rounds):
     """Print a row: tokens per second of the floor, and of each function with its share of the floor and peak.
-
-    Args:
-        floor: (bandwidth, rate) -> seconds. Both are measured in turn with the functions, as load changes.
-        runs: functions that do the same work, ours first.
-    """
+    runs: functions that do the same work, ours first. floor: (bandwidth, rate) -> seconds; both are measured
+    in turn with the functions, as load changes."""
     peaks = [peak_bytes(run, device) for run in runs]  # this first call also compiles
     limits = []
     *times, _ = medians([*runs, lambda: limits.append(floors(device))], device, rounds)
@@ -326,12 +317,8 @@ def compare(name, tokens, floor, runs, device, rounds):
     print(row, flush=True)
 
 def model_speed(c, device, batch, length, decoding, rounds=3):
-    """Training, prefill and greedy decoding; on a CPU next to transformers.
-
-    Args:
-        batch, length: rows and tokens per row of training and prefill.
-        decoding: pairs (batch, new tokens). Prompts have one token, so that every step decodes.
-    """
+    """Training and prefill of `batch` rows of `length` tokens, and greedy decoding; on a CPU next to
+    transformers. decoding: pairs (batch, new tokens); prompts have one token, so that every step decodes."""
     torch.manual_seed(0)
     with torch.device(device):
         model = FalconH1(c).to(DTYPE[device])
