@@ -673,18 +673,20 @@ class _Scan(torch.autograd.Function):
         _ssd(inputs, S, y, cb, states, final, cu)
         ctx.save_for_backward(*inputs, states, cb)
         ctx.cu = cu
+        ctx.set_materialize_grads(False)  # None for final states that nobody used, instead of as many zeros
         return y, final
 
     @staticmethod
     def backward(ctx, dy, dfinal):
         *inputs, states, cb = ctx.saved_tensors
         k, h, p, n = states.shape
-        A = inputs[4]
+        x, A = inputs[0], inputs[4]
+        dy = x.new_zeros(x.shape) if dy is None else dy.contiguous()
         dfinal = None if dfinal is None else dfinal.contiguous()
         dinitial = _empty(A, len(ctx.cu) - 1, h, p, n) if ctx.needs_input_grad[0] else None
         gradients = [_empty(v, *v.shape) for v in inputs[:4]]
         gradients += [_empty(A, k, h, dtype=torch.float64) for _ in "AD"]
-        _ssd_backward(dy.contiguous(), dfinal, inputs, states, cb, gradients, dinitial, ctx.cu)
+        _ssd_backward(dy, dfinal, inputs, states, cb, gradients, dinitial, ctx.cu)
         *direct, dA, dD = gradients
         return dinitial, None, None, None, *direct, dA.sum(0).float(), dD.sum(0).float()
 
@@ -900,9 +902,15 @@ def _backend(name, x):
     return name or ("triton" if runs and x.is_cuda else "torch")
 
 def to_device(tensors, device):
-    """Copy CPU tensors to `device`, for a GPU from pinned memory: the host need not wait."""
-    pin = device.type == "cuda" and not torch.compiler.is_compiling()
-    return [(v.pin_memory() if pin else v).to(device, non_blocking=True) for v in tensors]
+    """Copy CPU tensors of one dtype to `device`, by one copy from pinned memory: no waiting."""
+    if device.type == "cpu":
+        return tensors
+    # Each starts at a multiple of 16 bytes: for other addresses Triton compiles again.
+    padded = [F.pad(v.flatten(), (0, -v.numel() % 16)) for v in tensors]
+    row = torch.cat(padded)
+    row = row.pin_memory() if device.type == "cuda" and not torch.compiler.is_compiling() else row
+    parts = row.to(device, non_blocking=True).split([len(v) for v in padded])
+    return [part[: v.numel()].view(v.shape) for part, v in zip(parts, tensors)]
 
 
 @lru_cache(maxsize=16)  # once per batch, then shared by all layers and by the backward pass

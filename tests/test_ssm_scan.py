@@ -129,7 +129,14 @@ def test_triton_is_refused_where_it_cannot_run(monkeypatch):
 def test_chunk_tables_by_hand():
     table = s.chunk_table((0, 5, 6, 10), 4, torch.device("cpu"))
     assert [v.tolist() for v in table] == [[0, 4, 5, 6], [5, 1, 1, 4], [0, 2, 3, 4]]
-    assert all(v.is_meta for v in s.chunk_table((0, 5), 4, torch.device("meta")))
+
+def test_tables_go_to_a_device_together_each_at_a_multiple_of_16_bytes():
+    tensors = [torch.arange(3), torch.arange(4).view(2, 2), torch.arange(17)]
+    parts = s.to_device(tensors, torch.device("meta"))
+    assert [part.shape for part in parts] == [v.shape for v in tensors]
+    assert len({id(part._base) for part in parts}) == 1
+    assert [part.storage_offset() * part.itemsize % 16 for part in parts] == [0, 0, 0]
+    assert s.to_device(tensors, torch.device("cpu")) is tensors
 
 # 2. The Triton kernels, in Triton's interpreter where there is no GPU (see conftest.py) ---------------------
 
@@ -389,8 +396,8 @@ def test_triton_convolution_copies_its_input_only_for_a_history(interpreter, mon
     inputs, cu = conv_inputs([5, 1], 3, 4)
     seen, launch = [], s._launch
     monkeypatch.setattr(s, "_launch", lambda *args, **sizes: (seen.append(args[2]), launch(*args, **sizes)))
-    for given in (inputs, inputs | {"initial_states": None}):
-        s.causal_conv1d(**given, cu_seqlens=cu, backend="triton")
+    for case in (inputs, inputs | {"initial_states": None}):
+        s.causal_conv1d(**case, cu_seqlens=cu, backend="triton")
     assert [v.data_ptr() == inputs["x"].data_ptr() for v in seen] == [False, True]
 
 @BACKENDS
