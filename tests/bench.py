@@ -135,6 +135,7 @@ def sizes(tokens=32768):
     for name, c in PRESETS.items():
         total = sum(parameters(c).values())
         forward = sum(flops_per_token(c, tokens).values())
+        # Training costs three forward passes; a weight takes 2 bytes in bfloat16.
         cells = [total, forward, 3 * forward, 2 * total]
         cells += [sum(cache_bytes(c, 1, length, torch.bfloat16).values()) for length in (1024, 32768)]
         cells += [sum(training_bytes(c, tokens, gpus).values()) for gpus in (1, 8, 64)]
@@ -152,6 +153,7 @@ def medians(runs, device, rounds=5):
         event.record()
         return event
 
+    # In turn, one call of each per round: background load then slows all of them alike.
     calls = [[] for _ in runs]
     for _ in range(rounds):
         for run, times in zip(runs, calls):
@@ -189,6 +191,7 @@ def peak_bytes(run, device):
     cpu = torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[cpu], profile_memory=True) as profiler:
         run()
+    # An allocation counts its bytes, a release minus its bytes: the peak is the largest running sum.
     events = profiler.profiler.kineto_results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     return max(itertools.accumulate(nbytes for _, nbytes in changes))
@@ -200,6 +203,7 @@ def floors(device):
     source, target = torch.empty(2, nbytes, dtype=torch.uint8, device=device)
     product = milliseconds(lambda: torch.mm(a, a, out=out), device)
     copy = milliseconds(lambda: target.copy_(source), device)
+    # A copy reads and writes every byte; a product of two n x n matrices takes 2 n^3 FLOPs.
     return 1e3 * 2 * nbytes / copy, 1e3 * 2 * size**3 / product
 
 def print_machine(device):
@@ -284,6 +288,7 @@ def scan_speed(device):
     bandwidth, rate = print_machine(device)
     print(f"  {'shape, tokens':20s} {'scan':9s} {'pass':8s} {'ms':>9s} {'GB/s':>7s} {'TFLOP/s':>7s}  share")
     for (shape, (h, p, n)), t, packed in itertools.product(shapes.items(), lengths, (False, True)):
+        # Packed: documents of 1,000 tokens, the last one shorter.
         cu = (*range(0, t, 1000), t) if packed else (0, t)
         inputs = scan_inputs(t, h, p, n, DTYPE[device], device)
         work = scan_work(t, h, p, n, DTYPE[device].itemsize)
@@ -334,6 +339,7 @@ def model_speed(c, device, batch, length, decoding, rounds=3):
     def row(name, tokens, floor, *runs):
         compare(name, tokens, floor, runs[:1] if theirs is None else runs, device, rounds)
 
+    # No optimizer: its step depends on the parameters only and would hide the passes of a small model.
     def train(model, loss):
         loss().backward()
         model.zero_grad()
