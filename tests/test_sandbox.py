@@ -696,8 +696,8 @@ VERSION = 'version = libc("syscall", 444, None, 0, 1)'
     ("old", "new", "named"),
     [
         (VERSION, 'version = libc("syscall", 999, None, 0, 1)', "Landlock ("),
-        ("        filter_calls,\n", "        lambda: None,\n", "raised os_fork"),
-        ("        lambda: restrict_files(folder),\n", "        lambda: None,\n", "raised open"),
+        ("\"seccomp\": filter_calls", "\"seccomp\": id", "raised os_fork"),
+        ("\"Landlock\": restrict_files", "\"Landlock\": id", "raised open"),
     ],
 )
 def test_without_walls_it_refuses_or_is_told_to_run(altered, tmp_path, old, new, named):
