@@ -58,7 +58,7 @@ PATIENCE = 4  # seconds of wall clock per second of processor time
 
 HERE = os.path.abspath(__file__)  # resolved now, as the working folder may change
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-# One program per core at a time; torchrun's processes share the cores. Time limits exclude waiting for a slot.
+# One program per core at a time; torchrun's processes share the cores. Waiting for a slot is not timed.
 SLOTS = threading.BoundedSemaphore(max(1, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 NO_VERDICT = "no verdict came back"
 
@@ -175,7 +175,7 @@ print(open("own", "w").write("x"), os.listdir("."))
 
 @functools.lru_cache(maxsize=1)
 def sandbox_walls():
-    """{wall: "on", or what is wrong} of this machine, tried once. OSError if it could not even start a probe; the
+    """{wall: "on", or what is wrong}, tried once. OSError if the machine could not even start the probe; the
     next call tries again."""
     if sys.platform != "linux":
         return {"Landlock and seccomp": f"Linux has them, this is {sys.platform}"}
@@ -206,7 +206,7 @@ def judge(kind, tests, source, prompt="", seconds=10.0, memory=1 << 30, unsafe=F
             # What the program may know lies in a file; the tests go through a pipe to the referee alone.
             inputs = [test[1] for test in tests] if kind == "programs" else [""]
             program = {"kind": kind, "source": source, "prompt": prompt, "inputs": inputs, "seconds": seconds,
-                       "memory": memory, "folder": f"{base}/run", "unsafe": unsafe}
+                       "memory": memory, "folder": f"{base}/run", "unsafe": unsafe, "caller": os.getpid()}
             with open(f"{base}/program.json", "w") as file:
                 json.dump(program, file)
             process = subprocess.Popen(
@@ -239,11 +239,11 @@ def out_of_memory_kills():
 def main():
     """Judge the program in the folder named on the command line by the tests on standard input."""
     try:
-        libc("prctl", 1, signal.SIGKILL, 0, 0, 0)  # end with the parent
-        with open("/proc/self/oom_score_adj", "w") as file:
-            file.write("1000")  # if memory runs out, the kernel kills us first, not the trainer
         with open(f"{sys.argv[1]}/program.json") as file:
             program = json.load(file)
+        end_with_parent(program["caller"])
+        with open("/proc/self/oom_score_adj", "w") as file:
+            file.write("1000")  # if memory runs out, the kernel kills us first, not the trainer
         referee = Referee(program)
         tests = receive(sys.stdin.buffer)  # only now: the launcher, forked above, must not know them
         sys.stdout = sys.stderr  # a check may print
@@ -351,7 +351,7 @@ def same_word(printed, expected):
     return math.isfinite(value) and math.isclose(float(printed), value, rel_tol=1e-6, abs_tol=1e-6)
 
 def same_value(result, expected):
-    """Equal and of the same type at every depth, but a float may be met by a close float or int, and a list by a
+    """Equal and of the same type at every depth, but a float may be met by a close float or int, a list by a
     tuple (JSON has no tuples)."""
     kind = type(expected)
     if kind is float and type(result) in (int, float):
@@ -372,9 +372,10 @@ def same_value(result, expected):
 # 3. The launcher and the player -----------------------------------------------------------------------------
 
 def launch(program, control, channel):
-    """The launcher: run the program once per input and report each run, until the referee ends us. Referee names
-    the pipes; channel holds the player's ends of requests and replies."""
-    libc("prctl", 1, signal.SIGKILL, 0, 0, 0)  # end with the parent
+    """The launcher: run the program once per input and report each run, until the referee ends us. Referee
+    names the pipes; channel holds the player's ends of requests and replies."""
+    end_with_parent(os.getpgrp())  # the referee leads the group
+    launcher = os.getpid()
     for given in program["inputs"]:
         # Files in memory, not pipes: a pipe can be full or empty, and something would have to wait for it.
         stdin, stdout, report = map(os.memfd_create, ("stdin", "stdout", "report"))
@@ -383,7 +384,7 @@ def launch(program, control, channel):
         player = os.fork()
         if player == 0:
             try:
-                become_player(program, control, [stdin, stdout, 2, report, *channel])
+                become_player(program, launcher, control, [stdin, stdout, 2, report, *channel])
                 play(program)
             except BaseException:
                 os.abort()
@@ -406,7 +407,7 @@ def launch(program, control, channel):
     os._exit(0)
 
 def watch(program, player):
-    """Wait until the player ends, or end it if it exceeds a limit (the caller watches wall clock). Returns why
+    """Wait for the player's end, or end it if it exceeds a limit (the caller watches wall clock). Returns why
     it failed, or None."""
     reason = None
     ended = False
@@ -429,9 +430,9 @@ def watch(program, player):
     _, status = os.waitpid(player, 0)
     return reason or ("died" if os.WIFSIGNALED(status) else None)
 
-def become_player(program, control, files):
+def become_player(program, launcher, control, files):
     """In the fork: build the walls, and keep only these files, as descriptors 0, 1, 2, ..."""
-    libc("prctl", 1, signal.SIGKILL, 0, 0, 0)  # end with the parent
+    end_with_parent(launcher)
     os.chdir(program["folder"])
     for name, build in WALLS.items():
         try:
@@ -454,8 +455,8 @@ from itertools import *; from math import *; from typing import *
 """
 
 def play(program):
-    """Run the program: as `python solution.py`, or as a module whose functions are called. The report gets the
-    type of an exception. The program could forge that, but it only explains a score of 0."""
+    """Run the program: as `python solution.py`, or as a module whose functions are called. The type of an
+    exception goes into the report. The program could forge that, but it only explains a score of 0."""
     site.setquit()  # exit() and quit()
     sys.argv = ["solution.py"]
     os.environ.clear()
@@ -531,14 +532,15 @@ tkill 200 130  tgkill 234 131  rt_sigqueueinfo 129 138  rt_tgsigqueueinfo 297 24
 socketpair 53 199  ptrace 101 117  process_vm_readv,writev 310:311 270:271  kcmp 312 272
 perf_event_open 298 241  syslog 103 116  userfaultfd 323 282  fanotify_init 300 262  inotify_init 253 -
 inotify_init1 294 26  name_to_handle_at,open_by_handle_at 303:304 264:265  setpriority 141 140
-sched_setparam 142 118  sched_setscheduler 144 119  sched_setattr 314 274  sched_setaffinity 203 122  ioprio_set 251 30
-migrate_pages 256 238  move_pages 279 239  prctl 157 167  personality 135 92  unshare 272 97  setns 308 268
-bpf 321 280  setuid 105 146  setgid 106 144  setreuid 113 145  setregid 114 143  setresuid 117 147
-setresgid 119 149  setgroups 116 159  add_key,request_key,keyctl 248:250 217:219  mount,umount2 165:166 39:40
-pivot_root 155 41  chroot 161 51  sync 162 81  syncfs 306 267  memfd_create 319 279  shm* 29:31 194:196
-sem* 64:66 190:193  semtimedop 220 -  msg* 68:71 186:189  mq_open,unlink 240:241 180:181  io_setup 206 0
-chmod,chown 90:94 52:55  fchownat 260 -  fchmodat 268 -  utime 132 -  utimes 235 -  futimesat 261 -
-utimensat 280 88  truncate 76 45  *setxattr 188:190 5:7  *removexattr 197:199 14:16
+sched_setparam 142 118  sched_setscheduler 144 119  sched_setattr 314 274  sched_setaffinity 203 122
+ioprio_set 251 30  migrate_pages 256 238  move_pages 279 239  prctl 157 167  personality 135 92
+unshare 272 97  setns 308 268  bpf 321 280  setuid 105 146  setgid 106 144  setreuid 113 145  setregid 114 143
+setresuid 117 147  setresgid 119 149  setgroups 116 159  add_key,request_key,keyctl 248:250 217:219
+mount,umount2 165:166 39:40  pivot_root 155 41  chroot 161 51  sync 162 81  syncfs 306 267
+memfd_create 319 279  shm* 29:31 194:196  sem* 64:66 190:193  semtimedop 220 -  msg* 68:71 186:189
+mq_open,unlink 240:241 180:181  io_setup 206 0  chmod,chown 90:94 52:55  fchownat 260 -  fchmodat 268 -
+utime 132 -  utimes 235 -  futimesat 261 -  utimensat 280 88  truncate 76 45  *setxattr 188:190 5:7
+*removexattr 197:199 14:16
 """
 NEWER = 424  # newer calls (2019: pidfds, io_uring, clone3) fail with "no such call"; C libraries fall back
 
@@ -556,8 +558,8 @@ CHECKED = {
 }
 
 def filter_calls(_):
-    """seccomp: a program for the kernel's BPF machine. An instruction is (what to do, how many to skip if so, how
-    many if not, operand). It sees the call's number at 0, the instruction set at 4, argument i at 16 + 8 i."""
+    """seccomp: a program for the kernel's BPF machine. An instruction is (what to do, how many to skip if so,
+    how many if not, operand). The call's number is at 0, the instruction set at 4, argument i at 16 + 8 i."""
     load, mask, equal, above, at_least, leave = 0x20, 0x54, 0x15, 0x25, 0x35, 0x06
     allow = (leave, 0, 0, 0x7FFF0000)
     refuse = (leave, 0, 0, 0x00050000 | 1)  # EPERM
@@ -589,6 +591,12 @@ WALLS = {
     "seccomp": filter_calls,
     "limits": set_limits,  # last, as building the others takes memory
 }
+
+def end_with_parent(parent):
+    """Let the kernel kill this process when its parent ends; end now if the parent already has."""
+    libc("prctl", 1, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(1)
 
 def libc(function, *args):
     """Call the C library; OSError if it returns -1."""
