@@ -329,6 +329,7 @@ def run_check(referee, program, tests):
     if referee.test == 0:
         finish("the check never calls its candidate")
 
+# ASCII only: Unicode's other blanks, line ends and digits are ordinary characters.
 BLANKS = " \t\r\f\v"
 NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 
@@ -419,7 +420,8 @@ def watch(program, player):
         # not affected; we look once more at what it left.
         os.kill(player, signal.SIGSTOP)
         os.waitid(os.P_PID, player, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
-        if before + time.clock_gettime(~player << 3 | 2) > program["seconds"]:  # that process's clock
+        # ~pid << 3 | 2 names the clock of that process.
+        if before + time.clock_gettime(~player << 3 | 2) > program["seconds"]:
             reason = "time limit"
         elif len(os.listdir(f"/proc/{player}/task")) > 256:
             reason = "thread limit"
@@ -443,7 +445,8 @@ def become_player(program, launcher, control, files):
                 os._exit(1)
     for place, fd in enumerate(files):
         os.dup2(fd, place)  # overwrites none that is still to move: 3 and 4 are the pipe of control
-    os.closerange(len(files), 1 << 10)  # the kernel gives the lowest free number, so all are far below 1,024
+    # The kernel gives out the lowest free number, so all that are open are far below 1,024.
+    os.closerange(len(files), 1 << 10)
 
 REPORT, REQUESTS, REPLIES = 3, 4, 5  # a player's descriptors after the standard three
 
@@ -498,7 +501,8 @@ def set_limits(program):
     limits |= {"FSIZE": OUTPUT + 1, "CORE": 0, "MEMLOCK": 0, "MSGQUEUE": 0}
     for name, limit in limits.items():
         number = getattr(resource, f"RLIMIT_{name}")
-        hard = resource.getrlimit(number)[1] % (1 << 64)  # -1 means none. It cannot be raised
+        # An existing hard limit cannot be raised; -1 means that there is none.
+        hard = resource.getrlimit(number)[1] % (1 << 64)
         resource.setrlimit(number, (min(limit, hard), min(limit, hard)))
 
 # Landlock's rights, a bit each: 0 execute, 1 write or 2 read a file; 3 list a folder; remove 4 a folder or

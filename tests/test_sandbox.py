@@ -611,6 +611,11 @@ def test_no_verdict_on_a_machine_in_trouble(monkeypatch, starved):
     reason = "the machine ran out of memory" if starved else "no program runs any more"
     assert run_code("print(1)", ONE)[:2] == (None, f"unknown: {reason}")
 
+def test_a_referee_ends_if_its_caller_ended_before_it_started(monkeypatch):
+    sandbox.sandbox_walls()
+    monkeypatch.setattr(os, "getpid", lambda: 1)  # not the referee's parent
+    assert run_code("print(1)", ONE)[:2] == (None, "unknown: no program runs any more")
+
 @needs_sandbox
 @pytest.mark.parametrize("source", ["while True: pass", "import time\ntime.sleep(99)", "def f(): return 1"])
 def test_no_process_outlives_a_caller_that_is_killed(source, tmp_path):
@@ -647,8 +652,8 @@ VERSION = 'version = libc("syscall", 444, None, 0, 1)'
     ("old", "new", "named"),
     [
         (VERSION, 'version = libc("syscall", 999, None, 0, 1)', "Landlock ("),
-        ("\"seccomp\": filter_calls", "\"seccomp\": id", "raised os_fork"),
-        ("\"Landlock\": restrict_files", "\"Landlock\": id", "raised open"),
+        ('"seccomp": filter_calls', '"seccomp": id', "raised os_fork"),
+        ('"Landlock": restrict_files', '"Landlock": id', "raised open"),
     ],
 )
 def test_without_walls_it_refuses_or_is_told_to_run(altered, tmp_path, old, new, named):
