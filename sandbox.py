@@ -436,13 +436,15 @@ def become_player(program, launcher, control, files):
     """In the fork: build the walls, and keep only these files, as descriptors 0, 1, 2, ..."""
     end_with_parent(launcher)
     os.chdir(program["folder"])
+    missing = []
     for name, build in WALLS.items():
         try:
             build(program)
         except Exception as error:
-            if not program["unsafe"]:
-                send(control, [f"unknown: walls are missing: {name} ({error})", ""])
-                os._exit(1)
+            missing.append(f"{name} ({error})")
+    if missing and not program["unsafe"]:
+        send(control, [f"unknown: walls are missing: {', '.join(missing)}", ""])
+        os._exit(1)
     for place, fd in enumerate(files):
         os.dup2(fd, place)  # overwrites none that is still to move: 3 and 4 are the pipe of control
     # The kernel gives out the lowest free number, so all that are open are far below 1,024.
