@@ -42,15 +42,12 @@ from typing import NamedTuple
 
 from sandbox import Verdict, check_tests, require_sandbox, run_code
 
-
 def check(ok, why):
     """Raise ValueError unless ok."""
     if not ok:
         raise ValueError(why)
 
-
 # 1. The verdict ---------------------------------------------------------------------------------------------
-
 
 def verify(text, problem, *, judge=None, **settings):
     """Score a reply by the problem's tests, choices or answer.
@@ -85,7 +82,6 @@ def verify(text, problem, *, judge=None, **settings):
     score = None if reason.startswith("unknown") else float(reason == "right")
     return Verdict(score, reason, time.perf_counter() - start)
 
-
 def is_right(answer, problem):
     """Whether an answer (or None) matches the reference answer of a problem, or names its choice."""
     choices = problem.extra.get("choices")
@@ -93,11 +89,9 @@ def is_right(answer, problem):
         return is_equivalent(answer, problem.answer)
     return answer is not None and chosen(answer, choices) == LETTERS.index(problem.answer)
 
-
 def decided_by_tests(problem):
     """Whether tests decide: if a problem has tests, or no answer (then its tests are missing)."""
     return bool(problem.extra.get("tests")) or not problem.answer
-
 
 def is_readable(answer):
     """Whether check_gold() accepts a reference answer."""
@@ -107,24 +101,19 @@ def is_readable(answer):
         return False
     return True
 
-
 def check_scorable(problem, judge=None):
     """Raise ValueError, saying why, if neither tests, choices, a judge nor the answer can score a problem."""
     if not (judge or decided_by_tests(problem) or problem.extra.get("choices")):
         check_gold(problem.answer)
 
-
 # 2. The answer in a reply -----------------------------------------------------------------------------------
-
 
 def after_reasoning(text):
     """The reply without its draft, <think> ... </think>. An unclosed block hides everything after it."""
     return text.rpartition("</think>")[2].partition("<think>")[0]
 
-
 # A brace that opens, perhaps a box; an escaped character such as `\{`, no brace; a brace that closes.
 BRACE = re.compile(r"(?P<open>(?P<box>\\(?:boxed|fbox)\s*)?\{)|\\.|(?P<close>\})", re.DOTALL)
-
 
 def extract_answer(text):
     r"""The final answer of a reply or of a worked solution; None if there is none or it is blank.
@@ -148,7 +137,6 @@ def extract_answer(text):
         answer = reply.rpartition("####")[2].partition("\n")[0]
     return answer.strip() or None if answer else None
 
-
 # 3. Choices -------------------------------------------------------------------------------------------------
 
 # "The correct answer is (B) 12." is a letter, the mark after it, and the rest.
@@ -163,11 +151,9 @@ WEAK_MARKS = ("", "-", "–", "—")  # `A mole` and `A - B` may be choices in t
 # The rest of `A, B`, `A or B`, `A. 12 B. 13` names another option.
 OTHER_OPTION = re.compile(r"(?<![A-Za-z])\(?[A-Z](?:[).:]|$)|(?:\b(?:or|and|not)\b|[/&,;])\s*\(?[A-Z]\b")
 
-
 def unwrapped(answer):
     r"""The words of an answer: `(\text{A})` is `(A)`, `$\textbf{(A) }12$` is `(A) 12`."""
     return plain(answer).replace('"', "").strip()
-
 
 def named(text, choices, by_value):
     """Indices of the choices that a text names: word for word, else ignoring case, else by value."""
@@ -175,7 +161,6 @@ def named(text, choices, by_value):
     same = [i for i, choice in enumerate(words) if choice == wanted]
     same = same or [i for i, choice in enumerate(words) if choice.casefold() == wanted.casefold()]
     return same or [i for i, choice in enumerate(choices) if by_value and is_equivalent(text, choice)]
-
 
 def chosen(answer, choices):
     """The index of the choice that an answer names by letter, text or both; None if it names none or several.
@@ -201,11 +186,9 @@ def chosen(answer, choices):
             indices = [letter]
     return indices[0] if len(indices) == 1 else None
 
-
 # 4. Code ----------------------------------------------------------------------------------------------------
 
 FENCE = re.compile(r"(?P<indent>[ \t]*)(?P<marks>`{3,}|~{3,})[ \t]*(?P<info>.*)")
-
 
 def extract_code(text):
     r"""(language, source) of the last fenced Python block of a reply, or None. The language is in lower case.
@@ -235,7 +218,6 @@ def extract_code(text):
                 return "python", source
     return blocks[-1] if blocks else None
 
-
 def verify_code(text, problem, **settings):
     """Verdict on a reply to a problem with tests. settings and ValueError: those of sandbox.run_code."""
     language, source = extract_code(text) or ("", "")
@@ -244,7 +226,6 @@ def verify_code(text, problem, **settings):
     entry_point = problem.extra.get("entry_point", "")
     prompt = problem.prompt if entry_point else ""  # HumanEval's prompts are code
     return run_code(source, problem.extra.get("tests"), entry_point=entry_point, prompt=prompt, **settings)
-
 
 def check_code(problems, where, unsafe, quiet=False):
     """Before any work: raise ValueError unless tests can be read and programs isolated. Prints the layers."""
@@ -256,7 +237,6 @@ def check_code(problems, where, unsafe, quiet=False):
         layers = require_sandbox(unsafe)
         if not quiet:
             print("sandbox:", ", ".join(f"{name}: {state}" for name, state in layers.items()))
-
 
 # 5. A judge -------------------------------------------------------------------------------------------------
 
@@ -275,14 +255,12 @@ MAX_RESPONSE = 1 << 20  # bytes; 2048 tokens are some 10 KB
 # The endpoint is down or slow; it speaks no HTTP; it answers something else than a chat completion.
 REQUEST_ERRORS = (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, RecursionError)
 
-
 def parse_verdict(text):
     """"right" or "wrong" if the last line says so and no other line says the opposite, else "unknown"."""
     lines = text.rpartition("</think>")[2].strip().splitlines()
     said = [re.fullmatch(r"\W*verdict\W+(right|wrong)\W*", line, re.IGNORECASE) for line in lines[-50:]]
     verdicts = {match[1].lower() for match in said if match}
     return verdicts.pop() if len(verdicts) == 1 and said[-1] else "unknown"
-
 
 @dataclass
 class Judge:
@@ -350,7 +328,6 @@ class Judge:
                     raise TimeoutError("timed out")
         return "" + json.loads(response)["choices"][0]["message"]["content"]
 
-
 def read_verdicts(path):
     """The verdicts in a Judge's file, key -> verdict. A line that a crash cut short does not count."""
     path = Path(path)
@@ -360,13 +337,11 @@ def read_verdicts(path):
     check(verdicts or not text.strip(), f"{path} holds no verdicts of a judge: is it another file?")
     return verdicts
 
-
 def open_judge(args):
     """The Judge that --judge names, or None. Raises ValueError, before any work, if it is down."""
     if not args.judge:
         return None
     return Judge(args.judge, args.judge_model, args.judge_cache, os.environ.get("OPENAI_API_KEY", ""))
-
 
 # 6. Format and language -------------------------------------------------------------------------------------
 
@@ -374,14 +349,12 @@ CONTROL_TOKEN = r"</?think>|<\|[a-z_]+\|>"
 CLOSES = {"```": "```", "`": "`", "$": "$", "$$": "$$", r"\(": r"\)", r"\[": r"\]"}
 PIECE = re.compile(rf"{CONTROL_TOKEN}|(?P<mark>```|`|\$\$?|\\[()\[\]])|\\[A-Za-z]+|(?P<word>[^\W\d_]+)")
 
-
 def format_ok(reply):
     """Whether a reply, without the token that ends it, is <think>reasoning</think>answer and nothing else."""
     opening, opened, rest = reply.partition("<think>")
     reasoning, closed, answer = rest.partition("</think>")
     whole = opened and closed and not opening.strip() and reasoning.strip() and answer.strip()
     return bool(whole) and not re.search(CONTROL_TOKEN, f"{reasoning}\n{answer}")
-
 
 @lru_cache(maxsize=1 << 14)
 def script_of(character):
@@ -391,7 +364,6 @@ def script_of(character):
         return None
     script = unicodedata.name(character, "").partition(" ")[0]
     return "KANA" if script in ("HIRAGANA", "KATAKANA") else script
-
 
 def mixed_scripts(reply, prompt):
     r"""The share of a reply's letters, from 0 to 1, in scripts that its prompt does not use.
@@ -418,7 +390,6 @@ def mixed_scripts(reply, prompt):
                 foreign += n * (script not in allowed)
     return foreign / letters if letters else 0.0
 
-
 # 7. The same answer: overview -------------------------------------------------------------------------------
 #
 # An answer goes through three stages. Take the prediction `$x = 1\,000\text{ cm}$` against the gold `10^3`:
@@ -439,7 +410,6 @@ MAX_ITEMS = 100  # of a list, set or matrix: comparing sets is quadratic
 MAX_BITS = 40_000  # of an exact numerator and denominator together: 3500! fits
 MAX_FACTORIAL = 3500
 ENOUGH = 3  # points, of 16, at which two expressions in variables must have a value: fewer are no evidence
-
 
 def is_equivalent(prediction, gold):
     r"""Whether two answers are the same, as plain text or in value. Takes milliseconds and never raises.
@@ -472,7 +442,6 @@ def is_equivalent(prediction, gold):
             continue
     return False
 
-
 def check_gold(answer):
     """Raise ValueError, saying why, if no prediction could be compared with a reference answer."""
     fits = isinstance(answer, str) and answer.strip() and len(answer) <= MAX_CHARS
@@ -485,18 +454,15 @@ def check_gold(answer):
     except (ArithmeticError, ValueError, RecursionError) as error:
         raise ValueError(f"the answer {answer!r} cannot be checked: {error}") from None
 
-
 def bare(text):
     """A plain text without quotes and most spaces: `4 2` is not 42, nor is `now here` nowhere."""
     text = re.sub(r'"|(?<!\.)\."?$', "", text)
     return SPACE.sub(lambda match: " " if match[1] else "", text)
 
-
 # Spaces between digits or beside words, which count (group 1), and all others, which do not.
 SPACE = re.compile(
     r"((?<=[0-9])\s+(?=[0-9])|(?<=[A-Za-z]{2})\s+(?=[A-Za-z])|(?<=[A-Za-z])\s+(?=[A-Za-z]{2}))|\s+"
 )
-
 
 # What only names a value in front of `=` or `∈`, or a letter behind: x, x_1, f(2), AB, |AB|, [ABC], (x,y), a
 # text. In a prediction also x + y, xy, \sin A: there `x + y = 42` answers 42, but a gold x + y = 42 is a
@@ -509,7 +475,6 @@ ASIDE = rf"(?:^|(?<=[,{{∪]))\s*(?:%s)\s*[=∈]|(?<![<>!])=\s*{LETTER}\s*$"
 NAMED = re.compile(ASIDE % NAME)
 MEANT_OR_NAMED = re.compile(ASIDE % f"{NAME}|{MEANT}")
 
-
 def unnamed(prediction, gold):
     """Both texts without names such as `x =`, if one has none or both have the same one; else unchanged."""
     names = MEANT_OR_NAMED.findall(prediction)
@@ -518,7 +483,6 @@ def unnamed(prediction, gold):
     if several and (names and others or "∪" in prediction + gold):  # x < 1 or y > 3 is no union
         return prediction, gold
     return MEANT_OR_NAMED.sub("", prediction), NAMED.sub("", gold)
-
 
 # 8. LaTeX -> plain text, by one table of rewrites -----------------------------------------------------------
 
@@ -560,18 +524,15 @@ ORDINARY = set("yes no not odd even true false none all any per".split())  # wor
 # Letters are a word if they are four or more with a vowel (wxyz is a product), but for those like sinx.
 LETTERS_OF_WORD = re.compile(r"(?=.{4})[A-Za-z]*[aeiou][A-Za-z]*(?<!(?:sin|cos|tan|cot|sec|csc|log)[txyz])")
 
-
 def _normal(form):
     """A replacement by ordinary characters, in a form such as `^{%s}`."""
     return lambda match: form % unicodedata.normalize("NFKC", match[0])
-
 
 def _text(match):
     r"""The content of \text{}: mathematics if it holds a digit, a command, or only one letter in brackets."""
     content = match[1].strip()
     formula = re.search(r"[0-9$\\]|^\W*$|^\(.\)$", content)
     return f" {content} " if formula else f' "{content}" '
-
 
 def _words(match):
     """Quotes around letters that are a word. Letters that touch what precedes them are products: 5abcd."""
@@ -585,24 +546,20 @@ def _words(match):
     is_word = LETTERS_OF_WORD.fullmatch(letters) and not touches or letters.casefold() in ORDINARY
     return f'"{_fold(letters)}"' if is_word else letters
 
-
 def _fold(word):
     """East is east; ABC, kHz and Mg keep their case."""
     ordinary = len(word) > 2 and word.istitle() or word.casefold() in ORDINARY
     return word.casefold() if ordinary else word
-
 
 def _thousands(match):
     """A number without separators. In a text with brackets a bare comma separates items, as in points."""
     items = "," in match[0] and re.search(r"[(\[]|\\\{", match.string)
     return match[0] if items else re.sub("[^0-9.]", "", match[0])
 
-
 def _mixed_number(match):
     r"""2\frac13 as (2+1/3). 2\frac43 is left unreadable: it may be meant as a product."""
     whole, p, q = match.groups()
     return f"({whole}+{p}/{q})" if int(p) < int(q) else f"{whole} {p}/{q}"
-
 
 def _membership(match):
     """x > 3 and 3 < x as x∈(3,∞), 1 < x <= 3 as x∈(1,3]."""
@@ -615,7 +572,6 @@ def _membership(match):
     left = f"[{low}" if below and "=" in below else f"({low or '-∞'}"
     right = f"{high}]" if above and "=" in above else f"{high or '∞'})"
     return f"{name}∈{left},{right}"
-
 
 REWRITES = [
     # 5\sqrt2 ≈ 7.07 says 5\sqrt2, and x ≈ 7 says 7.
@@ -683,14 +639,12 @@ REWRITES = [
 ]
 REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in REWRITES]
 
-
 @lru_cache(maxsize=4096)
 def plain(answer):
     """An answer in one notation, without its look."""
     for pattern, replacement in REWRITES:
         answer = pattern.sub(replacement, answer)
     return answer
-
 
 # 9. Numbers and their values --------------------------------------------------------------------------------
 #
@@ -706,7 +660,6 @@ ROUNDING = {Fraction: 0, Decimal: Decimal("1e-40"), float: 1e-12, complex: 1e-12
 PI = Decimal("3.14159265358979323846264338327950288419716939937511")
 CONSTANTS = {"π": PI, "e": DIGITS.exp(Decimal(1)), "i": 1j, "∞": Decimal("Infinity")}
 
-
 def alike(x, y):
     """Two numbers in the less exact of their types."""
     if type(x) is type(y):
@@ -716,12 +669,10 @@ def alike(x, y):
         return [Decimal(z.numerator) / z.denominator if type(z) is Fraction else z for z in (x, y)]
     return kind(x), kind(y)
 
-
 def close(x, y):
     """Whether two numbers are the same but for rounding: |x - y| < rounding * min(|x|, |y|)."""
     x, y = alike(x, y)
     return x == y or type(x) is not Fraction and abs(x - y) < min(abs(x), abs(y)) * ROUNDING[type(x)]
-
 
 def add(x, y):
     """x + y, an exact 0 if nothing but rounding is left. No value if y is lost in x: 10^400 pi + 1."""
@@ -731,15 +682,12 @@ def add(x, y):
         raise ArithmeticError
     return Fraction(0) if abs(x + y) < lost else x + y
 
-
 def multiply(x, y):
     x, y = alike(x, y)
     return x * y
 
-
 def divide(x, y):
     return multiply(x, 1 / y)
-
 
 def power(x, y):
     """x ** y, exact for an integer y; an odd root of a negative number is the real one."""
@@ -754,12 +702,10 @@ def power(x, y):
     x, y = alike(alike(x, PI)[0], y)
     return math.pow(x, y) if type(x) is float else x**y
 
-
 def logarithm(x):
     """The natural logarithm; a TypeError, so no value, for complex x."""
     x, _ = alike(x, PI)
     return x.ln() if type(x) is Decimal else math.log(x)
-
 
 def floor(x):
     """The floor; for a number that is an integer but for rounding, that integer."""
@@ -768,17 +714,14 @@ def floor(x):
     nearly = abs(x - round(x)) <= abs(x) * ROUNDING[type(x)]
     return Fraction(round(x) if nearly else math.floor(x))
 
-
 def factorial(n):
     """n!, for integers only: (1/2)! has no value here."""
     check(n <= MAX_FACTORIAL and n == int(n), "no factorial")
     return Fraction(math.factorial(int(n)))
 
-
 def binomial(n, k):
     r"""n! / (k! (n - k)!), so that \binom{n}{2} has a value where n is an integer of at least 2."""
     return factorial(n) / (factorial(k) * factorial(n - k))
-
 
 FUNCTIONS = {
     "arcsin": math.asin, "arccos": math.acos, "arctan": math.atan, "sin": math.sin, "cos": math.cos,
@@ -786,7 +729,6 @@ FUNCTIONS = {
     "csc": lambda x: 1 / math.sin(x), "exp": lambda x: power(CONSTANTS["e"], x), "ln": logarithm,
     "log": logarithm,
 }
-
 
 def apply(name, x):
     """A function of x, with the zeros that rounding misses: sin(pi).
@@ -797,7 +739,6 @@ def apply(name, x):
     if type(y) is float and x and not 1e-4 < abs(x) < 1e7:
         raise ArithmeticError
     return Fraction(0) if type(y) is float and abs(y) < 1e-15 * abs(float(x)) else y
-
 
 class Value(NamedTuple):
     """What an answer means.
@@ -814,7 +755,6 @@ class Value(NamedTuple):
     kind: str
     items: tuple
     mark: str = ""  # the unit of a number, "%" or "°"; no mark agrees with any
-
 
 @lru_cache(maxsize=512)
 def symbol(name):
@@ -835,14 +775,11 @@ def symbol(name):
     draw.shuffle(values)
     return Value("number", tuple(values))
 
-
 def constant(x):
     """A number that is the same at every point."""
     return Value("number", (Fraction(x),))
 
-
 SCALE = {"": constant(1), "°": Value("number", (DIGITS.divide(PI, 180),)), "%": constant(Fraction(1, 100))}
-
 
 def number(function, *operands):
     """function of numbers, at every point; None where it has no value or one that is too large.
@@ -864,7 +801,6 @@ def number(function, *operands):
             values.append(value if bits <= MAX_BITS // math.isqrt(count) else None)
     return Value("number", tuple(values))
 
-
 # 10. Plain text -> tokens -> value --------------------------------------------------------------------------
 
 TOKEN = re.compile(
@@ -879,7 +815,6 @@ TOKEN = re.compile(
     re.VERBOSE | re.DOTALL,
 )
 
-
 def times(a, b):
     """A product. A number times a matrix is the matrix of the products.
 
@@ -891,7 +826,6 @@ def times(a, b):
         check(a.kind == "number", "a product of matrices")
         return Value(b.kind, tuple(times(a, entry) for entry in b.items))
     return number(multiply, a, b)
-
 
 def join(kind, *items):
     """A value of items. A list in a list is taken apart, a set holds nothing twice, one item stands alone."""
@@ -905,7 +839,6 @@ def join(kind, *items):
     alone = len(members) == 1 and kind in ("list", "set") and members[0].kind != "set"
     return members[0] if alone else Value(kind, tuple(members))
 
-
 def equation(a, b):
     """6/8 = 3/4 is 3/4, and y = 2x an equation. 41 = 42 is nothing, nor is x = 41 = 42."""
     if a.kind == "equation":
@@ -916,13 +849,11 @@ def equation(a, b):
     check(len(a.items) > 1 or len(b.items) > 1, "an equation without a variable")
     return Value("equation", (a, b))
 
-
 # Words after a number that are no unit: they make it another number.
 NO_UNITS = ORDINARY - {"per"} | set("""is are except without or and more less most least than to over under
     below if plus minus times root squared cubed factorial choose mod modulo negative inverse wrong incorrect
     fewer too above permille basis k M B bn mn mil ten st nd rd half halve third quarter score gross lakh
     crore quadrillion""".split()) | {*SCALES}
-
 
 def with_unit(value, text):
     """A number with the unit after it, in one spelling: "km"/"h" is kilometer / hour."""
@@ -934,7 +865,6 @@ def with_unit(value, text):
     unit = closed and not ordinal and NO_UNITS.isdisjoint(names)
     check(value.kind == "number" and unit, f"{text} is no unit here")
     return value._replace(mark=" ".join([value.mark, *names]).strip())
-
 
 # Operator -> how strongly it binds, and what it makes of its operands. "" is a product without a sign.
 OPERATORS = {
@@ -959,7 +889,6 @@ CLOSING = {
 # Functions that are written as brackets: |x|, floor and ceiling.
 AROUND = {"||": abs, r"\lvert\rvert": abs, r"\lfloor\rfloor": floor, r"\lceil\rceil": lambda x: -floor(-x)}
 
-
 @lru_cache(maxsize=1024)  # of hostile answers, each may hold a hundred kilobytes
 def read(text):
     """The value of a plain text; a ± makes two values: 1 ± 2 is the set 3, -1. Raises ValueError."""
@@ -971,7 +900,6 @@ def read(text):
         return upper
     lower = Parser(text.replace("±", "-").replace("∓", "+")).value
     return join("set", *(x._replace(kind="list") if x.kind == "set" else x for x in (upper, lower)))
-
 
 class Parser:
     """Precedence climbing: an operand, then operators while they bind strongly enough. Computes .value."""
@@ -1088,7 +1016,6 @@ class Parser:
             value = number(lambda x, b: divide(x, logarithm(b)), value, scripts["_"])
         return number(power, value, scripts["^"])
 
-
 # 11. The comparison of values -------------------------------------------------------------------------------
 
 def same(a, b):
@@ -1111,7 +1038,6 @@ def same(a, b):
             del rest[partners[0]]
         return True
     return a.kind == b.kind and all(map(same, a.items, b.items))
-
 
 def agree(a, b):
     """Whether numbers, or expressions wherever both have a value, are the same."""

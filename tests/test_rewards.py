@@ -27,10 +27,8 @@ from rewards import Verdict, is_equivalent
 CASES = Path(__file__).parent / "cases"
 PATIENT = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 
-
 def rows_of(name):
     return [json.loads(line) for line in (CASES / name).read_text("utf-8").splitlines()]
-
 
 # 1. Pairs of answers ----------------------------------------------------------------------------------------
 
@@ -41,13 +39,11 @@ PAIRS = rows_of("maths_pairs.jsonl")
 REFUSED = ["3", "72 miles per hour", r"10:30\text{ a.m.}", r"\frac13", r"\frac16", "12", r"\max(a,b)",
            r"\frac12", "y=2x+3", "x^2+y^2=25"]
 
-
 @pytest.mark.parametrize("line", LINES)
 def test_pairs(line):
     a, sign, b = re.split(r" (==|!=|=>|\?=) ", line)
     assert is_equivalent(a, b) == (sign in ("==", "=>"))
     assert is_equivalent(b, a) == (sign == "==")
-
 
 def test_labelled_pairs():
     """405 pairs labelled without sight of the parser: none is wrongly accepted, few are refused."""
@@ -55,17 +51,14 @@ def test_labelled_pairs():
     refused = [x["gold"] for x in PAIRS if x["same"] and not is_equivalent(x["prediction"], x["gold"])]
     assert len(PAIRS) == 405 and not accepted and refused == REFUSED
 
-
 def test_what_only_a_prediction_may_name():
     """x + y = 42 answers 42, but 42 is not the line x + y = 42."""
     for quantity in ("x+y", "xy", r"\sin A", r"\sin x"):
         assert is_equivalent(f"{quantity}=42", "42") and not is_equivalent("42", f"{quantity}=42")
 
-
 @pytest.mark.parametrize("blank", ["", " ", "$", r"\!", ".", "\\", r"\ ", None])
 def test_blank_answers_equal_nothing(blank):
     assert not any(is_equivalent(blank, other) for other in ("", "1", blank or " "))
-
 
 def test_letters_differ_from_each_other_in_every_way():
     """No two have the same sign, or order, at all points: or |ab| would be ab, and |a - b| be a - b."""
@@ -74,7 +67,6 @@ def test_letters_differ_from_each_other_in_every_way():
         points = list(zip(rewards.symbol(a).items, rewards.symbol(b).items))
         assert any(x > y for x, y in points)
         assert {x * y > 0 for x, y in points} == {True, False}
-
 
 def test_numbers_by_hand():
     half, third, two = rewards.Fraction(1, 2), rewards.Fraction(1, 3), rewards.Fraction(2)
@@ -91,7 +83,6 @@ def test_numbers_by_hand():
         assert not rewards.close(rewards.Fraction(0), rewards.CONSTANTS["e"] ** -40)
         assert rewards.close(1.0, 1.0 + 1e-15) and not rewards.close(1.0, 1.0 + 1e-11)
 
-
 def test_plain_text_and_values_by_hand():
     assert rewards.plain(r"\left(\dfrac12, 3\right)").split() == [r"(\frac{1}{2},", "3", ")"]
     assert rewards.plain(r"$\boldsymbol{42}$ \text{ miles per hour}.").split('"')[1] == "miles per hour"
@@ -102,7 +93,6 @@ def test_plain_text_and_values_by_hand():
     assert rewards.read(rewards.plain(r"60 \text{ km}/\text{h}")).mark == "kilometer / hour"
     assert rewards.unnamed('x = 1000 "cm"', "10^3") == (' 1000 "cm"', "10^3")  # the overview's example
 
-
 @PATIENT
 @given(st.fractions(max_denominator=10**6))
 def test_a_fraction_is_read_in_every_spelling(x):
@@ -112,16 +102,13 @@ def test_a_fraction_is_read_in_every_spelling(x):
         assert is_equivalent(text, f"{p}/{q}")
         assert not is_equivalent(text, f"{p + 1}/{q}")
 
-
 def horner(coefficients):
     text = "0"
     for c in coefficients:
         text = f"({text})x + ({c})"
     return text
 
-
 POLYNOMIAL = st.lists(st.integers(-9, 9), min_size=1, max_size=5)
-
 
 @PATIENT
 @given(POLYNOMIAL, POLYNOMIAL)
@@ -132,14 +119,11 @@ def test_polynomials_are_the_same_if_their_coefficients_are(a, b):
     expanded = " + ".join(f"({c})x^{len(b) - 1 - i}" for i, c in enumerate(b))
     assert is_equivalent(horner(a), expanded) == (stripped(a) == stripped(b))
 
-
 CONSTANTS = [(r"\pi", math.pi), ("e", math.e)]
-
 
 def cube_root(x):
     """The real root; of a rounding error, such as math.sin(math.pi), that of the 0 which it stands for."""
     return math.copysign(abs(x) ** (1 / 3), x) if abs(x) > 1e-12 else 0.0
-
 
 LEAVES = st.integers(0, 20).map(lambda n: (str(n), float(n))) | st.sampled_from(CONSTANTS)
 SHAPES = {
@@ -155,12 +139,10 @@ SHAPES = {
     r"({})\sqrt[3]{{{}}}": lambda a, b: a * cube_root(b),
 }
 
-
 def grown(inner):
     """A shape with two expressions in it, and its value."""
     triples = st.tuples(st.sampled_from([*SHAPES]), inner, inner)
     return triples.map(lambda t: (t[0].format(t[1][0], t[2][0]), SHAPES[t[0]](t[1][1], t[2][1])))
-
 
 @PATIENT
 @given(st.recursive(LEAVES, grown, max_leaves=6))
@@ -168,7 +150,6 @@ def test_functions_have_the_values_that_python_gives(expression):
     text, expected = expression
     (value,) = rewards.read(rewards.plain(text)).items
     assert float(value) == pytest.approx(expected, rel=1e-9, abs=1e-9)
-
 
 @pytest.mark.parametrize(
     "gold",
@@ -178,7 +159,6 @@ def test_functions_have_the_values_that_python_gives(expression):
 )
 def test_check_gold_accepts_what_can_be_compared(gold):
     rewards.check_gold(gold)
-
 
 @pytest.mark.parametrize(
     ("gold", "why"),
@@ -192,7 +172,6 @@ def test_check_gold_accepts_what_can_be_compared(gold):
 def test_check_gold_says_what_is_wrong(gold, why):
     with pytest.raises(ValueError, match=why):
         rewards.check_gold(gold)
-
 
 # 2. Hostile answers -----------------------------------------------------------------------------------------
 
@@ -216,7 +195,6 @@ HOSTILE_ANSWERS = [
     '\\text{a}' * 120 + "=1", "(x,x" * 200, "x'" * 400, "x_{" * 300, "1<x" * 300, "f(" * 300,
 ]
 
-
 @pytest.mark.parametrize("text", HOSTILE_ANSWERS, ids=range(len(HOSTILE_ANSWERS)))
 def test_a_hostile_answer_is_another_answer_and_takes_no_time(text):
     start = time.process_time()
@@ -225,13 +203,11 @@ def test_a_hostile_answer_is_another_answer_and_takes_no_time(text):
     assert not is_equivalent(text, text + " + 19")
     assert time.process_time() - start < 1
 
-
 @pytest.mark.parametrize("name", r"\log \ln \exp \sin \arccos \lfloor | \sqrt \log_i \log_2 5^".split())
 def test_no_function_of_i_raises(name):
     for argument in ("i", "(2i)", "{3+4i}", "-i", r"\pi i", "i!", r"i\%", "i^i"):
         text = rf"{name} {argument}" + {r"\lfloor": r"\rfloor", "|": "|"}.get(name, "")
         assert not is_equivalent(text, "17") and not is_equivalent(rf"\binom{{{text}}}{{i}}!", "17")
-
 
 PIECES = r"""\frac \sqrt \pm \cup \{ \} \pi \infty \text{ \left \right \% \\ \begin{pmatrix}
     \end{pmatrix} 1,000 2^{9^9} cm \sin \log \log_ \ln^ \left| \right| \lfloor \rfloor \binom
@@ -240,7 +216,6 @@ PIECES = r"""\frac \sqrt \pm \cup \{ \} \pi \infty \text{ \left \right \% \\ \be
 PIECES += "0123456789xyieE+-*/^_(){}[]|,.;:=<>!%&$ ~'²∞\ud800"
 LATEX = st.lists(st.sampled_from(PIECES)).map("".join)
 
-
 @PATIENT
 @given(st.one_of(LATEX, st.text()), LATEX)
 def test_any_two_answers_can_be_compared(a, b):
@@ -248,14 +223,11 @@ def test_any_two_answers_can_be_compared(a, b):
     assert is_equivalent(a, a) == bool(rewards.bare(rewards.plain(a)))
     assert rewards.is_readable(a) in (True, False)
 
-
 # 3. The answer in a reply -----------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("row", rows_of("extract_answer.jsonl"))
 def test_extract_answer(row):
     assert rewards.extract_answer(row["text"]) == row["found"]
-
 
 def test_extraction_takes_linear_time():
     start = time.process_time()
@@ -265,15 +237,12 @@ def test_extraction_takes_linear_time():
     rewards.extract_code("`" * 500_000)
     assert time.process_time() - start < 4
 
-
 # 4. Choices -------------------------------------------------------------------------------------------------
 
 CHOICES = ["Vitamin C", "12", "13 cm", r"$\frac{1}{2}$"]
 
-
 def judge_choice(reply, gold, choices):
     return rewards.verify(reply, data.Problem("1", "science", "q", gold, {"choices": choices})).score == 1
-
 
 NAMED = {  # letter -> answers that name it
     "A": ["A. Vitamin C", "A. vitamin c.", "vitamin  C", r"\text{Vitamin C}", r"(\text{A})", r"(\mathbf{A})",
@@ -292,21 +261,17 @@ NAMED = {  # letter -> answers that name it
            "A - B", "B?", r"\text{A}\text{B}", "I"],
 }
 
-
 @pytest.mark.parametrize(("letter", "answer"), [(letter, x) for letter in NAMED for x in NAMED[letter]])
 def test_chosen(answer, letter):
     for right in "ABCD":
         reply = rf"<think>\boxed{{A}}</think>\boxed{{{answer}}}"
         assert judge_choice(reply, right, CHOICES) == (right == letter)
 
-
 @pytest.mark.parametrize("row", rows_of("chosen.jsonl"))
 def test_chosen_by_texts_that_look_like_letters(row):
     assert rewards.chosen(row["answer"], row["choices"]) == row["index"]
 
-
 WHERE = "FILE, line 1"
-
 
 @pytest.mark.parametrize("row", rows_of("read_choices.jsonl"))
 def test_reading_choices(row):
@@ -322,14 +287,12 @@ def test_reading_choices(row):
     assert data.parse_problem(problem.record(), WHERE) == problem  # shown once
     rewards.check_gold(problem.answer)
 
-
 def test_choices_that_the_prompt_shows_are_left_as_they_are():
     prompt = "Which?\n(A) x\n(B) y"
     record = {"id": "a", "domain": "math", "prompt": prompt, "options": ["x", "y"], "answer": "B"}
     assert data.parse_problem(record, WHERE).prompt == prompt
     shown = data.parse_problem(record | {"prompt": "Is it x or y?"}, WHERE).prompt
     assert shown.startswith("Is it x or y?\n\nA. x\nB. y\n\n")
-
 
 @pytest.mark.parametrize(
     "record",
@@ -344,18 +307,14 @@ def test_aime_shapes(record):
     assert (problem.domain, problem.prompt, int(problem.answer)) == ("math", "q", 33)
     assert rewards.verify(r"It is \boxed{33}.", data.Problem("1", "math", "q", problem.answer)).score == 1
 
-
 # 5. Code ----------------------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("row", rows_of("extract_code.jsonl"))
 def test_extract_code(row):
     """Of a fenced block: lines end at \\n or \\r\\n only; neither output nor a command is the program."""
     assert rewards.extract_code(row["text"]) == (tuple(row["found"]) if row["found"] else None)
 
-
 # 6. The judge -----------------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize(
     ("text", "verdict"),
@@ -369,7 +328,6 @@ def test_extract_code(row):
 )
 def test_parse_verdict(text, verdict):
     assert rewards.parse_verdict(text) == verdict
-
 
 class Endpoint(BaseHTTPRequestHandler):
     """Right if the student's answer is the reference, else wrong; behaves as the server's `mood` says."""
@@ -401,7 +359,6 @@ class Endpoint(BaseHTTPRequestHandler):
     def log_message(self, *args):
         pass
 
-
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
@@ -416,9 +373,7 @@ def server(monkeypatch):
     server.server_close()
     thread.join()
 
-
 QUICK = {"timeout": 0.15, "retries": 1, "wait": 0.01}
-
 
 def test_verdicts_are_kept(server, tmp_path):
     cache = tmp_path / "new" / "verdicts.jsonl"
@@ -441,7 +396,6 @@ def test_verdicts_are_kept(server, tmp_path):
     other = rewards.Judge(server.url, "other", cache, **QUICK)
     assert other.verdict("Capital?", "Paris", "Paris") == "right"
     assert server.calls == calls + 4  # two to probe, one as another model is another judge
-
 
 @pytest.mark.parametrize(
     ("mood", "why"),
@@ -466,12 +420,10 @@ def test_what_is_no_verdict_is_unknown_and_an_error_at_the_start(server, tmp_pat
     with pytest.raises(ValueError, match=f"--judge {server.url}: .*{why}"):
         rewards.Judge(server.url, "m", **QUICK)
 
-
 def test_an_endpoint_that_recovers(server):
     judge = rewards.Judge(server.url, "m", **QUICK)
     server.moods = [500]
     assert judge.verdict("q", "a", "a") == "right" and server.calls == 4
-
 
 def test_an_endpoint_that_is_down_or_none(server, tmp_path):
     judge = rewards.Judge(server.url, "m", **QUICK)
@@ -487,12 +439,10 @@ def test_an_endpoint_that_is_down_or_none(server, tmp_path):
     with pytest.raises(ValueError, match="cache holds no verdicts"):
         rewards.Judge(server.url, "m", tmp_path / "cache", **QUICK)
 
-
 def test_a_judge_that_always_agrees_is_found_out(server, monkeypatch):
     monkeypatch.setattr(rewards, "parse_verdict", lambda text: "right")
     with pytest.raises(ValueError, match="m says right of 2 . 2 = 5"):
         rewards.Judge(server.url, "m", **QUICK)
-
 
 def test_open_judge(server, tmp_path, monkeypatch):
     assert rewards.open_judge(Namespace(judge="")) is None
@@ -501,14 +451,11 @@ def test_open_judge(server, tmp_path, monkeypatch):
     judge = rewards.open_judge(args)
     assert judge.model == "m" and judge.verdict("q", "a", "a") == "right" and server.key == "Bearer secret"
 
-
 # 7. Format and language -------------------------------------------------------------------------------------
-
 
 def test_format_ok():
     for reply in ("<think>a</think>b", "\n<think>\na\n</think>\n\nb\n", "<think>1 < 2</think>x<y"):
         assert rewards.format_ok(reply) is True
-
 
 @pytest.mark.parametrize(
     "reply",
@@ -519,7 +466,6 @@ def test_format_ok():
 )
 def test_format_not_ok(reply):
     assert rewards.format_ok(reply) is False
-
 
 @pytest.mark.parametrize(
     ("reply", "prompt", "share"),
@@ -537,7 +483,6 @@ def test_format_not_ok(reply):
 def test_mixed_scripts(reply, prompt, share):
     assert rewards.mixed_scripts(reply, prompt) == pytest.approx(share)
 
-
 @PATIENT
 @given(st.text(), st.text())
 def test_no_exception_leaves_format_and_language(reply, prompt):
@@ -546,7 +491,6 @@ def test_no_exception_leaves_format_and_language(reply, prompt):
     assert rewards.format_ok(f"<think>{reply}</think>{prompt}") in (True, False)
     assert rewards.parse_verdict(reply) in ("right", "wrong", "unknown")
 
-
 # 8. The verdict ---------------------------------------------------------------------------------------------
 
 WORDS = data.Problem("1", "science", "Why?", "Rayleigh's scattering, of course")
@@ -554,7 +498,6 @@ ADD = {"tests": [{"input": "1 2", "output": "3"}]}
 CODE = data.Problem("1", "code", "q", "", ADD)
 CHOICE = data.Problem("3", "science", "q", "B", {"choices": ["x", "y"]})
 UNREADABLE = data.Problem("4", "math", "q", r"\frac{")
-
 
 class Says:
     """A judge that always says the same, and remembers what it was asked."""
@@ -567,7 +510,6 @@ class Says:
         self.asked.append((question, gold, answer))
         return self.said
 
-
 def test_a_judge_decides_about_words_only():
     yes = Says("right")
     assert rewards.verify(r"\boxed{scattering}", WORDS, judge=yes).score == 1
@@ -578,7 +520,6 @@ def test_a_judge_decides_about_words_only():
     assert rewards.verify(r"\boxed{A}", CHOICE, judge=yes).reason == "wrong" and len(yes.asked) == 1
     assert rewards.verify(r"\boxed{1}", UNREADABLE, judge=yes).score == 1 and len(yes.asked) == 2
 
-
 @pytest.mark.parametrize(
     ("said", "score"), [("right", 1), ("wrong", 0), ("unknown: Error", None), ("unknown: no verdict", None)]
 )
@@ -586,13 +527,11 @@ def test_the_score_of_a_judges_verdict(said, score):
     verdict = rewards.verify(r"\boxed{scattering}", WORDS, judge=Says(said))
     assert (verdict.score, verdict.reason) == (score, said)
 
-
 def test_a_cache_that_cannot_be_written_costs_no_run(server, tmp_path):
     judge = rewards.Judge(server.url, "m", tmp_path / "cache", **QUICK)
     judge.cache = tmp_path  # a folder now
     verdict = rewards.verify(r"\boxed{scattering}", WORDS, judge=judge)
     assert verdict.score is None and verdict.reason.startswith("unknown: IsADirectoryError")
-
 
 @pytest.mark.parametrize(("error", "why"), [(OSError("no box"), "no box"), (MemoryError(), "MemoryError")])
 def test_what_fails_on_this_side_is_unknown(monkeypatch, error, why):
@@ -603,7 +542,6 @@ def test_what_fails_on_this_side_is_unknown(monkeypatch, error, why):
     verdict = rewards.verify("```python\nprint(1)\n```", CODE)
     assert verdict.score is None and verdict.reason.startswith("unknown: ") and why in verdict.reason
     assert rewards.verify("no program", CODE).score == 0
-
 
 def test_the_sandbox_gets_what_the_problem_says_and_its_verdict_is_the_verdict(monkeypatch):
     calls = []
@@ -624,7 +562,6 @@ def test_the_sandbox_gets_what_the_problem_says_and_its_verdict_is_the_verdict(m
     assert rewards.verify("```c\nf\n```", CODE).reason == "language not supported: c"
     assert rewards.verify("f", CODE).reason == "no code" and not calls
 
-
 def test_bad_tests_are_an_error():
     bad = data.Problem("7", "code", "q", "", {"tests": [{"input": 1}]})
     for problem in (bad, data.Problem("7", "code", "q", "")):
@@ -632,7 +569,6 @@ def test_bad_tests_are_an_error():
             rewards.verify("```python\nprint(1)\n```", problem)
         with pytest.raises(ValueError, match="^FILE: problem 7: field tests: "):
             rewards.check_code([problem], "FILE", unsafe=True)
-
 
 def test_check_code_prints_the_walls_only_for_code(monkeypatch, capsys):
     monkeypatch.setattr(rewards, "require_sandbox", lambda unsafe: {"user namespace": "on", "seccomp": "on"})
@@ -642,7 +578,6 @@ def test_check_code_prints_the_walls_only_for_code(monkeypatch, capsys):
     rewards.check_code([CODE], "FILE", unsafe=False)
     assert capsys.readouterr().out == "sandbox: user namespace: on, seccomp: on\n"
 
-
 def test_check_scorable():
     for problem in (data.Problem("1", "math", "q", "5"), CODE, CHOICE):
         rewards.check_scorable(problem)
@@ -650,7 +585,6 @@ def test_check_scorable():
     rewards.check_scorable(UNREADABLE, "a judge")
     with pytest.raises(ValueError, match="cannot be checked"):
         rewards.check_scorable(UNREADABLE)
-
 
 # 9. Any text ------------------------------------------------------------------------------------------------
 
@@ -668,7 +602,6 @@ HOSTILE_REPLIES = [
     r"\boxed{" + "or A " * 190 + "}", r"\boxed{A" + "\\" * 990 + "}", r"\boxed{" + "x" * N + "}",
 ]
 
-
 def with_every_function(text, monkeypatch):
     """Put a text through all of rewards.py but the sandbox and the endpoint; returns the scores."""
     monkeypatch.setattr(rewards, "run_code", lambda *_, **__: Verdict(0.0, "wrong output in test 1"))
@@ -679,13 +612,11 @@ def with_every_function(text, monkeypatch):
     problems = [data.Problem("1", "math", "q", "17"), choices, WORDS, CODE]
     return [rewards.verify(text, problem, judge=Says("wrong")).score for problem in problems]
 
-
 def test_hostile_replies_cost_little(monkeypatch):
     start = time.process_time()
     for text in HOSTILE_REPLIES:
         assert with_every_function(text, monkeypatch) == [0, 0, 0, 0]
     assert time.process_time() - start < 4
-
 
 @pytest.mark.parametrize("text", ["{", "```python\n", r"\boxed{"])
 def test_a_long_reply_costs_little_memory(text, monkeypatch):
@@ -695,7 +626,6 @@ def test_a_long_reply_costs_little_memory(text, monkeypatch):
     tracemalloc.stop()
     assert peak < 4e6
 
-
 FRAGMENTS = [
     *"ABCb12 \n\r\t.,:;-()[]{}$*`#\\\x00\u2028\ud800да是", r"\boxed{", r"\text{", r"\frac{1}{2}", "####",
     "<think>", "</think>", "```python\n", "```", "~~~", "answer ", "option ", "Vitamin C",
@@ -703,7 +633,6 @@ FRAGMENTS = [
 ]
 BYTES = st.binary().map(lambda b: b.decode("latin-1"))
 REPLIES = st.one_of(st.text(), st.lists(st.sampled_from(FRAGMENTS), max_size=30).map("".join), BYTES)
-
 
 @PATIENT
 @given(REPLIES)
@@ -714,7 +643,6 @@ def test_no_exception_leaves_the_verifier(text):
     answer = rewards.extract_answer(text)
     assert answer is None or answer == answer.strip() != ""
 
-
 @PATIENT
 @given(REPLIES, st.lists(REPLIES.filter(bool), min_size=1, max_size=5, unique=True))
 def test_a_choice_is_named_by_its_own_text_or_by_none(text, choices):
@@ -724,7 +652,6 @@ def test_a_choice_is_named_by_its_own_text_or_by_none(text, choices):
         if not found or found["rest"]:  # else it is a letter
             index = rewards.chosen(choice, choices)
             assert index in (None, i) or choice.casefold() != choices[index].casefold()
-
 
 def test_nothing_but_the_sandbox_and_the_standard_library_is_imported(tmp_path):
     for name in ("rewards.py", "sandbox.py"):
@@ -737,7 +664,6 @@ def test_nothing_but_the_sandbox_and_the_standard_library_is_imported(tmp_path):
     names = {name.partition(".")[0] for name in run.stdout.split()}
     assert names - set(sys.stdlib_module_names) == {"rewards", "sandbox"}
 
-
 # 10. eval.py --check ----------------------------------------------------------------------------------------
 
 ROWS = [
@@ -746,7 +672,6 @@ ROWS = [
     {"question": "q", "choices": ["x", "y"], "answer": 1, "id": "choice"},
     {"id": "own", "domain": "math", "prompt": "q", "answer": "3"},
 ]
-
 
 @pytest.mark.parametrize(
     ("problem", "verdict"),
@@ -774,14 +699,12 @@ def test_check_problem(problem, verdict, monkeypatch):
     monkeypatch.setattr(ev, "run_code", run_code)
     assert ev.check_problem(problem) == verdict
 
-
 def test_check_of_a_good_file(tmp_path, capsys):
     data.write_jsonl(tmp_path / "good.jsonl", ROWS)
     assert ev.main(["--check", str(tmp_path / "good.jsonl")]) == 0
     out = capsys.readouterr().out
     assert "| math       |      3 |      3 |      0 |           0 |" in out
     assert "| science    |      1 |      1 |      0 |           0 |" in out
-
 
 def test_check_of_a_bad_file(tmp_path, capsys):
     wrong = {"problem": "q", "solution": r"so \boxed{3}", "answer": "4"}
@@ -796,7 +719,6 @@ def test_check_of_a_bad_file(tmp_path, capsys):
     assert "bad 8" in out and "bad 9" not in out  # the first ten
     assert err == f"error: {tmp_path / 'bad.jsonl'}: 12 rows cannot be scored\n"
 
-
 def test_a_judge_that_is_down_is_an_error_before_any_work(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ev.time, "sleep", lambda seconds: None)
@@ -805,7 +727,6 @@ def test_a_judge_that_is_down_is_an_error_before_any_work(tmp_path, monkeypatch,
     url = "http://127.0.0.1:9/v1"
     assert ev.main(["--problems", "words.jsonl", "--device", "cpu", "--judge", url]) == 1
     assert capsys.readouterr().err.startswith(f"error: --judge {url}: ")
-
 
 def test_votes_are_for_choices_however_they_are_named():
     problem = data.Problem("1", "science", "q", "B", {"choices": ["London", "Paris"]})
