@@ -5,12 +5,12 @@ r"""Rewards: is a model's reply right? By its answer, its choice, its program, o
 A problem has .domain, .prompt, .answer and .extra, like data.Problem. The dictionary .extra may hold
 "choices" (then .answer is a letter) or "tests" (then the program is scored, whatever .answer is).
 
-Failures that the reply causes score 0; outside failures (no sandbox, a judge that is down) are unknown. When
+A failure that the reply causes scores 0. An outside failure (no sandbox, a judge that is down) is unknown. When
 in doubt an answer is wrong: in training a false "right" does more harm than a false "wrong". Not detected:
 wrong reasoning, a program that fails tests we do not have, an answer that talks the judge into a verdict.
 
-How to read this file: sections 1 to 6 are short and independent. Sections 7 to 11 compare answers in LaTeX;
-section 7 is their overview, with one answer traced all the way.
+Sections 1 to 6 are short and independent. Sections 7 to 11 compare answers in LaTeX; section 7 is their
+overview, with one answer traced all the way.
 
 Deviations from the paper (arXiv 2601.02346)
 - Its first tier compares strings and calls a computer algebra system, its second is a heavier verifier. Here
@@ -73,7 +73,7 @@ def verify(text, problem, *, judge=None, **settings):
             reason = "right"
         elif judge is None or problem.extra.get("choices"):
             reason = "wrong"
-        elif problem.domain == "math" and is_readable(problem.answer):
+        elif problem.domain == "math" and not why_unreadable(problem.answer):
             reason = "wrong"
         else:
             reason = judge.verdict(problem.prompt, problem.answer, answer)
@@ -93,16 +93,8 @@ def decided_by_tests(problem):
     """Whether tests decide: if a problem has tests, or no answer (then its tests are missing)."""
     return bool(problem.extra.get("tests")) or not problem.answer
 
-def is_readable(answer):
-    """Whether check_gold() accepts a reference answer."""
-    try:
-        check_gold(answer)
-    except ValueError:
-        return False
-    return True
-
 def check_scorable(problem, judge=None):
-    """Raise ValueError, saying why, if neither tests, choices, a judge nor the answer can score a problem."""
+    """Raise ValueError if a problem has neither tests, choices, a judge nor an answer that can be compared."""
     if not (judge or decided_by_tests(problem) or problem.extra.get("choices")):
         check_gold(problem.answer)
 
@@ -122,7 +114,7 @@ def extract_answer(text):
     the line after the last `####`, as in GSM8K. Linear in the length of the text.
     """
     reply = after_reasoning(text)
-    answer = None
+    answer = ""
     last = -1  # where the answer starts
     starts = []  # for each open brace: where its box starts, -1 if it opens no box
     for brace in BRACE.finditer(reply):
@@ -133,21 +125,18 @@ def extract_answer(text):
             if start > last:
                 last = start
                 answer = reply[start : brace.start()]
-    if answer is None and "####" in reply:
+    if last < 0 and "####" in reply:
         answer = reply.rpartition("####")[2].partition("\n")[0]
-    return answer.strip() or None if answer else None
+    return answer.strip() or None
 
 # 3. Choices -------------------------------------------------------------------------------------------------
 
 # "The correct answer is (B) 12." is a letter, the mark after it, and the rest.
-OPTION = re.compile(
-    r"""(?i:(?:(?:the|my|final|correct|right|best)\s+)*(?:answer|option|choice)(?:\s+is)?\b[\s:]*)*
-        (?:[(\[{"“]\s*)*(?P<letter>[A-Z])
-        (?P<mark>\s*(?:[)\]}"”.:、][)\]}"”.:、\s]*|$)|\s+[-–—]\s+|\s+)
-        (?P<rest>.*)""",
-    re.VERBOSE | re.DOTALL,
-)
-WEAK_MARKS = ("", "-", "–", "—")  # `A mole` and `A - B` may be choices in themselves, unlike `A. 12`
+OPTION = re.compile(r"""(?xs)
+    (?i:(?:(?:the|my|final|correct|right|best)\s+)*(?:answer|option|choice)(?:\s+is)?\b[\s:]*)*
+    (?:[(\[{"“]\s*)*(?P<letter>[A-Z])
+    (?P<mark>\s*(?:[)\]}"”.:、][)\]}"”.:、\s]*|$)|\s+[-–—]\s+|\s+)
+    (?P<rest>.*)""")
 # The rest of `A, B`, `A or B`, `A. 12 B. 13` names another option.
 OTHER_OPTION = re.compile(r"(?<![A-Za-z])\(?[A-Z](?:[).:]|$)|(?:\b(?:or|and|not)\b|[/&,;])\s*\(?[A-Z]\b")
 
@@ -176,8 +165,9 @@ def chosen(answer, choices):
     if has_letter and not found["rest"]:
         return letter
 
-    # Read it first as the text of a choice, `E. coli`, and only then as a letter before a text.
-    weak = not has_letter or found["mark"].strip() in WEAK_MARKS
+    # Read it first as the text of a choice, `E. coli`, and only then as a letter before a text. `A mole` and
+    # `A - B` may also equal a choice by value, unlike `A. 12`.
+    weak = not has_letter or found["mark"].strip() in ("", *"-–—")
     indices = named(answer, choices, by_value=weak)
     if has_letter and not indices:
         meant = named(found["rest"], choices, by_value=True)
@@ -252,15 +242,15 @@ Student's answer: {}
 You may think first. Your last line must be `VERDICT: RIGHT` or `VERDICT: WRONG`."""
 MAX_JUDGED = 4000  # characters of an answer, some 600 words
 MAX_RESPONSE = 1 << 20  # bytes; 2048 tokens are some 10 KB
-# The endpoint is down or slow; it speaks no HTTP; it answers something else than a chat completion.
+# The endpoint is down or slow; it does not speak HTTP; it returns no chat completion.
 REQUEST_ERRORS = (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, RecursionError)
 
 def parse_verdict(text):
-    """"right" or "wrong" if the last line says so and no other line says the opposite, else "unknown"."""
+    """"right" or "wrong" if the last line says so and no other line says the opposite, else "unknown: ..."."""
     lines = text.rpartition("</think>")[2].strip().splitlines()
     said = [re.fullmatch(r"\W*verdict\W+(right|wrong)\W*", line, re.IGNORECASE) for line in lines[-50:]]
     verdicts = {match[1].lower() for match in said if match}
-    return verdicts.pop() if len(verdicts) == 1 and said[-1] else "unknown"
+    return verdicts.pop() if len(verdicts) == 1 and said[-1] else "unknown: no clear verdict"
 
 @dataclass
 class Judge:
@@ -308,8 +298,7 @@ class Judge:
         for attempt in range(self.retries + 1):
             time.sleep(self.wait * 2 ** (attempt - 1) if attempt else 0)
             try:
-                verdict = parse_verdict(self.post(json.dumps(body).encode()))
-                return "unknown: no clear verdict" if verdict == "unknown" else verdict
+                return parse_verdict(self.post(json.dumps(body).encode()))
             except REQUEST_ERRORS as error:
                 why = f"{type(error).__name__}: {error}"
         return f"unknown: {why}"
@@ -409,6 +398,7 @@ MAX_CHARS = 1000  # the longest reference answers in use have some 150
 MAX_ITEMS = 100  # of a list, set or matrix: comparing sets is quadratic
 MAX_BITS = 40_000  # of an exact numerator and denominator together: 3500! fits
 MAX_FACTORIAL = 3500
+UNREADABLE = (ArithmeticError, ValueError, RecursionError)  # what read() and same() raise
 ENOUGH = 3  # points, of 16, at which two expressions in variables must have a value: fewer are no evidence
 
 def is_equivalent(prediction, gold):
@@ -438,31 +428,34 @@ def is_equivalent(prediction, gold):
         try:
             if same(read(x), read(y)):
                 return True
-        except (ArithmeticError, ValueError, RecursionError):
+        except UNREADABLE:
             continue
     return False
 
+def why_unreadable(answer):
+    """Why no prediction could be compared with a reference answer; "" if they can be."""
+    if not (isinstance(answer, str) and answer.strip() and len(answer) <= MAX_CHARS):
+        return f"an answer must be text of 1 to {MAX_CHARS} characters, found {str(answer)[:80]!r}"
+    text = plain(answer)
+    # East, 10:30, a sentence: these are compared as text.
+    if not re.fullmatch(r"(?=.*(?:[a-z]{2}|:))[A-Za-z0-9][A-Za-z0-9 .,:;'?!&-]*", text.replace('"', "")):
+        try:
+            read(NAMED.sub("", text))
+        except UNREADABLE as error:
+            return f"the answer {answer!r} cannot be checked: {error}"
+    return ""
+
 def check_gold(answer):
     """Raise ValueError, saying why, if no prediction could be compared with a reference answer."""
-    fits = isinstance(answer, str) and answer.strip() and len(answer) <= MAX_CHARS
-    check(fits, f"an answer must be text of 1 to {MAX_CHARS} characters, found {str(answer)[:80]!r}")
-    text = plain(answer)
-    if re.fullmatch(r"(?=.*(?:[a-z]{2}|:))[A-Za-z0-9][A-Za-z0-9 .,:;'?!&-]*", text.replace('"', "")):
-        return  # east, 10:30, a sentence: compared as text
-    try:
-        read(NAMED.sub("", text))
-    except (ArithmeticError, ValueError, RecursionError) as error:
-        raise ValueError(f"the answer {answer!r} cannot be checked: {error}") from None
+    why = why_unreadable(answer)
+    check(not why, why)
 
 def bare(text):
     """A plain text without quotes and most spaces: `4 2` is not 42, nor is `now here` nowhere."""
-    text = re.sub(r'"|(?<!\.)\."?$', "", text)
-    return SPACE.sub(lambda match: " " if match[1] else "", text)
+    return SPACE.sub(r"\1", re.sub(r'"|(?<!\.)\."?$', "", text))
 
 # Spaces between digits or beside words, which count (group 1), and all others, which do not.
-SPACE = re.compile(
-    r"((?<=[0-9])\s+(?=[0-9])|(?<=[A-Za-z]{2})\s+(?=[A-Za-z])|(?<=[A-Za-z])\s+(?=[A-Za-z]{2}))|\s+"
-)
+SPACE = re.compile(r"((?<=[0-9]) (?=[0-9])|(?<=[A-Za-z]{2}) (?=[A-Za-z])|(?<=[A-Za-z]) (?=[A-Za-z]{2}))|\s")
 
 # What only names a value in front of `=` or `∈`, or a letter behind: x, x_1, f(2), AB, |AB|, [ABC], (x,y), a
 # text. In a prediction also x + y, xy, \sin A: there `x + y = 42` answers 42, but a gold x + y = 42 is a
@@ -489,18 +482,15 @@ def unnamed(prediction, gold):
 # Commands that set their argument as text, and commands that change nothing but the look.
 FONT = "text(?:bf|it|rm|sf|tt|up|normal)?|mathrm|mathsf|[hm]box|emph"
 LOOK = """boldsymbol mathbf mathit bm pmb boxed fbox framebox underline displaystyle textstyle scriptstyle
-    limits bf it rm sf tt em bfseries boldmath tiny scriptsize footnotesize small normalsize large Large LARGE
-    huge Huge left right [bB]igg?[lrm]? q?quad thinspace enspace vec"""
+    limits bf it rm sf tt em bfseries [lL]arge left right [bB]igg?[lrm]? q?quad thinspace enspace vec"""
 LOOK = "|".join([*LOOK.split(), FONT])
 # One spelling of a sign, and the others.
 SPELLINGS = {
     "*": r"\cdot \times \ast · × ⋅ ∗", "/": r"\div ÷ ⁄", "-": "− – — ‐", "±": r"\pm", "∓": r"\mp", "%": r"\%",
     "<": r"\lt", "<=": r"\le \leq \leqslant ≤", ">": r"\gt", ">=": r"\ge \geq \geqslant ≥", "∈": r"\in",
-    "!=": r"\ne \neq ≠", "∪": r"\cup", "∅": r"\emptyset \varnothing", "∞": r"\infty", "π": r"\pi", "^": "**",
-    "(": r"\langle \lparen ⟨", ")": r"\rangle \rparen ⟩", r"\{": r"\lbrace", r"\}": r"\rbrace",
-    "|": r"\vert \mid", "[": r"\lbrack", "]": r"\rbrack", ":": r"\colon ∶", r"\sqrt": "√", "°": r"\degree",
-    r"\frac": r"\dfrac \tfrac \cfrac \sfrac \nicefrac", r"\binom": r"\dbinom \tbinom", r"\lfloor": "⌊",
-    r"\rfloor": "⌋", r"\lceil": "⌈", r"\rceil": "⌉",
+    "!=": r"\ne \neq ≠", "∪": r"\cup", r"\{\}": r"\emptyset \varnothing ∅", "∞": r"\infty", "π": r"\pi", "^": "**",
+    "(": r"\langle ⟨", ")": r"\rangle ⟩", r"\{": r"\lbrace", r"\}": r"\rbrace", "|": r"\vert \mid",
+    r"\sqrt": "√", "°": r"\degree", r"\frac": r"\dfrac \tfrac \cfrac", r"\binom": r"\dbinom \tbinom",
     '"dollar"': r"\$", '"euro"': "€", '"sterling"': "£", '"cent"': "¢",
 }
 SPELLING = {other: one for one, others in SPELLINGS.items() for other in others.split()}
@@ -529,9 +519,9 @@ def _normal(form):
     return lambda match: form % unicodedata.normalize("NFKC", match[0])
 
 def _text(match):
-    r"""The content of \text{}: mathematics if it holds a digit, a command, or only one letter in brackets."""
+    r"""The content of \text{}: mathematics if it holds a digit or a command, or is e, i, d or as (A)."""
     content = match[1].strip()
-    formula = re.search(r"[0-9$\\]|^\W*$|^\(.\)$", content)
+    formula = re.search(r"[0-9$\\]|^\W*$|^\(.\)$|^[eid]$", content)
     return f" {content} " if formula else f' "{content}" '
 
 def _words(match):
@@ -563,14 +553,14 @@ def _mixed_number(match):
 
 def _membership(match):
     """x > 3 and 3 < x as x∈(3,∞), 1 < x <= 3 as x∈(1,3]."""
-    low, below, name, above, high = match.groups()
-    signs = f"{below or ''}{above or ''}"
+    low, below, name, above, high = match.groups("")
+    signs = below + above
+    if not signs or {"<", ">"} <= set(signs) or re.fullmatch(LETTER, low) or re.fullmatch(LETTER, high):
+        return match[0]
     if ">" in signs:  # from small to large
         low, below, above, high = high, above, below, low
-    if not signs or {"<", ">"} <= set(signs) or any(re.fullmatch(LETTER, side or "") for side in (low, high)):
-        return match[0]
-    left = f"[{low}" if below and "=" in below else f"({low or '-∞'}"
-    right = f"{high}]" if above and "=" in above else f"{high or '∞'})"
+    left = f"[{low}" if "=" in below else f"({low or '-∞'}"
+    right = f"{high}]" if "=" in above else f"{high or '∞'})"
     return f"{name}∈{left},{right}"
 
 REWRITES = [
@@ -601,8 +591,7 @@ REWRITES = [
     # \color{red}, spaces, the invisible bracket \left. and the bars \left| and \right|.
     (r"\\(?:[hv]space\*?|(?:text)?color)\s*\{[^{}]*\}|\\[,;:!> ]|~|\\\Z|\\(?:left|right)\s*\.", " "),
     (r"\\(l|r)(?:eft|ight)\s*(?:\||\\vert(?![A-Za-z]))", r" \\\1vert "),
-    # \text{miles}, up to three deep; a lone e, i or d is mathematics however it is set. Then \bf, \large.
-    (r"\\(?:mathrm|text|textrm|operatorname)\s*\{\s*([eid])\s*\}", r" \1 "),
+    # \text{miles}, up to three deep. Then \bf, \large.
     *3 * [(rf"\\(?:{FONT}|operatorname\*?)\s*\{{([^{{}}]*)\}}", _text)],
     (rf"\\(?:{LOOK})(?![A-Za-z])", " "),
     # \frac12 has no braces; the mixed numbers 2 1/2 and 2\frac12.
@@ -650,7 +639,7 @@ def plain(answer):
 #
 # A number is a Fraction as long as it is rational, else a Decimal of 50 digits; after \sin a float, with i
 # complex. A sum that cancels to less than its rounding is an exact 0: sqrt(2) - sqrt(2) is 0, and e^{-40} is
-# not. ArithmeticError, ValueError or, where complex numbers cannot be used, TypeError mean: no value.
+# not. ArithmeticError, ValueError and, from a function that takes no complex numbers, TypeError mean: no value.
 
 DIGITS = decimal.Context(prec=50, traps=[decimal.InvalidOperation, decimal.DivisionByZero,
                                          decimal.Overflow, decimal.Underflow])
@@ -678,8 +667,7 @@ def add(x, y):
     """x + y, an exact 0 if nothing but rounding is left. No value if y is lost in x: 10^400 pi + 1."""
     x, y = alike(x, y)
     lost = max(abs(x), abs(y)) * ROUNDING[type(x)]
-    if 0 < min(abs(x), abs(y)) < lost:
-        raise ArithmeticError
+    check(not 0 < min(abs(x), abs(y)) < lost, "a term that is lost")
     return Fraction(0) if abs(x + y) < lost else x + y
 
 def multiply(x, y):
@@ -697,8 +685,8 @@ def power(x, y):
         return x**y.numerator
     if type(x) is not complex and x < 0 and type(y) is Fraction and y.denominator % 2 == 1 < y.denominator:
         return (-1) ** y.numerator * power(-x, y)
-    if type(x) is Fraction and max(x.numerator, x.denominator) > 10**38:
-        raise OverflowError  # sqrt(10^100 + 1) would be 10^50
+    # sqrt(10^100 + 1) would be 10^50.
+    check(type(x) is not Fraction or max(x.numerator, x.denominator) <= 10**38, "too many digits")
     x, y = alike(alike(x, PI)[0], y)
     return math.pow(x, y) if type(x) is float else x**y
 
@@ -709,8 +697,8 @@ def logarithm(x):
 
 def floor(x):
     """The floor; for a number that is an integer but for rounding, that integer."""
-    if type(x) is not Fraction and abs(x) > 10**30:
-        raise OverflowError  # its last digits are rounding, and it may have a million of them
+    # Of a larger number the last digits are rounding, and there may be a million of them.
+    check(type(x) is Fraction or abs(x) <= 10**30, "too large a number")
     nearly = abs(x - round(x)) <= abs(x) * ROUNDING[type(x)]
     return Fraction(round(x) if nearly else math.floor(x))
 
@@ -736,9 +724,10 @@ def apply(name, x):
     No value where a float has too few digits: sin(10^20), and cos(10^-7), which is nearly 1.
     """
     y = FUNCTIONS[name](x)
-    if type(y) is float and x and not 1e-4 < abs(x) < 1e7:
-        raise ArithmeticError
-    return Fraction(0) if type(y) is float and abs(y) < 1e-15 * abs(float(x)) else y
+    if type(y) is not float:
+        return y
+    check(not x or 1e-4 < abs(x) < 1e7, "too few digits")
+    return Fraction(0) if abs(y) < 1e-15 * abs(float(x)) else y
 
 class Value(NamedTuple):
     """What an answer means.
@@ -746,7 +735,7 @@ class Value(NamedTuple):
     kind               items
     "number"           one number, or of an expression in variables one at each of 16 points; None: no value
     "()", "[)", ...    the members of a point or an interval, by its brackets
-    "row", "matrix"    numbers, rows
+    "row", "matrix"    numbers; rows, or the numbers of a single column
     "list", "set"      members without order; a list keeps duplicates
     "union"            intervals
     "equation"         its two sides
@@ -803,17 +792,15 @@ def number(function, *operands):
 
 # 10. Plain text -> tokens -> value --------------------------------------------------------------------------
 
-TOKEN = re.compile(
-    rf"""(?P<space>\s+)
+TOKEN = re.compile(rf"""(?xs)
+        (?P<space>\s+)
        |(?P<number>[0-9]*\.[0-9]+(?:[eE][+-]?[0-9]{{1,3}}(?![0-9.^]))?  # 1.5e-3
            |[0-9]+(?:[eE][0-9]{{1,3}}(?![0-9.^]))?)                     # 1e6, but 2e-3 is 2 e - 3
        |(?P<name>[A-Za-zπ∞]'*(?:_(?:[A-Za-z0-9]|\{{[^{{}}]*\}}))?       # x, x', x_1, a_{{n+1}}
            |\\(?:{"|".join(GREEK)})(?![A-Za-z])|\\mathbb\s*\{{?\s*[A-Z]\s*\}}?)
        |(?P<text>"[^"]*"(?:(?:\s*[/*])?\s*"[^"]*"|\s*\^(?:[0-9]|\{{-?[0-9]\}}))*)   # "m"/"s"^2
        |(?P<function>\\(?:{"|".join(FUNCTIONS)})(?![A-Za-z]))
-       |(?P<op>\\[A-Za-z]+|\\.|!=|<=|>=|;;|\.\.\.|!!|.)""",
-    re.VERBOSE | re.DOTALL,
-)
+       |(?P<op>\\[A-Za-z]+|\\.|!=|<=|>=|;;|\.\.\.|!!|.)""")
 
 def times(a, b):
     """A product. A number times a matrix is the matrix of the products.
@@ -832,8 +819,6 @@ def join(kind, *items):
     inner = "list" if kind == "set" else kind
     members = [member for item in items for member in (item.items if item.kind == inner else [item])]
     check(len(members) <= MAX_ITEMS, f"more than {MAX_ITEMS} items")
-    if kind == "matrix":
-        members = [row if row.kind == "row" else Value("row", (row,)) for row in members]
     if kind == "set":
         members = [x for i, x in enumerate(members) if not any(same(x, other) for other in members[:i])]
     alone = len(members) == 1 and kind in ("list", "set") and members[0].kind != "set"
@@ -973,8 +958,6 @@ class Parser:
             return number(lambda x, n: power(x, 1 / n), self.operand(), index)
         if text in ("+", "-"):
             return times(constant(text + "1"), self.expression(SIGN))
-        if text == "∅":
-            return Value("set", ())
         raise ValueError(f"cannot read {text!r} as a value")
 
     def bracket(self, opening):
