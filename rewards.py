@@ -508,8 +508,7 @@ SCALES = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "bill
 GREEK = """alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta kappa lambda mu nu xi rho sigma
     tau phi varphi chi psi omega Gamma Delta Theta Lambda Sigma Phi Psi Omega ell""".split()
 NAMES = [*"arcsin arccos arctan sin cos tan cot csc exp ln log sqrt".split(), *GREEK]
-SPELLED = {name: f"\\{name} " for name in NAMES}
-SPELLED |= {"pi": "π", "inf": "∞", "infinity": "∞"}
+SPELLED = {name: f"\\{name} " for name in NAMES} | {"pi": "π", "inf": "∞", "infinity": "∞"}
 ORDINARY = set("yes no not odd even true false none all any per".split())  # words in any case
 # Letters are a word if they are four or more with a vowel (wxyz is a product), but for those like sinx.
 LETTERS_OF_WORD = re.compile(r"(?=.{4})[A-Za-z]*[aeiou][A-Za-z]*(?<!(?:sin|cos|tan|cot|sec|csc|log)[txyz])")
@@ -525,25 +524,24 @@ def _text(match):
     return f" {content} " if formula else f' "{content}" '
 
 def _words(match):
-    """Quotes around letters that are a word. Letters that touch what precedes them are products: 5abcd."""
-    quoted = match[1] is not None
-    letters = match[1].strip() if quoted else match[0]
+    """Quotes around letters that are a word. Letters that touch a number or a bracket are a product: 5abcd."""
+    letters = match[0].strip('"').strip()
     if letters in SPELLED:
         return SPELLED[letters]
-    if quoted:
-        return '"' + re.sub(r"[^\W\d_]+", lambda word: _fold(word[0]), letters) + '"'
-    touches = match.string[max(0, match.start() - 1) : match.start()] in tuple("0123456789)}")
-    is_word = LETTERS_OF_WORD.fullmatch(letters) and not touches or letters.casefold() in ORDINARY
-    return f'"{_fold(letters)}"' if is_word else letters
+    is_word = match[0][0] == '"' or letters.casefold() in ORDINARY
+    if not is_word and (match["touching"] or not LETTERS_OF_WORD.fullmatch(letters)):
+        return letters
+    return '"' + re.sub(r"[^\W\d_]+", _fold, letters) + '"'
 
-def _fold(word):
+def _fold(match):
     """East is east; ABC, kHz and Mg keep their case."""
+    word = match[0]
     ordinary = len(word) > 2 and word.istitle() or word.casefold() in ORDINARY
     return word.casefold() if ordinary else word
 
 def _thousands(match):
     """A number without separators. In a text with brackets a bare comma separates items, as in points."""
-    items = "," in match[0] and re.search(r"[(\[]|\\\{", match.string)
+    items = re.search(",[0-9]", match[0]) and re.search(r"[(\[]|\\\{", match.string)
     return match[0] if items else re.sub("[^0-9.]", "", match[0])
 
 def _mixed_number(match):
@@ -584,7 +582,7 @@ REWRITES = [
     (r"\\(angle|triangle|overrightarrow|vec|widehat)\s*\{?\s*([A-Z]{1,4})\b\s*\}?", r" N_{\1\2} "),
     # Thousands: 1\,000, 1{,}000, 1,\!000, 1_000; then 1,000 and 1 000, which may be lists in brackets.
     (r"(?<![0-9._^])[1-9][0-9]{0,2}(?:(?:,\s*\\!\s*|\{,\}|\\[, ]|\\thinspace |~|_)[0-9]{3})+(?![0-9])",
-     lambda m: re.sub("[^0-9]", "", m[0])),
+     _thousands),
     (r"(?<![0-9.,^_/])[1-9][0-9]{0,2}(?:(?: [0-9]{3})+|(?:,[0-9]{3})+)(?![0-9/,])", _thousands),
     # Matrices of any brackets: \begin{bmatrix}, \begin{array}{cc}.
     (r"\\(begin|end)\s*\{(?:[bp]?matrix|smallmatrix|array)\*?\}(?:\{[lcr|\s]*\})?", r"\\\1 "),
@@ -616,7 +614,7 @@ REWRITES = [
     (r"(?<=[0-9)}])\s*(mm|cm|km|kg|ft|lb|oz)(?![A-Za-z])", r' "\1"'),
     (rf"(?<=[0-9)}}])\s+({UNIT}/{UNIT}(?:\^\{{?[0-9]\}}?)?|{UNIT}(?<=[A-Za-z]{{2}}))\s*$", r' "\1"'),
     # Words; then 5 million is 5*1000000, $5 is 5 dollars, square meters are meters^2.
-    (r'"([^"]*)"|\\?[A-Za-z]+', _words),
+    (r'"[^"]*"|(?P<touching>(?<=[0-9)}])[A-Za-z]+)|\\?[A-Za-z]+', _words),
     (rf'(?<=[0-9)}}])\s*"({"|".join(SCALES)})s?(?=["\s])', lambda m: f'*{SCALES[m[1]]}"'),
     (r'"(dollar|euro|sterling)"\s*([0-9][0-9.,*]*)', r'\2 "\1" '),
     (r'"(square|cubic)"?\s"?(\w+)', lambda m: f'"{m[2]}^{2 if m[1] == "square" else 3}'),
@@ -924,7 +922,7 @@ class Parser:
     def operator(self):
         """The operator that comes next: "" for a product without a sign, None where an expression ends."""
         kind, text = self.tokens[self.at]
-        before, _ = self.tokens[self.at - 1]
+        before, previous = self.tokens[self.at - 1]
         if kind == "text":
             return "base" if text.startswith('"base') else "unit"
         if text in OPERATORS:
@@ -933,7 +931,7 @@ class Parser:
             product = before == "op" or before == "name" and self.tokens[self.at + 1] == ("op", "^")
         else:  # nor is 5 plus x
             starts = kind in ("name", "function") or text in (*CLOSING, *PREFIX, r"\sqrt")
-            applied = text == "(" and self.tokens[self.at - 1][1][0] in "fg"  # f(g(x)) is no product
+            applied = text == "(" and previous[0] in "fg"  # f(g(x)) is no product
             product = starts and before != "text" and not applied and not (text == "|" and self.bars)
         return "" if product else None
 

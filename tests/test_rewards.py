@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import string
 import subprocess
 import sys
@@ -94,30 +95,24 @@ def test_plain_text_and_values_by_hand():
     assert rewards.unnamed('x = 1000 "cm"', "10^3") == (' 1000 "cm"', "10^3")  # the overview's example
 
 @PATIENT
-@given(st.fractions(max_denominator=10**6))
-def test_a_fraction_is_read_in_every_spelling(x):
-    p, q = x.numerator, x.denominator
+@given(st.integers(-(10**6), 10**6), st.integers(1, 10**6))
+def test_a_fraction_is_read_in_every_spelling(p, q):
     negative = rf"\left(\tfrac{{{-p}}}{{{-q}}}\right)"
     for text in (f"{p}/{q}", rf"\frac{{{p}}}{{{q}}}", negative, f"{p:,} / {q:,}"):
         assert is_equivalent(text, f"{p}/{q}")
         assert not is_equivalent(text, f"{p + 1}/{q}")
 
-def horner(coefficients):
-    text = "0"
-    for c in coefficients:
-        text = f"({text})x + ({c})"
-    return text
-
-POLYNOMIAL = st.lists(st.integers(-9, 9), min_size=1, max_size=5)
+POLYNOMIAL = st.lists(st.integers(-9, 9), min_size=5, max_size=5)
 
 @PATIENT
 @given(POLYNOMIAL, POLYNOMIAL)
 def test_polynomials_are_the_same_if_their_coefficients_are(a, b):
-    def stripped(coefficients):
-        return list(itertools.dropwhile(lambda c: c == 0, coefficients))
-
-    expanded = " + ".join(f"({c})x^{len(b) - 1 - i}" for i, c in enumerate(b))
-    assert is_equivalent(horner(a), expanded) == (stripped(a) == stripped(b))
+    expanded = " + ".join(f"({c})x^{i}" for i, c in enumerate(b))
+    for coefficients in (a, b):
+        horner = "0"
+        for c in reversed(coefficients):
+            horner = f"({horner})x + ({c})"
+        assert is_equivalent(horner, expanded) == (coefficients == b)
 
 CONSTANTS = [(r"\pi", math.pi), ("e", math.e)]
 
@@ -160,15 +155,12 @@ def test_functions_have_the_values_that_python_gives(expression):
 def test_check_gold_accepts_what_can_be_compared(gold):
     rewards.check_gold(gold)
 
-@pytest.mark.parametrize(
-    ("gold", "why"),
-    [
-        ("", "text of 1 to 1000"), ("  ", "text of 1 to 1000"), (None, "text of 1 to 1000"),
-        (5, "text of 1 to 1000"), ("1" * 1001, "text of 1 to 1000"), (r"\frac{1}{2", "nothing closes {"),
-        ("41 = 42", "without a variable"), ("41 +", "cannot read 'the end'"),
-        (r"\foo{3}", "cannot be checked: cannot read"), ("2x > 6", "read on from"),
-    ],
-)
+@pytest.mark.parametrize(("gold", "why"), [
+    ("", "text of 1 to 1000"), ("  ", "text of 1 to 1000"), (None, "text of 1 to 1000"),
+    (5, "text of 1 to 1000"), ("1" * 1001, "text of 1 to 1000"), (r"\frac{1}{2", "nothing closes {"),
+    ("41 = 42", "without a variable"), ("41 +", "cannot read 'the end'"),
+    (r"\foo{3}", "cannot be checked: cannot read"), ("2x > 6", "read on from"),
+])
 def test_check_gold_says_what_is_wrong(gold, why):
     with pytest.raises(ValueError, match=why):
         rewards.check_gold(gold)
@@ -294,14 +286,11 @@ def test_choices_that_the_prompt_shows_are_left_as_they_are():
     shown = data.parse_problem(record | {"prompt": "Is it x or y?"}, WHERE).prompt
     assert shown.startswith("Is it x or y?\n\nA. x\nB. y\n\n")
 
-@pytest.mark.parametrize(
-    "record",
-    [
-        {"ID": "2024-I-1", "Problem": "q", "Solution": r"\boxed{033}", "Answer": 33},
-        {"question": "q", "answer": "33"}, {"id": 60, "problem": "q", "answer": "033", "solution": "s"},
-        {"problem": "q", "answer": 33},
-    ],
-)
+@pytest.mark.parametrize("record", [
+    {"ID": "2024-I-1", "Problem": "q", "Solution": r"\boxed{033}", "Answer": 33},
+    {"question": "q", "answer": "33"}, {"id": 60, "problem": "q", "answer": "033", "solution": "s"},
+    {"problem": "q", "answer": 33},
+])
 def test_aime_shapes(record):
     problem = data.parse_problem(record, WHERE)
     assert (problem.domain, problem.prompt, int(problem.answer)) == ("math", "q", 33)
@@ -316,18 +305,15 @@ def test_extract_code(row):
 
 # 6. The judge -----------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize(
-    ("text", "verdict"),
-    [
-        ("VERDICT: RIGHT", "right"), ("They differ.\n\n**Verdict: wrong.**\n", "wrong"), ("", "unknown"),
-        ("`VERDICT: RIGHT`", "right"), ("<think>VERDICT: WRONG</think>\nVERDICT: RIGHT", "right"),
-        ("right", "unknown"), ("VERDICT: RIGHT or WRONG", "unknown"), ("VERDICT:", "unknown"),
-        ("VERDICT: RIGHT\nI am not sure.", "unknown"), ("VERDICT: WRONG\nVERDICT: RIGHT", "unknown"),
-        ("VERDICT: RIGHTLY", "unknown"), ("not VERDICT: RIGHT", "unknown"),
-    ],
-)
+@pytest.mark.parametrize(("text", "verdict"), [
+    ("VERDICT: RIGHT", "right"), ("They differ.\n\n**Verdict: wrong.**\n", "wrong"), ("", "unknown"),
+    ("`VERDICT: RIGHT`", "right"), ("<think>VERDICT: WRONG</think>\nVERDICT: RIGHT", "right"),
+    ("right", "unknown"), ("VERDICT: RIGHT or WRONG", "unknown"), ("VERDICT:", "unknown"),
+    ("VERDICT: RIGHT\nI am not sure.", "unknown"), ("VERDICT: WRONG\nVERDICT: RIGHT", "unknown"),
+    ("VERDICT: RIGHTLY", "unknown"), ("not VERDICT: RIGHT", "unknown"),
+])
 def test_parse_verdict(text, verdict):
-    assert rewards.parse_verdict(text) == verdict
+    assert rewards.parse_verdict(text).partition(":")[0] == verdict
 
 class Endpoint(BaseHTTPRequestHandler):
     """Right if the student's answer is the reference, else wrong; behaves as the server's `mood` says."""
@@ -397,14 +383,11 @@ def test_verdicts_are_kept(server, tmp_path):
     assert other.verdict("Capital?", "Paris", "Paris") == "right"
     assert server.calls == calls + 4  # two to probe, one as another model is another judge
 
-@pytest.mark.parametrize(
-    ("mood", "why"),
-    [
-        ("slow", "timed out"), ("drops", "timed out"), (500, "HTTP Error 500"), (404, "HTTP Error 404"),
-        ("nonsense", "JSONDecodeError"), ("list", "TypeError"), ("deep", "RecursionError"),
-        ("silent", "TypeError"), ("chatty", "no clear verdict"), ("huge", "JSONDecodeError"),
-    ],
-)
+@pytest.mark.parametrize(("mood", "why"), [
+    ("slow", "timed out"), ("drops", "timed out"), (500, "HTTP Error 500"), (404, "HTTP Error 404"),
+    ("nonsense", "JSONDecodeError"), ("list", "TypeError"), ("deep", "RecursionError"),
+    ("silent", "TypeError"), ("chatty", "no clear verdict"), ("huge", "JSONDecodeError"),
+])
 def test_what_is_no_verdict_is_unknown_and_an_error_at_the_start(server, tmp_path, mood, why):
     judge = rewards.Judge(server.url, "m", tmp_path / "cache", **QUICK)
     server.mood = mood
@@ -467,19 +450,16 @@ def test_format_ok():
 def test_format_not_ok(reply):
     assert rewards.format_ok(reply) is False
 
-@pytest.mark.parametrize(
-    ("reply", "prompt", "share"),
-    [
-        ("All in English.", "A question", 0), ("да", "A question", 1), ("yes да", "A question", 2 / 5),
-        ("是的", "问题", 0), ("是的 yes", "问题", 3 / 5), ("いいえカナ", "これは", 0),
-        ("yes 是", "Translate 是", 0), (r"$\alpha x_{max}$ and `def f` 是", "问题", 3 / 4),
-        ("let x be α", "let x be what", 0), ("x = 5", "问题", 0), ("$ скрыто $", "A question", 1),
-        ("``` скрыто", "A question", 1), ("$ open yes да", "Latin", 1), ("Größe naïve", "A question", 0),
-        ("ｆｕｌｌ 𝐛𝐨𝐥𝐝", "A question", 0), (r"\frac{1}{2} \text{ok} 好", "问题", 2 / 3),
-        ("", "A question", 0), ("<think>想</think>好<|im_end|>", "问题", 0),
-        ("123 !? \ud800", "A question", 0), ("yes", "", 0),
-    ],
-)
+@pytest.mark.parametrize(("reply", "prompt", "share"), [
+    ("All in English.", "A question", 0), ("да", "A question", 1), ("yes да", "A question", 2 / 5),
+    ("是的", "问题", 0), ("是的 yes", "问题", 3 / 5), ("いいえカナ", "これは", 0),
+    ("yes 是", "Translate 是", 0), (r"$\alpha x_{max}$ and `def f` 是", "问题", 3 / 4),
+    ("let x be α", "let x be what", 0), ("x = 5", "问题", 0), ("$ скрыто $", "A question", 1),
+    ("``` скрыто", "A question", 1), ("$ open yes да", "Latin", 1), ("Größe naïve", "A question", 0),
+    ("ｆｕｌｌ 𝐛𝐨𝐥𝐝", "A question", 0), (r"\frac{1}{2} \text{ok} 好", "问题", 2 / 3),
+    ("", "A question", 0), ("<think>想</think>好<|im_end|>", "问题", 0),
+    ("123 !? \ud800", "A question", 0), ("yes", "", 0),
+])
 def test_mixed_scripts(reply, prompt, share):
     assert rewards.mixed_scripts(reply, prompt) == pytest.approx(share)
 
@@ -489,7 +469,7 @@ def test_no_exception_leaves_format_and_language(reply, prompt):
     assert 0 <= rewards.mixed_scripts(reply, prompt) <= 1
     assert rewards.mixed_scripts(prompt, prompt) == 0
     assert rewards.format_ok(f"<think>{reply}</think>{prompt}") in (True, False)
-    assert rewards.parse_verdict(reply) in ("right", "wrong", "unknown")
+    assert rewards.parse_verdict(reply) in ("right", "wrong", "unknown: no clear verdict")
 
 # 8. The verdict ---------------------------------------------------------------------------------------------
 
@@ -653,16 +633,11 @@ def test_a_choice_is_named_by_its_own_text_or_by_none(text, choices):
             index = rewards.chosen(choice, choices)
             assert index in (None, i) or choice.casefold() != choices[index].casefold()
 
-def test_nothing_but_the_sandbox_and_the_standard_library_is_imported(tmp_path):
+def test_only_the_sandbox_and_the_standard_library_are_needed(tmp_path):
     for name in ("rewards.py", "sandbox.py"):
-        (tmp_path / name).write_bytes((Path(rewards.__file__).parent / name).read_bytes())
-    program = "import sys; before = set(sys.modules); import rewards; print(*set(sys.modules) - before)"
-    command = [sys.executable, "-S", "-c", program]
-    env = os.environ | {"PYTHONPATH": ""}
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=env)
-    assert run.returncode == 0, run.stderr
-    names = {name.partition(".")[0] for name in run.stdout.split()}
-    assert names - set(sys.stdlib_module_names) == {"rewards", "sandbox"}
+        shutil.copy(Path(rewards.__file__).parent / name, tmp_path)
+    without_packages = [sys.executable, "-S", "-c", "import rewards"]
+    subprocess.run(without_packages, cwd=tmp_path, check=True, env=os.environ | {"PYTHONPATH": ""})
 
 # 10. eval.py --check ----------------------------------------------------------------------------------------
 
@@ -673,25 +648,22 @@ ROWS = [
     {"id": "own", "domain": "math", "prompt": "q", "answer": "3"},
 ]
 
-@pytest.mark.parametrize(
-    ("problem", "verdict"),
-    [
-        (data.Problem("1", "math", "q", "5"), ("right", None)),
-        (data.Problem("1", "math", "q", "5", {"solution": r"so \boxed{5.0}"}), ("right", None)),
-        (data.Problem("1", "math", "q", "5", {"solution": "no box"}), ("right", None)),
-        (data.Problem("1", "math", "q", "4", {"solution": r"\boxed{3}"}),
-         ("failed", "its solution answers '3', its answer is '4'")),
-        (data.Problem("1", "science", "q", r"\frac{"),
-         ("not checked", "answers in words: they need --judge")),
-        (CHOICE, ("right", None)),
-        (CODE, ("not checked", "code without a solution: only its tests were read")),
-        (data.Problem("1", "code", "q", "", ADD | {"solution": "good"}), ("right", None)),
-        (data.Problem("1", "code", "q", "", ADD | {"solution": "bad"}), ("failed", "bad")),
-        (data.Problem("1", "code", "q", "", ADD | {"solution": "unknown"}), ("not checked", "unknown")),
-        (data.Problem("1", "code", "go", "", {"tests": "x", "entry_point": "f", "solution": "od"}),
-         ("right", None)),
-    ],
-)
+@pytest.mark.parametrize(("problem", "verdict"), [
+    (data.Problem("1", "math", "q", "5"), ("right", None)),
+    (data.Problem("1", "math", "q", "5", {"solution": r"so \boxed{5.0}"}), ("right", None)),
+    (data.Problem("1", "math", "q", "5", {"solution": "no box"}), ("right", None)),
+    (data.Problem("1", "math", "q", "4", {"solution": r"\boxed{3}"}),
+     ("failed", "its solution answers '3', its answer is '4'")),
+    (data.Problem("1", "science", "q", r"\frac{"),
+     ("not checked", "answers in words: they need --judge")),
+    (CHOICE, ("right", None)),
+    (CODE, ("not checked", "code without a solution: only its tests were read")),
+    (data.Problem("1", "code", "q", "", ADD | {"solution": "good"}), ("right", None)),
+    (data.Problem("1", "code", "q", "", ADD | {"solution": "bad"}), ("failed", "bad")),
+    (data.Problem("1", "code", "q", "", ADD | {"solution": "unknown"}), ("not checked", "unknown")),
+    (data.Problem("1", "code", "go", "", {"tests": "x", "entry_point": "f", "solution": "od"}),
+     ("right", None)),
+])
 def test_check_problem(problem, verdict, monkeypatch):
     def run_code(source, tests, **settings):
         return Verdict({"good": 1.0, "bad": 0.0, "unknown": None}[source], source)
@@ -699,16 +671,14 @@ def test_check_problem(problem, verdict, monkeypatch):
     monkeypatch.setattr(ev, "run_code", run_code)
     assert ev.check_problem(problem) == verdict
 
-def test_check_of_a_good_file(tmp_path, capsys):
+def test_check_of_a_good_and_a_bad_file(tmp_path, capsys):
     data.write_jsonl(tmp_path / "good.jsonl", ROWS)
     assert ev.main(["--check", str(tmp_path / "good.jsonl")]) == 0
     out = capsys.readouterr().out
     assert "| math       |      3 |      3 |      0 |           0 |" in out
     assert "| science    |      1 |      1 |      0 |           0 |" in out
-
-def test_check_of_a_bad_file(tmp_path, capsys):
-    wrong = {"problem": "q", "solution": r"so \boxed{3}", "answer": "4"}
     bad = [{"problem": "q", "answer": r"\frac{", "unique_id": "unreadable"}]
+    wrong = {"problem": "q", "solution": r"so \boxed{3}", "answer": "4"}
     bad += [wrong | {"unique_id": f"bad {i}"} for i in range(11)]
     data.write_jsonl(tmp_path / "bad.jsonl", [*ROWS, *bad])
     assert ev.main(["--check", str(tmp_path / "bad.jsonl")]) == 1
