@@ -5,8 +5,8 @@ r"""Rewards: is a model's reply right? By its answer, its choice, its program, o
 A problem has .domain, .prompt, .answer and .extra, like data.Problem. The dictionary .extra may hold
 "choices" (then .answer is a letter) or "tests" (then the program is scored, whatever .answer is).
 
-A failure that the reply causes scores 0. An outside failure (no sandbox, a judge that is down) is unknown. When
-in doubt an answer is wrong: in training a false "right" does more harm than a false "wrong". Not detected:
+A failure that the reply causes scores 0; one that it does not (no sandbox, a judge that is down) is unknown.
+When in doubt an answer is wrong: in training a false "right" does more harm than a false "wrong". Not detected:
 wrong reasoning, a program that fails tests we do not have, an answer that talks the judge into a verdict.
 
 Sections 1 to 6 are short and independent. Sections 7 to 11 compare answers in LaTeX; section 7 is their
@@ -94,7 +94,7 @@ def decided_by_tests(problem):
     return bool(problem.extra.get("tests")) or not problem.answer
 
 def check_scorable(problem, judge=None):
-    """Raise ValueError if a problem has neither tests, choices, a judge nor an answer that can be compared."""
+    """Raise ValueError, saying why, if no tests, choices, judge or answer can score a problem."""
     if not (judge or decided_by_tests(problem) or problem.extra.get("choices")):
         check_gold(problem.answer)
 
@@ -246,7 +246,7 @@ MAX_RESPONSE = 1 << 20  # bytes; 2048 tokens are some 10 KB
 REQUEST_ERRORS = (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, RecursionError)
 
 def parse_verdict(text):
-    """"right" or "wrong" if the last line says so and no other line says the opposite, else "unknown: ..."."""
+    """"right" or "wrong" if the last line says so and no line the opposite, else "unknown: " and why."""
     lines = text.rpartition("</think>")[2].strip().splitlines()
     said = [re.fullmatch(r"\W*verdict\W+(right|wrong)\W*", line, re.IGNORECASE) for line in lines[-50:]]
     verdicts = {match[1].lower() for match in said if match}
@@ -335,8 +335,10 @@ def open_judge(args):
 # 6. Format and language -------------------------------------------------------------------------------------
 
 CONTROL_TOKEN = r"</?think>|<\|[a-z_]+\|>"
-CLOSES = {"```": "```", "`": "`", "$": "$", "$$": "$$", r"\(": r"\)", r"\[": r"\]"}
-PIECE = re.compile(rf"{CONTROL_TOKEN}|(?P<mark>```|`|\$\$?|\\[()\[\]])|\\[A-Za-z]+|(?P<word>[^\W\d_]+)")
+# Formulas and code, up to what closes them or to the end of the reply; commands; control tokens.
+FORMULA = re.compile(
+    r"(```|`|\$\$?)[\s\S]*?(?:\1|\Z)|\\\([\s\S]*?(?:\\\)|\Z)|\\\[[\s\S]*?(?:\\\]|\Z)|\\[A-Za-z]+|" + CONTROL_TOKEN
+)
 
 def format_ok(reply):
     """Whether a reply, without the token that ends it, is <think>reasoning</think>answer and nothing else."""
@@ -366,15 +368,10 @@ def mixed_scripts(reply, prompt):
         return 0.0  # only numbers and signs: any language will do
     letters = 0
     foreign = 0
-    closing = None  # what ends the formula or code that we are in
-    for piece in PIECE.finditer(reply):
-        if piece["mark"] and closing is None:
-            closing = CLOSES.get(piece["mark"])
-        elif piece["mark"] == closing:
-            closing = None
-        for script, run in itertools.groupby(piece["word"] or "", script_of):
-            n = sum(1 for _ in run)
-            if script and not (script in ("LATIN", "GREEK") and (closing or n == 1)):
+    for text, in_formulas in ((FORMULA.sub(" ", reply), True), (reply, False)):
+        for script, run in itertools.groupby(text, script_of):
+            n = len(list(run))
+            if script and (script in ("LATIN", "GREEK")) == in_formulas and not (in_formulas and n == 1):
                 letters += n
                 foreign += n * (script not in allowed)
     return foreign / letters if letters else 0.0
@@ -488,8 +485,8 @@ LOOK = "|".join([*LOOK.split(), FONT])
 SPELLINGS = {
     "*": r"\cdot \times \ast · × ⋅ ∗", "/": r"\div ÷ ⁄", "-": "− – — ‐", "±": r"\pm", "∓": r"\mp", "%": r"\%",
     "<": r"\lt", "<=": r"\le \leq \leqslant ≤", ">": r"\gt", ">=": r"\ge \geq \geqslant ≥", "∈": r"\in",
-    "!=": r"\ne \neq ≠", "∪": r"\cup", r"\{\}": r"\emptyset \varnothing ∅", "∞": r"\infty", "π": r"\pi", "^": "**",
-    "(": r"\langle ⟨", ")": r"\rangle ⟩", r"\{": r"\lbrace", r"\}": r"\rbrace", "|": r"\vert \mid",
+    "!=": r"\ne \neq ≠", "∪": r"\cup", r"\{\}": r"\emptyset \varnothing ∅", "∞": r"\infty", "π": r"\pi",
+    "(": r"\langle ⟨", ")": r"\rangle ⟩", r"\{": r"\lbrace", r"\}": r"\rbrace", "|": r"\vert \mid", "^": "**",
     r"\sqrt": "√", "°": r"\degree", r"\frac": r"\dfrac \tfrac \cfrac", r"\binom": r"\dbinom \tbinom",
     '"dollar"': r"\$", '"euro"': "€", '"sterling"': "£", '"cent"': "¢",
 }
@@ -524,7 +521,7 @@ def _text(match):
     return f" {content} " if formula else f' "{content}" '
 
 def _words(match):
-    """Quotes around letters that are a word. Letters that touch a number or a bracket are a product: 5abcd."""
+    """Quotes around letters that are a word; those that touch a number or a bracket are not: 5abcd."""
     letters = match[0].strip('"').strip()
     if letters in SPELLED:
         return SPELLED[letters]
@@ -637,7 +634,7 @@ def plain(answer):
 #
 # A number is a Fraction as long as it is rational, else a Decimal of 50 digits; after \sin a float, with i
 # complex. A sum that cancels to less than its rounding is an exact 0: sqrt(2) - sqrt(2) is 0, and e^{-40} is
-# not. ArithmeticError, ValueError and, from a function that takes no complex numbers, TypeError mean: no value.
+# not. ArithmeticError, ValueError and (a function that takes no complex numbers) TypeError mean: no value.
 
 DIGITS = decimal.Context(prec=50, traps=[decimal.InvalidOperation, decimal.DivisionByZero,
                                          decimal.Overflow, decimal.Underflow])
