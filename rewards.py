@@ -368,10 +368,10 @@ def mixed_scripts(reply, prompt):
         return 0.0  # only numbers and signs: any language will do
     letters = 0
     foreign = 0
-    for text, in_formulas in ((FORMULA.sub(" ", reply), True), (reply, False)):
+    for text, common in ((FORMULA.sub(" ", reply), True), (reply, False)):
         for script, run in itertools.groupby(text, script_of):
             n = len(list(run))
-            if script and (script in ("LATIN", "GREEK")) == in_formulas and not (in_formulas and n == 1):
+            if script and (script in ("LATIN", "GREEK")) == common and not (common and n == 1):
                 letters += n
                 foreign += n * (script not in allowed)
     return foreign / letters if letters else 0.0
@@ -394,7 +394,6 @@ def mixed_scripts(reply, prompt):
 MAX_CHARS = 1000  # the longest reference answers in use have some 150
 MAX_ITEMS = 100  # of a list, set or matrix: comparing sets is quadratic
 MAX_BITS = 40_000  # of an exact numerator and denominator together: 3500! fits
-MAX_FACTORIAL = 3500
 UNREADABLE = (ArithmeticError, ValueError, RecursionError)  # what read() and same() raise
 ENOUGH = 3  # points, of 16, at which two expressions in variables must have a value: fewer are no evidence
 
@@ -492,8 +491,8 @@ SPELLINGS = {
 }
 SPELLING = {other: one for one, others in SPELLINGS.items() for other in others.split()}
 # One name of a unit, and its other spellings. Other words are units too, but have one spelling: 5 apples.
-UNITS = """millimeter mm millimetre; centimeter cm centimetre; meter m metre; kilometer km kilometre; inch in
-    inches; foot ft feet; yard yd; mile mi; milligram mg; gram g; kilogram kg; ton; pound lb; ounce oz; second
+UNITS = """millimeter mm millimetre; centimeter cm centimetre; meter m metre; kilometer km kilometre; inch in;
+    foot ft feet; yard yd; mile mi; milligram mg; gram g; kilogram kg; ton; pound lb; ounce oz; second
     s sec; minute min; hour h hr; day; week; month; year yr; milliliter mL ml; liter L l litre; gallon gal;
     hertz Hz; kHz; eV; joule J; kJ; newton N; watt W; kW; pascal Pa; volt V; ampere A; mole mol; kelvin K;
     radian rad; cent; dollar; euro; sterling; / per"""
@@ -567,13 +566,12 @@ REWRITES = [
     (r"[¼-¾⅐-⅞]", _normal(" %s")),
     (r"\\mathbb\s*(?:R|\{\s*R\s*\})|ℝ", r"(-\\infty,\\infty)"),
     (r"[^\x00-\x7f]+", _normal("%s")),
-    # Quotes go, as they will mark words. `;;` ends a row of a matrix: \\, \\[4pt], \cr.
-    (r'["“”]', ""),
+    # `;;` ends a row of a matrix: \\, \\[4pt], \cr.
     (r"\\\\(?:\s*\[[^\]]*\])?|\\(?:cr|tabularnewline)(?![A-Za-z])", ";;"),
     # Markdown: **42**, _42_ and `42`; but 2**3**2 is a power.
     (r"(?<![\w)}])(\*\*?|__|`+)(?=\S)(.+?)(?<=\S)\1(?![\w(])", r"\2"),
-    # Delimiters of mathematics: \(42\), $42$.
-    (r"\\[()\[\]]|(?<!\\)\$", " "),
+    # Delimiters of mathematics: \(42\), $42$; and quotes, as they will mark words.
+    (r'\\[()\[\]]|(?<!\\)\$|["“”]', " "),
     # A segment has two ends in any order; angles, vectors and arcs go by the order of their letters.
     (r"\\overline\s*\{([A-Z]{2})\}", r" \1 "),
     (r"\\(angle|triangle|overrightarrow|vec|widehat)\s*\{?\s*([A-Z]{1,4})\b\s*\}?", r" N_{\1\2} "),
@@ -602,10 +600,9 @@ REWRITES = [
     # `3, 5, and 7` is a list, `x < 1 or x > 3` a union.
     (r',?\s*(?:"\s*(and|or)\s*"|(?<![A-Za-z"])(and|or)\b(?![A-Za-z"]))',
      lambda m: "∪" if "or" in m.groups() and re.search("[<>]", m.string) else ","),
-    # \log_28 is \log_2 8, \sin^{-1} is not 1/\sin; a last \\ ends no row.
+    # \log_28 is \log_2 8, \sin^{-1} is not 1/\sin.
     (r"\\log\s*_\s*([0-9])", r"\\log_{\1}"),
     (r"(?<![A-Za-z])\\?(sin|cos|tan)\s*\^\s*\{?\s*-1\s*\}?(?![0-9])", r"\\arc\1 "),
-    (r";;\s*(?=\\end)", ""),
     # Units: (2516)_8 is 2516 in base 8; 5cm is a length, but 5mg a product; 5 m/s and 5 eV are at the end.
     (r"(?<![A-Za-z0-9_.])\(?([0-9]+)\)?\s*_\s*\{?([0-9]+)\}?(?![0-9])", r'\1 "base\2"'),
     (r"(?<=[0-9)}])\s*(mm|cm|km|kg|ft|lb|oz)(?![A-Za-z])", r' "\1"'),
@@ -615,11 +612,11 @@ REWRITES = [
     (rf'(?<=[0-9)}}])\s*"({"|".join(SCALES)})s?(?=["\s])', lambda m: f'*{SCALES[m[1]]}"'),
     (r'"(dollar|euro|sterling)"\s*([0-9][0-9.,*]*)', r'\2 "\1" '),
     (r'"(square|cubic)"?\s"?(\w+)', lambda m: f'"{m[2]}^{2 if m[1] == "square" else 3}'),
-    # Inequalities of a lone variable: 1 < x <= 3. Last, punctuation at the ends.
+    # Inequalities of a lone variable: 1 < x <= 3. Last, punctuation at the ends, and the end of the last row.
     (r"\s+", " "),
     (rf"(?:^|(?<=∪))\s*(?:([^<>=!,∪]+?)\s*([<>]=?))?\s*({LETTER})\s*(?:([<>]=?)\s*([^<>=!,∪]+?))?\s*(?=$|∪)",
      _membership),
-    (r'^[\s,]+|""|(?:[\s,;:]|(?<!\.)\.)+$', ""),
+    (r'^[\s,]+|""|;;\s*(?=\\end)|(?:[\s,;:]|(?<!\.)\.)+$', ""),
 ]
 REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in REWRITES]
 
@@ -699,7 +696,7 @@ def floor(x):
 
 def factorial(n):
     """n!, for integers only: (1/2)! has no value here."""
-    check(n <= MAX_FACTORIAL and n == int(n), "no factorial")
+    check(n <= 3500 and n == int(n), "no factorial")
     return Fraction(math.factorial(int(n)))
 
 def binomial(n, k):
@@ -798,15 +795,9 @@ TOKEN = re.compile(rf"""(?xs)
        |(?P<op>\\[A-Za-z]+|\\.|!=|<=|>=|;;|\.\.\.|!!|.)""")
 
 def times(a, b):
-    """A product. A number times a matrix is the matrix of the products.
-
-    Two matrices have no product here: multiplied entry by entry, nested ones would grow without bound.
-    """
-    if a.kind in ("matrix", "row"):
-        a, b = b, a
-    if b.kind in ("matrix", "row"):
-        check(a.kind == "number", "a product of matrices")
-        return Value(b.kind, tuple(times(a, entry) for entry in b.items))
+    """A product. A number times a matrix is the matrix of the products; two matrices have none here."""
+    if a.kind == "number" and b.kind in ("matrix", "row"):
+        return b._replace(items=tuple(times(a, entry) for entry in b.items))
     return number(multiply, a, b)
 
 def join(kind, *items):
@@ -820,10 +811,7 @@ def join(kind, *items):
     return members[0] if alone else Value(kind, tuple(members))
 
 def equation(a, b):
-    """6/8 = 3/4 is 3/4, and y = 2x an equation. 41 = 42 is nothing, nor is x = 41 = 42."""
-    if a.kind == "equation":
-        check(same(a.items[1], b), "sides of an equation that differ")
-        return a
+    """6/8 = 3/4 is 3/4, and y = 2x an equation. 41 = 42 is nothing."""
     if same(a, b):
         return a
     check(len(a.items) > 1 or len(b.items) > 1, "an equation without a variable")
@@ -838,8 +826,8 @@ NO_UNITS = ORDINARY - {"per"} | set("""is are except without or and more less mo
 def with_unit(value, text):
     """A number with the unit after it, in one spelling: "km"/"h" is kilometer / hour."""
     words = re.findall(r"°[CF]?|%|[^\W_]+|[/^]|-?[0-9]", text)
-    singular = [re.sub("(?<=[^s]{2})s$", "", word) for word in words]
-    names = [UNITS.get(word, UNITS.get(one, one)) for word, one in zip(words, singular)]
+    singular = [re.sub("(?<=ch)es$|(?<=[^s]{2})s$", "", word) for word in words]
+    names = [UNITS.get(word, word) for word in singular]
     ordinal = any(name.endswith("th") and name != "month" for name in names)  # seventh, 5 th
     closed = len(value.items) == 1 or text in SCALE  # `a mole` is not a
     unit = closed and not ordinal and NO_UNITS.isdisjoint(names)
