@@ -5,9 +5,9 @@ r"""Rewards: is a model's reply right? By its answer, its choice, its program, o
 A problem has .domain, .prompt, .answer and .extra, like data.Problem. The dictionary .extra may hold
 "choices" (then .answer is a letter) or "tests" (then the program is scored, whatever .answer is).
 
-A failure that the reply causes scores 0; one that it does not (no sandbox, a judge that is down) is unknown.
-When in doubt an answer is wrong: in training a false "right" does more harm than a false "wrong". Not detected:
-wrong reasoning, a program that fails tests we do not have, an answer that talks the judge into a verdict.
+A failure that the reply causes scores 0; any other, such as a judge that is down, is unknown. When in doubt
+an answer is wrong: in training a false "right" does more harm than a false "wrong". Not detected: wrong
+reasoning, a program that fails tests we do not have, an answer that talks the judge into a verdict.
 
 Sections 1 to 6 are short and independent. Sections 7 to 11 compare answers in LaTeX; section 7 is their
 overview, with one answer traced all the way.
@@ -53,14 +53,12 @@ def verify(text, problem, *, judge=None, **settings):
     """Score a reply by the problem's tests, choices or answer.
 
     Args:
-        text: the reply, any text, without the token that ends it.
-        problem: as in the module's docstring.
+        text: the reply, without the token that ends it.
         judge: a Judge or None. It decides only about answers that differ from the reference where that is
             not mathematics or cannot be read.
         settings: those of sandbox.run_code.
     Returns: a Verdict (score, reason, seconds).
-    Raises: ValueError if the tests cannot be read or programs cannot be isolated. check_code() finds both
-        before any work is done.
+    Raises: ValueError if tests cannot be read or programs cannot be isolated; check_code() finds both early.
     """
     start = time.perf_counter()
     try:
@@ -336,9 +334,8 @@ def open_judge(args):
 
 CONTROL_TOKEN = r"</?think>|<\|[a-z_]+\|>"
 # Formulas and code, up to what closes them or to the end of the reply; commands; control tokens.
-FORMULA = re.compile(
-    r"(```|`|\$\$?)[\s\S]*?(?:\1|\Z)|\\\([\s\S]*?(?:\\\)|\Z)|\\\[[\s\S]*?(?:\\\]|\Z)|\\[A-Za-z]+|" + CONTROL_TOKEN
-)
+FORMULA = re.compile(rf"""(?xs) (```|`|\$\$?).*?(?:\1|\Z) | \\\(.*?(?:\\\)|\Z) | \\\[.*?(?:\\\]|\Z)
+                              | \\[A-Za-z]+ | {CONTROL_TOKEN}""")
 
 def format_ok(reply):
     """Whether a reply, without the token that ends it, is <think>reasoning</think>answer and nothing else."""
@@ -477,17 +474,16 @@ def unnamed(prediction, gold):
 
 # Commands that set their argument as text, and commands that change nothing but the look.
 FONT = "text(?:bf|it|rm|sf|tt|up|normal)?|mathrm|mathsf|[hm]box|emph"
-LOOK = """boldsymbol mathbf mathit bm pmb boxed fbox framebox underline displaystyle textstyle scriptstyle
-    limits bf it rm sf tt em bfseries [lL]arge left right [bB]igg?[lrm]? q?quad thinspace enspace vec"""
-LOOK = "|".join([*LOOK.split(), FONT])
+LOOK = (FONT + "|boldsymbol|mathbf|mathit|bm|pmb|boxed|fbox|framebox|underline|displaystyle|textstyle|limits"
+        "|bf|it|rm|sf|tt|em|bfseries|[lL]arge|left|right|[bB]igg?[lrm]?|q?quad|thinspace|enspace|vec")
 # One spelling of a sign, and the others.
 SPELLINGS = {
     "*": r"\cdot \times \ast · × ⋅ ∗", "/": r"\div ÷ ⁄", "-": "− – — ‐", "±": r"\pm", "∓": r"\mp", "%": r"\%",
     "<": r"\lt", "<=": r"\le \leq \leqslant ≤", ">": r"\gt", ">=": r"\ge \geq \geqslant ≥", "∈": r"\in",
     "!=": r"\ne \neq ≠", "∪": r"\cup", r"\{\}": r"\emptyset \varnothing ∅", "∞": r"\infty", "π": r"\pi",
-    "(": r"\langle ⟨", ")": r"\rangle ⟩", r"\{": r"\lbrace", r"\}": r"\rbrace", "|": r"\vert \mid", "^": "**",
+    "(": r"\langle ⟨", ")": r"\rangle ⟩", r"\{": r"\lbrace", r"\}": r"\rbrace", "|": r"\vert \mid",
     r"\sqrt": "√", "°": r"\degree", r"\frac": r"\dfrac \tfrac \cfrac", r"\binom": r"\dbinom \tbinom",
-    '"dollar"': r"\$", '"euro"': "€", '"sterling"': "£", '"cent"': "¢",
+    '"dollar"': r"\$", '"euro"': "€", '"sterling"': "£", '"cent"': "¢", "^": "**",
 }
 SPELLING = {other: one for one, others in SPELLINGS.items() for other in others.split()}
 # One name of a unit, and its other spellings. Other words are units too, but have one spelling: 5 apples.
@@ -612,7 +608,7 @@ REWRITES = [
     (rf'(?<=[0-9)}}])\s*"({"|".join(SCALES)})s?(?=["\s])', lambda m: f'*{SCALES[m[1]]}"'),
     (r'"(dollar|euro|sterling)"\s*([0-9][0-9.,*]*)', r'\2 "\1" '),
     (r'"(square|cubic)"?\s"?(\w+)', lambda m: f'"{m[2]}^{2 if m[1] == "square" else 3}'),
-    # Inequalities of a lone variable: 1 < x <= 3. Last, punctuation at the ends, and the end of the last row.
+    # Inequalities of a lone variable: 1 < x <= 3. Last, punctuation at the ends and the last end of a row.
     (r"\s+", " "),
     (rf"(?:^|(?<=∪))\s*(?:([^<>=!,∪]+?)\s*([<>]=?))?\s*({LETTER})\s*(?:([<>]=?)\s*([^<>=!,∪]+?))?\s*(?=$|∪)",
      _membership),
@@ -742,8 +738,8 @@ def symbol(name):
     """A constant, or a variable: 16 real values, the same in every run.
 
     Expressions that agree at all points are the same but for a negligible chance (Schwartz and Zippel, for
-    polynomials). Of each size as many values are below 0 as above; small and large ones, fractions and
-    integers, half of these even. Otherwise |x - 5| could be x - 5, and (-1)^n be 1.
+    polynomials). Half the values of each size are negative, and half the integers even: otherwise |x - 5|
+    could be x - 5, and (-1)^n be 1.
     """
     if name in CONSTANTS:
         return Value("number", (CONSTANTS[name],))
@@ -926,10 +922,8 @@ class Parser:
         text = self.take()
         if kind == "number":
             return constant(text)
-        if kind == "name":
-            return symbol(re.sub(r"[{}\s]", "", text))
-        if kind == "text":
-            return symbol(" ".join(text.replace('"', "").split()))
+        if kind in ("name", "text"):
+            return symbol(re.sub('[{}"]', "", text))
         if kind == "function":
             return self.function(text[1:])
         if text in CLOSING:
