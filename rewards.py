@@ -735,7 +735,7 @@ class Value(NamedTuple):
 
 @lru_cache(maxsize=512)
 def symbol(name):
-    """A constant, or a variable: 16 real values, the same in every run.
+    """A number, a constant, or a variable: 16 real values, the same in every run.
 
     Expressions that agree at all points are the same but for a negligible chance (Schwartz and Zippel, for
     polynomials). Half the values of each size are negative, and half the integers even: otherwise |x - 5|
@@ -743,6 +743,8 @@ def symbol(name):
     """
     if name in CONSTANTS:
         return Value("number", (CONSTANTS[name],))
+    if re.match("[+-]?[.0-9]", name):
+        return Value("number", (Fraction(name),))
     draw = random.Random(f"values of {name}")
     values = []
     for sign, odd in itertools.product((-1, 1), (0, 1)):
@@ -752,11 +754,7 @@ def symbol(name):
     draw.shuffle(values)
     return Value("number", tuple(values))
 
-def constant(x):
-    """A number that is the same at every point."""
-    return Value("number", (Fraction(x),))
-
-SCALE = {"": constant(1), "°": Value("number", (DIGITS.divide(PI, 180),)), "%": constant(Fraction(1, 100))}
+SCALE = {"": symbol("1"), "°": Value("number", (DIGITS.divide(PI, 180),)), "%": symbol("0.01")}
 
 def number(function, *operands):
     """function of numbers, at every point; None where it has no value or one that is too large.
@@ -920,9 +918,7 @@ class Parser:
         """A number, a name, something in brackets, or an operator with what it is applied to."""
         kind, _ = self.tokens[self.at]
         text = self.take()
-        if kind == "number":
-            return constant(text)
-        if kind in ("name", "text"):
+        if kind in ("number", "name", "text"):
             return symbol(re.sub('[{}"]', "", text))
         if kind == "function":
             return self.function(text[1:])
@@ -931,10 +927,10 @@ class Parser:
         if text in PREFIX:
             return number(PREFIX[text], self.operand(), self.operand())
         if text == r"\sqrt":  # \sqrt12 is meant as the root of 12, whatever LaTeX makes of it
-            index = self.bracket(self.take()) if self.next == "[" else constant(2)
+            index = self.bracket(self.take()) if self.next == "[" else symbol("2")
             return number(lambda x, n: power(x, 1 / n), self.operand(), index)
         if text in ("+", "-"):
-            return times(constant(text + "1"), self.expression(SIGN))
+            return times(symbol(text + "1"), self.expression(SIGN))
         raise ValueError(f"cannot read {text!r} as a value")
 
     def bracket(self, opening):
@@ -960,7 +956,7 @@ class Parser:
     def function(self, name):
         r"""\sin x, \sin(x), \sin^2 x, \log_2 x. \sin 2x y + z is \sin(2xy) + z."""
         # \log without a base is to the base 10 or e, depending on whom one asks: here to an unknown one.
-        scripts = {"_": number(abs, symbol(r"\log")), "^": constant(1)}
+        scripts = {"_": number(abs, symbol(r"\log")), "^": symbol("1")}
         while self.next in scripts:
             sign = self.take()
             scripts[sign] = self.operand()
