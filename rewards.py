@@ -43,7 +43,7 @@ from typing import NamedTuple
 from sandbox import Verdict, check_tests, require_sandbox, run_code
 
 def check(ok, why):
-    """Raise ValueError unless ok."""
+    """Raise ValueError, saying why, unless ok."""
     if not ok:
         raise ValueError(why)
 
@@ -152,8 +152,8 @@ def named(text, choices, by_value):
 def chosen(answer, choices):
     """The index of the choice that an answer names by letter, text or both; None if it names none or several.
 
-    A letter that contradicts the text after it names none; a text that is no choice is a comment. A lone
-    capital is a letter even if a choice reads the same; small letters are never one.
+    A letter that contradicts the text after it names none; a text that is no choice is a comment. A capital
+    alone is a letter even if a choice reads the same; a small letter never is.
     """
     if len(answer) > MAX_CHARS + max(map(len, choices), default=0):
         return None
@@ -181,9 +181,8 @@ FENCE = re.compile(r"(?P<indent>[ \t]*)(?P<marks>`{3,}|~{3,})[ \t]*(?P<info>.*)"
 def extract_code(text):
     r"""(language, source) of the last fenced Python block of a reply, or None. The language is in lower case.
 
-    Without a Python block, the last block that names no language is taken for Python, since blocks in other
-    languages show commands or output; failing that, the last block. An unclosed block (the reply was cut off)
-    does not count. Lines end at \n or \r\n only: a Python string may hold U+2028.
+    Without one, the last block that names no language is taken for Python, else the last block. An unclosed
+    block (the reply was cut off) does not count. Lines end at \n or \r\n: a Python string may hold U+2028.
     """
     opening = None  # of the block we are in
     blocks = []
@@ -254,9 +253,9 @@ def parse_verdict(text):
 class Judge:
     """A language model that compares answers in words, behind an OpenAI-style chat completions endpoint.
 
-    It answers at temperature 0; its clear verdicts are cached. If the endpoint is down, slow or answers
-    nonsense, the verdict is unknown: a silent zero would pass for a wrong answer. Threads may share a Judge;
-    two that ask the same at once both ask. Raises ValueError if it cannot tell 2 + 2 = 4 from 2 + 2 = 5.
+    It answers at temperature 0; its clear verdicts are cached. If the endpoint is down, slow or returns
+    nonsense, the verdict is unknown: a silent zero would pass for a wrong answer. Threads may share a Judge.
+    Raises ValueError if it cannot tell 2 + 2 = 4 from 2 + 2 = 5.
     """
 
     url: str  # up to its version, http://localhost:8000/v1
@@ -356,9 +355,9 @@ def script_of(character):
 def mixed_scripts(reply, prompt):
     r"""The share of a reply's letters, from 0 to 1, in scripts that its prompt does not use.
 
-    Formulas and code use Latin and Greek letters in any language. So these do not count between $ $, \( \),
-    \[ \] or backticks, in commands such as \frac, or alone (a variable). Letters of other scripts count
-    everywhere, lest a pair of dollars hide a language. Languages that share a script are not told apart.
+    Formulas, code, commands such as \frac and variables use Latin and Greek letters in any language, so there
+    these do not count. Other scripts count everywhere, lest a pair of dollars hide a language. Languages that
+    share a script are not told apart.
     """
     allowed = set(map(script_of, set(prompt)))
     if allowed <= {None}:
@@ -477,21 +476,18 @@ FONT = "text(?:bf|it|rm|sf|tt|up|normal)?|mathrm|mathsf|[hm]box|emph"
 LOOK = (FONT + "|boldsymbol|mathbf|mathit|bm|pmb|boxed|fbox|framebox|underline|displaystyle|textstyle|limits"
         "|bf|it|rm|sf|tt|em|bfseries|[lL]arge|left|right|[bB]igg?[lrm]?|q?quad|thinspace|enspace|vec")
 # One spelling of a sign, and the others.
-SPELLINGS = {
-    "*": r"\cdot \times \ast · × ⋅ ∗", "/": r"\div ÷ ⁄", "-": "− – — ‐", "±": r"\pm", "∓": r"\mp", "%": r"\%",
-    "<": r"\lt", "<=": r"\le \leq \leqslant ≤", ">": r"\gt", ">=": r"\ge \geq \geqslant ≥", "∈": r"\in",
-    "!=": r"\ne \neq ≠", "∪": r"\cup", r"\{\}": r"\emptyset \varnothing ∅", "∞": r"\infty", "π": r"\pi",
-    "(": r"\langle ⟨", ")": r"\rangle ⟩", r"\{": r"\lbrace", r"\}": r"\rbrace", "|": r"\vert \mid",
-    r"\sqrt": "√", "°": r"\degree", r"\frac": r"\dfrac \tfrac \cfrac", r"\binom": r"\dbinom \tbinom",
-    '"dollar"': r"\$", '"euro"': "€", '"sterling"': "£", '"cent"': "¢", "^": "**",
-}
-SPELLING = {other: one for one, others in SPELLINGS.items() for other in others.split()}
+SPELLINGS = r"""* \cdot \times \ast · × ⋅ ∗; / \div ÷ ⁄; - − – — ‐; ± \pm; ∓ \mp; % \%; < \lt; > \gt;
+    <= \le \leq \leqslant ≤; >= \ge \geq \geqslant ≥; != \ne \neq ≠; ∈ \in; ∪ \cup;
+    \{\} \emptyset \varnothing ∅; ∞ \infty; π \pi; ( \langle ⟨; ) \rangle ⟩; \{ \lbrace; \} \rbrace;
+    | \vert \mid; ^ **; ° \degree; \sqrt √; \frac \dfrac \tfrac \cfrac; \binom \dbinom \tbinom; "dollar" \$;
+    "euro" €; "sterling" £; "cent" ¢"""
+SPELLINGS = {other: line.split()[0] for line in SPELLINGS.split(";") for other in line.split()}
 # One name of a unit, and its other spellings. Other words are units too, but have one spelling: 5 apples.
 UNITS = """millimeter mm millimetre; centimeter cm centimetre; meter m metre; kilometer km kilometre; inch in;
-    foot ft feet; yard yd; mile mi; milligram mg; gram g; kilogram kg; ton; pound lb; ounce oz; second
-    s sec; minute min; hour h hr; day; week; month; year yr; milliliter mL ml; liter L l litre; gallon gal;
-    hertz Hz; kHz; eV; joule J; kJ; newton N; watt W; kW; pascal Pa; volt V; ampere A; mole mol; kelvin K;
-    radian rad; cent; dollar; euro; sterling; / per"""
+    foot ft feet; yard yd; mile mi; milligram mg; gram g; kilogram kg; ton; pound lb; ounce oz; second s sec;
+    minute min; hour h hr; day; week; month; year yr; milliliter mL ml; liter L l litre; gallon gal; hertz Hz;
+    kHz; eV; joule J; kJ; newton N; watt W; kW; pascal Pa; volt V; ampere A; mole mol; kelvin K; radian rad;
+    cent; dollar; euro; sterling; / per"""
 UNITS = {spelling: line.split()[0] for line in UNITS.split(";") for spelling in line.split()}
 UNIT = f"(?:{'|'.join(sorted(UNITS, key=len, reverse=True))})"
 SCALES = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9,
@@ -589,7 +585,7 @@ REWRITES = [
     (r"(?<![A-Za-z0-9.,^_/])([0-9]+)\s*\\[dtc]?frac\s*\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}",
      _mixed_number),
     # One spelling: \cdot is *, \dfrac is \frac. Then 30^\circ, 30 degrees, 20°C, 5 percent.
-    (r"\\[A-Za-z]+|\\[%$]|[^\x00-\x7f]|\*\*", lambda m: SPELLING.get(m[0], m[0])),
+    (r"\\[A-Za-z]+|\\[%$]|[^\x00-\x7f]|\*\*", lambda m: SPELLINGS.get(m[0], m[0])),
     (r'\^\s*(?:\\circ(?![a-z])|\{\s*\\circ\s*\})|"degrees?"', "°"),
     (r'°\s*"?([CF])"?(?![A-Za-z])', r'"°\1"'),
     (r'"(?:percent|per cent)"|(?<![A-Za-z"])percent\b', "%"),
@@ -844,10 +840,8 @@ OPERATORS = {
 PREFIX = {r"\frac": divide, r"\binom": binomial}
 SIGN = 10  # -x^2 is -(x^2), and -2 * 3 is (-2) * 3
 # Bracket -> what may close it: (0, 1] is an interval.
-CLOSING = {
-    "(": [")", "]"], "[": [")", "]"], "{": ["}"], r"\{": [r"\}"], "|": ["|"], r"\lvert": [r"\rvert"],
-    r"\lfloor": [r"\rfloor"], r"\lceil": [r"\rceil"], r"\begin": [r"\end"],
-}
+CLOSING = r"( ) ]; [ ) ]; { }; \{ \}; | |; \lvert \rvert; \lfloor \rfloor; \lceil \rceil; \begin \end"
+CLOSING = {line.split()[0]: line.split()[1:] for line in CLOSING.split(";")}
 # Functions that are written as brackets: |x|, floor and ceiling.
 AROUND = {"||": abs, r"\lvert\rvert": abs, r"\lfloor\rfloor": floor, r"\lceil\rceil": lambda x: -floor(-x)}
 
@@ -876,16 +870,16 @@ class Parser:
 
     @property
     def next(self):
-        """The token that comes next."""
+        """The next token."""
         return self.tokens[self.at][1]
 
     def take(self):
-        """The token that comes next, which is read with this."""
+        """The next token; steps over it."""
         self.at += 1
         return self.tokens[self.at - 1][1]
 
     def expression(self, least=0):
-        """An operand, and all operators after it that bind at least so strongly."""
+        """An operand, and the operators after it that bind at least as strongly as `least`."""
         value = self.operand()
         while True:
             operator = self.operator()
