@@ -485,9 +485,8 @@ SPELLINGS = {other: line.split()[0] for line in SPELLINGS.split(";") for other i
 # One name of a unit, and its other spellings. Other words are units too, but have one spelling: 5 apples.
 UNITS = """millimeter mm millimetre; centimeter cm centimetre; meter m metre; kilometer km kilometre; inch in;
     foot ft feet; yard yd; mile mi; milligram mg; gram g; kilogram kg; ton; pound lb; ounce oz; second s sec;
-    minute min; hour h hr; day; week; month; year yr; milliliter mL ml; liter L l litre; gallon gal; hertz Hz;
-    kHz; eV; joule J; kJ; newton N; watt W; kW; pascal Pa; volt V; ampere A; mole mol; kelvin K; radian rad;
-    cent; dollar; euro; sterling; / per"""
+    minute min; hour h hr; day; year yr; milliliter mL ml; liter L l litre; gallon gal; hertz Hz; kHz; eV;
+    joule J; kJ; newton N; watt W; kW; pascal Pa; volt V; ampere A; mole mol; kelvin K; radian rad; / per"""
 UNITS = {spelling: line.split()[0] for line in UNITS.split(";") for spelling in line.split()}
 UNIT = f"(?:{'|'.join(sorted(UNITS, key=len, reverse=True))})"
 SCALES = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9,
@@ -596,7 +595,7 @@ REWRITES = [
     (r"\\log\s*_\s*([0-9])", r"\\log_{\1}"),
     (r"(?<![A-Za-z])\\?(sin|cos|tan)\s*\^\s*\{?\s*-1\s*\}?(?![0-9])", r"\\arc\1 "),
     # Units: (2516)_8 is 2516 in base 8; 5cm is a length, but 5mg a product; 5 m/s and 5 eV are at the end.
-    (r"(?<![A-Za-z0-9_.])\(?([0-9]+)\)?\s*_\s*\{?([0-9]+)\}?(?![0-9])", r'\1 "base\2"'),
+    (r"(?<![A-Za-z0-9_.])\(?([0-9]+)\)?\s*_\s*\{?([0-9]+)\}?(?![0-9])", r'(\1 "base\2")'),
     (r"(?<=[0-9)}])\s*(mm|cm|km|kg|ft|lb|oz)(?![A-Za-z])", r' "\1"'),
     (rf"(?<=[0-9)}}])\s+({UNIT}/{UNIT}(?:\^\{{?[0-9]\}}?)?|{UNIT}(?<=[A-Za-z]{{2}}))\s*$", r' "\1"'),
     # Words; then 5 million is 5*1000000, $5 is 5 dollars, square meters are meters^2.
@@ -831,9 +830,8 @@ OPERATORS = {
     "=": (4, equation),
     r"\over": (5, partial(number, divide)), r"\choose": (5, partial(number, binomial)),
     "+": (8, partial(number, add)), "-": (8, partial(number, lambda x, y: add(x, -y))),
-    "": (9, times), "*": (9, times), "/": (9, partial(number, divide)),
-    "^": (11, partial(number, power)),
-    "unit": (7, with_unit), "base": (12, with_unit), "%": (9, with_unit), "°": (9, with_unit),
+    "": (9, times), "*": (9, times), "/": (9, partial(number, divide)), "^": (11, partial(number, power)),
+    "unit": (7, with_unit), "%": (9, with_unit), "°": (9, with_unit),
     "!": (12, lambda value, sign: number(factorial, value)),
 }
 # Functions of the two operands that follow.
@@ -886,7 +884,7 @@ class Parser:
             strength, function = OPERATORS.get(operator, (-1, None))
             if strength < least:
                 return value
-            if operator in ("unit", "base", "%", "°", "!"):
+            if operator in ("unit", "%", "°", "!"):
                 value = function(value, self.take())
             else:
                 self.at += operator != ""
@@ -897,7 +895,7 @@ class Parser:
         kind, text = self.tokens[self.at]
         before, previous = self.tokens[self.at - 1]
         if kind == "text":
-            return "base" if text.startswith('"base') else "unit"
+            return "unit"
         if text in OPERATORS:
             return text if (before, text) != ("text", "^") else None
         if kind == "number":  # "2 3" and "x2" are not meant as products, (x)2 and n2^{n-1} are
