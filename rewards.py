@@ -176,7 +176,8 @@ def chosen(answer, choices):
 
 # 4. Code ----------------------------------------------------------------------------------------------------
 
-FENCE = re.compile(r"(?P<indent>[ \t]*)(?P<marks>`{3,}|~{3,})[ \t]*(?P<info>.*)")
+# With a backtick in its info it is no fence, but code within a line.
+FENCE = re.compile(r"(?P<indent>[ \t]*)(?P<marks>`{3,}|~{3,})[ \t]*(?P<info>[^`]*)")
 
 def extract_code(text):
     r"""(language, source) of the last fenced Python block of a reply, or None. The language is in lower case.
@@ -188,21 +189,20 @@ def extract_code(text):
     blocks = []
     for line in after_reasoning(text).split("\n"):
         line = line.removesuffix("\r")
-        fence = FENCE.match(line)
+        fence = FENCE.fullmatch(line)
         if opening is None:
-            if fence and "`" not in fence["info"]:  # with one, it is code within a line
-                opening = fence
-                body = []
+            opening = fence
+            body = []
         elif fence and fence["marks"].startswith(opening["marks"]) and not fence["info"].strip():
             language = re.split(r"[\s,:{}]+", opening["info"].strip(" {}.").lower())[0]
             blocks.append((language, "\n".join(body) + "\n"))
             opening = None
         else:
             body.append(line.removeprefix(opening["indent"]))
-    for name in (r"py(?:thon)?[0-9.]*", ""):
-        for language, source in reversed(blocks):
-            if re.fullmatch(name, language):
-                return "python", source
+    python = [source for language, source in blocks if re.fullmatch(r"py(?:thon)?[0-9.]*", language)]
+    python = python or [source for language, source in blocks if not language]
+    if python:
+        return "python", python[-1]
     return blocks[-1] if blocks else None
 
 def verify_code(text, problem, **settings):
