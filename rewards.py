@@ -176,7 +176,7 @@ def chosen(answer, choices):
 
 # 4. Code ----------------------------------------------------------------------------------------------------
 
-# With a backtick in its info it is no fence, but code within a line.
+# A line with a backtick after the marks is no fence, but code within a line.
 FENCE = re.compile(r"(?P<indent>[ \t]*)(?P<marks>`{3,}|~{3,})[ \t]*(?P<info>[^`]*)")
 
 def extract_code(text):
@@ -364,6 +364,7 @@ def mixed_scripts(reply, prompt):
         return 0.0  # only numbers and signs: any language will do
     letters = 0
     foreign = 0
+    # Latin and Greek letters outside formulas and code, then all other letters, wherever they are.
     for text, common in ((FORMULA.sub(" ", reply), True), (reply, False)):
         for script, run in itertools.groupby(text, script_of):
             n = len(list(run))
@@ -650,7 +651,7 @@ def add(x, y):
     """x + y, an exact 0 if nothing but rounding is left. No value if y is lost in x: 10^400 pi + 1."""
     x, y = alike(x, y)
     lost = max(abs(x), abs(y)) * ROUNDING[type(x)]
-    check(not 0 < min(abs(x), abs(y)) < lost, "a term that is lost")
+    check(not 0 < min(abs(x), abs(y)) < lost, "a term is lost in rounding")
     return Fraction(0) if abs(x + y) < lost else x + y
 
 def multiply(x, y):
@@ -790,13 +791,13 @@ def times(a, b):
     return number(multiply, a, b)
 
 def join(kind, *items):
-    """A value of items. A list in a list is taken apart, a set holds nothing twice, one item stands alone."""
+    """A value of items. Lists within it are taken apart; a set holds nothing twice, and {5} is 5."""
     inner = "list" if kind == "set" else kind
     members = [member for item in items for member in (item.items if item.kind == inner else [item])]
     check(len(members) <= MAX_ITEMS, f"more than {MAX_ITEMS} items")
     if kind == "set":
         members = [x for i, x in enumerate(members) if not any(same(x, other) for other in members[:i])]
-    alone = len(members) == 1 and kind in ("list", "set") and members[0].kind != "set"
+    alone = kind == "set" and len(members) == 1 and members[0].kind != "set"
     return members[0] if alone else Value(kind, tuple(members))
 
 def equation(a, b):
