@@ -5,12 +5,12 @@ r"""Rewards: is a model's reply right? By its answer, its choice, its program, o
 A problem has .domain, .prompt, .answer and .extra, like data.Problem. The dictionary .extra may hold
 "choices" (then .answer is a letter) or "tests" (then the program is scored, whatever .answer is).
 
-Failures that the reply causes score 0; outside failures (no sandbox, a judge that is down) are unknown. When
-in doubt an answer is wrong: in training a false "right" does more harm than a false "wrong". Not detected:
-wrong reasoning, a program that fails tests we do not have, an answer that talks the judge into a verdict.
+A failure that the reply causes scores 0; any other, such as a judge that is down, is unknown. When in doubt
+an answer is wrong: in training a false "right" does more harm than a false "wrong". Not detected: wrong
+reasoning, a program that fails tests we do not have, an answer that talks the judge into a verdict.
 
-How to read this file: sections 1 to 6 are short and independent. Sections 7 to 11 compare answers in LaTeX;
-section 7 is their overview, with one answer traced all the way.
+Sections 1 to 6 are short and independent. Sections 7 to 11 compare answers in LaTeX; section 7 is their
+overview, with one answer traced all the way.
 
 Deviations from the paper (arXiv 2601.02346)
 - Its first tier compares strings and calls a computer algebra system, its second is a heavier verifier. Here
@@ -42,28 +42,23 @@ from typing import NamedTuple
 
 from sandbox import Verdict, check_tests, require_sandbox, run_code
 
-
 def check(ok, why):
-    """Raise ValueError unless ok."""
+    """Raise ValueError, saying why, unless ok."""
     if not ok:
         raise ValueError(why)
 
-
 # 1. The verdict ---------------------------------------------------------------------------------------------
-
 
 def verify(text, problem, *, judge=None, **settings):
     """Score a reply by the problem's tests, choices or answer.
 
     Args:
-        text: the reply, any text, without the token that ends it.
-        problem: as in the module's docstring.
+        text: the reply, without the token that ends it.
         judge: a Judge or None. It decides only about answers that differ from the reference where that is
             not mathematics or cannot be read.
         settings: those of sandbox.run_code.
     Returns: a Verdict (score, reason, seconds).
-    Raises: ValueError if the tests cannot be read or programs cannot be isolated. check_code() finds both
-        before any work is done.
+    Raises: ValueError if tests cannot be read or programs cannot be isolated; check_code() finds both early.
     """
     start = time.perf_counter()
     try:
@@ -76,7 +71,7 @@ def verify(text, problem, *, judge=None, **settings):
             reason = "right"
         elif judge is None or problem.extra.get("choices"):
             reason = "wrong"
-        elif problem.domain == "math" and is_readable(problem.answer):
+        elif problem.domain == "math" and not why_unreadable(problem.answer):
             reason = "wrong"
         else:
             reason = judge.verdict(problem.prompt, problem.answer, answer)
@@ -85,7 +80,6 @@ def verify(text, problem, *, judge=None, **settings):
     score = None if reason.startswith("unknown") else float(reason == "right")
     return Verdict(score, reason, time.perf_counter() - start)
 
-
 def is_right(answer, problem):
     """Whether an answer (or None) matches the reference answer of a problem, or names its choice."""
     choices = problem.extra.get("choices")
@@ -93,38 +87,23 @@ def is_right(answer, problem):
         return is_equivalent(answer, problem.answer)
     return answer is not None and chosen(answer, choices) == LETTERS.index(problem.answer)
 
-
 def decided_by_tests(problem):
     """Whether tests decide: if a problem has tests, or no answer (then its tests are missing)."""
     return bool(problem.extra.get("tests")) or not problem.answer
 
-
-def is_readable(answer):
-    """Whether check_gold() accepts a reference answer."""
-    try:
-        check_gold(answer)
-    except ValueError:
-        return False
-    return True
-
-
 def check_scorable(problem, judge=None):
-    """Raise ValueError, saying why, if neither tests, choices, a judge nor the answer can score a problem."""
+    """Raise ValueError, saying why, if no tests, choices, judge or answer can score a problem."""
     if not (judge or decided_by_tests(problem) or problem.extra.get("choices")):
         check_gold(problem.answer)
 
-
 # 2. The answer in a reply -----------------------------------------------------------------------------------
-
 
 def after_reasoning(text):
     """The reply without its draft, <think> ... </think>. An unclosed block hides everything after it."""
     return text.rpartition("</think>")[2].partition("<think>")[0]
 
-
 # A brace that opens, perhaps a box; an escaped character such as `\{`, no brace; a brace that closes.
 BRACE = re.compile(r"(?P<open>(?P<box>\\(?:boxed|fbox)\s*)?\{)|\\.|(?P<close>\})", re.DOTALL)
-
 
 def extract_answer(text):
     r"""The final answer of a reply or of a worked solution; None if there is none or it is blank.
@@ -133,7 +112,7 @@ def extract_answer(text):
     the line after the last `####`, as in GSM8K. Linear in the length of the text.
     """
     reply = after_reasoning(text)
-    answer = None
+    answer = ""
     last = -1  # where the answer starts
     starts = []  # for each open brace: where its box starts, -1 if it opens no box
     for brace in BRACE.finditer(reply):
@@ -144,30 +123,24 @@ def extract_answer(text):
             if start > last:
                 last = start
                 answer = reply[start : brace.start()]
-    if answer is None and "####" in reply:
+    if last < 0 and "####" in reply:
         answer = reply.rpartition("####")[2].partition("\n")[0]
-    return answer.strip() or None if answer else None
-
+    return answer.strip() or None
 
 # 3. Choices -------------------------------------------------------------------------------------------------
 
 # "The correct answer is (B) 12." is a letter, the mark after it, and the rest.
-OPTION = re.compile(
-    r"""(?i:(?:(?:the|my|final|correct|right|best)\s+)*(?:answer|option|choice)(?:\s+is)?\b[\s:]*)*
-        (?:[(\[{"“]\s*)*(?P<letter>[A-Z])
-        (?P<mark>\s*(?:[)\]}"”.:、][)\]}"”.:、\s]*|$)|\s+[-–—]\s+|\s+)
-        (?P<rest>.*)""",
-    re.VERBOSE | re.DOTALL,
-)
-WEAK_MARKS = ("", "-", "–", "—")  # `A mole` and `A - B` may be choices in themselves, unlike `A. 12`
+OPTION = re.compile(r"""(?xs)
+    (?i:(?:(?:the|my|final|correct|right|best)\s+)*(?:answer|option|choice)(?:\s+is)?\b[\s:]*)*
+    (?:[(\[{"“]\s*)*(?P<letter>[A-Z])
+    (?P<mark>\s*(?:[)\]}"”.:、][)\]}"”.:、\s]*|$)|\s+[-–—]\s+|\s+)
+    (?P<rest>.*)""")
 # The rest of `A, B`, `A or B`, `A. 12 B. 13` names another option.
 OTHER_OPTION = re.compile(r"(?<![A-Za-z])\(?[A-Z](?:[).:]|$)|(?:\b(?:or|and|not)\b|[/&,;])\s*\(?[A-Z]\b")
-
 
 def unwrapped(answer):
     r"""The words of an answer: `(\text{A})` is `(A)`, `$\textbf{(A) }12$` is `(A) 12`."""
     return plain(answer).replace('"', "").strip()
-
 
 def named(text, choices, by_value):
     """Indices of the choices that a text names: word for word, else ignoring case, else by value."""
@@ -176,12 +149,11 @@ def named(text, choices, by_value):
     same = same or [i for i, choice in enumerate(words) if choice.casefold() == wanted.casefold()]
     return same or [i for i, choice in enumerate(choices) if by_value and is_equivalent(text, choice)]
 
-
 def chosen(answer, choices):
     """The index of the choice that an answer names by letter, text or both; None if it names none or several.
 
-    A letter that contradicts the text after it names none; a text that is no choice is a comment. A lone
-    capital is a letter even if a choice reads the same; small letters are never one.
+    A letter that contradicts the text after it names none; a text that is no choice is a comment. A capital
+    alone is a letter even if a choice reads the same; a small letter never is.
     """
     if len(answer) > MAX_CHARS + max(map(len, choices), default=0):
         return None
@@ -191,8 +163,9 @@ def chosen(answer, choices):
     if has_letter and not found["rest"]:
         return letter
 
-    # Read it first as the text of a choice, `E. coli`, and only then as a letter before a text.
-    weak = not has_letter or found["mark"].strip() in WEAK_MARKS
+    # Read it first as the text of a choice, `E. coli`, and only then as a letter before a text. `A mole` and
+    # `A - B` may also equal a choice by value, unlike `A. 12`.
+    weak = not has_letter or found["mark"].strip() in ("", *"-–—")
     indices = named(answer, choices, by_value=weak)
     if has_letter and not indices:
         meant = named(found["rest"], choices, by_value=True)
@@ -201,40 +174,36 @@ def chosen(answer, choices):
             indices = [letter]
     return indices[0] if len(indices) == 1 else None
 
-
 # 4. Code ----------------------------------------------------------------------------------------------------
 
-FENCE = re.compile(r"(?P<indent>[ \t]*)(?P<marks>`{3,}|~{3,})[ \t]*(?P<info>.*)")
-
+# A line with a backtick after the marks is no fence, but code within a line.
+FENCE = re.compile(r"(?P<indent>[ \t]*)(?P<marks>`{3,}|~{3,})[ \t]*(?P<info>[^`]*)")
 
 def extract_code(text):
     r"""(language, source) of the last fenced Python block of a reply, or None. The language is in lower case.
 
-    Without a Python block, the last block that names no language is taken for Python, since blocks in other
-    languages show commands or output; failing that, the last block. An unclosed block (the reply was cut off)
-    does not count. Lines end at \n or \r\n only: a Python string may hold U+2028.
+    Without one, the last block that names no language is taken for Python, else the last block. An unclosed
+    block (the reply was cut off) does not count. Lines end at \n or \r\n: a Python string may hold U+2028.
     """
     opening = None  # of the block we are in
     blocks = []
     for line in after_reasoning(text).split("\n"):
         line = line.removesuffix("\r")
-        fence = FENCE.match(line)
+        fence = FENCE.fullmatch(line)
         if opening is None:
-            if fence and "`" not in fence["info"]:  # with one, it is code within a line
-                opening = fence
-                body = []
+            opening = fence
+            body = []
         elif fence and fence["marks"].startswith(opening["marks"]) and not fence["info"].strip():
             language = re.split(r"[\s,:{}]+", opening["info"].strip(" {}.").lower())[0]
             blocks.append((language, "\n".join(body) + "\n"))
             opening = None
         else:
             body.append(line.removeprefix(opening["indent"]))
-    for name in (r"py(?:thon)?[0-9.]*", ""):
-        for language, source in reversed(blocks):
-            if re.fullmatch(name, language):
-                return "python", source
+    python = [source for language, source in blocks if re.fullmatch(r"py(?:thon)?[0-9.]*", language)]
+    python = python or [source for language, source in blocks if not language]
+    if python:
+        return "python", python[-1]
     return blocks[-1] if blocks else None
-
 
 def verify_code(text, problem, **settings):
     """Verdict on a reply to a problem with tests. settings and ValueError: those of sandbox.run_code."""
@@ -244,7 +213,6 @@ def verify_code(text, problem, **settings):
     entry_point = problem.extra.get("entry_point", "")
     prompt = problem.prompt if entry_point else ""  # HumanEval's prompts are code
     return run_code(source, problem.extra.get("tests"), entry_point=entry_point, prompt=prompt, **settings)
-
 
 def check_code(problems, where, unsafe, quiet=False):
     """Before any work: raise ValueError unless tests can be read and programs isolated. Prints the layers."""
@@ -256,7 +224,6 @@ def check_code(problems, where, unsafe, quiet=False):
         layers = require_sandbox(unsafe)
         if not quiet:
             print("sandbox:", ", ".join(f"{name}: {state}" for name, state in layers.items()))
-
 
 # 5. A judge -------------------------------------------------------------------------------------------------
 
@@ -272,25 +239,23 @@ Student's answer: {}
 You may think first. Your last line must be `VERDICT: RIGHT` or `VERDICT: WRONG`."""
 MAX_JUDGED = 4000  # characters of an answer, some 600 words
 MAX_RESPONSE = 1 << 20  # bytes; 2048 tokens are some 10 KB
-# The endpoint is down or slow; it speaks no HTTP; it answers something else than a chat completion.
+# The endpoint is down or slow; it does not speak HTTP; it returns no chat completion.
 REQUEST_ERRORS = (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, RecursionError)
 
-
 def parse_verdict(text):
-    """"right" or "wrong" if the last line says so and no other line says the opposite, else "unknown"."""
+    """"right" or "wrong" if the last line says so and no line the opposite, else "unknown: " and why."""
     lines = text.rpartition("</think>")[2].strip().splitlines()
     said = [re.fullmatch(r"\W*verdict\W+(right|wrong)\W*", line, re.IGNORECASE) for line in lines[-50:]]
     verdicts = {match[1].lower() for match in said if match}
-    return verdicts.pop() if len(verdicts) == 1 and said[-1] else "unknown"
-
+    return verdicts.pop() if len(verdicts) == 1 and said[-1] else "unknown: no clear verdict"
 
 @dataclass
 class Judge:
     """A language model that compares answers in words, behind an OpenAI-style chat completions endpoint.
 
-    It answers at temperature 0; its clear verdicts are cached. If the endpoint is down, slow or answers
-    nonsense, the verdict is unknown: a silent zero would pass for a wrong answer. Threads may share a Judge;
-    two that ask the same at once both ask. Raises ValueError if it cannot tell 2 + 2 = 4 from 2 + 2 = 5.
+    It answers at temperature 0; its clear verdicts are cached. If the endpoint is down, slow or returns
+    nonsense, the verdict is unknown: a silent zero would pass for a wrong answer. Threads may share a Judge.
+    Raises ValueError if it cannot tell 2 + 2 = 4 from 2 + 2 = 5.
     """
 
     url: str  # up to its version, http://localhost:8000/v1
@@ -330,8 +295,7 @@ class Judge:
         for attempt in range(self.retries + 1):
             time.sleep(self.wait * 2 ** (attempt - 1) if attempt else 0)
             try:
-                verdict = parse_verdict(self.post(json.dumps(body).encode()))
-                return "unknown: no clear verdict" if verdict == "unknown" else verdict
+                return parse_verdict(self.post(json.dumps(body).encode()))
             except REQUEST_ERRORS as error:
                 why = f"{type(error).__name__}: {error}"
         return f"unknown: {why}"
@@ -350,7 +314,6 @@ class Judge:
                     raise TimeoutError("timed out")
         return "" + json.loads(response)["choices"][0]["message"]["content"]
 
-
 def read_verdicts(path):
     """The verdicts in a Judge's file, key -> verdict. A line that a crash cut short does not count."""
     path = Path(path)
@@ -360,20 +323,18 @@ def read_verdicts(path):
     check(verdicts or not text.strip(), f"{path} holds no verdicts of a judge: is it another file?")
     return verdicts
 
-
 def open_judge(args):
     """The Judge that --judge names, or None. Raises ValueError, before any work, if it is down."""
     if not args.judge:
         return None
     return Judge(args.judge, args.judge_model, args.judge_cache, os.environ.get("OPENAI_API_KEY", ""))
 
-
 # 6. Format and language -------------------------------------------------------------------------------------
 
 CONTROL_TOKEN = r"</?think>|<\|[a-z_]+\|>"
-CLOSES = {"```": "```", "`": "`", "$": "$", "$$": "$$", r"\(": r"\)", r"\[": r"\]"}
-PIECE = re.compile(rf"{CONTROL_TOKEN}|(?P<mark>```|`|\$\$?|\\[()\[\]])|\\[A-Za-z]+|(?P<word>[^\W\d_]+)")
-
+# Formulas and code, up to what closes them or to the end of the reply; commands; control tokens.
+FORMULA = re.compile(rf"""(?xs) (```|`|\$\$?).*?(?:\1|\Z) | \\\(.*?(?:\\\)|\Z) | \\\[.*?(?:\\\]|\Z)
+                              | \\[A-Za-z]+ | {CONTROL_TOKEN}""")
 
 def format_ok(reply):
     """Whether a reply, without the token that ends it, is <think>reasoning</think>answer and nothing else."""
@@ -381,7 +342,6 @@ def format_ok(reply):
     reasoning, closed, answer = rest.partition("</think>")
     whole = opened and closed and not opening.strip() and reasoning.strip() and answer.strip()
     return bool(whole) and not re.search(CONTROL_TOKEN, f"{reasoning}\n{answer}")
-
 
 @lru_cache(maxsize=1 << 14)
 def script_of(character):
@@ -392,32 +352,26 @@ def script_of(character):
     script = unicodedata.name(character, "").partition(" ")[0]
     return "KANA" if script in ("HIRAGANA", "KATAKANA") else script
 
-
 def mixed_scripts(reply, prompt):
     r"""The share of a reply's letters, from 0 to 1, in scripts that its prompt does not use.
 
-    Formulas and code use Latin and Greek letters in any language. So these do not count between $ $, \( \),
-    \[ \] or backticks, in commands such as \frac, or alone (a variable). Letters of other scripts count
-    everywhere, lest a pair of dollars hide a language. Languages that share a script are not told apart.
+    Formulas, code, commands such as \frac and variables use Latin and Greek letters in any language, so there
+    these do not count. Other scripts count everywhere, lest a pair of dollars hide a language. Languages that
+    share a script are not told apart.
     """
     allowed = set(map(script_of, set(prompt)))
     if allowed <= {None}:
         return 0.0  # only numbers and signs: any language will do
     letters = 0
     foreign = 0
-    closing = None  # what ends the formula or code that we are in
-    for piece in PIECE.finditer(reply):
-        if piece["mark"] and closing is None:
-            closing = CLOSES.get(piece["mark"])
-        elif piece["mark"] == closing:
-            closing = None
-        for script, run in itertools.groupby(piece["word"] or "", script_of):
-            n = sum(1 for _ in run)
-            if script and not (script in ("LATIN", "GREEK") and (closing or n == 1)):
+    # Latin and Greek letters outside formulas and code, then all other letters, wherever they are.
+    for text, common in ((FORMULA.sub(" ", reply), True), (reply, False)):
+        for script, run in itertools.groupby(text, script_of):
+            n = len(list(run))
+            if script and (script in ("LATIN", "GREEK")) == common and not (common and n == 1):
                 letters += n
                 foreign += n * (script not in allowed)
     return foreign / letters if letters else 0.0
-
 
 # 7. The same answer: overview -------------------------------------------------------------------------------
 #
@@ -437,9 +391,8 @@ def mixed_scripts(reply, prompt):
 MAX_CHARS = 1000  # the longest reference answers in use have some 150
 MAX_ITEMS = 100  # of a list, set or matrix: comparing sets is quadratic
 MAX_BITS = 40_000  # of an exact numerator and denominator together: 3500! fits
-MAX_FACTORIAL = 3500
+UNREADABLE = (ArithmeticError, ValueError, RecursionError)  # what read() and same() raise
 ENOUGH = 3  # points, of 16, at which two expressions in variables must have a value: fewer are no evidence
-
 
 def is_equivalent(prediction, gold):
     r"""Whether two answers are the same, as plain text or in value. Takes milliseconds and never raises.
@@ -468,35 +421,34 @@ def is_equivalent(prediction, gold):
         try:
             if same(read(x), read(y)):
                 return True
-        except (ArithmeticError, ValueError, RecursionError):
+        except UNREADABLE:
             continue
     return False
 
+def why_unreadable(answer):
+    """Why no prediction could be compared with a reference answer; "" if they can be."""
+    if not (isinstance(answer, str) and answer.strip() and len(answer) <= MAX_CHARS):
+        return f"an answer must be text of 1 to {MAX_CHARS} characters, found {str(answer)[:80]!r}"
+    text = plain(answer)
+    # East, 10:30, a sentence: these are compared as text.
+    if not re.fullmatch(r"(?=.*(?:[a-z]{2}|:))[A-Za-z0-9][A-Za-z0-9 .,:;'?!&-]*", text.replace('"', "")):
+        try:
+            read(NAMED.sub("", text))
+        except UNREADABLE as error:
+            return f"the answer {answer!r} cannot be checked: {error}"
+    return ""
 
 def check_gold(answer):
     """Raise ValueError, saying why, if no prediction could be compared with a reference answer."""
-    fits = isinstance(answer, str) and answer.strip() and len(answer) <= MAX_CHARS
-    check(fits, f"an answer must be text of 1 to {MAX_CHARS} characters, found {str(answer)[:80]!r}")
-    text = plain(answer)
-    if re.fullmatch(r"(?=.*(?:[a-z]{2}|:))[A-Za-z0-9][A-Za-z0-9 .,:;'?!&-]*", text.replace('"', "")):
-        return  # east, 10:30, a sentence: compared as text
-    try:
-        read(NAMED.sub("", text))
-    except (ArithmeticError, ValueError, RecursionError) as error:
-        raise ValueError(f"the answer {answer!r} cannot be checked: {error}") from None
-
+    why = why_unreadable(answer)
+    check(not why, why)
 
 def bare(text):
     """A plain text without quotes and most spaces: `4 2` is not 42, nor is `now here` nowhere."""
-    text = re.sub(r'"|(?<!\.)\."?$', "", text)
-    return SPACE.sub(lambda match: " " if match[1] else "", text)
-
+    return SPACE.sub(r"\1", re.sub(r'"|(?<!\.)\."?$', "", text))
 
 # Spaces between digits or beside words, which count (group 1), and all others, which do not.
-SPACE = re.compile(
-    r"((?<=[0-9])\s+(?=[0-9])|(?<=[A-Za-z]{2})\s+(?=[A-Za-z])|(?<=[A-Za-z])\s+(?=[A-Za-z]{2}))|\s+"
-)
-
+SPACE = re.compile(r"((?<=[0-9]) (?=[0-9])|(?<=[A-Za-z]{2}) (?=[A-Za-z])|(?<=[A-Za-z]) (?=[A-Za-z]{2}))|\s")
 
 # What only names a value in front of `=` or `∈`, or a letter behind: x, x_1, f(2), AB, |AB|, [ABC], (x,y), a
 # text. In a prediction also x + y, xy, \sin A: there `x + y = 42` answers 42, but a gold x + y = 42 is a
@@ -509,7 +461,6 @@ ASIDE = rf"(?:^|(?<=[,{{∪]))\s*(?:%s)\s*[=∈]|(?<![<>!])=\s*{LETTER}\s*$"
 NAMED = re.compile(ASIDE % NAME)
 MEANT_OR_NAMED = re.compile(ASIDE % f"{NAME}|{MEANT}")
 
-
 def unnamed(prediction, gold):
     """Both texts without names such as `x =`, if one has none or both have the same one; else unchanged."""
     names = MEANT_OR_NAMED.findall(prediction)
@@ -519,33 +470,24 @@ def unnamed(prediction, gold):
         return prediction, gold
     return MEANT_OR_NAMED.sub("", prediction), NAMED.sub("", gold)
 
-
 # 8. LaTeX -> plain text, by one table of rewrites -----------------------------------------------------------
 
 # Commands that set their argument as text, and commands that change nothing but the look.
 FONT = "text(?:bf|it|rm|sf|tt|up|normal)?|mathrm|mathsf|[hm]box|emph"
-LOOK = """boldsymbol mathbf mathit bm pmb boxed fbox framebox underline displaystyle textstyle scriptstyle
-    limits bf it rm sf tt em bfseries boldmath tiny scriptsize footnotesize small normalsize large Large LARGE
-    huge Huge left right [bB]igg?[lrm]? q?quad thinspace enspace vec"""
-LOOK = "|".join([*LOOK.split(), FONT])
+LOOK = (FONT + "|boldsymbol|mathbf|mathit|bm|pmb|boxed|fbox|framebox|underline|displaystyle|textstyle|limits"
+        "|bf|it|rm|sf|tt|em|bfseries|[lL]arge|left|right|[bB]igg?[lrm]?|q?quad|thinspace|enspace|vec")
 # One spelling of a sign, and the others.
-SPELLINGS = {
-    "*": r"\cdot \times \ast · × ⋅ ∗", "/": r"\div ÷ ⁄", "-": "− – — ‐", "±": r"\pm", "∓": r"\mp", "%": r"\%",
-    "<": r"\lt", "<=": r"\le \leq \leqslant ≤", ">": r"\gt", ">=": r"\ge \geq \geqslant ≥", "∈": r"\in",
-    "!=": r"\ne \neq ≠", "∪": r"\cup", "∅": r"\emptyset \varnothing", "∞": r"\infty", "π": r"\pi", "^": "**",
-    "(": r"\langle \lparen ⟨", ")": r"\rangle \rparen ⟩", r"\{": r"\lbrace", r"\}": r"\rbrace",
-    "|": r"\vert \mid", "[": r"\lbrack", "]": r"\rbrack", ":": r"\colon ∶", r"\sqrt": "√", "°": r"\degree",
-    r"\frac": r"\dfrac \tfrac \cfrac \sfrac \nicefrac", r"\binom": r"\dbinom \tbinom", r"\lfloor": "⌊",
-    r"\rfloor": "⌋", r"\lceil": "⌈", r"\rceil": "⌉",
-    '"dollar"': r"\$", '"euro"': "€", '"sterling"': "£", '"cent"': "¢",
-}
-SPELLING = {other: one for one, others in SPELLINGS.items() for other in others.split()}
+SPELLINGS = r"""* \cdot \times \ast · × ⋅ ∗; / \div ÷ ⁄; - − – — ‐; ± \pm; ∓ \mp; % \%; < \lt; > \gt;
+    <= \le \leq \leqslant ≤; >= \ge \geq \geqslant ≥; != \ne \neq ≠; ∈ \in; ∪ \cup;
+    \{\} \emptyset \varnothing ∅; ∞ \infty; π \pi; ( \langle ⟨; ) \rangle ⟩; \{ \lbrace; \} \rbrace;
+    | \vert \mid; ^ **; ° \degree; \sqrt √; \frac \dfrac \tfrac \cfrac; \binom \dbinom \tbinom; "dollar" \$;
+    "euro" €; "sterling" £; "cent" ¢"""
+SPELLINGS = {other: line.split()[0] for line in SPELLINGS.split(";") for other in line.split()}
 # One name of a unit, and its other spellings. Other words are units too, but have one spelling: 5 apples.
-UNITS = """millimeter mm millimetre; centimeter cm centimetre; meter m metre; kilometer km kilometre; inch in
-    inches; foot ft feet; yard yd; mile mi; milligram mg; gram g; kilogram kg; ton; pound lb; ounce oz; second
-    s sec; minute min; hour h hr; day; week; month; year yr; milliliter mL ml; liter L l litre; gallon gal;
-    hertz Hz; kHz; eV; joule J; kJ; newton N; watt W; kW; pascal Pa; volt V; ampere A; mole mol; kelvin K;
-    radian rad; cent; dollar; euro; sterling; / per"""
+UNITS = """millimeter mm millimetre; centimeter cm centimetre; meter m metre; kilometer km kilometre; inch in;
+    foot ft feet; yard yd; mile mi; milligram mg; gram g; kilogram kg; ton; pound lb; ounce oz; second s sec;
+    minute min; hour h hr; day; year yr; milliliter mL ml; liter L l litre; gallon gal; hertz Hz; kHz; eV;
+    joule J; kJ; newton N; watt W; kW; pascal Pa; volt V; ampere A; mole mol; kelvin K; radian rad; / per"""
 UNITS = {spelling: line.split()[0] for line in UNITS.split(";") for spelling in line.split()}
 UNIT = f"(?:{'|'.join(sorted(UNITS, key=len, reverse=True))})"
 SCALES = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9,
@@ -554,68 +496,58 @@ SCALES = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "bill
 GREEK = """alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta kappa lambda mu nu xi rho sigma
     tau phi varphi chi psi omega Gamma Delta Theta Lambda Sigma Phi Psi Omega ell""".split()
 NAMES = [*"arcsin arccos arctan sin cos tan cot csc exp ln log sqrt".split(), *GREEK]
-SPELLED = {name: f"\\{name} " for name in NAMES}
-SPELLED |= {"pi": "π", "inf": "∞", "infinity": "∞"}
+SPELLED = {name: f"\\{name} " for name in NAMES} | {"pi": "π", "inf": "∞", "infinity": "∞"}
 ORDINARY = set("yes no not odd even true false none all any per".split())  # words in any case
 # Letters are a word if they are four or more with a vowel (wxyz is a product), but for those like sinx.
 LETTERS_OF_WORD = re.compile(r"(?=.{4})[A-Za-z]*[aeiou][A-Za-z]*(?<!(?:sin|cos|tan|cot|sec|csc|log)[txyz])")
-
 
 def _normal(form):
     """A replacement by ordinary characters, in a form such as `^{%s}`."""
     return lambda match: form % unicodedata.normalize("NFKC", match[0])
 
-
 def _text(match):
-    r"""The content of \text{}: mathematics if it holds a digit, a command, or only one letter in brackets."""
+    r"""The content of \text{}: mathematics if it holds a digit or a command, or is e, i, d or as (A)."""
     content = match[1].strip()
-    formula = re.search(r"[0-9$\\]|^\W*$|^\(.\)$", content)
+    formula = re.search(r"[0-9$\\]|^\W*$|^\(.\)$|^[eid]$", content)
     return f" {content} " if formula else f' "{content}" '
 
-
 def _words(match):
-    """Quotes around letters that are a word. Letters that touch what precedes them are products: 5abcd."""
-    quoted = match[1] is not None
-    letters = match[1].strip() if quoted else match[0]
+    """Quotes around letters that are a word; those that touch a number or a bracket are not: 5abcd."""
+    letters = match[0].strip('"').strip()
     if letters in SPELLED:
         return SPELLED[letters]
-    if quoted:
-        return '"' + re.sub(r"[^\W\d_]+", lambda word: _fold(word[0]), letters) + '"'
-    touches = match.string[max(0, match.start() - 1) : match.start()] in tuple("0123456789)}")
-    is_word = LETTERS_OF_WORD.fullmatch(letters) and not touches or letters.casefold() in ORDINARY
-    return f'"{_fold(letters)}"' if is_word else letters
+    is_word = match[0][0] == '"' or letters.casefold() in ORDINARY
+    if not is_word and (match["touching"] or not LETTERS_OF_WORD.fullmatch(letters)):
+        return letters
+    return '"' + re.sub(r"[^\W\d_]+", _fold, letters) + '"'
 
-
-def _fold(word):
+def _fold(match):
     """East is east; ABC, kHz and Mg keep their case."""
+    word = match[0]
     ordinary = len(word) > 2 and word.istitle() or word.casefold() in ORDINARY
     return word.casefold() if ordinary else word
 
-
 def _thousands(match):
     """A number without separators. In a text with brackets a bare comma separates items, as in points."""
-    items = "," in match[0] and re.search(r"[(\[]|\\\{", match.string)
+    items = re.search(",[0-9]", match[0]) and re.search(r"[(\[]|\\\{", match.string)
     return match[0] if items else re.sub("[^0-9.]", "", match[0])
-
 
 def _mixed_number(match):
     r"""2\frac13 as (2+1/3). 2\frac43 is left unreadable: it may be meant as a product."""
     whole, p, q = match.groups()
     return f"({whole}+{p}/{q})" if int(p) < int(q) else f"{whole} {p}/{q}"
 
-
 def _membership(match):
     """x > 3 and 3 < x as x∈(3,∞), 1 < x <= 3 as x∈(1,3]."""
-    low, below, name, above, high = match.groups()
-    signs = f"{below or ''}{above or ''}"
+    low, below, name, above, high = match.groups("")
+    signs = below + above
+    if not signs or {"<", ">"} <= set(signs) or re.fullmatch(LETTER, low) or re.fullmatch(LETTER, high):
+        return match[0]
     if ">" in signs:  # from small to large
         low, below, above, high = high, above, below, low
-    if not signs or {"<", ">"} <= set(signs) or any(re.fullmatch(LETTER, side or "") for side in (low, high)):
-        return match[0]
-    left = f"[{low}" if below and "=" in below else f"({low or '-∞'}"
-    right = f"{high}]" if above and "=" in above else f"{high or '∞'})"
+    left = f"[{low}" if "=" in below else f"({low or '-∞'}"
+    right = f"{high}]" if "=" in above else f"{high or '∞'})"
     return f"{name}∈{left},{right}"
-
 
 REWRITES = [
     # 5\sqrt2 ≈ 7.07 says 5\sqrt2, and x ≈ 7 says 7.
@@ -626,27 +558,25 @@ REWRITES = [
     (r"[¼-¾⅐-⅞]", _normal(" %s")),
     (r"\\mathbb\s*(?:R|\{\s*R\s*\})|ℝ", r"(-\\infty,\\infty)"),
     (r"[^\x00-\x7f]+", _normal("%s")),
-    # Quotes go, as they will mark words. `;;` ends a row of a matrix: \\, \\[4pt], \cr.
-    (r'["“”]', ""),
+    # `;;` ends a row of a matrix: \\, \\[4pt], \cr.
     (r"\\\\(?:\s*\[[^\]]*\])?|\\(?:cr|tabularnewline)(?![A-Za-z])", ";;"),
     # Markdown: **42**, _42_ and `42`; but 2**3**2 is a power.
     (r"(?<![\w)}])(\*\*?|__|`+)(?=\S)(.+?)(?<=\S)\1(?![\w(])", r"\2"),
-    # Delimiters of mathematics: \(42\), $42$.
-    (r"\\[()\[\]]|(?<!\\)\$", " "),
+    # Delimiters of mathematics: \(42\), $42$; and quotes, as they will mark words.
+    (r'\\[()\[\]]|(?<!\\)\$|["“”]', " "),
     # A segment has two ends in any order; angles, vectors and arcs go by the order of their letters.
     (r"\\overline\s*\{([A-Z]{2})\}", r" \1 "),
     (r"\\(angle|triangle|overrightarrow|vec|widehat)\s*\{?\s*([A-Z]{1,4})\b\s*\}?", r" N_{\1\2} "),
     # Thousands: 1\,000, 1{,}000, 1,\!000, 1_000; then 1,000 and 1 000, which may be lists in brackets.
     (r"(?<![0-9._^])[1-9][0-9]{0,2}(?:(?:,\s*\\!\s*|\{,\}|\\[, ]|\\thinspace |~|_)[0-9]{3})+(?![0-9])",
-     lambda m: re.sub("[^0-9]", "", m[0])),
+     _thousands),
     (r"(?<![0-9.,^_/])[1-9][0-9]{0,2}(?:(?: [0-9]{3})+|(?:,[0-9]{3})+)(?![0-9/,])", _thousands),
     # Matrices of any brackets: \begin{bmatrix}, \begin{array}{cc}.
     (r"\\(begin|end)\s*\{(?:[bp]?matrix|smallmatrix|array)\*?\}(?:\{[lcr|\s]*\})?", r"\\\1 "),
     # \color{red}, spaces, the invisible bracket \left. and the bars \left| and \right|.
     (r"\\(?:[hv]space\*?|(?:text)?color)\s*\{[^{}]*\}|\\[,;:!> ]|~|\\\Z|\\(?:left|right)\s*\.", " "),
     (r"\\(l|r)(?:eft|ight)\s*(?:\||\\vert(?![A-Za-z]))", r" \\\1vert "),
-    # \text{miles}, up to three deep; a lone e, i or d is mathematics however it is set. Then \bf, \large.
-    (r"\\(?:mathrm|text|textrm|operatorname)\s*\{\s*([eid])\s*\}", r" \1 "),
+    # \text{miles}, up to three deep. Then \bf, \large.
     *3 * [(rf"\\(?:{FONT}|operatorname\*?)\s*\{{([^{{}}]*)\}}", _text)],
     (rf"\\(?:{LOOK})(?![A-Za-z])", " "),
     # \frac12 has no braces; the mixed numbers 2 1/2 and 2\frac12.
@@ -655,34 +585,32 @@ REWRITES = [
     (r"(?<![A-Za-z0-9.,^_/])([0-9]+)\s*\\[dtc]?frac\s*\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}",
      _mixed_number),
     # One spelling: \cdot is *, \dfrac is \frac. Then 30^\circ, 30 degrees, 20°C, 5 percent.
-    (r"\\[A-Za-z]+|\\[%$]|[^\x00-\x7f]|\*\*", lambda m: SPELLING.get(m[0], m[0])),
+    (r"\\[A-Za-z]+|\\[%$]|[^\x00-\x7f]|\*\*", lambda m: SPELLINGS.get(m[0], m[0])),
     (r'\^\s*(?:\\circ(?![a-z])|\{\s*\\circ\s*\})|"degrees?"', "°"),
     (r'°\s*"?([CF])"?(?![A-Za-z])', r'"°\1"'),
     (r'"(?:percent|per cent)"|(?<![A-Za-z"])percent\b', "%"),
     # `3, 5, and 7` is a list, `x < 1 or x > 3` a union.
     (r',?\s*(?:"\s*(and|or)\s*"|(?<![A-Za-z"])(and|or)\b(?![A-Za-z"]))',
      lambda m: "∪" if "or" in m.groups() and re.search("[<>]", m.string) else ","),
-    # \log_28 is \log_2 8, \sin^{-1} is not 1/\sin; a last \\ ends no row.
+    # \log_28 is \log_2 8, \sin^{-1} is not 1/\sin.
     (r"\\log\s*_\s*([0-9])", r"\\log_{\1}"),
     (r"(?<![A-Za-z])\\?(sin|cos|tan)\s*\^\s*\{?\s*-1\s*\}?(?![0-9])", r"\\arc\1 "),
-    (r";;\s*(?=\\end)", ""),
     # Units: (2516)_8 is 2516 in base 8; 5cm is a length, but 5mg a product; 5 m/s and 5 eV are at the end.
-    (r"(?<![A-Za-z0-9_.])\(?([0-9]+)\)?\s*_\s*\{?([0-9]+)\}?(?![0-9])", r'\1 "base\2"'),
+    (r"(?<![A-Za-z0-9_.])\(?([0-9]+)\)?\s*_\s*\{?([0-9]+)\}?(?![0-9])", r'(\1 "base\2")'),
     (r"(?<=[0-9)}])\s*(mm|cm|km|kg|ft|lb|oz)(?![A-Za-z])", r' "\1"'),
     (rf"(?<=[0-9)}}])\s+({UNIT}/{UNIT}(?:\^\{{?[0-9]\}}?)?|{UNIT}(?<=[A-Za-z]{{2}}))\s*$", r' "\1"'),
     # Words; then 5 million is 5*1000000, $5 is 5 dollars, square meters are meters^2.
-    (r'"([^"]*)"|\\?[A-Za-z]+', _words),
+    (r'"[^"]*"|(?P<touching>(?<=[0-9)}])[A-Za-z]+)|\\?[A-Za-z]+', _words),
     (rf'(?<=[0-9)}}])\s*"({"|".join(SCALES)})s?(?=["\s])', lambda m: f'*{SCALES[m[1]]}"'),
     (r'"(dollar|euro|sterling)"\s*([0-9][0-9.,*]*)', r'\2 "\1" '),
     (r'"(square|cubic)"?\s"?(\w+)', lambda m: f'"{m[2]}^{2 if m[1] == "square" else 3}'),
-    # Inequalities of a lone variable: 1 < x <= 3. Last, punctuation at the ends.
+    # Inequalities of a lone variable: 1 < x <= 3. Last, punctuation at the ends and the last end of a row.
     (r"\s+", " "),
     (rf"(?:^|(?<=∪))\s*(?:([^<>=!,∪]+?)\s*([<>]=?))?\s*({LETTER})\s*(?:([<>]=?)\s*([^<>=!,∪]+?))?\s*(?=$|∪)",
      _membership),
-    (r'^[\s,]+|""|(?:[\s,;:]|(?<!\.)\.)+$', ""),
+    (r'^[\s,]+|""|;;\s*(?=\\end)|(?:[\s,;:]|(?<!\.)\.)+$', ""),
 ]
 REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in REWRITES]
-
 
 @lru_cache(maxsize=4096)
 def plain(answer):
@@ -691,12 +619,11 @@ def plain(answer):
         answer = pattern.sub(replacement, answer)
     return answer
 
-
 # 9. Numbers and their values --------------------------------------------------------------------------------
 #
 # A number is a Fraction as long as it is rational, else a Decimal of 50 digits; after \sin a float, with i
 # complex. A sum that cancels to less than its rounding is an exact 0: sqrt(2) - sqrt(2) is 0, and e^{-40} is
-# not. ArithmeticError, ValueError or, where complex numbers cannot be used, TypeError mean: no value.
+# not. ArithmeticError, ValueError and (a function that takes no complex numbers) TypeError mean: no value.
 
 DIGITS = decimal.Context(prec=50, traps=[decimal.InvalidOperation, decimal.DivisionByZero,
                                          decimal.Overflow, decimal.Underflow])
@@ -705,7 +632,6 @@ DIGITS = decimal.Context(prec=50, traps=[decimal.InvalidOperation, decimal.Divis
 ROUNDING = {Fraction: 0, Decimal: Decimal("1e-40"), float: 1e-12, complex: 1e-12}
 PI = Decimal("3.14159265358979323846264338327950288419716939937511")
 CONSTANTS = {"π": PI, "e": DIGITS.exp(Decimal(1)), "i": 1j, "∞": Decimal("Infinity")}
-
 
 def alike(x, y):
     """Two numbers in the less exact of their types."""
@@ -716,30 +642,24 @@ def alike(x, y):
         return [Decimal(z.numerator) / z.denominator if type(z) is Fraction else z for z in (x, y)]
     return kind(x), kind(y)
 
-
 def close(x, y):
     """Whether two numbers are the same but for rounding: |x - y| < rounding * min(|x|, |y|)."""
     x, y = alike(x, y)
     return x == y or type(x) is not Fraction and abs(x - y) < min(abs(x), abs(y)) * ROUNDING[type(x)]
 
-
 def add(x, y):
     """x + y, an exact 0 if nothing but rounding is left. No value if y is lost in x: 10^400 pi + 1."""
     x, y = alike(x, y)
     lost = max(abs(x), abs(y)) * ROUNDING[type(x)]
-    if 0 < min(abs(x), abs(y)) < lost:
-        raise ArithmeticError
+    check(not 0 < min(abs(x), abs(y)) < lost, "a term is lost in rounding")
     return Fraction(0) if abs(x + y) < lost else x + y
-
 
 def multiply(x, y):
     x, y = alike(x, y)
     return x * y
 
-
 def divide(x, y):
     return multiply(x, 1 / y)
-
 
 def power(x, y):
     """x ** y, exact for an integer y; an odd root of a negative number is the real one."""
@@ -749,36 +669,31 @@ def power(x, y):
         return x**y.numerator
     if type(x) is not complex and x < 0 and type(y) is Fraction and y.denominator % 2 == 1 < y.denominator:
         return (-1) ** y.numerator * power(-x, y)
-    if type(x) is Fraction and max(x.numerator, x.denominator) > 10**38:
-        raise OverflowError  # sqrt(10^100 + 1) would be 10^50
+    # sqrt(10^100 + 1) would be 10^50.
+    check(type(x) is not Fraction or max(x.numerator, x.denominator) <= 10**38, "too many digits")
     x, y = alike(alike(x, PI)[0], y)
     return math.pow(x, y) if type(x) is float else x**y
-
 
 def logarithm(x):
     """The natural logarithm; a TypeError, so no value, for complex x."""
     x, _ = alike(x, PI)
     return x.ln() if type(x) is Decimal else math.log(x)
 
-
 def floor(x):
     """The floor; for a number that is an integer but for rounding, that integer."""
-    if type(x) is not Fraction and abs(x) > 10**30:
-        raise OverflowError  # its last digits are rounding, and it may have a million of them
+    # Of a larger number the last digits are rounding, and there may be a million of them.
+    check(type(x) is Fraction or abs(x) <= 10**30, "too large a number")
     nearly = abs(x - round(x)) <= abs(x) * ROUNDING[type(x)]
     return Fraction(round(x) if nearly else math.floor(x))
 
-
 def factorial(n):
     """n!, for integers only: (1/2)! has no value here."""
-    check(n <= MAX_FACTORIAL and n == int(n), "no factorial")
+    check(n <= 3500 and n == int(n), "no factorial")
     return Fraction(math.factorial(int(n)))
-
 
 def binomial(n, k):
     r"""n! / (k! (n - k)!), so that \binom{n}{2} has a value where n is an integer of at least 2."""
     return factorial(n) / (factorial(k) * factorial(n - k))
-
 
 FUNCTIONS = {
     "arcsin": math.asin, "arccos": math.acos, "arctan": math.atan, "sin": math.sin, "cos": math.cos,
@@ -787,17 +702,16 @@ FUNCTIONS = {
     "log": logarithm,
 }
 
-
 def apply(name, x):
     """A function of x, with the zeros that rounding misses: sin(pi).
 
     No value where a float has too few digits: sin(10^20), and cos(10^-7), which is nearly 1.
     """
     y = FUNCTIONS[name](x)
-    if type(y) is float and x and not 1e-4 < abs(x) < 1e7:
-        raise ArithmeticError
-    return Fraction(0) if type(y) is float and abs(y) < 1e-15 * abs(float(x)) else y
-
+    if type(y) is not float:
+        return y
+    check(not x or 1e-4 < abs(x) < 1e7, "too few digits")
+    return Fraction(0) if abs(y) < 1e-15 * abs(float(x)) else y
 
 class Value(NamedTuple):
     """What an answer means.
@@ -805,7 +719,7 @@ class Value(NamedTuple):
     kind               items
     "number"           one number, or of an expression in variables one at each of 16 points; None: no value
     "()", "[)", ...    the members of a point or an interval, by its brackets
-    "row", "matrix"    numbers, rows
+    "row", "matrix"    numbers; rows, or the numbers of a single column
     "list", "set"      members without order; a list keeps duplicates
     "union"            intervals
     "equation"         its two sides
@@ -815,17 +729,18 @@ class Value(NamedTuple):
     items: tuple
     mark: str = ""  # the unit of a number, "%" or "°"; no mark agrees with any
 
-
 @lru_cache(maxsize=512)
 def symbol(name):
-    """A constant, or a variable: 16 real values, the same in every run.
+    """A number, a constant, or a variable: 16 real values, the same in every run.
 
     Expressions that agree at all points are the same but for a negligible chance (Schwartz and Zippel, for
-    polynomials). Of each size as many values are below 0 as above; small and large ones, fractions and
-    integers, half of these even. Otherwise |x - 5| could be x - 5, and (-1)^n be 1.
+    polynomials). Half the values of each size are negative, and half the integers even: otherwise |x - 5|
+    could be x - 5, and (-1)^n be 1.
     """
     if name in CONSTANTS:
         return Value("number", (CONSTANTS[name],))
+    if re.match("[+-]?[.0-9]", name):
+        return Value("number", (Fraction(name),))
     draw = random.Random(f"values of {name}")
     values = []
     for sign, odd in itertools.product((-1, 1), (0, 1)):
@@ -835,14 +750,7 @@ def symbol(name):
     draw.shuffle(values)
     return Value("number", tuple(values))
 
-
-def constant(x):
-    """A number that is the same at every point."""
-    return Value("number", (Fraction(x),))
-
-
-SCALE = {"": constant(1), "°": Value("number", (DIGITS.divide(PI, 180),)), "%": constant(Fraction(1, 100))}
-
+SCALE = {"": symbol("1"), "°": Value("number", (DIGITS.divide(PI, 180),)), "%": symbol("0.01")}
 
 def number(function, *operands):
     """function of numbers, at every point; None where it has no value or one that is too large.
@@ -864,58 +772,40 @@ def number(function, *operands):
             values.append(value if bits <= MAX_BITS // math.isqrt(count) else None)
     return Value("number", tuple(values))
 
-
 # 10. Plain text -> tokens -> value --------------------------------------------------------------------------
 
-TOKEN = re.compile(
-    rf"""(?P<space>\s+)
+TOKEN = re.compile(rf"""(?xs)
+        (?P<space>\s+)
        |(?P<number>[0-9]*\.[0-9]+(?:[eE][+-]?[0-9]{{1,3}}(?![0-9.^]))?  # 1.5e-3
            |[0-9]+(?:[eE][0-9]{{1,3}}(?![0-9.^]))?)                     # 1e6, but 2e-3 is 2 e - 3
        |(?P<name>[A-Za-zπ∞]'*(?:_(?:[A-Za-z0-9]|\{{[^{{}}]*\}}))?       # x, x', x_1, a_{{n+1}}
            |\\(?:{"|".join(GREEK)})(?![A-Za-z])|\\mathbb\s*\{{?\s*[A-Z]\s*\}}?)
        |(?P<text>"[^"]*"(?:(?:\s*[/*])?\s*"[^"]*"|\s*\^(?:[0-9]|\{{-?[0-9]\}}))*)   # "m"/"s"^2
        |(?P<function>\\(?:{"|".join(FUNCTIONS)})(?![A-Za-z]))
-       |(?P<op>\\[A-Za-z]+|\\.|!=|<=|>=|;;|\.\.\.|!!|.)""",
-    re.VERBOSE | re.DOTALL,
-)
-
+       |(?P<op>\\[A-Za-z]+|\\.|!=|<=|>=|;;|\.\.\.|!!|.)""")
 
 def times(a, b):
-    """A product. A number times a matrix is the matrix of the products.
-
-    Two matrices have no product here: multiplied entry by entry, nested ones would grow without bound.
-    """
-    if a.kind in ("matrix", "row"):
-        a, b = b, a
-    if b.kind in ("matrix", "row"):
-        check(a.kind == "number", "a product of matrices")
-        return Value(b.kind, tuple(times(a, entry) for entry in b.items))
+    """A product. A number times a matrix is the matrix of the products; two matrices have none here."""
+    if a.kind == "number" and b.kind in ("matrix", "row"):
+        return b._replace(items=tuple(times(a, entry) for entry in b.items))
     return number(multiply, a, b)
 
-
 def join(kind, *items):
-    """A value of items. A list in a list is taken apart, a set holds nothing twice, one item stands alone."""
+    """A value of items. Lists within it are taken apart; a set holds nothing twice, and {5} is 5."""
     inner = "list" if kind == "set" else kind
     members = [member for item in items for member in (item.items if item.kind == inner else [item])]
     check(len(members) <= MAX_ITEMS, f"more than {MAX_ITEMS} items")
-    if kind == "matrix":
-        members = [row if row.kind == "row" else Value("row", (row,)) for row in members]
     if kind == "set":
         members = [x for i, x in enumerate(members) if not any(same(x, other) for other in members[:i])]
-    alone = len(members) == 1 and kind in ("list", "set") and members[0].kind != "set"
+    alone = kind == "set" and len(members) == 1 and members[0].kind != "set"
     return members[0] if alone else Value(kind, tuple(members))
 
-
 def equation(a, b):
-    """6/8 = 3/4 is 3/4, and y = 2x an equation. 41 = 42 is nothing, nor is x = 41 = 42."""
-    if a.kind == "equation":
-        check(same(a.items[1], b), "sides of an equation that differ")
-        return a
+    """6/8 = 3/4 is 3/4, and y = 2x an equation. 41 = 42 is nothing."""
     if same(a, b):
         return a
     check(len(a.items) > 1 or len(b.items) > 1, "an equation without a variable")
     return Value("equation", (a, b))
-
 
 # Words after a number that are no unit: they make it another number.
 NO_UNITS = ORDINARY - {"per"} | set("""is are except without or and more less most least than to over under
@@ -923,18 +813,16 @@ NO_UNITS = ORDINARY - {"per"} | set("""is are except without or and more less mo
     fewer too above permille basis k M B bn mn mil ten st nd rd half halve third quarter score gross lakh
     crore quadrillion""".split()) | {*SCALES}
 
-
 def with_unit(value, text):
     """A number with the unit after it, in one spelling: "km"/"h" is kilometer / hour."""
     words = re.findall(r"°[CF]?|%|[^\W_]+|[/^]|-?[0-9]", text)
-    singular = [re.sub("(?<=[^s]{2})s$", "", word) for word in words]
-    names = [UNITS.get(word, UNITS.get(one, one)) for word, one in zip(words, singular)]
+    singular = [re.sub("(?<=ch)es$|(?<=[^s]{2})s$", "", word) for word in words]
+    names = [UNITS.get(word, word) for word in singular]
     ordinal = any(name.endswith("th") and name != "month" for name in names)  # seventh, 5 th
     closed = len(value.items) == 1 or text in SCALE  # `a mole` is not a
     unit = closed and not ordinal and NO_UNITS.isdisjoint(names)
     check(value.kind == "number" and unit, f"{text} is no unit here")
     return value._replace(mark=" ".join([value.mark, *names]).strip())
-
 
 # Operator -> how strongly it binds, and what it makes of its operands. "" is a product without a sign.
 OPERATORS = {
@@ -943,22 +831,18 @@ OPERATORS = {
     "=": (4, equation),
     r"\over": (5, partial(number, divide)), r"\choose": (5, partial(number, binomial)),
     "+": (8, partial(number, add)), "-": (8, partial(number, lambda x, y: add(x, -y))),
-    "": (9, times), "*": (9, times), "/": (9, partial(number, divide)),
-    "^": (11, partial(number, power)),
-    "unit": (7, with_unit), "base": (12, with_unit), "%": (9, with_unit), "°": (9, with_unit),
+    "": (9, times), "*": (9, times), "/": (9, partial(number, divide)), "^": (11, partial(number, power)),
+    "unit": (7, with_unit), "%": (9, with_unit), "°": (9, with_unit),
     "!": (12, lambda value, sign: number(factorial, value)),
 }
 # Functions of the two operands that follow.
 PREFIX = {r"\frac": divide, r"\binom": binomial}
 SIGN = 10  # -x^2 is -(x^2), and -2 * 3 is (-2) * 3
 # Bracket -> what may close it: (0, 1] is an interval.
-CLOSING = {
-    "(": [")", "]"], "[": [")", "]"], "{": ["}"], r"\{": [r"\}"], "|": ["|"], r"\lvert": [r"\rvert"],
-    r"\lfloor": [r"\rfloor"], r"\lceil": [r"\rceil"], r"\begin": [r"\end"],
-}
+CLOSING = r"( ) ]; [ ) ]; { }; \{ \}; | |; \lvert \rvert; \lfloor \rfloor; \lceil \rceil; \begin \end"
+CLOSING = {line.split()[0]: line.split()[1:] for line in CLOSING.split(";")}
 # Functions that are written as brackets: |x|, floor and ceiling.
 AROUND = {"||": abs, r"\lvert\rvert": abs, r"\lfloor\rfloor": floor, r"\lceil\rceil": lambda x: -floor(-x)}
-
 
 @lru_cache(maxsize=1024)  # of hostile answers, each may hold a hundred kilobytes
 def read(text):
@@ -971,7 +855,6 @@ def read(text):
         return upper
     lower = Parser(text.replace("±", "-").replace("∓", "+")).value
     return join("set", *(x._replace(kind="list") if x.kind == "set" else x for x in (upper, lower)))
-
 
 class Parser:
     """Precedence climbing: an operand, then operators while they bind strongly enough. Computes .value."""
@@ -986,23 +869,23 @@ class Parser:
 
     @property
     def next(self):
-        """The token that comes next."""
+        """The next token."""
         return self.tokens[self.at][1]
 
     def take(self):
-        """The token that comes next, which is read with this."""
+        """The next token; steps over it."""
         self.at += 1
         return self.tokens[self.at - 1][1]
 
     def expression(self, least=0):
-        """An operand, and all operators after it that bind at least so strongly."""
+        """An operand, and the operators after it that bind at least as strongly as `least`."""
         value = self.operand()
         while True:
             operator = self.operator()
             strength, function = OPERATORS.get(operator, (-1, None))
             if strength < least:
                 return value
-            if operator in ("unit", "base", "%", "°", "!"):
+            if operator in ("unit", "%", "°", "!"):
                 value = function(value, self.take())
             else:
                 self.at += operator != ""
@@ -1011,16 +894,16 @@ class Parser:
     def operator(self):
         """The operator that comes next: "" for a product without a sign, None where an expression ends."""
         kind, text = self.tokens[self.at]
-        before, _ = self.tokens[self.at - 1]
+        before, previous = self.tokens[self.at - 1]
         if kind == "text":
-            return "base" if text.startswith('"base') else "unit"
+            return "unit"
         if text in OPERATORS:
             return text if (before, text) != ("text", "^") else None
         if kind == "number":  # "2 3" and "x2" are not meant as products, (x)2 and n2^{n-1} are
             product = before == "op" or before == "name" and self.tokens[self.at + 1] == ("op", "^")
         else:  # nor is 5 plus x
             starts = kind in ("name", "function") or text in (*CLOSING, *PREFIX, r"\sqrt")
-            applied = text == "(" and self.tokens[self.at - 1][1][0] in "fg"  # f(g(x)) is no product
+            applied = text == "(" and previous[0] in "fg"  # f(g(x)) is no product
             product = starts and before != "text" and not applied and not (text == "|" and self.bars)
         return "" if product else None
 
@@ -1028,12 +911,8 @@ class Parser:
         """A number, a name, something in brackets, or an operator with what it is applied to."""
         kind, _ = self.tokens[self.at]
         text = self.take()
-        if kind == "number":
-            return constant(text)
-        if kind == "name":
-            return symbol(re.sub(r"[{}\s]", "", text))
-        if kind == "text":
-            return symbol(" ".join(text.replace('"', "").split()))
+        if kind in ("number", "name", "text"):
+            return symbol(re.sub('[{}"]', "", text))
         if kind == "function":
             return self.function(text[1:])
         if text in CLOSING:
@@ -1041,12 +920,10 @@ class Parser:
         if text in PREFIX:
             return number(PREFIX[text], self.operand(), self.operand())
         if text == r"\sqrt":  # \sqrt12 is meant as the root of 12, whatever LaTeX makes of it
-            index = self.bracket(self.take()) if self.next == "[" else constant(2)
+            index = self.bracket(self.take()) if self.next == "[" else symbol("2")
             return number(lambda x, n: power(x, 1 / n), self.operand(), index)
         if text in ("+", "-"):
-            return times(constant(text + "1"), self.expression(SIGN))
-        if text == "∅":
-            return Value("set", ())
+            return times(symbol(text + "1"), self.expression(SIGN))
         raise ValueError(f"cannot read {text!r} as a value")
 
     def bracket(self, opening):
@@ -1072,7 +949,7 @@ class Parser:
     def function(self, name):
         r"""\sin x, \sin(x), \sin^2 x, \log_2 x. \sin 2x y + z is \sin(2xy) + z."""
         # \log without a base is to the base 10 or e, depending on whom one asks: here to an unknown one.
-        scripts = {"_": number(abs, symbol(r"\log")), "^": constant(1)}
+        scripts = {"_": number(abs, symbol(r"\log")), "^": symbol("1")}
         while self.next in scripts:
             sign = self.take()
             scripts[sign] = self.operand()
@@ -1087,7 +964,6 @@ class Parser:
         if name == "log":
             value = number(lambda x, b: divide(x, logarithm(b)), value, scripts["_"])
         return number(power, value, scripts["^"])
-
 
 # 11. The comparison of values -------------------------------------------------------------------------------
 
@@ -1111,7 +987,6 @@ def same(a, b):
             del rest[partners[0]]
         return True
     return a.kind == b.kind and all(map(same, a.items, b.items))
-
 
 def agree(a, b):
     """Whether numbers, or expressions wherever both have a value, are the same."""
