@@ -419,7 +419,8 @@ def main():
                 loss, norm = train_step(model, optimizer, groups, args, lr, ranks, stats)
             except ValueError as e:
                 last = position + stats["calls"] * args.prompts - 1
-                raise run.failed(done, f"prompts {position} to {last} of the stream: {e}") from None
+                what = f"prompts {position} to {last} of the stream: {e}"
+                raise ValueError(f"step {done}, {what}; {run.trainer} holds what was saved before") from None
 
             # The next step samples other prompts, from the new weights.
             position += stats["calls"] * args.prompts

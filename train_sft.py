@@ -197,8 +197,8 @@ def main():
                 lr = learning_rate(step, args.steps, args.lr, args.warmup)
                 loss, norm = train_step(model, optimizer, packs, lr, args.clip, ranks)
             except ValueError as e:
-                last = done * args.batch - 1
-                raise run.failed(done, f"samples {step * args.batch} to {last} of the stream: {e}") from None
+                what = f"samples {step * args.batch} to {done * args.batch - 1} of the stream: {e}"
+                raise ValueError(f"step {done}, {what}; {run.trainer} holds what was saved before") from None
             record = {"loss": loss, "grad_norm": norm, "lr": lr}
             record["tokens"] = sum(len(row.input_ids) for row in packs)
             record["seconds"] = round(time.time() - start, 3)
@@ -216,8 +216,7 @@ def open_samples(args, tokenizer, ranks):
     if args.data == Args.data and not Path(args.data).exists() and ranks.rank == 0:
         data.main(["make", "--out", str(Path(args.data).parent)])
     ranks.all_values(None)  # wait for rank 0
-    quiet = ranks.rank > 0
-    samples = SftFiles(args.data, tokenizer, args.context, args.trim, args.limit, quiet)
+    samples = SftFiles(args.data, tokenizer, args.context, args.trim, args.limit, quiet=ranks.rank > 0)
     ranks.check_same_on_all("the data", samples.checksum)
     check(len(samples) > args.held_out, f"{args.data}: has {len(samples)} samples, --held-out keeps them all")
     held_out = np.linspace(0, len(samples) - 1, args.held_out, dtype=int)
@@ -666,9 +665,6 @@ class Run:
         if self.ranks.rank == 0 and error[0] is None:
             print(f"the model is in {self.out / 'model'}")
 
-    def failed(self, step, why):
-        return ValueError(f"step {step}, {why}; {self.trainer} holds what was saved before")
-
     def write(self, step, record, shown=()):
         """Append record to log.jsonl; print it with the time left, or the fields `shown` of it."""
         if self.saving.done():
@@ -754,14 +750,12 @@ def sha256(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
-class _Reader(dcp.FileSystemReader):
-    """Parses a checkpoint's index once: dcp.load asks in every call, and at 7B in 8 shards it takes 0.5 s."""
-    read_metadata = lru_cache(1)(dcp.FileSystemReader.read_metadata)
-
 def export(config, tokenizer, checkpoint, folder):
     """Write the model of a finished checkpoint to folder, in the published format.
     Reads one tensor at a time: nobody holds the whole model, and no other rank is needed."""
-    reader = _Reader(checkpoint)
+    # dcp.load parses the checkpoint's index in every call: at 7B in 8 shards that takes 0.5 s, so cache it.
+    reader = dcp.FileSystemReader(checkpoint)
+    reader.read_metadata = lru_cache(reader.read_metadata)
     def read(name, like):
         value = torch.empty(like.shape)
         dcp.load({"model": {name: value}}, storage_reader=reader, no_dist=True)
