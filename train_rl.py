@@ -83,8 +83,6 @@ class Args(train_sft.CommonArgs):
 
 # 1. The formulas --------------------------------------------------------------------------------------------
 
-# Tensors of token terms are (t,), masked by weights that are 0 where nothing was sampled.
-
 # The penalties of a reply add up to less (see check_args). So a right one with all of them beats a wrong one
 # without, and a group's rewards span this much exactly if some are right and some wrong.
 SIGNAL = 0.5
@@ -122,6 +120,7 @@ def token_weights(lengths, normalise):
 
 # 2. Rewards -------------------------------------------------------------------------------------------------
 
+# Reasons of a Verdict that are counted together in the log.
 UNPARSED = ("no answer", "no code")
 KILLED = ("memory limit", "output limit", "thread limit", "disk limit", "died")
 
@@ -194,7 +193,6 @@ def sample_groups(sampler, tokenizer, verifier, args, ranks, stats, prompts, see
     def on_trace(trace):
         problem, prompt = prompts[trace.prompt_index]
         trace.judged = pool.submit(new_rollout, trace, problem, prompt, tokenizer, verifier, args)
-
     try:
         traces = generate(sampler, [ids for _, ids in prompts], samples=args.group, seed=seed,
                           temperature=args.temperature, max_new_tokens=args.max_new_tokens,
@@ -243,6 +241,8 @@ def collect(sample, prompts, cache, step, position, args, stats):
 
 # 4. The update ----------------------------------------------------------------------------------------------
 
+# Tensors of token terms are (t,), masked by weights that are 0 where nothing was sampled.
+
 def pack_values(row, name):
     """(t,) float32: field `name` of a Pack's rollouts, at the positions that predict their sampled tokens."""
     out = np.zeros(len(row.input_ids), np.float32)
@@ -252,7 +252,7 @@ def pack_values(row, name):
     return out
 
 def grpo_loss(model, row, args, positives, old=None):
-    """Loss of this rank's tokens of a Pack, and what token_stats wants to know of these, (t,) each.
+    """Loss of this rank's tokens of a Pack, their log-probabilities (t,), and their token_stats.
 
         sum of token_weight * TIS * clipped_policy_loss - mu * sum over correct answers of log p / positives
 
@@ -267,8 +267,8 @@ def grpo_loss(model, row, args, positives, old=None):
     tis = tis_weight(old, sampler, args.tis_cap)
     loss = (weight * tis * clipped_policy_loss(new, old, advantage, args.clip_low, args.clip_high)).sum()
     loss = loss - args.positive_weight * (correct * new).sum() / max(1, positives)
-    terms = {"new": new.detach(), "old": old, "entropy": entropy, "sampler": sampler}
-    return loss, terms | {"advantage": advantage, "sampled": weight > 0}
+    new = new.detach()
+    return loss, new, token_stats(args, new, old, entropy, sampler, advantage, weight > 0)
 
 def token_stats(args, new, old, entropy, sampler, advantage, sampled):
     """What the log averages over sampled tokens, by name, (t,) each; `tokens` counts them."""
@@ -294,14 +294,12 @@ def train_step(model, optimizer, groups, args, lr, ranks, stats):
     packs = data.pack(rollouts, args.pack_tokens, ranks.dp_size)
     old = {}  # a row's log-probabilities in the first pass, from which later ones move away
     def loss_of(row):
-        loss, terms = grpo_loss(model, row, args, positives, old.get(id(row)))
-        old[id(row)] = terms["old"]
-        values = token_stats(args, **terms)
+        loss, new, values = grpo_loss(model, row, args, positives, old.get(id(row)))
+        old.setdefault(id(row), new)
         for name, value in values.items():  # the sums stay on the device: the host does not wait for them
             stats["sums"][name] += value.sum(dtype=torch.float64)
         stats["mismatch_max"].append(values["mismatch"].max())
         return loss
-
     for _ in range(args.updates):
         loss = train_sft.accumulate_gradients(model, packs, ranks, loss_of)
         loss, norm = train_sft.optimizer_step(model, optimizer, ranks.all_sum(loss), lr, args.clip)
@@ -316,6 +314,7 @@ def new_stats():
     return defaultdict(int, samples=[], sums=defaultdict(int), mismatch_max=[])
 
 def mean(values):
+    """The mean of numbers, 0 if there are none."""
     return float(np.mean(list(values) or [0]))
 
 def step_metrics(stats, loss, norm, lr, ranks):
@@ -368,14 +367,17 @@ def check_args(args):
           f"--format-penalty plus --language-penalty must be below {SIGNAL}, or style could beat being right")
 
 def open_prompts(args, tokenizer, ranks):
-    """The prompts of --problems, a list of (problem, ids), the same on all ranks."""
+    """The prompts of --problems, a list of (problem, ids), the same on all ranks, and their checksum."""
     problems = data.read_problems(args.problems, args.limit, partial(check_scorable, judge=args.judge))
     text = "".join(p.prompt + p.answer for p in problems)
-    ranks.check_same_on_all("the problems' checksum", zlib.crc32(text.encode(errors="surrogatepass")))
+    checksum = zlib.crc32(text.encode(errors="surrogatepass"))
+    ranks.check_same_on_all("the problems' checksum", checksum)
     check_code(problems, args.problems, args.unsafe_local_execution, quiet=ranks.rank > 0)
-    chats = [[{"role": "user", "content": problem.prompt}] for problem in problems]
-    return [(problem, data.render_chat(chat, tokenizer, generation_prompt=True)[0])
-            for problem, chat in zip(problems, chats)]
+    prompts = []
+    for problem in problems:
+        chat = [{"role": "user", "content": problem.prompt}]
+        prompts.append((problem, data.render_chat(chat, tokenizer, generation_prompt=True)[0]))
+    return prompts, checksum
 
 def main():
     args = data.parse_args(Args, __doc__.partition("\n\n")[0])
@@ -386,19 +388,19 @@ def main():
 
     # Bad input must cost nothing: read everything before Run() deletes what --fresh replaces.
     tokenizer = data.load_tokenizer(args.init)
-    prompts = open_prompts(args, tokenizer, ranks)
-    unsafe = args.unsafe_local_execution
-    verifier = partial(verify, judge=open_judge(args), limit=args.code_tests, unsafe=unsafe)
+    prompts, checksum = open_prompts(args, tokenizer, ranks)
+    verifier = partial(verify, judge=open_judge(args), limit=args.code_tests,
+                       unsafe=args.unsafe_local_execution)
     model = train_sft.shard(train_sft.load_model(args.init), ranks, args.checkpoint_activations, args.compile)
 
     # Continue after the last checkpoint, if there is one.
-    run = train_sft.Run(args, ranks, tokenizer, volatile=("judge", "judge_cache"))
+    run = train_sft.Run(args, ranks, tokenizer, checksum, volatile=("judge", "judge_cache"))
     optimizer = train_sft.make_optimizer(model, args.lr, args.weight_decay)
     state = {"position": 0, "cache": [], "unknown": {}} | run.resume(model, optimizer)
     position = state["position"]
     cache = [(sampled, [Rollout(**r) for r in group]) for sampled, group in state["cache"]]
     unknown = Counter(state["unknown"])  # unknown verdicts of the run, by reason
-    if state["step"] > 0:
+    if state["step"] > 0:  # its line is missing if the run was killed between saving and logging
         run.write(state["step"], state["record"], SHOWN)
     sampler = train_sft.unsharded_copy(model)
     with run:
@@ -421,14 +423,12 @@ def main():
                 last = position + stats["calls"] * args.prompts - 1
                 what = f"prompts {position} to {last} of the stream: {e}"
                 raise ValueError(f"step {done}, {what}; {run.trainer} holds what was saved before") from None
-
             # The next step samples other prompts, from the new weights.
             position += stats["calls"] * args.prompts
             sampler = train_sft.unsharded_copy(model, sampler)
             stats["t_update"] = time.time() - before
             record = step_metrics(stats, loss, norm, lr, ranks)
             record["seconds"] = round(time.time() - start, 3)
-
             # What a resumed run continues from: the next prompt, the surplus groups, the verdicts so far.
             if done == args.steps or done % args.save_every == 0:
                 kept = [(sampled, [asdict(r) for r in group]) for sampled, group in cache]

@@ -176,22 +176,21 @@ def main():
     model = shard(model, ranks, args.checkpoint_activations, args.compile)
 
     # Continue after the last checkpoint, if there is one.
-    run = Run(args, ranks, tokenizer, checksum=samples.checksum)
     optimizer = make_optimizer(model, args.lr, args.weight_decay)
+    run = Run(args, ranks, tokenizer, samples.checksum)
     evaluation = partial(evaluate, model, tokenizer, held_out, args, ranks)
     state = run.resume(model, optimizer)
     if state["step"] > 0:
         loader.drawn = state["drawn"]
+        # Its line is missing if the run was killed between saving and logging.
         run.write(state["step"], state["record"] | evaluation(state["step"]))
     with run:
         for step in range(state["step"], args.steps):
             start = time.time()
             done = step + 1
-
             # All ranks draw the same batch, each tokenizes its share of the samples, all pack all of them.
             batch = ranks.share_out(samples.__getitem__, next(loader))
             packs = data.pack(batch, args.pack_tokens, ranks.dp_size)
-
             # One update. An error, such as a loss that is not finite, names the samples.
             try:
                 lr = learning_rate(step, args.steps, args.lr, args.warmup)
@@ -433,7 +432,6 @@ def start_ranks(device, cp=1, replicas=1):
     gpus = torch.cuda.device_count()
     device = device or ("cuda" if gpus else "cpu")
     check(device in ("cpu", "cuda"), f"--device {device}: expected cpu or cuda")
-    check(device == "cpu" or gpus, "--device cuda: there is no GPU here")
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     for name, n in (("cp", cp), ("replicas", replicas)):
@@ -442,6 +440,7 @@ def start_ranks(device, cp=1, replicas=1):
     if device == "cuda":
         backend = "cpu:gloo,cuda:nccl"  # Python objects and host tensors travel by gloo
         local = int(os.environ.get("LOCAL_RANK", 0))
+        check(gpus, "--device cuda: there is no GPU here")
         check(local < gpus, f"--nproc-per-node must be at most {gpus}, the number of GPUs here")
         device = f"cuda:{local}"
         torch.cuda.set_device(device)
@@ -639,7 +638,7 @@ class Run:
     checkpoint that was begun is completed. A run is resumed with the same arguments, but for VOLATILE ones
     and `volatile`, and on data with the same checksum, or not at all."""
 
-    def __init__(self, args, ranks, tokenizer, volatile=(), checksum=0):
+    def __init__(self, args, ranks, tokenizer, checksum, volatile=()):
         self.args = args
         self.ranks = ranks
         self.tokenizer = tokenizer
@@ -713,8 +712,7 @@ class Run:
 
     def resume(self, model, optimizer):
         """Load the newest whole checkpoint. Returns what `save` was given, with "step"; or {"step": 0}.
-        The log keeps the lines before that step. The caller writes the step's own line, which is missing if
-        the run was killed between saving and logging."""
+        The log keeps the lines before that step: the caller writes the step's own line anew."""
         state, folder = self.ranks.all_values(self._newest() if self.ranks.rank == 0 else None)[0]
         if folder is not None:
             weights, moments = get_state_dict(model, optimizer)
