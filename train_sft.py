@@ -273,7 +273,7 @@ class SftFiles:
         self.max_tokens = max_tokens
         self.trim = trim
         self.checksum = 0
-        self.index = []  # of each sample: its file, the number of its line, the byte where that begins
+        self.index = []  # (file, line number, byte at which the line begins) of each sample
         domains = []
         for path in files_of(pattern):
             before = len(self)
@@ -313,7 +313,7 @@ class SftFiles:
         return data.parse_sft(record, self.tokenizer, where, self.max_tokens, self.trim)
 
 def files_of(pattern):
-    """The existing files of a pattern, each once."""
+    """The files of a pattern, each once. ValueError for a name that is missing."""
     files = {}
     for part in map(str.strip, pattern.split(",")):
         files |= dict.fromkeys(sorted(glob.glob(part)) or [part])
@@ -367,7 +367,7 @@ class Loader:
         self.drawn[domain] += 1
         return int(rows[permutation(len(rows), self.seed, epoch, list(self.drawn).index(domain))[position]])
 
-@lru_cache(64)  # one per domain is in use at a time
+@lru_cache(64)  # each domain uses one at a time
 def permutation(n, *seed):
     """The order of n items in one epoch, an array, from integers that name the epoch."""
     return np.random.default_rng(seed).permutation(n)
@@ -375,9 +375,8 @@ def permutation(n, *seed):
 # 6. Ranks ---------------------------------------------------------------------------------------------------
 
 # A rank that dies ends the run: torchrun stops the others on its node within a second; elsewhere the next
-# collective fails, as the dead process's connections are closed. The time-out is for hosts that vanish. In RL
-# a rank may wait long while another samples: 49,152 tokens at 20 per second take 41 minutes, and it may need
-# several such rounds, and then its verifier.
+# collective fails, as the dead process's connections are closed. The time-out is for hosts that vanish. It is
+# long since in RL a rank may sample for hours: 49,152 tokens at 20 per second take 41 minutes per round.
 LONGEST_WAIT = timedelta(hours=6)
 
 @dataclass
@@ -574,7 +573,6 @@ class ContextParallel:
     def to_heads(self, x, part):
         """x (1, s, columns, ...), this rank's tokens -> its columns of all tokens, (1, n s, size, ...) per
         size in `part`, which is self.attention or self.mamba."""
-        # For every rank its columns of this rank's tokens.
         index, sizes = part
         wanted = x.squeeze(0).index_select(1, index.flatten())  # (s, n * own, ...)
         wanted = wanted.unflatten(1, index.shape).movedim(1, 0)  # (n, s, own, ...)
@@ -619,8 +617,7 @@ def optimizer_step(model, optimizer, loss, lr, clip):
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     loss, norm = torch.stack([loss, norm.double()]).tolist()
-    check(math.isfinite(loss), f"the loss is {loss}")
-    check(math.isfinite(norm), f"the gradient's norm is {norm}")
+    check(math.isfinite(loss + norm), f"the loss is {loss}, the gradient's norm {norm}")
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
@@ -646,8 +643,8 @@ class Run:
         self.log = self.out / "log.jsonl"
         self.trainer = self.out / "trainer"
         if ranks.rank == 0:
-            identity = {k: v for k, v in asdict(args).items() if k not in (*VOLATILE, *volatile)}
-            identity["data_checksum"] = checksum
+            identity = asdict(args) | {"data_checksum": checksum}
+            identity = {k: v for k, v in identity.items() if k not in (*VOLATILE, *volatile)}
             self.lock = data.open_run(self.out, identity, ("log.jsonl", "trainer", "model"), fresh=args.fresh,
                                       device=ranks.device, ranks=ranks.world)
         ranks.all_values(None)  # wait for rank 0
@@ -672,8 +669,8 @@ class Run:
             return
         with open(self.log, "a", encoding="utf-8") as log:
             log.write(json.dumps({"step": step, **record}) + "\n")
-        fields = [(k, v) for k, v in record.items() if k in (shown or record)]
-        text = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in fields)
+        fields = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in record.items()}
+        text = "  ".join(f"{k} {fields[k]}" for k in fields if k in (shown or fields))
         left = record["seconds"] * (self.args.steps - step)
         tqdm.write(f"step {step:5d}/{self.args.steps}  {text}  left {left:.0f}s", file=sys.stdout)
 

@@ -191,14 +191,6 @@ def test_the_stop_token_is_learned_and_the_prompt_is_not(setting):
 
 # 3. Groups --------------------------------------------------------------------------------------------------
 
-def sampled(monkeypatch, *groups):
-    """sample_groups() on scripted verdicts, a list of them per prompt: its groups, and the stats."""
-    flat = [verdict for group in groups for verdict in group]
-    places = iter(range(len(flat)))
-    replies = [[str(next(places)) for _ in group] for group in groups]  # a text is the place of its verdict
-    problems = [data.Problem(str(i), "math", "1?", "1") for i in range(len(groups))]
-    return scored(monkeypatch, replies, problems, lambda text, problem: flat[int(text)], format_penalty=0.0)
-
 def scored(monkeypatch, replies, problems, verifier, **settings):
     """sample_groups() on scripted replies, a list of texts per problem: its groups, and the stats."""
     tokenizer, stats = data.Tokenizer.byte_level(), r.new_stats()
@@ -208,22 +200,25 @@ def scored(monkeypatch, replies, problems, verifier, **settings):
     args, prompts = r.Args(group=len(replies[0]), **settings), [(problem, [1, 2]) for problem in problems]
     return r.sample_groups(None, tokenizer, verifier, args, train_sft.Ranks(), stats, prompts, 0), stats
 
+def sampled(monkeypatch, *replies):
+    """The same for groups of one-letter replies, which are r(ight), w(rong) or unknown: ½, of two bytes."""
+    verdicts = {"r": RIGHT, "w": WRONG, "½": UNKNOWN}
+    problems = [data.Problem("1", "math", "1?", "1")] * len(replies)
+    return scored(monkeypatch, replies, problems, lambda text, _: verdicts[text], format_penalty=0.0)
+
 def test_unknown_verdicts_are_in_no_group_and_in_no_mean(monkeypatch):
-    scripted = [[RIGHT, UNKNOWN, WRONG, WRONG], [UNKNOWN, UNKNOWN, UNKNOWN, RIGHT], [UNKNOWN] * 4]
-    groups, stats = sampled(monkeypatch, *scripted)
+    groups, stats = sampled(monkeypatch, "r½ww", "½½½r", "½½½½")
     assert [[x.score for x in group] for group in groups] == [[1, 0, 0], [1], []]
     stats["sums"]["tokens"] = torch.tensor(1)
     stats["mismatch_max"].append(torch.tensor(0))
     record = r.step_metrics(stats, 0.0, 0.0, 0.0, train_sft.Ranks())
     assert record["reward"] == record["correct"] == 0.5 and record["reward_std"] == 0.5  # 1, 0, 0, 1
     assert record["unknown"] == 8 / 12
-    assert record["length"] == pytest.approx(26 / 12)  # of all: the texts are 0 to 11, and a stop token
+    assert record["length"] == pytest.approx((4 * 2 + 8 * 3) / 12)  # of all, the stop tokens included
     assert record["length_right"] == record["length_wrong"] == 2
 
 def test_groups_with_fewer_than_two_known_verdicts_have_no_signal(monkeypatch):
-    unknown = [[UNKNOWN, UNKNOWN, RIGHT], [UNKNOWN] * 3]
-    known = [[RIGHT, UNKNOWN, WRONG], [RIGHT, RIGHT, UNKNOWN], [WRONG, WRONG, UNKNOWN]]
-    chosen, stats = collected(sampled(monkeypatch, *unknown, *known)[0])
+    chosen, stats = collected(sampled(monkeypatch, "½½r", "½½½", "r½w", "rr½", "ww½")[0])
     assert [[x.advantage for x in group] for group in chosen] == [pytest.approx([1, -1], abs=1e-5)]
     assert (stats["groups"], stats["all_right"], stats["all_wrong"]) == (5, 1, 1)
 
@@ -293,12 +288,11 @@ def test_training_rewards_code_and_answers_side_by_side(monkeypatch):
 def start(tmp_path_factory):
     """A checkpoint that has just learned to answer at all; problems so easy that some answers are right."""
     folder = tmp_path_factory.mktemp("rl")
-    answers = [(f"{i}?", f"<think>{i}</think>\\boxed{{{i % 2}}}") for i in range(10)]
-    chats = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in answers]
-    rows = [{"messages": chat, "domain": "math", "weight": 1} for chat in chats] * 6
+    problems = [data.Problem(str(i), "math", f"{i}?", str(i % 2)) for i in range(10)]
+    replies = [f"<think>{p.id}</think>\\boxed{{{p.answer}}}" for p in problems]
+    rows = [data.sft_record(*pair, 1) for pair in zip(problems, replies)] * 6
     data.write_jsonl(folder / "sft.jsonl", rows)
-    problems = [{"id": str(i), "domain": "math", "prompt": f"{i}?", "answer": str(i % 2)} for i in range(10)]
-    data.write_jsonl(folder / "rl.jsonl", problems)
+    data.write_jsonl(folder / "rl.jsonl", [p.record() for p in problems])
     launch(train_sft.main, "--data", folder / "sft.jsonl", "--out", folder / "sft", "--steps", 60,
            "--batch", 10, "--held-out", 0, "--lr", 0.01)
     return folder

@@ -283,7 +283,7 @@ def test_a_missing_rendezvous(sft_file, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(("moment", "every"), [
     ("log of step 4", 2), ("step-000000004.tmp/state.json", 2), ("model/tokenizer.json", 2),
-    ("log of step 6", 6), ("log of step 3", 6)])  # the last one before the first checkpoint
+    ("log of step 6", 6), ("log of step 3", 6)])  # the last one: before the first checkpoint
 def test_a_killed_run_ends_like_one_that_was_not(sft_file, tmp_path, whole_run, moment, every):
     args = ("--data", sft_file, *SMALL_RUN, "--save-every", every, "--out", tmp_path / "run")
     launch(partial(processes.die_at, "train_sft", moment), *args, status=-9)
@@ -339,8 +339,7 @@ def test_an_export_that_fails_is_not_a_checkpoint_that_fails(sft_file, tmp_path,
         raise OSError("model.safetensors: could not be written: No space left on device")
     monkeypatch.setattr(t, "export", export)
     args = ("--data", sft_file, "--out", tmp_path, *SMALL_RUN)
-    expected = "error: model.safetensors: could not be written: No space left on device\n"
-    assert refused(t.main, args, monkeypatch, capsys) == expected
+    assert refused(t.main, args, monkeypatch, capsys).endswith("written: No space left on device\n")
     assert (tmp_path / "trainer" / "step-000000002" / "state.json").exists()
 
 def test_ctrl_c_is_no_traceback(capsys):
@@ -418,14 +417,6 @@ def path(tmp_path):
     data.write_jsonl(tmp_path / "s.jsonl", [SFT, SFT | {"domain": "code", "weight": 1}])
     return tmp_path / "s.jsonl"
 
-def test_sft_files(path):
-    samples = sft_files(path)
-    assert samples[0].ids.tolist() == IDS and samples[0].mask.tolist() == MASK
-    assert samples[0].ids.dtype == np.int32 and samples[0].mask.dtype == bool
-    found = [(sample.weight, sample.domain, sample.trimmed) for sample in samples]
-    assert found == [(1.5, "math", False), (1.0, "code", False)]
-    assert {name: rows.tolist() for name, rows in samples.rows.items()} == {"code": [1], "math": [0]}
-
 def test_long_samples_are_refused_or_trimmed_and_marked(path):
     size = len(IDS)
     data.write_jsonl(path, [SFT, SFT | {"messages": turns("q" * 50, "<think>r</think>a")}])
@@ -474,20 +465,21 @@ def test_what_is_read(tmp_path_factory, sizes):
         text = "\ufeff" if i else ""
         for n in some:
             messages = turns(f"{n}é" * (n % 7), "<think>r</think>" + "x" * n)
-            record = SFT | {"domain": "ab"[n % 2], "messages": messages}
+            record = SFT | {"domain": "ab"[n % 2], "messages": messages, "weight": n + 0.5}
             expected.append((record, f"{folder / str(i)}.jsonl", 1 + text.count("\n")))
             text += json.dumps(record, ensure_ascii=False) + "\n" * (1 + n % 3)
         (folder / f"{i}.jsonl").write_text(text.removesuffix("\n"), "utf-8")
 
     samples = sft_files(",".join(f"{folder}/{i}.jsonl" for i in range(len(sizes))))
     assert sft_files(f"{folder}/*.jsonl").checksum == samples.checksum
-    ids = [data.render_chat(record["messages"], TOKENIZER)[0] for record, *_ in expected]
-    assert [sample.ids.tolist() for sample in samples] == ids
+    for sample, (record, *_) in zip(samples, expected, strict=True):
+        assert (sample.ids.tolist(), sample.mask.tolist()) == data.render_chat(record["messages"], TOKENIZER)
+        assert (sample.ids.dtype, sample.mask.dtype, sample.trimmed) == (np.int32, bool, False)
+        assert (sample.weight, sample.domain) == (record["weight"], record["domain"])
     assert [(path, number) for path, number, _ in samples.index] == [where[1:] for where in expected]
-    domains = [record["domain"] for record, *_ in expected]
-    rows = {name: rows.tolist() for name, rows in samples.rows.items()}
-    assert rows == {name: [i for i, d in enumerate(domains) if d == name] for name in set(domains)}
-    assert [*rows] == sorted(rows)
+    assert sum(map(len, samples.rows.values())) == len(samples)
+    for name, rows in samples.rows.items():
+        assert rows.tolist() == [i for i, (record, *_) in enumerate(expected) if record["domain"] == name]
     few = sft_files(f"{folder}/*.jsonl", limit=2)
     assert len(few) == min(2, len(expected)) and few.checksum == samples.checksum
     assert sorted(np.concatenate([*few.rows.values()])) == [*range(len(few))]
