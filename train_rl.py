@@ -131,9 +131,10 @@ def reward(verdict, text, ended, prompt, args):
     well_formed = ended and format_ok(text)
     mixed = mixed_scripts(text, prompt)
     penalty = args.format_penalty * (not well_formed) + args.language_penalty * mixed
-    known = verdict.score is not None
-    return {"score": verdict.score - penalty if known else None,
-            "correct": verdict.score == 1 if known else None, "well_formed": well_formed, "mixed": mixed}
+    parts = {"score": None, "correct": None, "well_formed": well_formed, "mixed": mixed}
+    if verdict.score is not None:
+        parts |= {"score": verdict.score - penalty, "correct": verdict.score == 1}
+    return parts
 
 def check_verifier():
     """Check the verifier on known pairs: one that always says no would train on noise."""
@@ -331,7 +332,8 @@ def step_metrics(stats, loss, norm, lr, ranks):
     metrics |= {name: stats[name] / max(1, stats["groups"]) for name in ("all_right", "all_wrong")}
     metrics |= {name: round(stats[name], 3) for name in ("t_sample", "t_score", "t_update")}
     metrics |= {name: stats[name] for name in ("calls", "cached", "age")}
-    # Means over the sampled tokens of the update, on all ranks.
+    # Means over the sampled tokens of the update, on all ranks: of entropy, clip_frac_low, clip_frac_high,
+    # kl, mismatch and capped.
     totals = ranks.all_sum(torch.stack(list(stats["sums"].values())))
     sums = dict(zip(stats["sums"], totals.tolist()))
     metrics["tokens"] = int(sums["tokens"])
