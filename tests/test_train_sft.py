@@ -51,6 +51,11 @@ def small_models(tmp_path_factory):
         TOKENIZER.save(folder / name)
     return [folder / "even", folder / "uneven"]
 
+@pytest.fixture
+def small_run(sft_file, tmp_path):
+    """Its command line; a flag that is given again replaces the first one."""
+    return ("--data", sft_file, "--out", tmp_path / "run", *SMALL_RUN)
+
 @pytest.fixture(scope="module")
 def whole_run(sft_file, tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "whole"
@@ -253,45 +258,42 @@ def test_runs_of_other_ranks_are_the_same_run(sft_file, small_models, tmp_path):
     (t.main, ("--cp", 2), "--cp 2: num_attention_heads 3 is not a multiple of it"),
     (partial(processes.altered, "seeds"), (), "ranks 0 and 1 disagree about the arguments: "),
     (partial(processes.altered, "files"), (), "ranks 0 and 1 disagree about the data: ")])
-def test_ranks_that_cannot_train_together(sft_file, tmp_path, body, flags, error):
-    args = ("--data", sft_file, "--out", tmp_path / "run", *SMALL_RUN, *flags)
-    assert all(f"error: {error}" in result.err for result in launch(body, *args, ranks=2, status=1))
-    assert not (tmp_path / "run").exists()
+def test_ranks_that_cannot_train_together(small_run, tmp_path, body, flags, error):
+    results = launch(body, *small_run, *flags, ranks=2, status=1)
+    assert all(f"error: {error}" in result.err for result in results) and not (tmp_path / "run").exists()
 
-def test_a_dead_rank_ends_the_run(sft_file, tmp_path):
+def test_a_dead_rank_ends_the_run(small_run, tmp_path):
     """torchrun ends the others at once, with status 1. By hand, the dead rank's connections fail."""
-    args = [str(a) for a in ("--data", sft_file, *SMALL_RUN)]
     program = tmp_path / "program.py"
     program.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r}); from tests.ranks import *\n"
                        "train_sft.run_main(lambda: die_at('train_sft', 'log of step 3', rank=1))")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", program]
-    torchrun = subprocess.Popen([*command, *args, "--out", str(tmp_path / "run")], stdout=subprocess.DEVNULL,
+    torchrun = subprocess.Popen([*command, *map(str, small_run)], stdout=subprocess.DEVNULL,
                                 stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     body = partial(processes.die_at, "train_sft", "log of step 3")
-    results = launch(body, *args, "--out", tmp_path / "by-hand", ranks=2, status=None)
+    results = launch(body, *small_run, "--out", tmp_path / "by-hand", ranks=2, status=None)
     assert results[0].status == -9 and results[1].status not in (0, -9)
     err = torchrun.communicate(timeout=60)[1]
     assert torchrun.returncode == 1 and "rank      : 1" in err and "SIGKILL" in err, err
 
-def test_a_missing_rendezvous(sft_file, tmp_path, monkeypatch, capsys):
-    for name, value in {"WORLD_SIZE": "2", "RANK": "1"}.items():
-        monkeypatch.setenv(name, value)
-    args = ("--data", sft_file, "--out", tmp_path / "run")
-    assert "MASTER_ADDR expected, but not set" in refused(t.main, args, monkeypatch, capsys)
+def test_a_missing_rendezvous(small_run, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert "MASTER_ADDR expected, but not set" in refused(t.main, small_run, monkeypatch, capsys)
 
 # 4. The run's folder ----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("moment", "every"), [
     ("log of step 4", 2), ("step-000000004.tmp/state.json", 2), ("model/tokenizer.json", 2),
     ("log of step 6", 6), ("log of step 3", 6)])  # the last one: before the first checkpoint
-def test_a_killed_run_ends_like_one_that_was_not(sft_file, tmp_path, whole_run, moment, every):
-    args = ("--data", sft_file, *SMALL_RUN, "--save-every", every, "--out", tmp_path / "run")
+def test_a_killed_run_ends_like_one_that_was_not(small_run, tmp_path, whole_run, moment, every):
+    args = (*small_run, "--save-every", every)
     launch(partial(processes.die_at, "train_sft", moment), *args, status=-9)
     launch(t.main, *args)
     assert_same_run(whole_run, tmp_path / "run")
 
-def test_training_goes_on_while_a_checkpoint_is_written(sft_file, tmp_path, monkeypatch):
-    log, export, logged = tmp_path / "log.jsonl", t.export, []
+def test_training_goes_on_while_a_checkpoint_is_written(small_run, tmp_path, monkeypatch):
+    log, export, logged = tmp_path / "run" / "log.jsonl", t.export, []
 
     def slow(*args):  # the first checkpoint, of step 2, is not complete before step 3 is logged
         deadline = time.monotonic() + 20
@@ -301,10 +303,10 @@ def test_training_goes_on_while_a_checkpoint_is_written(sft_file, tmp_path, monk
         export(*args)
 
     monkeypatch.setattr(t, "export", slow)
-    monkeypatch.setattr(sys, "argv", ["x", *map(str, ("--data", sft_file, "--out", tmp_path, *SMALL_RUN))])
+    monkeypatch.setattr(sys, "argv", ["script", *map(str, small_run)])
     assert t.run_main(t.main) == 0
     assert logged[0] == 3 and len(logged) == 3
-    assert len(list((tmp_path / "trainer").iterdir())) == 2  # the last two are kept
+    assert len(list(log.with_name("trainer").iterdir())) == 2  # the last two are kept
 
 def test_exporting_holds_no_more_than_a_tensor(tmp_path, whole_run):
     with torch.profiler.profile(profile_memory=True) as profiler:
@@ -315,32 +317,31 @@ def test_exporting_holds_no_more_than_a_tensor(tmp_path, whole_run):
     sizes = [v.nbytes for v in read_safetensors(tmp_path / "model.safetensors").values()]
     assert peak <= 2.1 * max(sizes) < sum(sizes) / 2
 
-def test_a_full_disk_costs_nothing_but_the_step(sft_file, tmp_path, whole_run):
-    args = ("--data", sft_file, *SMALL_RUN, "--out", tmp_path / "run")
-    full = launch(partial(processes.altered, "full disk"), *args, status=1)
+def test_a_full_disk_costs_nothing_but_the_step(small_run, tmp_path, whole_run):
+    full = launch(partial(processes.altered, "full disk"), *small_run, status=1)
     assert full.err.startswith(f"error: {tmp_path / 'run'}: step 2 could not be saved"), full.err
     assert full.err.count("\n") == 1 and not list(tmp_path.rglob("*.tmp"))
-    launch(t.main, *args)
+    launch(t.main, *small_run)
     assert_same_run(whole_run, tmp_path / "run")
 
 @pytest.mark.parametrize("damage", [lambda content: content[:-7], lambda content: content[:-1] + b"\x99"])
-def test_a_damaged_checkpoint_is_passed_over(sft_file, tmp_path, whole_run, damage):
+def test_a_damaged_checkpoint_is_passed_over(small_run, tmp_path, whole_run, damage):
     out = tmp_path / "run"
     shutil.copytree(whole_run, out)
     largest = max((out / "trainer" / "step-000000006").iterdir(), key=lambda p: p.stat().st_size)
     largest.write_bytes(damage(largest.read_bytes()))
     (out / "log.jsonl").write_text((out / "log.jsonl").read_text()[:-9])  # as a power cut may leave it
-    result = launch(t.main, "--data", sft_file, "--out", out, *SMALL_RUN)
+    result = launch(t.main, *small_run)
     assert "step-000000006: not a whole checkpoint" in result.err and "continuing after step 4" in result.out
     assert_same_run(whole_run, out)
 
-def test_an_export_that_fails_is_not_a_checkpoint_that_fails(sft_file, tmp_path, monkeypatch, capsys):
+def test_an_export_that_fails_is_not_a_checkpoint_that_fails(small_run, tmp_path, monkeypatch, capsys):
     def export(*args):
         raise OSError("model.safetensors: could not be written: No space left on device")
     monkeypatch.setattr(t, "export", export)
-    args = ("--data", sft_file, "--out", tmp_path, *SMALL_RUN)
-    assert refused(t.main, args, monkeypatch, capsys).endswith("written: No space left on device\n")
-    assert (tmp_path / "trainer" / "step-000000002" / "state.json").exists()
+    expected = "error: model.safetensors: could not be written: No space left on device\n"
+    assert refused(t.main, small_run, monkeypatch, capsys) == expected
+    assert (tmp_path / "run" / "trainer" / "step-000000002" / "state.json").exists()
 
 def test_ctrl_c_is_no_traceback(capsys):
     def body():
@@ -366,8 +367,8 @@ def test_ctrl_c_is_no_traceback(capsys):
     (("--fresh", "--device", "cuda:3"), "--device cuda:3: expected cpu or cuda"),
     (("--stpes", 3), "unrecognized arguments: --stpes 3; see --help"),
 ])
-def test_bad_input_costs_nothing(sft_file, tmp_path, whole_run, small_models, args, message, monkeypatch,
-                                 capsys):
+def test_bad_input_costs_nothing(sft_file, small_run, tmp_path, whole_run, small_models, args, message,
+                                 monkeypatch, capsys):
     """It is one line, and all files of the run are untouched."""
     if "cuda" in args and torch.cuda.is_available():
         pytest.skip("there is a GPU here")
@@ -377,24 +378,23 @@ def test_bad_input_costs_nothing(sft_file, tmp_path, whole_run, small_models, ar
     data.write_jsonl(tmp_path / "rare.jsonl", [rows[0] | {"domain": "code"}, *rows[1:]])  # which is held out
     paths = {"init": small_models[0]} | {path.stem: path for path in tmp_path.iterdir()}
     before = {p: p.stat().st_mtime_ns for p in whole_run.rglob("*") if p.is_file()}
-    args = ("--data", sft_file, "--out", whole_run, *SMALL_RUN, *[str(a).format(**paths) for a in args])
+    args = (*small_run, "--out", whole_run, *[str(a).format(**paths) for a in args])
     assert message in refused(t.main, args, monkeypatch, capsys)
     assert before == {p: p.stat().st_mtime_ns for p in whole_run.rglob("*") if p.is_file()}
 
-def test_changed_data_are_another_run(sft_file, whole_run, monkeypatch, capsys):
+def test_changed_data_are_another_run(small_run, whole_run, monkeypatch, capsys):
     monkeypatch.setattr(t.zlib, "crc32", lambda *_: 7)
-    args = ("--data", sft_file, "--out", whole_run, *SMALL_RUN)
-    assert "holds another run, with --data-checksum" in refused(t.main, args, monkeypatch, capsys)
+    err = refused(t.main, (*small_run, "--out", whole_run), monkeypatch, capsys)
+    assert "holds another run, with --data-checksum" in err
 
-def test_a_loss_that_is_not_finite_stops_the_run(sft_file, tmp_path, monkeypatch, capsys):
-    args = ("--data", sft_file, "--out", tmp_path, *SMALL_RUN, "--save-every", 1, "--lr", "1e30")
-    err = refused(t.main, args, monkeypatch, capsys)
+def test_a_loss_that_is_not_finite_stops_the_run(small_run, tmp_path, monkeypatch, capsys):
+    err = refused(t.main, (*small_run, "--save-every", 1, "--lr", "1e30"), monkeypatch, capsys)
     assert "step 2, samples 6 to 11 of the stream: " in err and "holds what was saved before" in err, err
-    weights = read_safetensors(tmp_path / "model" / "model.safetensors")
+    weights = read_safetensors(tmp_path / "run" / "model" / "model.safetensors")
     assert all(torch.isfinite(v).all() for v in weights.values())
 
-def test_compiled_blocks_train_alike(sft_file, tmp_path, small_models):
-    args = ("--data", sft_file, "--init", small_models[0], *SMALL_RUN, "--steps", 1, "--held-out", 0)
+def test_compiled_blocks_train_alike(small_run, tmp_path, small_models):
+    args = (*small_run, "--init", small_models[0], "--steps", 1, "--held-out", 0)
     launch(t.main, *args, "--out", tmp_path / "plain")
     launch(partial(processes.altered, "traced"), *args, "--out", tmp_path / "compiled", "--compile")
     plain, compiled = (read_log(tmp_path / out)[0] for out in ("plain", "compiled"))
