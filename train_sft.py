@@ -34,6 +34,7 @@ import sys
 import time
 import warnings
 import zlib
+from array import array
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -273,23 +274,25 @@ class SftFiles:
         self.max_tokens = max_tokens
         self.trim = trim
         self.checksum = 0
-        self.index = []  # (file, line number, byte at which the line begins) of each sample
-        domains = []
-        for path in files_of(pattern):
-            before = len(self)
-            offset = 0
-            with open(path, "rb") as file:
-                bar = tqdm(file, f"reading {path}", unit=" lines", delay=2, disable=quiet)
-                for number, raw in enumerate(bar, 1):
+        self.paths = files_of(pattern)
+        self.index = array("q")  # of each sample: the numbers of its file and line, the byte it begins at
+        rows = {}
+        size = sum(map(os.path.getsize, self.paths))
+        with tqdm(None, f"reading {pattern}", size, unit="B", unit_scale=True, delay=2, disable=quiet) as bar:
+            for i, path in enumerate(self.paths):
+                offset = samples = 0
+                for number, raw in enumerate(open(path, "rb"), 1):
                     self.checksum = zlib.crc32(raw, self.checksum)
                     if raw.strip():
-                        domains.append(self._check(raw, f"{path}, line {number}"))
-                        self.index.append((path, number, offset))
+                        samples += 1
+                        domain = self._check(raw, f"{path}, line {number}")
+                        if not limit or len(self) < limit:
+                            rows.setdefault(domain, array("q")).append(len(self))
+                            self.index.extend((i, number, offset))
                     offset += len(raw)
-            check(len(self) > before, f"{path}: empty; expected one JSON object per line")
-        del self.index[limit or len(self) :]
-        domains = np.array(domains[: len(self)])
-        self.rows = {str(name): np.flatnonzero(domains == name) for name in np.unique(domains)}
+                    bar.update(len(raw))
+                check(samples > 0, f"{path}: empty; expected one JSON object per line")
+        self.rows = {domain: np.array(numbers) for domain, numbers in sorted(rows.items())}
 
     def _check(self, raw, where):
         """The domain of the sample in a line. ValueError if it holds none, or one that is too long."""
@@ -301,11 +304,12 @@ class SftFiles:
         return domain
 
     def __len__(self):
-        return len(self.index)
+        return len(self.index) // 3
 
     def __getitem__(self, i):
         """Sample number i. ValueError if its file has changed and the line holds no sample any more."""
-        path, number, offset = self.index[i]
+        file, number, offset = (self.index[3 * i + k] for k in range(3))
+        path = self.paths[file]
         where = f"{path}, line {number}"
         with open(path, "rb") as file:
             file.seek(offset)
