@@ -48,7 +48,6 @@ from model import check, generate
 from rewards import check_code, check_scorable, format_ok, mixed_scripts, open_judge, verify
 from ssm_scan import to_device
 
-
 @dataclass
 class Args(train_sft.CommonArgs):
     out: str = flag("runs/tiny/rl", "folder of the run")
@@ -82,17 +81,18 @@ class Args(train_sft.CommonArgs):
     save_every: int = flag(5, "steps between checkpoints")
     eval_every: int = flag(5, "steps between printed samples, one right and one wrong")
 
-
 # 1. The formulas --------------------------------------------------------------------------------------------
-# Tensors of token terms are (t,), masked by weights that are 0 where nothing was sampled.
 
-def advantages(rewards, gate=1e-4):
+# The penalties of a reply add up to less (see check_args). So a right one with all of them beats a wrong one
+# without, and a group's rewards span this much exactly if some are right and some wrong.
+SIGNAL = 0.5
+
+def advantages(rewards):
     """A_i = (R_i - mean) / (std + 1e-6) over the G rewards of one prompt, with the population std.
-
-    Returns (G,) float64, or None if the rewards' range is below `gate`: rounding differences would otherwise
+    Returns (G,) float64, or None if they span less than SIGNAL: differences of style, or of rounding, would
     be blown up to advantages of size one."""
     r = np.asarray(rewards, np.float64)
-    if len(r) < 2 or r.max() - r.min() < gate:
+    if len(r) < 2 or r.max() - r.min() < SIGNAL:
         return None
     return (r - r.mean()) / (r.std() + 1e-6)
 
@@ -112,43 +112,35 @@ def k3(new, old):
 
 def token_weights(lengths, normalise):
     """Weight of each token of answers with these lengths, summing to 1 over the batch; one number per answer.
-
     "sequence" (the paper): 1 / (answers * length).  "token" (DAPO): 1 / (all tokens)."""
     check(normalise in ("sequence", "token"), f"--normalise {normalise}: expected sequence or token")
     if normalise == "token":
         return [1 / sum(lengths)] * len(lengths)
     return [1 / (len(lengths) * length) for length in lengths]
 
-
 # 2. Rewards -------------------------------------------------------------------------------------------------
-# The penalties add up to less (see check_args). So a right reply with all of them beats a wrong one without,
-# and a group's rewards span this much exactly if some are right and some wrong: style alone is no signal.
-SIGNAL = 0.5
 
+# Reasons of a Verdict that are counted together in the log.
 UNPARSED = ("no answer", "no code")
 KILLED = ("memory limit", "output limit", "thread limit", "disk limit", "died")
 
 def reward(verdict, text, ended, prompt, args):
     """Score of one reply and its parts; score and correct are None for an unknown verdict.
-
     text: without the token that ended it. well_formed: it ended, and is <think>reasoning</think>answer.
     mixed: share of its letters in scripts that the prompt does not use."""
     well_formed = ended and format_ok(text)
     mixed = mixed_scripts(text, prompt)
+    penalty = args.format_penalty * (not well_formed) + args.language_penalty * mixed
     parts = {"score": None, "correct": None, "well_formed": well_formed, "mixed": mixed}
     if verdict.score is not None:
-        # score = verdict - format_penalty * (not well_formed) - language_penalty * mixed
-        penalty = args.format_penalty * (not well_formed) + args.language_penalty * mixed
         parts |= {"score": verdict.score - penalty, "correct": verdict.score == 1}
     return parts
 
 def check_verifier():
     """Check the verifier on known pairs: one that always says no would train on noise."""
-    for text, gold, score in (("<think>x</think>\\boxed{\\frac12}", "0.5", 1), ("no answer", "42", 0),
-                              ("<think>x</think>\\boxed{41}", "42", 0)):
+    for text, gold, score in ((r"\boxed{\frac12}", "0.5", 1), (r"\boxed{41}", "42", 0)):
         right = verify(text, data.Problem("canary", "math", "", gold)).score == score
         check(right, f"the verifier is broken: {text!r} against {gold!r}")
-
 
 # 3. Rollouts ------------------------------------------------------------------------------------------------
 
@@ -172,15 +164,13 @@ class Rollout:
 
 def take_prompts(prompts, seed, position, count):
     """Prompts number position, position + 1, ... of an endless stream that is shuffled anew each epoch."""
-    taken = []
-    for n in range(position, position + count):
-        epoch, place = divmod(n, len(prompts))
-        order = np.random.default_rng([seed, epoch]).permutation(len(prompts))
-        taken.append(prompts[order[place]])
-    return taken
+    places = [divmod(n, len(prompts)) for n in range(position, position + count)]
+    return [prompts[train_sft.permutation(len(prompts), seed, epoch)[i]] for epoch, i in places]
 
-def new_rollout(trace, problem, prompt, text, verdict, args):
-    """The Rollout of a Trace; prompt: the ids before it, text: its tokens' text."""
+def new_rollout(trace, problem, prompt, tokenizer, verifier, args):
+    """Score a Trace -> its Rollout. prompt: the ids before it."""
+    text = data.reply_text(trace.tokens, tokenizer)
+    verdict = verifier(text, problem)
     scored = reward(verdict, text, trace.stop == "stop", problem.prompt, args)
     logged = scored | {
         "domain": problem.domain, "prompt": problem.prompt, "gold": problem.answer, "text": text,
@@ -193,7 +183,6 @@ def new_rollout(trace, problem, prompt, text, verdict, args):
 
 def sample_groups(sampler, tokenizer, verifier, args, ranks, stats, prompts, seed):
     """Sample and score args.group traces per prompt, a (problem, ids); verifier(text, problem) -> Verdict.
-
     Every rank samples its share of the prompts. Returns all groups on every rank, in the order of prompts:
     lists of Rollout, without those of unknown verdict."""
     start = time.time()
@@ -202,13 +191,9 @@ def sample_groups(sampler, tokenizer, verifier, args, ranks, stats, prompts, see
     def admit(i, sample):
         return "go" if i % ranks.world == ranks.rank else "done"
     # Programs and judges take their time, so finished traces are scored in threads while others are sampled.
-    def judge(trace):
-        problem, prompt = prompts[trace.prompt_index]
-        text = data.reply_text(trace.tokens, tokenizer)
-        return new_rollout(trace, problem, prompt, text, verifier(text, problem), args)
     def on_trace(trace):
-        trace.judged = pool.submit(judge, trace)
-
+        problem, prompt = prompts[trace.prompt_index]
+        trace.judged = pool.submit(new_rollout, trace, problem, prompt, tokenizer, verifier, args)
     try:
         traces = generate(sampler, [ids for _, ids in prompts], samples=args.group, seed=seed,
                           temperature=args.temperature, max_new_tokens=args.max_new_tokens,
@@ -229,12 +214,11 @@ def sample_groups(sampler, tokenizer, verifier, args, ranks, stats, prompts, see
 
 def collect(sample, prompts, cache, step, position, args, stats):
     """Groups with signal for one update: from the cache, then from as many calls as it takes (backfill).
-
     sample(prompts, seed) -> groups. A call takes the next args.prompts of `prompts`, from `position` on.
     Surplus groups go into the cache, first in, first out, as (step, group); their log-probabilities stay."""
     # From the cache, unless the policy has moved on for too long.
-    cache[:] = [(sampled, group) for sampled, group in cache if step - sampled <= args.cache_age]
-    chosen = [cache.pop(0) for _ in range(min(len(cache), args.prompts))]
+    young = [(sampled, group) for sampled, group in cache if step - sampled <= args.cache_age]
+    chosen = young[: args.prompts]
     stats["cached"] = len(chosen)
     stats["age"] = mean(step - sampled for sampled, _ in chosen)
     # Backfill: a group without signal gives no gradient, so sample further prompts instead.
@@ -243,22 +227,22 @@ def collect(sample, prompts, cache, step, position, args, stats):
         taken = take_prompts(prompts, args.seed, position + stats["calls"] * args.prompts, args.prompts)
         stats["calls"] += 1
         for group in sample(taken, seed):
-            values = advantages([r.score for r in group], SIGNAL)
+            values = advantages([r.score for r in group])
             stats["groups"] += 1
-            if values is None:
-                stats["all_right"] += len(group) > 1 and all(r.correct for r in group)
-                stats["all_wrong"] += len(group) > 1 and not any(r.correct for r in group)
-                continue
-            for r, value in zip(group, values):
-                r.advantage = float(value)
-            chosen.append((step, group))
+            if values is not None:
+                chosen.append((step, group))
+                for r, value in zip(group, values):
+                    r.advantage = float(value)
+            elif len(group) > 1:  # without signal, all are as the first one
+                stats["all_right" if group[0].correct else "all_wrong"] += 1
     # What is left over waits for a later step; the oldest make room.
-    cache.extend(chosen[args.prompts :])
-    del cache[: max(0, len(cache) - args.cache)]
+    surplus = young[args.prompts :] + chosen[args.prompts :]
+    cache[:] = surplus[max(0, len(surplus) - args.cache) :]
     return [group for _, group in chosen[: args.prompts]]
 
-
 # 4. The update ----------------------------------------------------------------------------------------------
+
+# Tensors of token terms are (t,), masked by weights that are 0 where nothing was sampled.
 
 def pack_values(row, name):
     """(t,) float32: field `name` of a Pack's rollouts, at the positions that predict their sampled tokens."""
@@ -269,7 +253,7 @@ def pack_values(row, name):
     return out
 
 def grpo_loss(model, row, args, positives, old=None):
-    """Loss of this rank's tokens of a Pack, and what token_stats wants to know of these, (t,) each.
+    """Loss of this rank's tokens of a Pack, their log-probabilities (t,), and their token_stats.
 
         sum of token_weight * TIS * clipped_policy_loss - mu * sum over correct answers of log p / positives
 
@@ -284,8 +268,8 @@ def grpo_loss(model, row, args, positives, old=None):
     tis = tis_weight(old, sampler, args.tis_cap)
     loss = (weight * tis * clipped_policy_loss(new, old, advantage, args.clip_low, args.clip_high)).sum()
     loss = loss - args.positive_weight * (correct * new).sum() / max(1, positives)
-    terms = {"new": new.detach(), "old": old, "entropy": entropy, "sampler": sampler}
-    return loss, terms | {"advantage": advantage, "sampled": weight > 0}
+    new = new.detach()
+    return loss, new, token_stats(args, new, old, entropy, sampler, advantage, weight > 0)
 
 def token_stats(args, new, old, entropy, sampler, advantage, sampled):
     """What the log averages over sampled tokens, by name, (t,) each; `tokens` counts them."""
@@ -309,23 +293,18 @@ def train_step(model, optimizer, groups, args, lr, ranks, stats):
         r.token_weight = weight
     positives = sum(len(r.sampler) for r in rollouts if r.correct)
     packs = data.pack(rollouts, args.pack_tokens, ranks.dp_size)
-    old = {}  # a row's log-probabilities before the first update
-    # Called once per row and pass; the first pass fixes `old`, from which later ones move away.
+    old = {}  # a row's log-probabilities in the first pass, from which later ones move away
     def loss_of(row):
-        loss, terms = grpo_loss(model, row, args, positives, old.get(id(row)))
-        old[id(row)] = terms["old"]
-        # The sums stay on the device: the host does not wait for them.
-        values = token_stats(args, **terms)
-        for name, value in values.items():
+        loss, new, values = grpo_loss(model, row, args, positives, old.get(id(row)))
+        old.setdefault(id(row), new)
+        for name, value in values.items():  # the sums stay on the device: the host does not wait for them
             stats["sums"][name] += value.sum(dtype=torch.float64)
         stats["mismatch_max"].append(values["mismatch"].max())
         return loss
-
     for _ in range(args.updates):
         loss = train_sft.accumulate_gradients(model, packs, ranks, loss_of)
         loss, norm = train_sft.optimizer_step(model, optimizer, ranks.all_sum(loss), lr, args.clip)
     return loss, norm
-
 
 # 5. The log -------------------------------------------------------------------------------------------------
 
@@ -336,6 +315,7 @@ def new_stats():
     return defaultdict(int, samples=[], sums=defaultdict(int), mismatch_max=[])
 
 def mean(values):
+    """The mean of numbers, 0 if there are none."""
     return float(np.mean(list(values) or [0]))
 
 def step_metrics(stats, loss, norm, lr, ranks):
@@ -348,20 +328,17 @@ def step_metrics(stats, loss, norm, lr, ranks):
     domains = sorted({x["domain"] for x in samples})
     for domain in domains if len(domains) > 1 else ():
         metrics[f"reward_{domain}"] = mean(x["score"] for x in known if x["domain"] == domain)
-
     # Groups and calls, seconds.
     metrics |= {name: stats[name] / max(1, stats["groups"]) for name in ("all_right", "all_wrong")}
     metrics |= {name: round(stats[name], 3) for name in ("t_sample", "t_score", "t_update")}
     metrics |= {name: stats[name] for name in ("calls", "cached", "age")}
-
-    # Means over the sampled tokens of the update, on all ranks.
+    # Means over the sampled tokens of the update, on all ranks: of entropy, clip_frac_low, clip_frac_high,
+    # kl, mismatch and capped.
     totals = ranks.all_sum(torch.stack(list(stats["sums"].values())))
     sums = dict(zip(stats["sums"], totals.tolist()))
     metrics["tokens"] = int(sums["tokens"])
-    # (entropy, clip_frac_low, clip_frac_high, kl, mismatch, capped)
     metrics |= {name: total / sums["tokens"] for name, total in sums.items() if name != "tokens"}
     metrics["mismatch_max"] = max(ranks.all_values(float(torch.stack(stats["mismatch_max"]).max())))
-
     # Means over replies.
     for name in ("well_formed", "mixed", "length", "truncated", "unparsed", "timeouts", "killed", "unknown"):
         metrics[name] = mean(x[name] for x in samples)
@@ -379,7 +356,6 @@ def print_samples(samples):
             about = f"{x['prompt']} (gold {x['gold']}, score {x['score']:g})"
             tqdm.write(f"{label}: {about} {x['text']!r}", file=sys.stdout)
 
-
 # 6. Training ------------------------------------------------------------------------------------------------
 
 def check_args(args):
@@ -393,14 +369,17 @@ def check_args(args):
           f"--format-penalty plus --language-penalty must be below {SIGNAL}, or style could beat being right")
 
 def open_prompts(args, tokenizer, ranks):
-    """The prompts of --problems, a list of (problem, ids), the same on all ranks."""
+    """The prompts of --problems, a list of (problem, ids), the same on all ranks, and their checksum."""
     problems = data.read_problems(args.problems, args.limit, partial(check_scorable, judge=args.judge))
     text = "".join(p.prompt + p.answer for p in problems)
-    ranks.check_same_on_all("the problems' checksum", zlib.crc32(text.encode(errors="surrogatepass")))
+    checksum = zlib.crc32(text.encode(errors="surrogatepass"))
+    ranks.check_same_on_all("the problems' checksum", checksum)
     check_code(problems, args.problems, args.unsafe_local_execution, quiet=ranks.rank > 0)
-    chats = [[{"role": "user", "content": problem.prompt}] for problem in problems]
-    return [(problem, data.render_chat(chat, tokenizer, generation_prompt=True)[0])
-            for problem, chat in zip(problems, chats)]
+    prompts = []
+    for problem in problems:
+        chat = [{"role": "user", "content": problem.prompt}]
+        prompts.append((problem, data.render_chat(chat, tokenizer, generation_prompt=True)[0]))
+    return prompts, checksum
 
 def main():
     args = data.parse_args(Args, __doc__.partition("\n\n")[0])
@@ -411,22 +390,22 @@ def main():
 
     # Bad input must cost nothing: read everything before Run() deletes what --fresh replaces.
     tokenizer = data.load_tokenizer(args.init)
-    prompts = open_prompts(args, tokenizer, ranks)
-    unsafe = args.unsafe_local_execution
-    verifier = partial(verify, judge=open_judge(args), limit=args.code_tests, unsafe=unsafe)
+    prompts, checksum = open_prompts(args, tokenizer, ranks)
+    verifier = partial(verify, judge=open_judge(args), limit=args.code_tests,
+                       unsafe=args.unsafe_local_execution)
     model = train_sft.shard(train_sft.load_model(args.init), ranks, args.checkpoint_activations, args.compile)
 
     # Continue after the last checkpoint, if there is one.
-    run = train_sft.Run(args, ranks, tokenizer, volatile=("judge", "judge_cache"))
+    run = train_sft.Run(args, ranks, tokenizer, checksum, volatile=("judge", "judge_cache"))
     optimizer = train_sft.make_optimizer(model, args.lr, args.weight_decay)
     state = {"position": 0, "cache": [], "unknown": {}} | run.resume(model, optimizer)
     position = state["position"]
     cache = [(sampled, [Rollout(**r) for r in group]) for sampled, group in state["cache"]]
     unknown = Counter(state["unknown"])  # unknown verdicts of the run, by reason
+    if state["step"] > 0:  # its line is missing if the run was killed between saving and logging
+        run.write(state["step"], state["record"], SHOWN)
     sampler = train_sft.unsharded_copy(model)
     with run:
-        if run.last_logged < state["step"]:  # the run was killed between saving and logging
-            run.write(state["step"], state["record"], SHOWN)
         for step in range(state["step"], args.steps):
             start = time.time()
             done = step + 1
@@ -444,15 +423,14 @@ def main():
                 loss, norm = train_step(model, optimizer, groups, args, lr, ranks, stats)
             except ValueError as e:
                 last = position + stats["calls"] * args.prompts - 1
-                raise run.failed(done, f"prompts {position} to {last} of the stream: {e}") from None
-
+                what = f"prompts {position} to {last} of the stream: {e}"
+                raise ValueError(f"step {done}, {what}; {run.trainer} holds what was saved before") from None
             # The next step samples other prompts, from the new weights.
             position += stats["calls"] * args.prompts
             sampler = train_sft.unsharded_copy(model, sampler)
             stats["t_update"] = time.time() - before
             record = step_metrics(stats, loss, norm, lr, ranks)
             record["seconds"] = round(time.time() - start, 3)
-
             # What a resumed run continues from: the next prompt, the surplus groups, the verdicts so far.
             if done == args.steps or done % args.save_every == 0:
                 kept = [(sampled, [asdict(r) for r in group]) for sampled, group in cache]
@@ -463,9 +441,8 @@ def main():
             run.write(done, record, SHOWN)
 
 def check_signal(groups, stats, unknown, verdicts, last, ranks):
-    """ValueError if too many of the run's verdicts are unknown, or no group carries signal.
-
-    Tells, too, if no reply of the step is right, and checks that the verifier still works."""
+    """ValueError if too many of the run's verdicts are unknown, no group carries signal, or the verifier does
+    not work any more. Tells if no reply of the step is right."""
     check_verifier()
     if {x["correct"] for x in stats["samples"]} - {None} == {False} and ranks.rank == 0:
         tqdm.write(f"none of {len(stats['samples'])} replies is right; look at them (--eval-every 1) and at "

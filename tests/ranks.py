@@ -35,8 +35,9 @@ class Result(NamedTuple):
     out: str
     err: str
 
-def launch(body, *args, ranks=1):
-    """Run body() in processes, args being the command line -> a Result per rank, or that of the only one."""
+def launch(body, *args, ranks=1, status=0):
+    """Run body() in processes, args being the command line -> a Result per rank, or that of the only one.
+    All must end with this status; None: with any."""
     with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -51,6 +52,7 @@ def launch(body, *args, ranks=1):
             out, err = (Path(folder, f"{rank}.{name}").read_text() for name in ("out", "err"))
             results.append(Result(process.exitcode, out, err))
             process.kill()
+    assert status is None or {result.status for result in results} == {status}, results
     return results if ranks > 1 else results[0]
 
 def _rank(body, args, rank, ranks, port, folder):
@@ -82,20 +84,15 @@ def die_at(script, moment, rank=0):
     data.write_text = dying(data.write_text, lambda path, text: str(path))
     importlib.import_module(script).main()
 
-def full_disk():
-    """train_sft.py where no file may exceed 2 MB."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))
-    train_sft.main()
-
-def traced():
-    """train_sft.py whose --compile does all but generate code, which takes most of the time."""
-    torch.compile = partial(torch.compile, backend="eager")
-    train_sft.main()
-
-def differ(what):
-    """train_sft.py on ranks that were started with other seeds, or see other files."""
-    if what == "files":
-        crc32 = zlib.crc32
+def altered(how):
+    """train_sft.py with a disk that holds files of 2 MB at most; with a --compile that does all but generate
+    code, which takes most of the time; on ranks that see other files, or are started with other seeds."""
+    crc32 = zlib.crc32
+    if how == "full disk":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))
+    elif how == "traced":
+        torch.compile = partial(torch.compile, backend="eager")
+    elif how == "files":
         train_sft.zlib.crc32 = lambda raw, before=0: crc32(raw, before) ^ dist.get_rank()
     else:
         sys.argv += ["--seed", os.environ["RANK"]]

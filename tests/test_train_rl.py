@@ -7,6 +7,7 @@ import shutil
 from collections import Counter
 from dataclasses import asdict, replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,24 +25,23 @@ from model import PRESETS, FalconH1, Trace, generate
 RIGHT, WRONG = rewards.Verdict(1.0, "right"), rewards.Verdict(0.0, "wrong")
 UNKNOWN = rewards.Verdict(None, "unknown: down")
 
-
 # 1. Formulas ------------------------------------------------------------------------------------------------
+
+ONE_RIGHT = [math.sqrt(3)] + [-1 / math.sqrt(3)] * 3
 
 def test_advantages_by_hand():
     assert r.advantages([1, 0, 0, 1]) == pytest.approx([1, -1, -1, 1], abs=1e-5)
-    assert r.advantages([1, 0, 0, 0]) == pytest.approx([math.sqrt(3)] + [-1 / math.sqrt(3)] * 3, abs=1e-5)
-    assert r.advantages([1, 1, 1]) is None and r.advantages([0.5]) is None
-    assert r.advantages([0.3, 0.3 + 1e-9]) is None  # rounding is no signal
+    assert r.advantages([1, 0, 0, 0]) == pytest.approx(ONE_RIGHT, abs=1e-5)
+    for scores in ([1, 1, 1], [0.3, 0.3 + 1e-9], [0.5], [1.0], []):  # rounding; too few
+        assert r.advantages(scores) is None
 
 def test_style_alone_is_no_signal_and_one_right_answer_is():
     # Penalties of 0.3 and 0.15: below 0.5 together. All right, from none of them to both: 1, 0.7, 0.55.
-    assert r.advantages([1, 1, 0.7, 0.55], r.SIGNAL) is None
-    assert r.advantages([0, 0, -0.3, -0.45], r.SIGNAL) is None  # all wrong
+    for scores in ([1, 1, 0.7, 0.55], [0, 0, -0.3, -0.45], [0.499, 0, 0]):
+        assert r.advantages(scores) is None
     # One right with both penalties among wrong ones without: 0.55 against 0, mean 0.1375, std 0.238.
-    expected = [math.sqrt(3)] + [-1 / math.sqrt(3)] * 3
-    assert r.advantages([0.55, 0, 0, 0], r.SIGNAL) == pytest.approx(expected, abs=1e-4)
-    assert r.advantages([0.501, 0, 0], r.SIGNAL) is not None and r.advantages([0.499, 0, 0], r.SIGNAL) is None
-    assert r.advantages([1.0], r.SIGNAL) is None and r.advantages([], r.SIGNAL) is None  # too little is known
+    assert r.advantages([0.55, 0, 0, 0]) == pytest.approx(ONE_RIGHT, abs=1e-4)
+    assert r.advantages([0.501, 0, 0]) is not None
 
 def test_clipped_policy_loss_by_hand():
     old = torch.zeros(6)
@@ -106,11 +106,15 @@ def test_a_broken_verifier_is_noticed(monkeypatch):
         with pytest.raises(ValueError, match="verifier is broken"):
             r.check_verifier()
 
-
 # 2. The gradient --------------------------------------------------------------------------------------------
 
 def rollout(ids, prompt, sampler, score, **fields):
     return r.Rollout(ids, prompt, sampler, score, score >= 0.5, {}, **fields)
+
+def collected(groups, **settings):
+    """collect() from one call that gives these groups: the groups chosen, and the stats."""
+    stats, args = r.new_stats(), r.Args(prompts=len(groups), max_calls=1, **settings)
+    return r.collect(lambda *_: groups, [None], [], 0, 0, args, stats), stats
 
 @pytest.fixture(scope="module")
 def setting():
@@ -121,28 +125,19 @@ def setting():
     prompts = [tokenizer.encode("12*3=?"), tokenizer.encode("4+5=?")]
     stop_ids = list(range(0, 272, 9))
     traces = generate(model, prompts, max_new_tokens=12, samples=4, temperature=0.85, stop_ids=stop_ids)
-    groups = [[], []]
+    rollouts = []
     for i, trace in enumerate(traces):
         prompt = prompts[trace.prompt_index]
-        ids = [*prompt, *trace.tokens]
-        groups[trace.prompt_index].append(rollout(ids, len(prompt), trace.logprobs, float(i % 3 == 0)))
-    for group in groups:
-        for x, a in zip(group, r.advantages([x.score for x in group])):
-            x.advantage = float(a)
-    return model, groups
+        rollouts.append(rollout([*prompt, *trace.tokens], len(prompt), trace.logprobs, float(i % 3 == 0)))
+    return model, collected([rollouts[:4], rollouts[4:]])[0]
 
-class NoStep:
-    """An optimizer that leaves the gradient to be looked at."""
-    param_groups = ()
-    def step(self):
-        pass
-    def zero_grad(self):
-        pass
+# An optimizer that leaves the gradient to be looked at.
+NO_STEP = SimpleNamespace(param_groups=(), step=lambda: None, zero_grad=lambda: None)
 
 def gradient(model, groups, **changes):
     model.zero_grad()
     stats = r.new_stats()
-    loss, _ = r.train_step(model, NoStep(), groups, r.Args(clip=1e9, **changes), 0, train_sft.Ranks(), stats)
+    loss, _ = r.train_step(model, NO_STEP, groups, r.Args(clip=1e9, **changes), 0, train_sft.Ranks(), stats)
     return loss, torch.cat([p.grad.flatten() for p in model.parameters()]), stats
 
 @pytest.mark.parametrize("normalise", ["sequence", "token"])
@@ -181,7 +176,7 @@ def test_a_second_update_has_a_ratio(setting):
 def test_a_step_waits_for_the_gpu_once(rows, monkeypatch):
     model, args, stats = model_of_a_gpu(), r.Args(pack_tokens=200), r.new_stats()
     groups = [[rollout([7] * 100, 10, [-1.0] * 90, score) for score in (1.0, 0.0)] for _ in range(rows)]
-    step = partial(r.train_step, model, NoStep(), groups, args, 0, train_sft.Ranks(), stats)
+    step = partial(r.train_step, model, NO_STEP, groups, args, 0, train_sft.Ranks(), stats)
     traffic = traffic_of(step, monkeypatch)
     assert traffic.reads == 1  # loss and norm; the statistics are read when they are logged
     assert traffic.copies == 2 * rows  # ids and targets; what the loss knows of its tokens
@@ -194,43 +189,36 @@ def test_the_stop_token_is_learned_and_the_prompt_is_not(setting):
     assert (values[: x.prompt - 1] == 0).all()
     assert r.Rollout(**json.loads(json.dumps(asdict(x)))) == x  # as the cache is saved
 
-
 # 3. Groups --------------------------------------------------------------------------------------------------
 
-def sampled(monkeypatch, *groups):
-    """sample_groups() on scripted verdicts, a list of them per prompt: its groups, and the stats."""
-    tokenizer, traces, flat = data.Tokenizer.byte_level(), [], []
-    for i, group in enumerate(groups):
-        for j, verdict in enumerate(group):  # a reply's text is the place of its verdict
-            traces.append(Trace(i, j, tokenizer.encode(str(len(flat))), [0.0], stop="stop"))
-            flat.append(verdict)
+def scored(monkeypatch, replies, problems, verifier, **settings):
+    """sample_groups() on scripted replies, a list of texts per problem: its groups, and the stats."""
+    tokenizer, stats = data.Tokenizer.byte_level(), r.new_stats()
+    traces = [Trace(i, j, [*tokenizer.encode(text), tokenizer.stop_ids[0]], [], stop="stop")
+              for i, texts in enumerate(replies) for j, text in enumerate(texts)]
     monkeypatch.setattr(r, "generate", lambda *_, on_trace, **__: [on_trace(x) for x in traces] and traces)
-    prompts = [(data.Problem(str(i), "math", "1?", "1"), [1, 2]) for i in range(len(groups))]
-    stats, args = r.new_stats(), r.Args(group=len(groups[0]), format_penalty=0.0)
-    verifier = lambda text, problem: flat[int(text)]  # noqa: E731
+    args, prompts = r.Args(group=len(replies[0]), **settings), [(problem, [1, 2]) for problem in problems]
     return r.sample_groups(None, tokenizer, verifier, args, train_sft.Ranks(), stats, prompts, 0), stats
 
-def collected(groups, **settings):
-    """collect() from one call that gives these groups: the groups chosen, and the stats."""
-    stats, args = r.new_stats(), r.Args(prompts=len(groups), max_calls=1, **settings)
-    return r.collect(lambda *_: groups, [None], [], 0, 0, args, stats), stats
+def sampled(monkeypatch, *replies):
+    """The same for groups of one-letter replies, which are r(ight), w(rong) or unknown: ½, of two bytes."""
+    verdicts = {"r": RIGHT, "w": WRONG, "½": UNKNOWN}
+    problems = [data.Problem("1", "math", "1?", "1")] * len(replies)
+    return scored(monkeypatch, replies, problems, lambda text, _: verdicts[text], format_penalty=0.0)
 
 def test_unknown_verdicts_are_in_no_group_and_in_no_mean(monkeypatch):
-    scripted = [[RIGHT, UNKNOWN, WRONG, WRONG], [UNKNOWN, UNKNOWN, UNKNOWN, RIGHT], [UNKNOWN] * 4]
-    groups, stats = sampled(monkeypatch, *scripted)
+    groups, stats = sampled(monkeypatch, "r½ww", "½½½r", "½½½½")
     assert [[x.score for x in group] for group in groups] == [[1, 0, 0], [1], []]
     stats["sums"]["tokens"] = torch.tensor(1)
     stats["mismatch_max"].append(torch.tensor(0))
     record = r.step_metrics(stats, 0.0, 0.0, 0.0, train_sft.Ranks())
     assert record["reward"] == record["correct"] == 0.5 and record["reward_std"] == 0.5  # 1, 0, 0, 1
     assert record["unknown"] == 8 / 12
-    assert record["length"] == pytest.approx(14 / 12)  # of all: the texts are 0 to 11
-    assert record["length_right"] == record["length_wrong"] == 1
+    assert record["length"] == pytest.approx((4 * 2 + 8 * 3) / 12)  # of all, the stop tokens included
+    assert record["length_right"] == record["length_wrong"] == 2
 
 def test_groups_with_fewer_than_two_known_verdicts_have_no_signal(monkeypatch):
-    unknown = [[UNKNOWN, UNKNOWN, RIGHT], [UNKNOWN] * 3]
-    known = [[RIGHT, UNKNOWN, WRONG], [RIGHT, RIGHT, UNKNOWN], [WRONG, WRONG, UNKNOWN]]
-    chosen, stats = collected(sampled(monkeypatch, *unknown, *known)[0])
+    chosen, stats = collected(sampled(monkeypatch, "½½r", "½½½", "r½w", "rr½", "ww½")[0])
     assert [[x.advantage for x in group] for group in chosen] == [pytest.approx([1, -1], abs=1e-5)]
     assert (stats["groups"], stats["all_right"], stats["all_wrong"]) == (5, 1, 1)
 
@@ -284,23 +272,15 @@ MISSING = [f"{name}: {why}" for name, why in sandbox.sandbox_walls().items() if 
 
 @pytest.mark.skipif(bool(MISSING), reason=f"no isolation here: {MISSING}")
 def test_training_rewards_code_and_answers_side_by_side(monkeypatch):
-    tokenizer = data.Tokenizer.byte_level()
     tests = {"tests": [{"input": "1 2\n", "output": "3\n"}, {"input": "10 20", "output": "30"}]}
     problems = [data.Problem("1", "code", "Add.", "", tests), data.Problem("2", "math", "1+1?", "2")]
     reply = "<think>Hm.</think>Here it is.\n```python\nprint({})\n```"
     add, three = reply.format("sum(map(int, input().split()))"), reply.format(3)
-    traces = []
-    for i, texts in enumerate([[three, add, "no"], ["<think>x</think>\\boxed{2}", add, "no"]]):
-        ids = [[*tokenizer.encode(text), tokenizer.stop_ids[0]] for text in texts]
-        traces += [Trace(i, j, tokens, [], stop="stop") for j, tokens in enumerate(ids)]
-    monkeypatch.setattr(r, "generate", lambda *_, on_trace, **__: [on_trace(x) for x in traces] and traces)
-    prompts = [(problem, tokenizer.encode(problem.prompt)) for problem in problems]
-    ranks, stats = train_sft.Ranks(), r.new_stats()
-    groups = r.sample_groups(None, tokenizer, rewards.verify, r.Args(group=3), ranks, stats, prompts, 0)
+    replies = [[three, add, "no"], ["<think>x</think>\\boxed{2}", add, "no"]]
+    groups, stats = scored(monkeypatch, replies, problems, rewards.verify)
     assert [[x.score for x in group] for group in groups] == [[0, 1, -0.1], [1, 0, -0.1]]
     assert [x["correct"] for x in stats["samples"]] == [False, True, False, True, False, False]
     assert stats["samples"][2]["reason"] == "no code" and stats["samples"][2]["unparsed"]
-
 
 # 4. Runs ----------------------------------------------------------------------------------------------------
 
@@ -308,15 +288,13 @@ def test_training_rewards_code_and_answers_side_by_side(monkeypatch):
 def start(tmp_path_factory):
     """A checkpoint that has just learned to answer at all; problems so easy that some answers are right."""
     folder = tmp_path_factory.mktemp("rl")
-    answers = [(f"{i}?", f"<think>{i}</think>\\boxed{{{i % 2}}}") for i in range(10)]
-    chats = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in answers]
-    rows = [{"messages": chat, "domain": "math", "weight": 1} for chat in chats] * 6
+    problems = [data.Problem(str(i), "math", f"{i}?", str(i % 2)) for i in range(10)]
+    replies = [f"<think>{p.id}</think>\\boxed{{{p.answer}}}" for p in problems]
+    rows = [data.sft_record(*pair, 1) for pair in zip(problems, replies)] * 6
     data.write_jsonl(folder / "sft.jsonl", rows)
-    problems = [{"id": str(i), "domain": "math", "prompt": f"{i}?", "answer": str(i % 2)} for i in range(10)]
-    data.write_jsonl(folder / "rl.jsonl", problems)
-    result = launch(train_sft.main, "--data", folder / "sft.jsonl", "--out", folder / "sft", "--steps", 60,
-                    "--batch", 10, "--held-out", 0, "--lr", 0.01)
-    assert result.status == 0, result.err
+    data.write_jsonl(folder / "rl.jsonl", [p.record() for p in problems])
+    launch(train_sft.main, "--data", folder / "sft.jsonl", "--out", folder / "sft", "--steps", 60,
+           "--batch", 10, "--held-out", 0, "--lr", 0.01)
     return folder
 
 def rl_args(start):
@@ -326,17 +304,14 @@ def rl_args(start):
 
 @pytest.fixture(scope="module")
 def whole_run(start):
-    result = launch(r.main, *rl_args(start), "--out", start / "whole")
-    assert result.status == 0, result.err
-    assert "wrong: " in result.out
+    assert "wrong: " in launch(r.main, *rl_args(start), "--out", start / "whole").out
     return start / "whole"
 
 @pytest.mark.parametrize("moment", ["log of step 3", "step-000000004.tmp/state.json"])
 def test_a_killed_run_ends_like_one_that_was_not(start, tmp_path, whole_run, moment):
     args = (*rl_args(start), "--out", tmp_path / "run")
-    assert launch(partial(processes.die_at, "train_rl", moment), *args).status == -9
-    result = launch(r.main, *args)
-    assert result.status == 0, result.err
+    launch(partial(processes.die_at, "train_rl", moment), *args, status=-9)
+    launch(r.main, *args)
     assert_same_run(whole_run, tmp_path / "run")
 
 def test_the_log_has_what_it_promises(whole_run):
@@ -356,9 +331,7 @@ def test_ranks_sample_and_reward_like_one(start, tmp_path, whole_run):
     one = read_log(whole_run)
     for ranks, flags in ((2, ()), (3, ("--cp", 3, "--checkpoint-activations", "--steps", 2))):
         body = partial(processes.count_copies, "train_rl", 1)
-        args = (*rl_args(start), "--out", tmp_path / str(ranks), *flags)
-        results = launch(body, *args, ranks=ranks)
-        assert {x.status for x in results} == {0}, results[0].err
+        results = launch(body, *rl_args(start), "--out", tmp_path / str(ranks), *flags, ranks=ranks)
         assert all("made 1 copies" in x.out for x in results)  # refreshed in place after each step
         log = read_log(tmp_path / str(ranks))
         for name in ("reward", "correct", "all_right", "all_wrong", "length", "calls", "tokens"):
@@ -368,7 +341,7 @@ def test_ranks_sample_and_reward_like_one(start, tmp_path, whole_run):
 
     shutil.rmtree(tmp_path / "2" / "trainer" / "step-000000004")
     results = launch(r.main, *rl_args(start), "--out", tmp_path / "2", ranks=2)
-    assert {x.status for x in results} == {0} and "continuing after step 2" in results[0].out, results[0].err
+    assert "continuing after step 2" in results[0].out
     again = read_log(tmp_path / "2")
     assert [x["step"] for x in again] == [1, 2, 3, 4]
     assert [x["reward"] for x in again] == pytest.approx([x["reward"] for x in one], abs=0.1)
@@ -424,7 +397,7 @@ def test_bad_input_is_one_line(start, tmp_path, args, message, monkeypatch, caps
     data.write_jsonl(tmp_path / "hard.jsonl", [problem | {"answer": "123456789"}])
     FalconH1(replace(PRESETS["tiny"], vocab_size=271)).save_pretrained(tmp_path / "small")
     data.Tokenizer.byte_level().save(tmp_path / "small")
-    paths = {"bad": tmp_path / "bad.jsonl", "hard": tmp_path / "hard.jsonl", "small": tmp_path / "small"}
+    paths = {path.stem: path for path in tmp_path.iterdir()}
     monkeypatch.chdir(tmp_path)
     given = [str(a).format(**paths) for a in args]
     args = (*rl_args(start), "--format-penalty", 0, "--max-calls", 1, *given, "--out", tmp_path / "run")

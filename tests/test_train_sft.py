@@ -29,12 +29,39 @@ from model import PRESETS, FalconH1, read_safetensors
 
 ROOT = Path(__file__).parent.parent
 TIMES = ("seconds", "t_sample", "t_score", "t_update", "t_verify")
+TOKENIZER = data.Tokenizer.byte_level()
+SMALL_RUN = ("--batch", 6, "--held-out", 4, "--steps", 6, "--eval-every", 100, "--save-every", 2)
 
 @pytest.fixture(scope="module")
 def sft_file(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     assert data.main(["make", "--out", str(folder), "--sft", "60", "--rl", "40", "--heldout", "10"]) == 0
     return folder / "sft.jsonl"
+
+@pytest.fixture(scope="module")
+def small_models(tmp_path_factory):
+    """Models whose heads 2 or 4 ranks can share; keys, values, B and C evenly, or a copy for each head."""
+    folder = tmp_path_factory.mktemp("init")
+    heads = {"num_attention_heads": 4, "head_dim": 16, "num_key_value_heads": 2, "mamba_n_heads": 12,
+             "mamba_d_head": 8}
+    for name, groups in (("even", 2), ("uneven", 3)):
+        torch.manual_seed(0)
+        config = replace(PRESETS["tiny"], initializer_range=0.02, num_hidden_layers=2, **heads)
+        FalconH1(replace(config, mamba_n_groups=groups)).save_pretrained(folder / name)
+        TOKENIZER.save(folder / name)
+    return [folder / "even", folder / "uneven"]
+
+@pytest.fixture
+def small_run(sft_file, tmp_path):
+    """Its command line; a flag that is given again replaces the first one."""
+    return ("--data", sft_file, "--out", tmp_path / "run", *SMALL_RUN)
+
+@pytest.fixture(scope="module")
+def whole_run(sft_file, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "whole"
+    result = launch(t.main, "--data", sft_file, "--out", out, *SMALL_RUN)
+    assert "sample: " in result.out and "left" in result.out
+    return out
 
 def refused(main, args, monkeypatch, capsys):
     """Run a script's main in this process; it must end in one line and exit status 1. Returns the line."""
@@ -48,14 +75,14 @@ def read_log(out):
     records = [json.loads(line) for line in open(out / "log.jsonl")]
     return [{k: v for k, v in record.items() if k not in TIMES} for record in records]
 
+def assert_same_weights(one, other):
+    a, b = (read_safetensors(folder / "model.safetensors") for folder in (one, other))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
 def assert_same_run(one, other):
     """Two runs end in the same weights and have the same log, bit for bit."""
-    a, b = (read_safetensors(out / "model" / "model.safetensors") for out in (one, other))
-    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert_same_weights(one / "model", other / "model")
     assert read_log(one) == read_log(other)
-
-SMALL_RUN = ("--batch", 6, "--held-out", 4, "--steps", 6, "--eval-every", 100, "--save-every", 2)
-
 
 # 1. Formulas ------------------------------------------------------------------------------------------------
 
@@ -78,28 +105,15 @@ def test_heads_of_ranks():
     assert lists(4, 4, 2) == [[[0], [1], [2], [3]], [[0], [0], [1], [1]]]
     assert lists(12, 4, 3)[1] == [[0, 0, 0], [0, 1, 1], [1, 1, 2], [2, 2, 2]]  # uneven: one for every head
     own, read = t.split_heads(4, 2, 1)
-    index, sizes = t.gather_index([(0, 2, own), (8, 3, read)])  # heads of 2 columns, then a group of 3
+    index, sizes = t.gather_index([(4, 2, own), (1, 3, read)])  # heads of 2 columns, then a group of 3
     assert index.tolist() == [[0, 1, 2, 3, 8, 9, 10], [4, 5, 6, 7, 8, 9, 10]] and sizes == [4, 3]
-
-def test_work_is_shared_out_and_gathered(monkeypatch):
-    """Every rank does its share, and gets all results in order."""
-    def share(rank):
-        called = []
-        monkeypatch.setattr(t.Ranks, "gather", lambda self, items: items)
-        return t.Ranks(rank, 3).share_out(lambda x: called.append(x) or 10 * x, [5, 7, 11, 2, 3]), called
-    parts = [share(rank) for rank in range(3)]
-    assert [called for _, called in parts] == [[5, 2], [7, 3], [11]]
-    monkeypatch.undo()
-    monkeypatch.setattr(t.Ranks, "all_values", lambda self, value: [part for part, _ in parts])
-    assert t.Ranks(1, 3).gather(parts[1][0]) == [50, 70, 110, 20, 30]
-
 
 # 2. What a step asks of a GPU -------------------------------------------------------------------------------
 
 class Traffic(TorchDispatchMode):
     """What passes between the host and a GPU, for which "meta" stands in. copies: to the GPU. reads: from it,
     for which the host waits; an operator whose result has a shape that only the GPU knows cannot run at all.
-    created: (operator, numbers) of each tensor that is new there, neither a view nor changed in place."""
+    created: the size of each tensor that is new there, neither a view nor changed in place."""
 
     def __init__(self):
         super().__init__()
@@ -118,8 +132,8 @@ class Traffic(TorchDispatchMode):
         out = function(*args, **(kwargs or {}))
         owned = {v.untyped_storage()._cdata for v in given}
         new = [v for v in tree_leaves(out) if isinstance(v, torch.Tensor) and v.is_meta]
-        new = [v for v in new if v.untyped_storage()._cdata not in owned]
-        self.created += [(function.__name__, v.numel()) for v in new]
+        new = [v.numel() for v in new if v.untyped_storage()._cdata not in owned]
+        self.created += new
         if function is torch.ops.aten.copy_.default:
             self.copies += args[0].is_meta and not args[1].is_meta
         else:
@@ -129,10 +143,9 @@ class Traffic(TorchDispatchMode):
 def traffic_of(step, monkeypatch):
     """Of a step, when the tables of its rows have been made. Operators are a GPU's; "meta" runs no kernel."""
     monkeypatch.setattr(ssm_scan, "_backend", lambda name, x: "triton")
-    with Traffic():
-        step()
-    with Traffic() as traffic:
-        step()
+    for _ in range(2):
+        with Traffic() as traffic:
+            step()
     return traffic
 
 def model_of_a_gpu(layers=3):
@@ -150,17 +163,15 @@ def step_of_a_gpu(rows=1, layers=3):
 def test_a_step_waits_for_the_gpu_once(rows, monkeypatch):
     step = step_of_a_gpu(rows)
     traffic = traffic_of(step, monkeypatch)
-    assert traffic.reads == 1  # loss and norm
-    assert traffic.copies == 2 * rows  # ids and targets; weights
+    assert (traffic.reads, traffic.copies) == (1, 2 * rows)  # loss and norm; ids and targets, weights
     for table in [*vars(model).values(), *vars(ssm_scan).values()]:
         if hasattr(table, "cache_clear"):
             table.cache_clear()
     with Traffic() as traffic:
         step()
-    assert traffic.reads == 1
     # And what the mixers know of these documents. The table of chunks, two more copies, is made inside of
     # operators, which "meta" does not run.
-    assert 2 * rows < traffic.copies <= 2 * rows + 2
+    assert traffic.reads == 1 and 2 * rows < traffic.copies <= 2 * rows + 2
 
 def test_a_held_out_loss_is_read_once(monkeypatch):
     model, sample = model_of_a_gpu(), data.Sample(np.arange(200), np.arange(200) > 9, 1.0, "math")
@@ -172,20 +183,16 @@ def test_a_held_out_loss_is_read_once(monkeypatch):
 
 def test_a_block_creates_no_more_tensors_than_it_did(monkeypatch):
     """At least as large as the hidden states, forward and backward; those inside of kernels are not seen."""
-    def large(layers):
-        created = traffic_of(step_of_a_gpu(layers=layers), monkeypatch).created
-        return Counter(name for name, n in created if n >= 200 * 96)
-
-    two_blocks = large(3) - large(1)
-    assert two_blocks.total() <= 2 * 118, two_blocks
-
+    created = {n: traffic_of(step_of_a_gpu(layers=n), monkeypatch).created for n in (3, 1)}
+    large = {n: sum(size >= 200 * 96 for size in sizes) for n, sizes in created.items()}
+    assert large[3] - large[1] <= 2 * 118, large
 
 # 3. Ranks and rows change nothing ---------------------------------------------------------------------------
 
 def test_the_split_into_rows_changes_nothing(sft_file):
     torch.manual_seed(0)
     model = FalconH1(PRESETS["tiny"])
-    samples = [*t.SftFiles(str(sft_file), data.Tokenizer.byte_level(), 512, limit=9)]
+    samples = [*t.SftFiles(str(sft_file), TOKENIZER, 512, limit=9)]
 
     def gradients(packs, world=1):
         model.zero_grad()
@@ -208,19 +215,6 @@ def test_the_split_into_rows_changes_nothing(sft_file):
         assert other == pytest.approx(loss, rel=1e-6)
         assert (theirs - grad).norm() / grad.norm() < 1e-6
 
-@pytest.fixture(scope="module")
-def small_models(tmp_path_factory):
-    """Models whose heads 2 or 4 ranks can share; keys, values, B and C evenly, or a copy for each head."""
-    folder = tmp_path_factory.mktemp("init")
-    for name, groups in (("even", 2), ("uneven", 3)):
-        torch.manual_seed(0)
-        heads = {"num_attention_heads": 4, "head_dim": 16, "num_key_value_heads": 2, "mamba_n_heads": 12,
-                 "mamba_d_head": 8, "mamba_n_groups": groups}
-        config = replace(PRESETS["tiny"], initializer_range=0.02, num_hidden_layers=2, **heads)
-        FalconH1(config).save_pretrained(folder / name)
-        data.Tokenizer.byte_level().save(folder / name)
-    return [folder / "even", folder / "uneven"]
-
 @pytest.mark.parametrize(("world", "settings"), [
     (2, [(1, 1, 120), (1, 2, 4096), (2, 1, 4096)]),
     (4, [(1, 1, 4096), (2, 2, 300), (2, 1, 120), (4, 1, 120)])])
@@ -229,7 +223,6 @@ def test_ranks_compute_the_gradient_of_one_process(sft_file, small_models, world
     three or more. Documents are uneven, and where rows are short, activations are recomputed."""
     body = partial(processes.compare_gradients, small_models, str(sft_file), settings)
     results = launch(body, ranks=world)
-    assert {r.status for r in results} == {0}, [r.err for r in results]
     assert results[0].out.count("loss off by") == len(settings) + 1  # the last one on both models
 
 def test_runs_of_other_ranks_are_the_same_run(sft_file, small_models, tmp_path):
@@ -241,10 +234,9 @@ def test_runs_of_other_ranks_are_the_same_run(sft_file, small_models, tmp_path):
         data.write_jsonl(tmp_path / f"part-{i}.jsonl", part)
     args = ("--data", tmp_path / "part-*.jsonl", "--mixture", "math=3,code=2,science=1", "--context", 90,
             "--trim", "--init", small_models[0], *SMALL_RUN, "--steps", 4, "--eval-every", 3)
-    one = launch(t.main, *args, "--out", tmp_path / "one")
+    launch(t.main, *args, "--out", tmp_path / "one")
     body = partial(processes.count_copies, "train_sft", 0)
     four = launch(body, *args, "--out", tmp_path / "four", "--cp", 2, "--replicas", 2, ranks=4)
-    assert {r.status for r in (one, *four)} == {0}, one.err + four[0].err
     assert all("made 2 copies" in r.out for r in four)
     expected = read_log(tmp_path / "one")
     assert 0 < sum(r["trimmed"] for r in expected) < 24 and all(r["tokens"] <= 6 * 90 for r in expected)
@@ -254,122 +246,102 @@ def test_runs_of_other_ranks_are_the_same_run(sft_file, small_models, tmp_path):
         out = tmp_path / f"then {ranks}"
         shutil.copytree(tmp_path / "four", out)
         shutil.rmtree(out / "trainer" / "step-000000004")
-        results = launch(t.main, *args, "--out", out, ranks=ranks)
-        assert (results if ranks == 1 else results[0]).status == 0
+        launch(t.main, *args, "--out", out, ranks=ranks)
         logs.append(read_log(out))
     for log in logs:
         for theirs, ours in zip(log, expected, strict=True):
             assert theirs == pytest.approx(ours, rel=1e-6 if ours["step"] == 1 else 1e-4)
 
-def test_ranks_that_cannot_train_together(sft_file, tmp_path):
-    args = ("--data", sft_file, "--out", tmp_path / "run", *SMALL_RUN)
-    for flag in ("--cp", "--replicas"):
-        for result in launch(t.main, *args, flag, 3, ranks=2):
-            assert result.status == 1 and f"{flag} 3: it must divide the number of ranks, 2" in result.err
-    assert "num_attention_heads 3" in launch(t.main, *args, "--cp", 2, ranks=2)[0].err
-    for what, message in (("seeds", "the arguments: "), ("files", "the data: ")):
-        for result in launch(partial(processes.differ, what), *args, ranks=2):
-            assert result.status == 1 and f"error: ranks 0 and 1 disagree about {message}" in result.err
-    assert not (tmp_path / "run").exists()
+@pytest.mark.parametrize(("body", "flags", "error"), [
+    (t.main, ("--cp", 3), "--cp 3: it must divide the number of ranks, 2"),
+    (t.main, ("--replicas", 3), "--replicas 3: it must divide the number of ranks, 2"),
+    (t.main, ("--cp", 2), "--cp 2: num_attention_heads 3 is not a multiple of it"),
+    (partial(processes.altered, "seeds"), (), "ranks 0 and 1 disagree about the arguments: "),
+    (partial(processes.altered, "files"), (), "ranks 0 and 1 disagree about the data: ")])
+def test_ranks_that_cannot_train_together(small_run, tmp_path, body, flags, error):
+    results = launch(body, *small_run, *flags, ranks=2, status=1)
+    assert all(f"error: {error}" in result.err for result in results) and not (tmp_path / "run").exists()
 
-def test_a_dead_rank_ends_the_run(sft_file, tmp_path):
+def test_a_dead_rank_ends_the_run(small_run, tmp_path):
     """torchrun ends the others at once, with status 1. By hand, the dead rank's connections fail."""
-    args = [str(a) for a in ("--data", sft_file, *SMALL_RUN)]
     program = tmp_path / "program.py"
     program.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r}); from tests.ranks import *\n"
                        "train_sft.run_main(lambda: die_at('train_sft', 'log of step 3', rank=1))")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", program]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    torchrun = subprocess.Popen([*command, *args, "--out", str(tmp_path / "run")], stdout=subprocess.DEVNULL,
-                                stderr=subprocess.PIPE, text=True, env=env)
+    torchrun = subprocess.Popen([*command, *map(str, small_run)], stdout=subprocess.DEVNULL,
+                                stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     body = partial(processes.die_at, "train_sft", "log of step 3")
-    results = launch(body, *args, "--out", tmp_path / "by-hand", ranks=2)
+    results = launch(body, *small_run, "--out", tmp_path / "by-hand", ranks=2, status=None)
     assert results[0].status == -9 and results[1].status not in (0, -9)
     err = torchrun.communicate(timeout=60)[1]
     assert torchrun.returncode == 1 and "rank      : 1" in err and "SIGKILL" in err, err
 
-def test_a_missing_rendezvous(sft_file, tmp_path, monkeypatch, capsys):
-    for name, value in {"WORLD_SIZE": "2", "RANK": "1"}.items():
-        monkeypatch.setenv(name, value)
-    args = ("--data", sft_file, "--out", tmp_path / "run")
-    assert "MASTER_ADDR expected, but not set" in refused(t.main, args, monkeypatch, capsys)
-
+def test_a_missing_rendezvous(small_run, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert "MASTER_ADDR expected, but not set" in refused(t.main, small_run, monkeypatch, capsys)
 
 # 4. The run's folder ----------------------------------------------------------------------------------------
 
-@pytest.fixture(scope="module")
-def whole_run(sft_file, tmp_path_factory):
-    out = tmp_path_factory.mktemp("run") / "whole"
-    result = launch(t.main, "--data", sft_file, "--out", out, *SMALL_RUN)
-    assert result.status == 0, result.err
-    assert "sample: " in result.out and "left" in result.out
-    return out
-
 @pytest.mark.parametrize(("moment", "every"), [
     ("log of step 4", 2), ("step-000000004.tmp/state.json", 2), ("model/tokenizer.json", 2),
-    ("log of step 6", 6), ("log of step 3", 6)])  # the last one before the first checkpoint
-def test_a_killed_run_ends_like_one_that_was_not(sft_file, tmp_path, whole_run, moment, every):
-    args = ("--data", sft_file, *SMALL_RUN, "--save-every", every, "--out", tmp_path / "run")
-    assert launch(partial(processes.die_at, "train_sft", moment), *args).status == -9
-    result = launch(t.main, *args)
-    assert result.status == 0, result.err
+    ("log of step 6", 6), ("log of step 3", 6)])  # the last one: before the first checkpoint
+def test_a_killed_run_ends_like_one_that_was_not(small_run, tmp_path, whole_run, moment, every):
+    args = (*small_run, "--save-every", every)
+    launch(partial(processes.die_at, "train_sft", moment), *args, status=-9)
+    launch(t.main, *args)
     assert_same_run(whole_run, tmp_path / "run")
 
-def test_training_goes_on_while_a_checkpoint_is_written(sft_file, tmp_path, monkeypatch):
-    out, export, logged = tmp_path / "run", t.export, []
+def test_training_goes_on_while_a_checkpoint_is_written(small_run, tmp_path, monkeypatch):
+    log, export, logged = tmp_path / "run" / "log.jsonl", t.export, []
 
     def slow(*args):  # the first checkpoint, of step 2, is not complete before step 3 is logged
         deadline = time.monotonic() + 20
-        while len((out / "log.jsonl").read_text().splitlines()) < 3 and time.monotonic() < deadline:
+        while len(log.read_text().splitlines()) < 3 and time.monotonic() < deadline:
             time.sleep(0.05)
-        logged.append(len((out / "log.jsonl").read_text().splitlines()))
+        logged.append(len(log.read_text().splitlines()))
         export(*args)
 
     monkeypatch.setattr(t, "export", slow)
-    monkeypatch.setattr(sys, "argv", ["x", *map(str, ("--data", sft_file, "--out", out, *SMALL_RUN))])
+    monkeypatch.setattr(sys, "argv", ["script", *map(str, small_run)])
     assert t.run_main(t.main) == 0
     assert logged[0] == 3 and len(logged) == 3
-    assert len(list((out / "trainer").iterdir())) == 2  # the last two are kept
+    assert len(list(log.with_name("trainer").iterdir())) == 2  # the last two are kept
 
 def test_exporting_holds_no_more_than_a_tensor(tmp_path, whole_run):
-    checkpoint, = (whole_run / "trainer").glob("step-000000006")
     with torch.profiler.profile(profile_memory=True) as profiler:
-        t.export(PRESETS["tiny"], data.Tokenizer.byte_level(), checkpoint, tmp_path)
+        t.export(PRESETS["tiny"], TOKENIZER, whole_run / "trainer" / "step-000000006", tmp_path)
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     peak = np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]).max()
-    state, again = (read_safetensors(path / "model.safetensors") for path in (whole_run / "model", tmp_path))
-    assert state.keys() == again.keys() and all(torch.equal(state[k], again[k]) for k in state)
-    assert peak <= 2.1 * max(v.nbytes for v in state.values()) < sum(v.nbytes for v in state.values()) / 2
+    assert_same_weights(whole_run / "model", tmp_path)
+    sizes = [v.nbytes for v in read_safetensors(tmp_path / "model.safetensors").values()]
+    assert peak <= 2.1 * max(sizes) < sum(sizes) / 2
 
-def test_a_full_disk_costs_nothing_but_the_step(sft_file, tmp_path, whole_run):
-    args = ("--data", sft_file, *SMALL_RUN, "--out", tmp_path / "run")
-    full = launch(processes.full_disk, *args)
-    assert full.status == 1
+def test_a_full_disk_costs_nothing_but_the_step(small_run, tmp_path, whole_run):
+    full = launch(partial(processes.altered, "full disk"), *small_run, status=1)
     assert full.err.startswith(f"error: {tmp_path / 'run'}: step 2 could not be saved"), full.err
     assert full.err.count("\n") == 1 and not list(tmp_path.rglob("*.tmp"))
-    assert launch(t.main, *args).status == 0
+    launch(t.main, *small_run)
     assert_same_run(whole_run, tmp_path / "run")
 
 @pytest.mark.parametrize("damage", [lambda content: content[:-7], lambda content: content[:-1] + b"\x99"])
-def test_a_damaged_checkpoint_is_passed_over(sft_file, tmp_path, whole_run, damage, monkeypatch, capsys):
+def test_a_damaged_checkpoint_is_passed_over(small_run, tmp_path, whole_run, damage):
     out = tmp_path / "run"
     shutil.copytree(whole_run, out)
     largest = max((out / "trainer" / "step-000000006").iterdir(), key=lambda p: p.stat().st_size)
     largest.write_bytes(damage(largest.read_bytes()))
     (out / "log.jsonl").write_text((out / "log.jsonl").read_text()[:-9])  # as a power cut may leave it
-    result = launch(t.main, "--data", sft_file, "--out", out, *SMALL_RUN)
-    assert result.status == 0, result.err
+    result = launch(t.main, *small_run)
     assert "step-000000006: not a whole checkpoint" in result.err and "continuing after step 4" in result.out
     assert_same_run(whole_run, out)
 
-def test_an_export_that_fails_is_not_a_checkpoint_that_fails(sft_file, tmp_path, monkeypatch, capsys):
+def test_an_export_that_fails_is_not_a_checkpoint_that_fails(small_run, tmp_path, monkeypatch, capsys):
     def export(*args):
         raise OSError("model.safetensors: could not be written: No space left on device")
     monkeypatch.setattr(t, "export", export)
-    args = ("--data", sft_file, "--out", tmp_path, *SMALL_RUN)
     expected = "error: model.safetensors: could not be written: No space left on device\n"
-    assert refused(t.main, args, monkeypatch, capsys) == expected
-    assert (tmp_path / "trainer" / "step-000000002" / "state.json").exists()
+    assert refused(t.main, small_run, monkeypatch, capsys) == expected
+    assert (tmp_path / "run" / "trainer" / "step-000000002" / "state.json").exists()
 
 def test_ctrl_c_is_no_traceback(capsys):
     def body():
@@ -395,8 +367,8 @@ def test_ctrl_c_is_no_traceback(capsys):
     (("--fresh", "--device", "cuda:3"), "--device cuda:3: expected cpu or cuda"),
     (("--stpes", 3), "unrecognized arguments: --stpes 3; see --help"),
 ])
-def test_bad_input_costs_nothing(sft_file, tmp_path, whole_run, small_models, args, message, monkeypatch,
-                                 capsys):
+def test_bad_input_costs_nothing(sft_file, small_run, tmp_path, whole_run, small_models, args, message,
+                                 monkeypatch, capsys):
     """It is one line, and all files of the run are untouched."""
     if "cuda" in args and torch.cuda.is_available():
         pytest.skip("there is a GPU here")
@@ -406,88 +378,76 @@ def test_bad_input_costs_nothing(sft_file, tmp_path, whole_run, small_models, ar
     data.write_jsonl(tmp_path / "rare.jsonl", [rows[0] | {"domain": "code"}, *rows[1:]])  # which is held out
     paths = {"init": small_models[0]} | {path.stem: path for path in tmp_path.iterdir()}
     before = {p: p.stat().st_mtime_ns for p in whole_run.rglob("*") if p.is_file()}
-    args = ("--data", sft_file, "--out", whole_run, *SMALL_RUN, *[str(a).format(**paths) for a in args])
+    args = (*small_run, "--out", whole_run, *[str(a).format(**paths) for a in args])
     assert message in refused(t.main, args, monkeypatch, capsys)
     assert before == {p: p.stat().st_mtime_ns for p in whole_run.rglob("*") if p.is_file()}
 
-def test_a_loss_that_is_not_finite_stops_the_run(sft_file, tmp_path, monkeypatch, capsys):
-    args = ("--data", sft_file, "--out", tmp_path, *SMALL_RUN, "--save-every", 1, "--lr", "1e30")
-    err = refused(t.main, args, monkeypatch, capsys)
+def test_changed_data_are_another_run(small_run, whole_run, monkeypatch, capsys):
+    monkeypatch.setattr(t.zlib, "crc32", lambda *_: 7)
+    err = refused(t.main, (*small_run, "--out", whole_run), monkeypatch, capsys)
+    assert "holds another run, with --data-checksum" in err
+
+def test_a_loss_that_is_not_finite_stops_the_run(small_run, tmp_path, monkeypatch, capsys):
+    err = refused(t.main, (*small_run, "--save-every", 1, "--lr", "1e30"), monkeypatch, capsys)
     assert "step 2, samples 6 to 11 of the stream: " in err and "holds what was saved before" in err, err
-    weights = read_safetensors(tmp_path / "model" / "model.safetensors")
+    weights = read_safetensors(tmp_path / "run" / "model" / "model.safetensors")
     assert all(torch.isfinite(v).all() for v in weights.values())
 
-def test_compiled_blocks_train_alike(sft_file, tmp_path, small_models):
-    args = ("--data", sft_file, "--init", small_models[0], *SMALL_RUN, "--steps", 1, "--held-out", 0)
-    results = [launch(t.main, *args, "--out", tmp_path / "plain"),
-               launch(processes.traced, *args, "--out", tmp_path / "compiled", "--compile")]
-    assert {result.status for result in results} == {0}, results
+def test_compiled_blocks_train_alike(small_run, tmp_path, small_models):
+    args = (*small_run, "--init", small_models[0], "--steps", 1, "--held-out", 0)
+    launch(t.main, *args, "--out", tmp_path / "plain")
+    launch(partial(processes.altered, "traced"), *args, "--out", tmp_path / "compiled", "--compile")
     plain, compiled = (read_log(tmp_path / out)[0] for out in ("plain", "compiled"))
     assert compiled == pytest.approx(plain, rel=1e-5)
 
-
 # 5. Files of samples ----------------------------------------------------------------------------------------
-
-TOKENIZER = data.Tokenizer.byte_level()
 
 def turns(*contents):
     return [{"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(contents)]
 
-def write_records(path, *records):
-    data.write_jsonl(path, records)
-    return path
+SFT = {"messages": turns("q", "<think>r</think>a"), "domain": "math", "weight": 1.5}
+IDS, MASK = data.render_chat(SFT["messages"], TOKENIZER)
 
 def sft_files(path, max_tokens=999, **options):
     return t.SftFiles(str(path), TOKENIZER, max_tokens, **options)
 
+@pytest.fixture
+def path(tmp_path):
+    """A file of two samples, SFT and one of code."""
+    data.write_jsonl(tmp_path / "s.jsonl", [SFT, SFT | {"domain": "code", "weight": 1}])
+    return tmp_path / "s.jsonl"
 
-SFT = {"messages": turns("q", "<think>r</think>a"), "domain": "math", "weight": 1.5}
-LONG = SFT | {"messages": turns("q" * 50, "<think>r</think>a")}
-
-def test_sft_files(tmp_path):
-    samples = sft_files(write_records(tmp_path / "s.jsonl", SFT, SFT | {"domain": "code", "weight": 1}))
-    ids, mask = data.render_chat(SFT["messages"], TOKENIZER)
-    assert samples[0].ids.tolist() == ids and samples[0].mask.tolist() == mask
-    assert samples[0].ids.dtype == np.int32 and samples[0].mask.dtype == bool
-    found = [(sample.weight, sample.domain, sample.trimmed) for sample in samples]
-    assert found == [(1.5, "math", False), (1.0, "code", False)]
-    assert {name: rows.tolist() for name, rows in samples.rows.items()} == {"code": [1], "math": [0]}
-
-def test_long_samples_are_refused_or_trimmed_and_marked(tmp_path):
-    path = write_records(tmp_path / "s.jsonl", SFT, LONG)
-    ids, mask = data.render_chat(SFT["messages"], TOKENIZER)
-    size = len(ids)
+def test_long_samples_are_refused_or_trimmed_and_marked(path):
+    size = len(IDS)
+    data.write_jsonl(path, [SFT, SFT | {"messages": turns("q" * 50, "<think>r</think>a")}])
     with pytest.raises(ValueError, match=rf"s\.jsonl, line 2: .*{size + 49} tokens, the limit is {size}"):
         sft_files(path, size)
     one, two = sft_files(path, size, trim=True)
-    assert one.ids.tolist() == ids and not one.trimmed
+    assert one.ids.tolist() == IDS and not one.trimmed
     assert len(two.ids) == len(two.mask) == size and two.trimmed and not two.mask.any()
     one, _ = sft_files(path, size - 2, trim=True)
-    assert one.ids.tolist() == ids[:-2] and one.mask.tolist() == mask[:-2] and one.trimmed
+    assert one.ids.tolist() == IDS[:-2] and one.mask.tolist() == MASK[:-2] and one.trimmed
 
 @pytest.mark.parametrize(("line", "error"), [
     (SFT | {"messages": None}, "field messages: must be a list"), (SFT | {"domain": ""}, "field domain"),
     (SFT | {"weight": 0}, "field weight"), (SFT | {"messages": turns("q")}, "field messages: holds no"),
     (b"{}", "{} is not a JSON object with fields"), (b"[1]", r"\[1\] is not"),
     (b'{"a": \xff}', "malformed .*0xff"), (b"[", "malformed")])
-def test_sft_files_name_file_line_and_field(tmp_path, line, error):
-    path = write_records(tmp_path / "s.jsonl", SFT)
+def test_sft_files_name_file_line_and_field(path, line, error):
     line = json.dumps(line).encode() if isinstance(line, dict) else line
     path.write_bytes(path.read_bytes() + b"\n" + line)
-    with pytest.raises(ValueError, match=rf"s\.jsonl, line 3: {error}"):
+    with pytest.raises(ValueError, match=rf"s\.jsonl, line 4: {error}"):
         sft_files(path)
 
-@pytest.mark.parametrize("content", [b"", b"\n \n"])
-def test_missing_and_empty_files_are_named(tmp_path, content):
-    write_records(tmp_path / "a.jsonl", SFT)
-    (tmp_path / "b.jsonl").write_bytes(content)
-    with pytest.raises(ValueError, match=r"b\.jsonl: empty"):
-        sft_files(tmp_path / "*.jsonl")
-    with pytest.raises(ValueError, match=r"c\.jsonl is missing"):
-        sft_files(f"{tmp_path}/a.jsonl, {tmp_path}/c.jsonl")
+@pytest.mark.parametrize(("files", "error"), [
+    ("{0}/*.jsonl", r"empty\.jsonl: empty"), ("{0}/s.jsonl, {0}/t.jsonl", r"t\.jsonl is missing")])
+@pytest.mark.parametrize("content", ["", "\n \n"])
+def test_missing_and_empty_files_are_named(path, files, error, content):
+    path.with_name("empty.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=error):
+        sft_files(files.format(path.parent))
 
-def test_a_line_that_changes_later_is_named(tmp_path):
-    path = write_records(tmp_path / "s.jsonl", SFT, SFT)
+def test_a_line_that_changes_later_is_named(path):
     samples = sft_files(path)
     text = path.read_text()
     path.write_text(text[:-3])
@@ -496,10 +456,7 @@ def test_a_line_that_changes_later_is_named(tmp_path):
     path.write_text(text.replace("math", "code"))
     assert sft_files(path).checksum != samples.checksum
 
-
-sizes_of_files = st.lists(st.lists(st.integers(0, 60), max_size=8), min_size=1, max_size=3).filter(all)
-
-@given(sizes_of_files)
+@given(st.lists(st.lists(st.integers(0, 60), max_size=8), min_size=1, max_size=3).filter(all))
 @settings(max_examples=25)
 def test_what_is_read(tmp_path_factory, sizes):
     """Blank lines, a byte order mark, characters of several bytes, a last line without an end."""
@@ -508,20 +465,22 @@ def test_what_is_read(tmp_path_factory, sizes):
         text = "\ufeff" if i else ""
         for n in some:
             messages = turns(f"{n}é" * (n % 7), "<think>r</think>" + "x" * n)
-            record = SFT | {"domain": "ab"[n % 2], "messages": messages}
-            where = f"{folder / str(i)}.jsonl, line {1 + text.count(chr(10))}"
+            record = SFT | {"domain": "ab"[n % 2], "messages": messages, "weight": n + 0.5}
+            expected.append((record, f"{folder / str(i)}.jsonl", 1 + text.count("\n")))
             text += json.dumps(record, ensure_ascii=False) + "\n" * (1 + n % 3)
-            expected.append((data.parse_sft(record, TOKENIZER, where), where))
         (folder / f"{i}.jsonl").write_text(text.removesuffix("\n"), "utf-8")
 
     samples = sft_files(",".join(f"{folder}/{i}.jsonl" for i in range(len(sizes))))
     assert sft_files(f"{folder}/*.jsonl").checksum == samples.checksum
-    assert [(s.ids.tolist(), s.domain) for s in samples] == [(s.ids.tolist(), s.domain) for s, _ in expected]
-    lines = [f"{path}, line {number}" for path, number in zip(samples.paths, samples.numbers)]
-    assert lines == [where for _, where in expected]
+    for sample, (record, *_) in zip(samples, expected, strict=True):
+        assert (sample.ids.tolist(), sample.mask.tolist()) == data.render_chat(record["messages"], TOKENIZER)
+        assert (sample.ids.dtype, sample.mask.dtype, sample.trimmed) == (np.int32, bool, False)
+        assert (sample.weight, sample.domain) == (record["weight"], record["domain"])
+    places = [(samples.paths[i], line) for i, line in zip(samples.index[::3], samples.index[1::3])]
+    assert places == [where[1:] for where in expected]
+    assert sum(map(len, samples.rows.values())) == len(samples)
     for name, rows in samples.rows.items():
-        assert rows.tolist() == [i for i, (sample, _) in enumerate(expected) if sample.domain == name]
-    assert sorted(samples.rows) == [*samples.rows] == sorted({sample.domain for sample, _ in expected})
+        assert rows.tolist() == [i for i, (record, *_) in enumerate(expected) if record["domain"] == name]
     few = sft_files(f"{folder}/*.jsonl", limit=2)
     assert len(few) == min(2, len(expected)) and few.checksum == samples.checksum
     assert sorted(np.concatenate([*few.rows.values()])) == [*range(len(few))]
@@ -541,7 +500,7 @@ tokenizer = data.Tokenizer.byte_level()
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 30_000_000,) * 2)
 samples = t.SftFiles({str(tmp_path / "s.jsonl")!r}, tokenizer, 1000, trim=True, quiet=True)
-loader = t.Loader(samples.rows, 8, 0, {{"a": 3, "b": 1}}, samples.checksum)
+loader = t.Loader(samples.rows, 8, 0, {{"a": 3, "b": 1}})
 for _ in range(5):
     batch = [samples[i] for i in next(loader)]
     assert [sample.domain for sample in batch].count("a") == 6 and all(sample.trimmed for sample in batch)
@@ -549,7 +508,6 @@ print(len(samples))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout == "1000\n", done.stderr
-
 
 # 6. Loader --------------------------------------------------------------------------------------------------
 
@@ -593,29 +551,16 @@ def test_epochs_are_shuffled_anew_and_by_seed():
 @settings(max_examples=30)
 def test_resumed_stream_equals_the_uninterrupted_one(a, b, batch, taken, mixed):
     rows, mixture = make_rows(a=a, b=b), {"a": 0.9, "b": 0.3} if mixed else None
-    loader = t.Loader(rows, batch, 3, mixture)
+    loader, resumed = (t.Loader(rows, batch, 3, mixture) for _ in range(2))
     stream(loader, taken)
-    state = json.loads(json.dumps(loader.state_dict()))
-    resumed = t.Loader(rows, batch, 3, mixture)
     stream(resumed, 2)  # a used loader forgets its own position
-    resumed.load_state_dict(state)
+    resumed.drawn = json.loads(json.dumps(loader.drawn))
     assert stream(resumed, 5) == stream(loader, 5)
-    assert len(json.dumps(state)) < 300
 
-@pytest.mark.parametrize(("changes", "name"), [
-    ({"rows": make_rows(a=4, b=3)}, "samples"), ({"checksum": 2}, "checksum"), ({"seed": 1}, "seed"),
-    ({"mixture": {"a": 1, "b": 2}}, "mixture")])
-def test_state_of_something_else_is_refused(changes, name):
-    settings = {"rows": make_rows(a=4, b=4), "batch_size": 2, "seed": 0, "checksum": 1}
-    state = t.Loader(**settings).state_dict()
-    with pytest.raises(ValueError, match=f"data position: {name} was"):
-        t.Loader(**settings | changes).load_state_dict(state)
-
-@pytest.mark.parametrize(("sizes", "batch", "mixture", "error"), [
-    ({}, 1, None, "0 samples"), ({"a": 3}, 0, None, "batches of 0"), ({"a": 3}, 1, {"b": 1}, r"has \['b'\]"),
-    *[({"a": 3}, 1, {"a": weight}, "weights") for weight in (-1, 0, float("nan"), float("inf"))],
-    ({"a": 3, "b": 0}, 1, {"a": 1, "b": 1}, "no sample of b is left to draw from")])
-def test_loader_refuses(sizes, batch, mixture, error):
-    rows = {name: np.arange(size) for name, size in sizes.items()}
+@pytest.mark.parametrize(("sizes", "mixture", "error"), [
+    ({}, None, "weights"), ({"a": 3}, {"b": 1}, r"has \['b'\]"),
+    *[({"a": 3}, {"a": weight}, "weights") for weight in (-1, 0, float("nan"), float("inf"))],
+    ({"a": 3, "b": 0}, {"a": 1, "b": 1}, "no sample of b is left to draw from")])
+def test_loader_refuses(sizes, mixture, error):
     with pytest.raises(ValueError, match=error):
-        t.Loader(rows, batch, 0, mixture)
+        t.Loader({name: np.arange(size) for name, size in sizes.items()}, 1, 0, mixture)
