@@ -235,7 +235,7 @@ def test_command_line(tmp_path, capsys):
     write_traces(path, [(*row, [1.0]) for row in rows])
     assert d.main([str(path), "--window", "2"]) == 0
     out = capsys.readouterr().out
-    assert "| majority | 100.0 | 0.0 | 1.00 | 1 | 1 |" in out  # 0.5 is 1/2, which is known
+    assert "| majority | 100.0 | - | 1.00 | 1 | 1 |" in out  # 0.5 is 1/2, which is known
     assert out.count("| 1 | 1 |\n") == 15  # every row leaves one problem out
 
 
