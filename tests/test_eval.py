@@ -7,9 +7,9 @@ import os
 import socket
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -27,8 +27,7 @@ ROOT = Path(__file__).parent.parent
 MISSING = [f"{name}: {why}" for name, why in sandbox.sandbox_walls().items() if why != "on"]
 needs_sandbox = pytest.mark.skipif(bool(MISSING), reason=f"no isolation here: {MISSING}")
 
-# 1. Estimators ----------------------------------------------------------------------------------------------
-
+# 1. Methods -------------------------------------------------------------------------------------------------
 
 @settings(max_examples=50)
 @given(st.integers(1, 6).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(1, n))))
@@ -37,7 +36,6 @@ def test_pass_at_k_counts_the_draws_with_a_success(args):
     draws = list(itertools.combinations(range(n), k))
     assert ev.pass_at_k(n, c, k) == pytest.approx(sum(min(draw) < c for draw in draws) / len(draws))
 
-
 def test_pass_at_k_by_hand():
     assert ev.pass_at_k(4, 1, 2) == 0.5  # 1 - C(3,2)/C(4,2) = 1 - 3/6
     assert ev.pass_at_k(5, 3, 3) == 1.0  # two wrong samples cannot fill three places
@@ -45,23 +43,11 @@ def test_pass_at_k_by_hand():
         with pytest.raises(ValueError, match="0 <= c <= n"):
             ev.pass_at_k(n, c, k)
 
-
-def test_mean_and_stderr_by_hand():
-    # mean 0.5; squares 4 * 0.25 = 1; variance 1/3; over 4 problems 1/12
-    assert ev.mean_and_stderr([1, 0, None, 1, 0]) == (0.5, pytest.approx(math.sqrt(1 / 12)))
-    assert ev.mean_and_stderr([0.25]) == (0.25, None)
-    assert ev.mean_and_stderr([None]) == (None, None)
-
-
-# 2. Methods -------------------------------------------------------------------------------------------------
-
-
 def samples_of(*verdicts, answers=None, same=rewards.is_equivalent):
     """Samples of one problem: a reply of 5 tokens and 2 seconds per verdict (True, False, None)."""
     replies = [SimpleNamespace(answer=answer, correct=verdict, tokens=5, confidences=[1.0] * 5)
                for answer, verdict in zip(answers or verdicts, verdicts)]
     return ev.Samples([(replies, same)], len(replies), 5 * len(replies), 2.0 * len(replies))
-
 
 def test_pass_at_1_is_the_mean_over_known_samples():
     row = ev.pass_at_1(samples_of(True, False, None, True))
@@ -69,43 +55,37 @@ def test_pass_at_1_is_the_mean_over_known_samples():
     assert (row["tokens"], row["seconds"]) == (5, 2.0)  # an unknown sample costs as much
     assert ev.pass_at_1(samples_of(None, None))["unknown"] == 1
 
-
-@pytest.mark.parametrize(("answers", "verdicts", "expected"), [
-    (["2", r"\frac12", "0.5", "1"], [False, True, True, False], 1),  # spelled twice, counted as one
-    ([None, None, "1"], [False, False, True], 1),  # no answer is no vote
-    ([None, None], [False, False], 0),
-    (["1", "1.0", "2"], [None, True, False], 1),  # 1 is 1.0, which is known
-    (["3", "3", "2"], [None, None, False], None),
+@pytest.mark.parametrize(("answers", "verdicts", "same", "expected"), [
+    (["2", r"\frac12", "0.5", "1"], [False, True, True, False], rewards.is_equivalent, 1),  # one answer
+    ([None, None, "1"], [False, False, True], rewards.is_equivalent, 1),  # no answer is no vote
+    ([None, None], [False, False], rewards.is_equivalent, 0),
+    (["1", "1.0", "2"], [None, True, False], rewards.is_equivalent, 1),  # 1 is 1.0, which is known
+    (["3", "3", "2"], [None, None, False], rewards.is_equivalent, None),
+    (["1", "1.0", "1.0"], [False, True, True], None, 1),  # programs are the same only word for word
 ])
-def test_majority_by_hand(answers, verdicts, expected):
-    row = ev.majority(samples_of(*verdicts, answers=answers))
+def test_majority_by_hand(answers, verdicts, same, expected):
+    row = ev.majority(samples_of(*verdicts, answers=answers, same=same))
     assert row["accuracy"] == expected and row["method"] == f"majority@{len(answers)}"
-
-
-def test_programs_are_the_same_only_word_for_word():
-    assert ev.majority(samples_of(False, True, True, answers=["1", "1.0", "1.0"], same=None))["accuracy"] == 1
-
 
 def test_majority_at_equal_tokens_pays_what_low_took():
     samples = samples_of(True, True, False, False, answers=["1", "1", "2", "2"])
     row = ev.majority_at_equal_tokens(samples, low=samples_of(True, True, True))
     assert (row["accuracy"], row["tokens"], row["seconds"]) == (1, 15, 6.0)
 
-
 def test_majority_curve_by_hand():
     samples = samples_of(True, True, False, answers=["1", "1", "2"])  # of two replies there is one run
     assert ev.majority_curve(samples) == [(5, pytest.approx(2 / 3)), (10, 1)]
 
+@pytest.mark.parametrize(("scores", "accuracy", "stderr", "problems", "unknown"), [
+    ([1, None, 0, None], 0.5, 0.5, 2, 2), ([None], None, None, 0, 1)])
+def test_a_row_leaves_out_and_counts_what_is_unknown(scores, accuracy, stderr, problems, unknown):
+    row = ev.report_row("m", samples_of(True), scores, 10)
+    figures = (row["accuracy"], row["stderr"], row["problems"], row["unknown"])
+    assert figures == (accuracy, stderr, problems, unknown)
+    cells = "          - |      - |" if accuracy is None else "      50.0 |   50.0 |"
+    assert cells in ev.table([{"checkpoint": "rl", **row}])
 
-def test_a_row_leaves_out_and_counts_what_is_unknown():
-    row = ev.report_row("m", samples_of(True), [1, None, 0, None], 10)
-    assert (row["accuracy"], row["stderr"], row["problems"], row["unknown"]) == (0.5, 0.5, 2, 2)
-    row = ev.report_row("m", samples_of(True), [None], 10)
-    assert (row["accuracy"], row["stderr"], row["problems"], row["unknown"]) == (None, None, 0, 1)
-    assert "|          - |      - |" in ev.table([{"checkpoint": "rl", **row}])
-
-
-# 3. A whole evaluation --------------------------------------------------------------------------------------
+# 2. A whole evaluation --------------------------------------------------------------------------------------
 # The stand-in for the model answers each problem by a script, so that every number of the report is known.
 # It keeps generate()'s promises: callbacks in its order, and a trace depends on its own indices alone.
 
@@ -116,16 +96,13 @@ SCRIPT = {  # sample index -> (answer, confidence of every token)
 }
 LENGTH = 20  # tokens before the answer
 
-
 def scripted_generate(model, prompts, *, samples=1, stop_ids, admit=None, on_token=None, on_trace=None, **_):
     tokenizer = data.Tokenizer.byte_level()
-    traces = []
     for prompt_index, prompt in enumerate(prompts):
         name = next(name for name in SCRIPT if name in tokenizer.decode(prompt))
         for index in range(samples):
-            state = admit(prompt_index, index) if admit else "go"
-            assert state in ("go", "done")  # one trace after the other: there is never anything to wait for
-            if state == "done":
+            # One trace after the other: there is never anything to wait for.
+            if admit and {"go": False, "done": True}[admit(prompt_index, index)]:
                 break
             answer, confidence = SCRIPT[name](index)
             trace = Trace(prompt_index, index, stop="stop")
@@ -137,38 +114,36 @@ def scripted_generate(model, prompts, *, samples=1, stop_ids, admit=None, on_tok
                     break
             if on_trace:
                 on_trace(trace)
-            traces.append(trace)
-    return traces
-
+            yield trace
 
 def write_problems(*problems, path="problems.jsonl"):
     """problems: pairs (prompt, answer), or dicts of further fields."""
     rows = [p if isinstance(p, dict) else {"prompt": p[0], "answer": p[1]} for p in problems]
     data.write_jsonl(path, [{"id": f"p{i}", "domain": "math", **row} for i, row in enumerate(rows)])
 
+def write_checkpoint(folder, vocab_size=512):
+    """A checkpoint that data.load_tokenizer takes; the stand-in for the model needs no weights."""
+    data.Tokenizer.byte_level().save(folder)
+    data.write_text(Path(folder, "config.json"), json.dumps({"vocab_size": vocab_size}))
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A folder with problems, and the stand-in for whatever checkpoint is named."""
+    """A folder with problems and a checkpoint, and the stand-in for every model."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(ev, "generate", scripted_generate)
-    monkeypatch.setattr(ev, "load", lambda folder, device, dtype: (None, data.Tokenizer.byte_level()))
-    data.write_text("runs/x/rl/model/config.json", "{}")
+    monkeypatch.setattr(ev, "generate", lambda *args, **settings: list(scripted_generate(*args, **settings)))
+    monkeypatch.setattr(ev.FalconH1, "from_pretrained", lambda folder, **settings: None)
+    write_checkpoint("runs/x/rl/model")
     write_problems(("easy", "5"), ("split", "7"), ("hard", "1"))
     return tmp_path
 
-
 ARGV = ["--model", "runs/x/rl/model", "--problems", "problems.jsonl", "--out", "out", "--window", "4"]
-
 
 def report(out="out"):
     """The rows of a report.json, by method."""
     return {row["method"]: row for row in json.loads(Path(out, "report.json").read_text())["rows"]}
 
-
 def traces_of(path="out/traces.jsonl"):
     return [trace for _, trace in data.read_records(path)]
-
 
 def test_report_of_the_script(place, capsys):
     assert ev.main(ARGV) == 0
@@ -199,7 +174,6 @@ def test_report_of_the_script(place, capsys):
     for text in (Path("out/report.md").read_text(), capsys.readouterr().out):
         assert table in text and "AUROC 1.000" in text
 
-
 def unknown_at(monkeypatch, *calls):
     """The verdicts of these calls of verify, counted from 0, are unknown."""
     count = itertools.count()
@@ -213,7 +187,6 @@ def unknown_at(monkeypatch, *calls):
     in_order = SimpleNamespace(map=map, shutdown=lambda **_: None)
     monkeypatch.setattr(ev, "verify", verify)
     monkeypatch.setattr(ev, "ThreadPoolExecutor", lambda workers: in_order)
-
 
 def test_few_unknown_verdicts_are_left_out_and_counted(place, capsys, monkeypatch):
     unknown_at(monkeypatch, 32)  # the first sample of split, a wrong 8: 1 of 96
@@ -232,7 +205,6 @@ def test_few_unknown_verdicts_are_left_out_and_counted(place, capsys, monkeypatc
     assert data.main(["curate", "out/traces.jsonl", "--problems", "problems.jsonl", "--out", "kept"]) == 0
     assert [problem.prompt for problem in data.read_problems("kept")] == ["split"]
 
-
 def test_many_unknown_verdicts_end_the_evaluation_after_its_traces_are_written(place, capsys, monkeypatch):
     unknown_at(monkeypatch, 0, 1, 3)
     assert ev.main(ARGV) == 1
@@ -242,7 +214,6 @@ def test_many_unknown_verdicts_end_the_evaluation_after_its_traces_are_written(p
     assert [trace["correct"] for trace in traces_of()[:4]] == [None, None, True, None]
     assert len(traces_of()) == 96 and not Path("out/report.json").exists()
 
-
 def test_two_spellings_of_one_answer_are_one_vote_and_one_verdict(place, monkeypatch):
     """1/2 comes first but is less confident: DeepConf votes for 0.5, whose group plain voting calls 1/2."""
     monkeypatch.setitem(SCRIPT, "easy", lambda i: ("1/2", 1.0) if i < 8 else ("0.5", 3.0))
@@ -250,22 +221,23 @@ def test_two_spellings_of_one_answer_are_one_vote_and_one_verdict(place, monkeyp
     assert ev.main(ARGV) == 0
     assert {row["accuracy"] for row in report().values()} == {1.0}
 
-
 def test_the_default_evaluates_both_checkpoints_or_names_the_missing_command(place, capsys):
-    for file, missing, command in (("sft/model/config.json", "sft/model", "train_sft.py"),
-                                   ("rl/model/config.json", "rl/model", "train_rl.py"),
-                                   ("data/heldout.jsonl", "data/heldout.jsonl", "train_sft.py")):
-        assert ev.main([]) == 1
-        expected = f"error: runs/tiny/{missing} is missing: run python {command} first\n"
-        assert capsys.readouterr().err == expected and not Path("runs/tiny/eval").exists()
-        write_problems(("easy", "5"), path=f"runs/tiny/{file}")
+    def fails(missing, command):
+        assert ev.main([]) == 1 and not Path("runs/tiny/eval").exists()
+        assert capsys.readouterr().err == f"error: runs/tiny/{missing} is missing: run python {command} first\n"
+
+    fails("data/heldout.jsonl", "train_sft.py")
+    write_problems(("easy", "5"), path="runs/tiny/data/heldout.jsonl")
+    fails("sft", "train_sft.py")
+    write_checkpoint("runs/tiny/sft/model")
+    fails("rl", "train_rl.py")
+    write_checkpoint("runs/tiny/rl/model")
     assert ev.main([]) == 0
     rows = json.loads(Path("runs/tiny/eval/report.json").read_text())["rows"]
     assert [row["checkpoint"] for row in rows] == ["sft"] + ["rl"] * 6
     assert [row["method"] for row in rows[:3]] == ["pass@1", "pass@1", "majority@32"]
     assert rows[0]["stderr"] is None  # of one problem
     assert len(traces_of("runs/tiny/eval/traces-sft.jsonl")) == 4
-
 
 def test_another_evaluation_is_not_overwritten(place, capsys):
     assert ev.main([*ARGV, "--samples", "4"]) == 0
@@ -277,14 +249,16 @@ def test_another_evaluation_is_not_overwritten(place, capsys):
     assert ev.main([*ARGV, "--samples", "4"]) == 0  # the same arguments
     assert ev.main([*ARGV, "--samples", "5", "--fresh"]) == 0
 
-
 @pytest.mark.parametrize(("argv", "message"), [
     (["--sam", "4"], "--sam"),
-    (["--samples", "0"], "--samples must be at least 1"),
-    (["--limit", "-1"], "--limit must be at least 0"),
+    (["--samples", "0"], "--samples 0: must be at least 1"),
+    (["--limit", "-1"], "--limit -1: must be at least 0"),
     (["--temperature", "-1"], "--temperature"),
     (["--top-p", "0"], "--top-p"),
-    (["--device", "gpu"], "--device gpu: expected cpu"),
+    (["--device", "gpu"], "--device gpu: expected "),
+    (["--dtype", "float16"], "--dtype float16: expected auto or float32 or bfloat16"),
+    (["--model", "nothing"], "nothing is missing"),
+    (["--model", "small"], "room for 271 only"),
     (["--problems", "missing.jsonl"], "missing.jsonl"),
     (["--problems", "broken.jsonl"], "broken.jsonl, line 2"),
     (["--problems", "unreadable.jsonl"], r"line 1: field answer: the answer '\\frac{1}{' can"),
@@ -296,34 +270,27 @@ def test_bad_input_is_one_line_and_writes_nothing(place, capsys, argv, message):
     write_problems(("q", r"\frac{1}{"), path="unreadable.jsonl")
     write_problems({"prompt": "p", "domain": "code", "tests": [{"input": 1}]}, path="code.jsonl")
     write_problems({"prompt": "p", "domain": "code", "tests": "x"}, path="check.jsonl")
+    write_checkpoint("small", vocab_size=271)
     assert ev.main(ARGV + argv) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
     assert not Path("out").exists()
 
-
 def test_chat_streams_and_keeps_history(place, monkeypatch, capsys):
     prompts = []
-    questions = iter(["easy?", "", "easy again é?"])
-
-    def ask(_):
-        if (question := next(questions, None)) is None:
-            raise EOFError
-        return question
 
     def generate(model, asked, **settings):
         prompts.append(data.Tokenizer.byte_level().decode(asked[0]))
-        return scripted_generate(model, asked, **settings)
+        return list(scripted_generate(model, asked, **settings))
 
     monkeypatch.setitem(SCRIPT, "easy", lambda i: ("é", 1.0))
-    monkeypatch.setattr("builtins.input", ask)
+    monkeypatch.setattr("builtins.input", Mock(side_effect=["easy?", "", "easy again é?", EOFError]))
     monkeypatch.setattr(ev, "generate", generate)
     assert ev.main([*ARGV, "--chat"]) == 0
     reply = "." * LENGTH + r"\boxed{é}"
     assert capsys.readouterr().out == f"{reply}\n{reply}\n\n"
     assert len(prompts) == 2 and reply in prompts[1] and "easy?" in prompts[1]
     assert not Path("out").exists()
-
 
 def test_plot(place, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
@@ -333,9 +300,7 @@ def test_plot(place, capsys, monkeypatch):
     assert ev.main([*ARGV, "--samples", "4", "--fresh"]) == 0
     assert "pip install matplotlib" in capsys.readouterr().out and not Path("out/accuracy.png").exists()
 
-
-# 4. A real model, and two ranks -----------------------------------------------------------------------------
-
+# 3. A real model, and two ranks -----------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def babbler(tmp_path_factory):
@@ -347,19 +312,8 @@ def babbler(tmp_path_factory):
     write_problems(*((c, "1") for c in "abc"), path=folder / "problems.jsonl")
     return folder
 
-
 BABBLE = ["--model", "run", "--problems", "problems.jsonl", "--device", "cpu", "--samples", "20",
           "--max-new-tokens", "6", "--window", "2"]
-
-
-def test_a_checkpoint_that_is_missing_or_too_small(babbler, monkeypatch, capsys):
-    monkeypatch.chdir(babbler)
-    FalconH1(replace(PRESETS["tiny"], vocab_size=271)).save_pretrained("small")
-    data.Tokenizer.byte_level().save("small")
-    for folder, why in [("nothing", "nothing/config.json is missing"), ("small", "room for 271 only\n")]:
-        assert ev.main([*BABBLE, "--model", folder, "--out", folder + "-out"]) == 1
-        assert why in capsys.readouterr().err and not Path(folder + "-out").exists()
-
 
 # Every rank runs this, one evaluation after another: (port, what fails on rank 1 if not main, arguments).
 # Answers depend on the text, so that the babbler's are not all alike.
@@ -390,7 +344,6 @@ for port, name, argv in json.loads(sys.argv[1]):
     print(json.dumps([status, out.getvalue(), err.getvalue(), files]), flush=True)
 """
 
-
 @pytest.fixture(scope="module")
 def two_ranks(babbler):
     """What each of two ranks made of each evaluation: {name: [(status, stdout, stderr, files) by rank]}."""
@@ -406,7 +359,6 @@ def two_ranks(babbler):
                               env=env | {"RANK": rank}, stdout=subprocess.PIPE) for rank in "01"]
     lines = [rank.communicate(timeout=100)[0].splitlines() for rank in ranks]
     return {job[1]: [json.loads(line) for line in pair] for job, pair in zip(jobs, zip(*lines, strict=True))}
-
 
 def test_two_ranks_evaluate_like_one(babbler, two_ranks, monkeypatch):
     monkeypatch.chdir(babbler)
@@ -435,7 +387,6 @@ def test_two_ranks_evaluate_like_one(babbler, two_ranks, monkeypatch):
         assert t["tokens"] == len(t["confidences"])
         assert t["confidences"] == pytest.approx(whole[t["problem"], t["sample"]][: t["tokens"]], abs=1e-3)
 
-
 @pytest.mark.parametrize("where", ["load", "generate"])
 def test_an_error_on_one_rank_ends_all_and_deletes_nothing(two_ranks, where):
     (status, _, err, files), (other, _, silence, _) = two_ranks[where]
@@ -443,9 +394,7 @@ def test_an_error_on_one_rank_ends_all_and_deletes_nothing(two_ranks, where):
     assert err.endswith("error: this rank fails\n") and "error" not in silence
     assert files == two_ranks["main"][0][3]
 
-
-# 5. Code, and --check ---------------------------------------------------------------------------------------
-
+# 4. Code, and --check ---------------------------------------------------------------------------------------
 
 @needs_sandbox
 def test_an_evaluation_with_code(place, monkeypatch, capsys):
@@ -465,7 +414,6 @@ def test_an_evaluation_with_code(place, monkeypatch, capsys):
         assert trace["correct"] == right
         assert trace["reason"] == ("passed" if right else "wrong output in test 1")
 
-
 @needs_sandbox
 def test_check_of_solutions(tmp_path, capsys):
     code = {"prompt": "def f(x):\n", "entry_point": "f", "test": "def check(f):\n    assert f(2) == 4"}
@@ -476,7 +424,6 @@ def test_check_of_solutions(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "| code       |      3 |      2 |      1 |           0 |" in out
     assert "2: wrong output in test 1" in out
-
 
 def test_tests_are_sampled_as_the_flags_say(place, monkeypatch):
     given = []
@@ -491,7 +438,6 @@ def test_tests_are_sampled_as_the_flags_say(place, monkeypatch):
     assert ev.main([*ARGV, "--samples", "2", "--code-tests", "3", "--seed", "7"]) == 0
     assert given == [{"judge": None, "limit": 3, "seed": 7, "unsafe": False}] * 2
     assert ev.main([*ARGV, "--samples", "2", "--fresh"]) == 0 and given[-1]["limit"] == 0  # all tests
-
 
 @needs_sandbox
 def test_an_unreadable_answer_is_refused_only_if_no_tests_decide(place, capsys):
