@@ -39,9 +39,9 @@ def test_pass_at_k_counts_the_draws_with_a_success(args):
 def test_pass_at_k_by_hand():
     assert ev.pass_at_k(4, 1, 2) == 0.5  # 1 - C(3,2)/C(4,2) = 1 - 3/6
     assert ev.pass_at_k(5, 3, 3) == 1.0  # two wrong samples cannot fill three places
-    for n, c, k in [(0, 0, 1), (4, 5, 1), (4, -1, 1), (4, 1, 0), (4, 1, 5)]:
+    for bad in [(0, 0, 1), (4, 5, 1), (4, -1, 1), (4, 1, 0), (4, 1, 5)]:
         with pytest.raises(ValueError, match="0 <= c <= n"):
-            ev.pass_at_k(n, c, k)
+            ev.pass_at_k(*bad)
 
 def samples_of(*verdicts, answers=None, same=rewards.is_equivalent):
     """Samples of one problem: a reply of 5 tokens and 2 seconds per verdict (True, False, None)."""
@@ -76,14 +76,12 @@ def test_majority_curve_by_hand():
     samples = samples_of(True, True, False, answers=["1", "1", "2"])  # of two replies there is one run
     assert ev.majority_curve(samples) == [(5, pytest.approx(2 / 3)), (10, 1)]
 
-@pytest.mark.parametrize(("scores", "accuracy", "stderr", "problems", "unknown"), [
-    ([1, None, 0, None], 0.5, 0.5, 2, 2), ([None], None, None, 0, 1)])
-def test_a_row_leaves_out_and_counts_what_is_unknown(scores, accuracy, stderr, problems, unknown):
-    row = ev.report_row("m", samples_of(True), scores, 10)
-    figures = (row["accuracy"], row["stderr"], row["problems"], row["unknown"])
-    assert figures == (accuracy, stderr, problems, unknown)
-    cells = "          - |      - |" if accuracy is None else "      50.0 |   50.0 |"
-    assert cells in ev.table([{"checkpoint": "rl", **row}])
+def test_a_row_leaves_out_and_counts_what_is_unknown():
+    row = ev.report_row("m", samples_of(True), [1, None, 0, None], 10)
+    assert (row["accuracy"], row["stderr"], row["problems"], row["unknown"]) == (0.5, 0.5, 2, 2)
+    row = ev.report_row("m", samples_of(True), [None], 10)
+    assert (row["accuracy"], row["stderr"], row["problems"], row["unknown"]) == (None, None, 0, 1)
+    assert "|          - |      - |" in ev.table([{"checkpoint": "rl", **row}])
 
 # 2. A whole evaluation --------------------------------------------------------------------------------------
 # The stand-in for the model answers each problem by a script, so that every number of the report is known.
@@ -177,12 +175,11 @@ def test_report_of_the_script(place, capsys):
 def unknown_at(monkeypatch, *calls):
     """The verdicts of these calls of verify, counted from 0, are unknown."""
     count = itertools.count()
-
     def verify(text, problem, **settings):
         i = next(count)
-        if i in calls:
-            return rewards.Verdict(None, f"unknown: {'no sandbox' if i % 2 else 'no memory'}")
-        return rewards.verify(text, problem, **settings)
+        reason = "no sandbox" if i % 2 else "no memory"
+        unknown = rewards.Verdict(None, f"unknown: {reason}")
+        return unknown if i in calls else rewards.verify(text, problem, **settings)
 
     in_order = SimpleNamespace(map=map, shutdown=lambda **_: None)
     monkeypatch.setattr(ev, "verify", verify)
@@ -197,11 +194,12 @@ def test_few_unknown_verdicts_are_left_out_and_counted(place, capsys, monkeypatc
     assert {(row["problems"], row["unknown"]) for row in rows.values()} == {(3, 0)}
     for text in (capsys.readouterr().out, Path("out/report.md").read_text()):
         assert "1 of 96 verdicts unknown: 1 x no memory." in text
-    traces = traces_of()
-    assert [t["correct"] for t in traces[31:34]] == [True, None, True]
-    assert traces[32]["reason"] == "unknown: no memory" and traces[32]["answer"] == "8"
+    right, unknown = traces_of()[31:33]
+    assert right["correct"] is True and unknown["correct"] is None
+    assert unknown["reason"] == "unknown: no memory" and unknown["answer"] == "8"
 
-    assert deepconf.main(["out/traces.jsonl", "--window", "4"]) == 0  # and curation reads them as well
+    # The command of deepconf.py and curation read such traces as well.
+    assert deepconf.main(["out/traces.jsonl", "--window", "4"]) == 0
     assert data.main(["curate", "out/traces.jsonl", "--problems", "problems.jsonl", "--out", "kept"]) == 0
     assert [problem.prompt for problem in data.read_problems("kept")] == ["split"]
 
@@ -209,10 +207,10 @@ def test_many_unknown_verdicts_end_the_evaluation_after_its_traces_are_written(p
     unknown_at(monkeypatch, 0, 1, 3)
     assert ev.main(ARGV) == 1
     why = "3 of 96 verdicts are unknown, more than 2%: 2 x no sandbox; 1 x no memory"
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last == f"error: out/traces.jsonl holds every reply, but: {why}"
-    assert [trace["correct"] for trace in traces_of()[:4]] == [None, None, True, None]
-    assert len(traces_of()) == 96 and not Path("out/report.json").exists()
+    assert capsys.readouterr().err.endswith(f"error: out/traces.jsonl holds every reply, but: {why}\n")
+    correct = [trace["correct"] for trace in traces_of()]
+    assert correct[:4] == [None, None, True, None] and len(correct) == 96
+    assert not Path("out/report.json").exists()
 
 def test_two_spellings_of_one_answer_are_one_vote_and_one_verdict(place, monkeypatch):
     """1/2 comes first but is less confident: DeepConf votes for 0.5, whose group plain voting calls 1/2."""
@@ -222,16 +220,16 @@ def test_two_spellings_of_one_answer_are_one_vote_and_one_verdict(place, monkeyp
     assert {row["accuracy"] for row in report().values()} == {1.0}
 
 def test_the_default_evaluates_both_checkpoints_or_names_the_missing_command(place, capsys):
-    def fails(missing, command):
-        assert ev.main([]) == 1 and not Path("runs/tiny/eval").exists()
-        assert capsys.readouterr().err == f"error: runs/tiny/{missing} is missing: run python {command} first\n"
+    def make_heldout(path):
+        write_problems(("easy", "5"), path=path)
 
-    fails("data/heldout.jsonl", "train_sft.py")
-    write_problems(("easy", "5"), path="runs/tiny/data/heldout.jsonl")
-    fails("sft", "train_sft.py")
-    write_checkpoint("runs/tiny/sft/model")
-    fails("rl", "train_rl.py")
-    write_checkpoint("runs/tiny/rl/model")
+    for missing, script, make in [("data/heldout.jsonl", "train_sft.py", make_heldout),
+                                  ("sft", "train_sft.py", write_checkpoint),
+                                  ("rl", "train_rl.py", write_checkpoint)]:
+        assert ev.main([]) == 1 and not Path("runs/tiny/eval").exists()
+        expected = f"error: runs/tiny/{missing} is missing: run python {script} first\n"
+        assert capsys.readouterr().err == expected
+        make(f"runs/tiny/{missing}")
     assert ev.main([]) == 0
     rows = json.loads(Path("runs/tiny/eval/report.json").read_text())["rows"]
     assert [row["checkpoint"] for row in rows] == ["sft"] + ["rl"] * 6
@@ -250,20 +248,15 @@ def test_another_evaluation_is_not_overwritten(place, capsys):
     assert ev.main([*ARGV, "--samples", "5", "--fresh"]) == 0
 
 @pytest.mark.parametrize(("argv", "message"), [
-    (["--sam", "4"], "--sam"),
-    (["--samples", "0"], "--samples 0: must be at least 1"),
-    (["--limit", "-1"], "--limit -1: must be at least 0"),
-    (["--temperature", "-1"], "--temperature"),
-    (["--top-p", "0"], "--top-p"),
-    (["--device", "gpu"], "--device gpu: expected "),
-    (["--dtype", "float16"], "--dtype float16: expected auto or float32 or bfloat16"),
-    (["--model", "nothing"], "nothing is missing"),
-    (["--model", "small"], "room for 271 only"),
-    (["--problems", "missing.jsonl"], "missing.jsonl"),
-    (["--problems", "broken.jsonl"], "broken.jsonl, line 2"),
-    (["--problems", "unreadable.jsonl"], r"line 1: field answer: the answer '\\frac{1}{' can"),
-    (["--problems", "code.jsonl"], "code.jsonl: problem p0: field tests: test 1 "),
-    (["--problems", "check.jsonl"], "must define check"),
+    ("--sam 4", "--sam"), ("--temperature -1", "--temperature"), ("--top-p 0", "--top-p"),
+    ("--samples 0", "--samples 0: must be at least 1"), ("--limit -1", "--limit -1: must be at least 0"),
+    ("--device gpu", "--device gpu: expected "),
+    ("--dtype float16", "--dtype float16: expected auto or float32 or bfloat16"),
+    ("--model nothing", "nothing is missing"), ("--model small", "room for 271 only"),
+    ("--problems missing.jsonl", "missing.jsonl"), ("--problems broken.jsonl", "broken.jsonl, line 2"),
+    ("--problems unreadable.jsonl", r"line 1: field answer: the answer '\\frac{1}{' can"),
+    ("--problems code.jsonl", "code.jsonl: problem p0: field tests: test 1 "),
+    ("--problems check.jsonl", "must define check"),
 ])
 def test_bad_input_is_one_line_and_writes_nothing(place, capsys, argv, message):
     Path("broken.jsonl").write_text('{"id": "p", "domain": "math", "prompt": "q", "answer": "1"}\n{"id": \n')
@@ -271,26 +264,21 @@ def test_bad_input_is_one_line_and_writes_nothing(place, capsys, argv, message):
     write_problems({"prompt": "p", "domain": "code", "tests": [{"input": 1}]}, path="code.jsonl")
     write_problems({"prompt": "p", "domain": "code", "tests": "x"}, path="check.jsonl")
     write_checkpoint("small", vocab_size=271)
-    assert ev.main(ARGV + argv) == 1
+    assert ev.main(ARGV + argv.split()) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
     assert not Path("out").exists()
 
 def test_chat_streams_and_keeps_history(place, monkeypatch, capsys):
-    prompts = []
-
-    def generate(model, asked, **settings):
-        prompts.append(data.Tokenizer.byte_level().decode(asked[0]))
-        return list(scripted_generate(model, asked, **settings))
-
+    generate = Mock(side_effect=ev.generate)
     monkeypatch.setitem(SCRIPT, "easy", lambda i: ("é", 1.0))
     monkeypatch.setattr("builtins.input", Mock(side_effect=["easy?", "", "easy again é?", EOFError]))
     monkeypatch.setattr(ev, "generate", generate)
-    assert ev.main([*ARGV, "--chat"]) == 0
+    assert ev.main([*ARGV, "--chat"]) == 0 and not Path("out").exists()
     reply = "." * LENGTH + r"\boxed{é}"
     assert capsys.readouterr().out == f"{reply}\n{reply}\n\n"
-    assert len(prompts) == 2 and reply in prompts[1] and "easy?" in prompts[1]
-    assert not Path("out").exists()
+    _, prompt = [data.Tokenizer.byte_level().decode(call.args[1][0]) for call in generate.call_args_list]
+    assert reply in prompt and "easy?" in prompt
 
 def test_plot(place, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
@@ -319,27 +307,24 @@ BABBLE = ["--model", "run", "--problems", "problems.jsonl", "--device", "cpu", "
 # Answers depend on the text, so that the babbler's are not all alike.
 RANKS = f"""
 import contextlib, io, json, os, sys
+from unittest import mock
 sys.path.insert(0, {str(ROOT)!r})
 import eval as ev
 import rewards
-
-def fail(*args, **settings):
-    raise ValueError("this rank fails")
-
 ev.extract_answer = rewards.extract_answer = lambda text: str(len(text) % 3)
 for port, name, argv in json.loads(sys.argv[1]):
     os.environ["MASTER_PORT"] = port
-    original = getattr(ev, name)
-    if ev.RANK == 1 and name != "main":
-        setattr(ev, name, fail)
     out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stdout(out))
+        stack.enter_context(contextlib.redirect_stderr(err))
+        if ev.RANK == 1 and name != "main":
+            stack.enter_context(mock.patch.object(ev, name, side_effect=ValueError("this rank fails")))
         try:
             status = ev.main(argv)
         except SystemExit as exit:
             status = exit.code
             ev.dist.destroy_process_group()
-    setattr(ev, name, original)
     files = sorted((file.name, file.stat().st_mtime_ns) for file in os.scandir(argv[-1]))
     print(json.dumps([status, out.getvalue(), err.getvalue(), files]), flush=True)
 """
@@ -399,20 +384,18 @@ def test_an_error_on_one_rank_ends_all_and_deletes_nothing(two_ranks, where):
 @needs_sandbox
 def test_an_evaluation_with_code(place, monkeypatch, capsys):
     programs = ["print(input())", "print(7)", "print(input())"]  # by sample: right, wrong, right, right, ...
-    reply = "\n```python\n{}\n```\n"
-    monkeypatch.setitem(SCRIPT, "program", lambda i: (reply.format(programs[i % 3]), 1.0))
+    monkeypatch.setitem(SCRIPT, "program", lambda i: (f"\n```python\n{programs[i % 3]}\n```\n", 1.0))
     code = {"prompt": "program", "domain": "code", "tests": [{"input": "1", "output": "1"}]}
     write_problems(("easy", "5"), code)
-    assert ev.main([*ARGV, "--samples", "17"]) == 0, capsys.readouterr().err
+    assert ev.main([*ARGV, "--samples", "17"]) == 0
     assert "sandbox: no rights: on, " in capsys.readouterr().out
     accuracy = {method: row["accuracy"] for method, row in report().items()}
     assert accuracy["pass@1"] == pytest.approx((1 + 11 / 17) / 2)
     assert accuracy["majority@17"] == accuracy["deepconf-low@17"] == 1
-    for trace, program in zip(traces_of()[17:], itertools.cycle(programs)):
-        assert (trace["answer"], trace["gold"]) == (program + "\n", "")
-        right = program != "print(7)"
-        assert trace["correct"] == right
-        assert trace["reason"] == ("passed" if right else "wrong output in test 1")
+    outcomes = [(True, "passed"), (False, "wrong output in test 1"), (True, "passed")]
+    for i, trace in enumerate(traces_of()[17:]):
+        assert (trace["answer"], trace["gold"]) == (programs[i % 3] + "\n", "")
+        assert (trace["correct"], trace["reason"]) == outcomes[i % 3]
 
 @needs_sandbox
 def test_check_of_solutions(tmp_path, capsys):
@@ -426,18 +409,14 @@ def test_check_of_solutions(tmp_path, capsys):
     assert "2: wrong output in test 1" in out
 
 def test_tests_are_sampled_as_the_flags_say(place, monkeypatch):
-    given = []
-
-    def verify(*_, **settings):
-        given.append(settings)
-        return rewards.Verdict(1.0, "passed")
-
-    monkeypatch.setattr(ev, "check_code", lambda *_, **__: None)
+    verify = Mock(return_value=rewards.Verdict(1.0, "passed"))
+    monkeypatch.setattr(ev, "check_code", Mock())
     monkeypatch.setattr(ev, "verify", verify)
     write_problems({"prompt": "easy", "domain": "code", "tests": [{"input": "1", "output": "1"}] * 9})
-    assert ev.main([*ARGV, "--samples", "2", "--code-tests", "3", "--seed", "7"]) == 0
-    assert given == [{"judge": None, "limit": 3, "seed": 7, "unsafe": False}] * 2
-    assert ev.main([*ARGV, "--samples", "2", "--fresh"]) == 0 and given[-1]["limit"] == 0  # all tests
+    for flags, limit, seed in [(["--code-tests", "3", "--seed", "7"], 3, 7), (["--fresh"], 0, 0)]:  # 0: all
+        assert ev.main([*ARGV, "--samples", "2", *flags]) == 0
+        assert verify.call_args.kwargs == {"judge": None, "limit": limit, "seed": seed, "unsafe": False}
+    assert verify.call_count == 2 * 2
 
 @needs_sandbox
 def test_an_unreadable_answer_is_refused_only_if_no_tests_decide(place, capsys):
