@@ -75,6 +75,7 @@ WARM = [trace("a", 2, 2), trace("b", 4, 4)]  # lowest 2 and 4; eta 50: s = 3, on
     ([trace("c", 1)], None, 1, ("b", 1.0)),  # short: runs to its end, its mean 1 does not reach 3
     ([trace("c", 9)], None, 1, ("c", 9 / 13)),  # short and confident: votes
     ([trace("b", 3, 3)] * 3, None, 3 * 2, ("b", 1.0)),  # a tie with the threshold is no stop
+    ([trace("c", *[3 - 1e-7] * 3)], None, 3, ("b", 4 / 7)),  # nor is one but for rounding; c votes
 ])
 def test_online_by_hand(more, tau, tokens, result):
     m = d.replay([*WARM, *more], n_init=2, eta=50, window=2, tau=tau)
