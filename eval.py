@@ -465,6 +465,8 @@ def run(args):
     # The user's mistakes show here, the cheap checks before the weights are read.
     folders = [args.model] if args.model else SMALL_RUN
     with together():
+        for folder in folders:
+            data.check_exists(data.model_folder(folder) / "config.json")
         judge = open_judge(args)
         problems = data.read_problems(args.problems, args.limit, partial(check_scorable, judge=args.judge))
         check_code(problems, args.problems, args.unsafe_local_execution, quiet=RANK > 0)
