@@ -1,29 +1,28 @@
 """DeepConf (arXiv 2508.15260): many traces of one problem, weighted, filtered and stopped by confidence.
 
     python deepconf.py runs/tiny/eval/traces.jsonl          # every method on recorded traces, without a model
-    python deepconf.py traces.jsonl --window 2048           # the paper's window
 
 Terms
-    token confidence   C_i = -mean log P over the k = 20 most likely tokens; high is peaked is confident
+    token confidence   C_i = -mean log P over the k = 20 most likely tokens; the more peaked, the higher
     group              the last `window` tokens at some position; groups overlap; a shorter trace is one group
     eta                the percentage KEPT: 10 is DeepConf-LOW, 90 is DeepConf-HIGH
     warm-up            the first n_init traces, run to the end; s is a percentile of their lowest groups
     consensus          the best answer's share of the votes has reached tau: nothing more is sampled
 
-What differs from the authors' public code, which strays from their paper: the consensus stop is there; votes
+Differences from the authors' public code, which strays from their paper: the consensus stop is there; votes
 are weighted; stopping and voting use one number, so a stopped trace never votes; nothing is generated after
 the stop; answers are compared by equivalence; a confidence that is not finite is an error.
 
-What the paper leaves open, and is chosen here
-    short traces   a trace shorter than the window is one group, known only at its end: never stopped, it
-                   votes if its mean reaches s. Dropping it, as the public code does, loses concise answers.
-    ties           a group within TIE of s counts as reaching it: identical traces pass their own threshold.
-    no answer      such a trace counts in no percentile. Loops are confident: two of them among 16 warm-ups
+Choices that the paper leaves open
+    short traces   A trace shorter than the window is one group, known only at its end. It is never stopped,
+                   and votes if its mean reaches s. The public code drops it, which loses concise answers.
+    ties           A group within TIE of s counts as reaching it: identical traces pass their own threshold.
+    no answer      Such a trace counts in no percentile. Loops are confident: two among 16 warm-up traces
                    would set a threshold that silences the other 14, and nobody would vote.
-    no voter       where the paper's algorithm returns nothing: if no warm-up has an answer, none is stopped
-                   and every completed trace votes; if all voters have confidence 0, each has one vote.
+    no voter       The paper's algorithm would return nothing. Here, if no warm-up trace has an answer, no
+                   trace is stopped and all vote; if all voters have confidence 0, each has one vote.
 
-To copy this, nothing else is needed: numpy. The command above also takes data.py and rewards.py.
+To copy this, take this file alone; it needs numpy. The command above also takes data.py and rewards.py.
 """
 
 import math
@@ -38,9 +37,8 @@ import numpy as np
 
 # 1. Confidence of tokens, groups and traces -----------------------------------------------------------------
 
-
 def _finite(values, name):
-    """values as float64 (t,); raises ValueError if there are none or one is not a finite number."""
+    """values as float64 (t,). Raises ValueError if there are none, or if one is not a finite number."""
     try:
         values = np.asarray(values, np.float64)
     except (TypeError, ValueError):
@@ -51,7 +49,6 @@ def _finite(values, name):
         raise ValueError(f"{name}: value {i} is {values[i]}, not finite")
     return values
 
-
 def token_confidence(top_logprobs):
     """top_logprobs (t, k): log P of the k most likely tokens per step, untempered -> (t,) nats. Eq. 2."""
     top = np.asarray(top_logprobs, np.float64)
@@ -59,9 +56,8 @@ def token_confidence(top_logprobs):
         raise ValueError(f"top_logprobs: shape {top.shape}, expected (t, k) finite numbers with k >= 1")
     return -top.mean(1)
 
-
 def group_confidence(conf, window):
-    """conf (t,) -> means of `window` consecutive tokens, (t - window + 1,); one mean for a shorter trace."""
+    """conf (t,) -> means of `window` consecutive tokens, (t - window + 1,); a shorter trace has one mean."""
     conf = _finite(conf, "conf")
     if window < 1:
         raise ValueError(f"window: {window}, expected at least 1")
@@ -70,41 +66,33 @@ def group_confidence(conf, window):
     totals = np.concatenate([[0.0], conf.cumsum()])
     return (totals[window:] - totals[:-window]) / window
 
-
 def lowest_group(conf, window):
-    """The weakest moment of a trace: the measure that stops it."""
+    """The weakest moment of a trace; the measure that online DeepConf stops and votes by."""
     return float(group_confidence(conf, window).min())
-
 
 def bottom_groups(conf, window, fraction=0.1):
     """Mean of the max(1, int(fraction * groups)) lowest groups."""
     groups = np.sort(group_confidence(conf, window))
     return float(groups[: max(1, int(fraction * len(groups)))].mean())
 
-
 def tail(conf, tokens):
-    """Mean of the last `tokens` tokens."""
-    if tokens < 1:
-        raise ValueError(f"tokens: {tokens}, expected at least 1")
-    return float(_finite(conf, "conf")[-tokens:].mean())
-
+    """Mean of the last `tokens` tokens, which are the last group of that size."""
+    return float(group_confidence(conf, tokens)[-1])
 
 def mean(conf):
     """Mean over all tokens."""
     return float(_finite(conf, "conf").mean())
 
-
 # 2. Votes and filters ---------------------------------------------------------------------------------------
 
-TIE = 1e-6  # nats; far below any difference that means something, far above the rounding of a mean
-
+TIE = 1e-6  # nats; far below any meaningful difference, far above the rounding error of a mean
 
 def vote(answers, weights=None, same=None):
     """Weighted vote -> (answer, its share of all weight); (None, 0.0) when nobody votes.
 
-    answers: None abstains. weights: not negative; 1 each if None or if every voter's is 0. same(a, b): if two
-    answers are one (default ==). It need not be symmetric or transitive: an answer joins the first group
-    whose first member it matches. A group goes by that member; the first of equal groups wins."""
+    answers: None abstains. weights: not negative; 1 each if None, or if every voter's weight is 0.
+    same(a, b): whether two answers are equivalent (default ==); need not be symmetric or transitive. Answers
+    join the first group whose first member they match; that member names the group. Ties: the first wins."""
     weights = np.ones(len(answers)) if weights is None else np.asarray(weights, np.float64)
     if weights.shape != (len(answers),) or not (np.isfinite(weights) & (weights >= 0)).all():
         raise ValueError(f"weights: {weights}, expected {len(answers)} finite numbers that are not negative")
@@ -121,23 +109,20 @@ def vote(answers, weights=None, same=None):
     best = max(sums, key=sums.get)
     return best, sums[best] / sum(sums.values())
 
-
 def stop_threshold(lowest, eta):
     """s = percentile 100 - eta of the warm-up traces' lowest groups, by linear interpolation."""
     if not 0 < eta <= 100:
         raise ValueError(f"eta: {eta}, expected the percentage kept, above 0 and up to 100")
     return float(np.percentile(_finite(lowest, "lowest"), 100 - eta))
 
-
 def keep_top(conf, eta):
-    """conf (traces,) -> mask (traces,) of those at or above the percentile; ties are kept."""
+    """conf (traces,) -> mask (traces,) of the traces at or above the percentile; ties are kept."""
     return np.asarray(conf, np.float64) >= stop_threshold(conf, eta) - TIE
 
-
 def offline(traces, *, eta=10, window=2048, measure=lowest_group, same=None):
-    """All traces at hand: keep the eta percent that are most confident, then vote by it -> (answer, share).
+    """Keep the eta percent most confident traces; these vote, weighted by confidence -> (answer, share).
 
-    Only traces with an answer are ranked; if there is none, nobody votes: (None, 0.0).
+    Only traces with an answer are ranked; without any, nobody votes: (None, 0.0).
     traces: objects with .answer and .confidences. measure(conf, window) -> float."""
     answered = [t for t in traces if t.answer is not None]
     if not answered:
@@ -146,46 +131,40 @@ def offline(traces, *, eta=10, window=2048, measure=lowest_group, same=None):
     keep = keep_top(conf, eta)
     return vote([t.answer for t, k in zip(answered, keep) if k], conf[keep], same)
 
-
 def majority_at(traces, tokens, same=None):
-    """Plain vote of the first traces that a budget of tokens pays for, at least one -> (answer, tokens)."""
+    """Unweighted vote of the first traces that fit a token budget, at least one -> (answer, tokens)."""
     used = np.cumsum([len(t.confidences) for t in traces])
     voters = max(1, int(np.searchsorted(used, tokens, side="right")))
     return vote([t.answer for t in traces[:voters]], same=same)[0], int(used[voters - 1])
-
 
 # 3. Online: decide while sampling (Algorithm 2) -------------------------------------------------------------
 
 GO, WAIT, DONE = "go", "wait", "done"  # what Online.admit answers; model.generate understands it
 
-
 @dataclass
 class _Progress:
     """What Online knows of one trace."""
     last: deque = field(default_factory=deque)  # confidences in the window
-    total: float = 0.0  # their sum; what rounding leaves in it stays far below TIE
+    total: float = 0.0  # their running sum; its accumulated rounding error stays far below TIE
     tokens: int = 0
-    lowest: float = math.inf  # over the full windows so far; inf before there is one
-    stopped: bool = False
+    lowest: float = math.inf  # over the full windows so far; inf before the first
     ended: bool = False
     answer: object = None
-
 
 @dataclass
 class Online:
     """Online DeepConf for one problem, as a state machine that the sampler drives.
 
     The sampler asks admit() before it starts a trace, reports each token to on_token(), which may stop the
-    trace, and each end to finish(). Decisions follow from the traces' confidences and answers alone, not from
+    trace, and each end to finish(). Decisions depend on the traces' confidences and answers alone, not on
     when or in what order they run."""
-
     budget: int  # traces at most
     _: KW_ONLY
     n_init: int = 16  # warm-up traces
     eta: float = 10  # percentage kept
     window: int = 2048  # tokens per group
-    tau: float | None = 0.95  # consensus; None: none, the whole budget is sampled
-    batch: int = 1  # traces that start together after warm-up; consensus is looked at between batches
+    tau: float | None = 0.95  # share of the votes that is a consensus; None: sample the whole budget
+    batch: int = 1  # traces that start together after warm-up; consensus is checked between batches
     same: Callable | None = None  # equality of answers, as in vote
 
     def __post_init__(self):
@@ -194,30 +173,26 @@ class Online:
                 raise ValueError(f"{name}: {getattr(self, name)}, expected at least 1")
         stop_threshold([0.0], self.eta)  # checks eta
         self.n_init = min(self.n_init, self.budget)
-        self.traces = {}  # index -> _Progress
-        self.threshold = None  # s, once warm-up is over; -inf, which stops nothing, if none has an answer
+        self.traces = [_Progress() for _ in range(self.budget)]
+        self.threshold = None  # s, once warm-up is over; -inf, which stops nothing, if it brought no answer
         self.finished = False
 
     def admit(self, index):
-        """May trace `index` start? GO, WAIT until running ones have ended, or DONE. To be asked in order."""
+        """May trace `index` start? GO, WAIT (until the running ones have ended) or DONE. Ask in order."""
         if self.finished or index >= self.budget:
             return DONE
         if index >= self.n_init and (index - self.n_init) % self.batch == 0:  # the first of a batch
-            if any(i not in self.traces or not self.traces[i].ended for i in range(index)):
+            if not all(trace.ended for trace in self.traces[:index]):
                 return WAIT
             answer, share = self.result()
             self.finished = self.tau is not None and answer is not None and share >= self.tau
         return DONE if self.finished else GO
 
-    def _reaches(self, lowest):
-        """The one test behind stopping and voting."""
-        return lowest >= self.threshold - TIE
-
     def on_token(self, index, confidence):
-        """Take in one token's confidence. True: stop the trace now. Warm-up traces are never stopped."""
+        """Record one token's confidence. True: stop the trace now. Warm-up traces are never stopped."""
         if not math.isfinite(confidence):
             raise ValueError(f"trace {index}: token confidence is {confidence}, not finite")
-        trace = self.traces.setdefault(index, _Progress())
+        trace = self.traces[index]
         trace.last.append(confidence)
         trace.total += confidence
         trace.tokens += 1
@@ -225,42 +200,41 @@ class Online:
             trace.total -= trace.last.popleft()
         if len(trace.last) == self.window:
             trace.lowest = min(trace.lowest, trace.total / self.window)
-            trace.stopped |= index >= self.n_init and not self._reaches(trace.lowest)
-        return trace.stopped
+        return index >= self.n_init and trace.lowest < self.threshold - TIE
 
     def finish(self, index, answer):
-        """Trace `index` has ended; answer is None when it was stopped or has none."""
-        if index not in self.traces:
-            raise ValueError(f"trace {index}: it ended without a token; on_token must see each token first")
+        """Trace `index` has ended. answer: None if it has none; that of a stopped trace does not matter."""
         trace = self.traces[index]
+        if not trace.tokens:
+            raise ValueError(f"trace {index}: it ended without a token; on_token must see each token first")
         if trace.tokens < self.window:  # short: one group
             trace.lowest = trace.total / trace.tokens
         trace.ended = True
-        trace.answer = None if trace.stopped else answer
-        warm = [self.traces[i] for i in range(self.n_init) if i in self.traces and self.traces[i].ended]
-        if self.threshold is None and len(warm) == self.n_init:
-            lowest = [t.lowest for t in warm if t.answer is not None]
+        trace.answer = answer
+        # The last warm-up trace to end sets s.
+        warm_up = self.traces[: self.n_init]
+        if self.threshold is None and all(t.ended for t in warm_up):
+            lowest = [t.lowest for t in warm_up if t.answer is not None]
             self.threshold = stop_threshold(lowest, self.eta) if lowest else -math.inf
 
     def result(self):
         """(answer, share): ended traces that reach s vote with their lowest group; (None, 0.0) in warm-up."""
         if self.threshold is None:
             return None, 0.0
-        ended = [t for _, t in sorted(self.traces.items()) if t.ended and not t.stopped]
-        voters = [t for t in ended if self._reaches(t.lowest)]
+        # The condition is the opposite of on_token's, so that stopped traces do not vote.
+        voters = [t for t in self.traces if t.ended and t.lowest >= self.threshold - TIE]
         return vote([t.answer for t in voters], [max(t.lowest, 0.0) for t in voters], self.same)
 
     @property
     def tokens(self):
-        """Everything that was generated: warm-up, complete and stopped traces."""
-        return sum(t.tokens for t in self.traces.values())
-
+        """All generated tokens: of warm-up, complete and stopped traces."""
+        return sum(t.tokens for t in self.traces)
 
 def online(sample, budget, **settings):
-    """Run online DeepConf, one trace after another -> the Online machine (.result(), .tokens, .threshold).
+    """Run online DeepConf, one trace after another -> the Online (.result(), .tokens, .threshold).
 
-    sample(index, stop) generates trace `index`, calls stop(confidence) after each token and ends at once when
-    that is True; it returns the answer, or None. settings: those of Online."""
+    sample(index, stop) generates trace `index`, calls stop(confidence) after each token, ends at once if that
+    is True, and returns the answer, or None. settings: those of Online."""
     machine = Online(budget, **settings)
     for index in range(budget):
         if machine.admit(index) == DONE:
@@ -268,20 +242,53 @@ def online(sample, budget, **settings):
         machine.finish(index, sample(index, partial(machine.on_token, index)))
     return machine
 
-
 def replay(traces, **settings):
     """`online` on recorded complete traces: each is cut where it would have been stopped."""
-
     def sample(index, stop):
         return None if any(map(stop, traces[index].confidences)) else traces[index].answer
-
     return online(sample, len(traces), **settings)
-
 
 # 4. Every method on recorded traces: python deepconf.py traces.jsonl ----------------------------------------
 
-FIELDS = {"problem": str, "sample": int, "answer": str | None, "correct": bool | None, "confidences": list}
+def is_right(answer, traces, same=None):
+    """Whether a voted answer is right: whether any trace that gave it is; None if none of those is judged.
 
+    Traces that gave it word for word come first. Those with a `same` answer count only if no verdict on the
+    former is known: `same` need not be transitive, as 50 is 50% and 50% is 0.5, but 50 is not 0.5."""
+    if answer is None:  # nobody voted
+        return False
+    known = [t for t in traces if t.correct is not None and t.answer is not None]
+    verdicts = [t.correct for t in known if t.answer == answer]
+    if not verdicts and same:
+        verdicts = [t.correct for t in known if same(t.answer, answer)]
+    return any(verdicts) if verdicts else None
+
+def mean_and_stderr(scores):
+    """Mean of the m scores that are not None, and its standard error; None where undefined: m = 0, m < 2."""
+    known = [score for score in scores if score is not None]
+    m = len(known)
+    center = math.fsum(known) / m if m else None
+    if m < 2:
+        return center, None
+    return center, math.sqrt(math.fsum((x - center) ** 2 for x in known) / (m - 1) / m)
+
+def _mean(values):
+    return float(np.mean(values)) if len(values) else math.nan
+
+def calibration_sentence(traces, window):
+    """Whether confidence separates right traces from wrong ones; if not, no vote weighted by it can gain.
+
+    AUROC: the chance that a right trace's lowest group is above a wrong one's; ties count half."""
+    right = np.array([lowest_group(t.confidences, window) for t in traces if t.correct is True])
+    wrong = np.array([lowest_group(t.confidences, window) for t in traces if t.correct is False])
+    auroc = _mean([_mean(right > w) + _mean(right == w) / 2 for w in wrong])
+    return (f"lowest group against correctness: AUROC {auroc:.3f}, "
+            f"mean of right traces {_mean(right):.3f}, of wrong ones {_mean(wrong):.3f}")
+
+def percent(share):
+    return "-" if share is None else f"{100 * share:.1f}"
+
+FIELDS = {"problem": str, "sample": int, "answer": str | None, "correct": bool | None, "confidences": list}
 
 def to_traces(records):
     """{problem: its traces in sample order} from the lines of a traces.jsonl.
@@ -296,24 +303,7 @@ def to_traces(records):
         problems.setdefault(record["problem"], []).append(SimpleNamespace(**record))
     return {name: sorted(traces, key=lambda t: t.sample) for name, traces in problems.items()}
 
-
-def is_right(answer, traces, same=None):
-    """Whether a voted answer is right: True if a trace that gave it is, False if none is or nobody voted,
-    None (unknown) if the verdict on no trace that gave it is known.
-
-    Traces that gave it word for word are asked first, others with the `same` answer only if no verdict on
-    those is known: `same` need not be transitive. 50 is 50%, 50% is 0.5, but if 0.5 is right, 50 is wrong."""
-    if answer is None:
-        return False
-    known = [t for t in traces if t.correct is not None and t.answer is not None]
-    verdicts = [t.correct for t in known if t.answer == answer]
-    if not verdicts and same:
-        verdicts = [t.correct for t in known if same(t.answer, answer)]
-    return any(verdicts) if verdicts else None
-
-
 MEASURES = {"lowest": lowest_group, "bottom 10%": bottom_groups, "tail": tail, "mean": lambda c, _: mean(c)}
-
 
 def compare(traces, window, same):
     """Yield (method, answer, tokens) for every method on the traces of one problem."""
@@ -324,59 +314,37 @@ def compare(traces, window, same):
             answer, _ = offline(traces, eta=eta, window=window, measure=measure, same=same)
             yield f"offline {eta}%, {name}", answer, everything
     for level, eta in (("LOW", 10), ("HIGH", 90)):
-        machine = replay(traces, eta=eta, window=window, tau=None, same=same)
-        yield f"online {level}, no consensus", machine.result()[0], machine.tokens
-        machine = replay(traces, eta=eta, window=window, same=same)
-        yield f"online {level}", machine.result()[0], machine.tokens
+        for name, tau in ((f"{level}, no consensus", None), (level, 0.95)):
+            machine = replay(traces, eta=eta, window=window, tau=tau, same=same)
+            yield f"online {name}", machine.result()[0], machine.tokens
         yield f"majority at {level}'s tokens", *majority_at(traces, machine.tokens, same)
-
-
-def _mean(values):
-    return float(np.mean(values)) if len(values) else math.nan
-
-
-def calibration_sentence(traces, window):
-    """Whether confidence tells right traces from wrong ones; where it does not, no vote by it can work.
-
-    AUROC: the chance that a right trace's lowest group is above a wrong one's, ties counting half."""
-    right = np.array([lowest_group(t.confidences, window) for t in traces if t.correct is True])
-    wrong = np.array([lowest_group(t.confidences, window) for t in traces if t.correct is False])
-    auroc = _mean([_mean(right > w) + _mean(right == w) / 2 for w in wrong])
-    return (f"lowest group against correctness: AUROC {auroc:.3f}, "
-            f"mean of right traces {_mean(right):.3f}, of wrong ones {_mean(wrong):.3f}")
-
 
 def show(problems, window, same):
     """Print accuracy and cost of every method, and the calibration."""
-    rows = {}  # method -> [(verdict, tokens) per problem]
+    results = {}  # method -> [(verdict, tokens) per problem]
     for traces in problems.values():
         for method, answer, tokens in compare(traces, window, same):
-            rows.setdefault(method, []).append((is_right(answer, traces, same), tokens))
-    whole = sum(tokens for _, tokens in rows["majority"])
+            results.setdefault(method, []).append((is_right(answer, traces, same), tokens))
+    whole = sum(tokens for _, tokens in results["majority"])
     print("| method | accuracy % | stderr | tokens / majority | problems | unknown |\n" + "| --- " * 6 + "|")
-    for method, results in rows.items():
-        known = np.array([verdict for verdict, _ in results if verdict is not None], float)
-        accuracy = 100 * _mean(known)
-        stderr = 100 * (_mean((known - _mean(known)) ** 2) / max(1, len(known))) ** 0.5
-        cost = sum(tokens for _, tokens in results) / whole
-        print(f"| {method} | {accuracy:.1f} | {stderr:.1f} | {cost:.2f} ", end="")
-        print(f"| {len(known)} | {len(results) - len(known)} |")
+    for method, result in results.items():
+        verdicts = [verdict for verdict, _ in result]
+        accuracy, stderr = map(percent, mean_and_stderr(verdicts))
+        cost = sum(tokens for _, tokens in result) / whole
+        unknown = verdicts.count(None)
+        print(f"| {method} | {accuracy} | {stderr} | {cost:.2f} | {len(result) - unknown} | {unknown} |")
     print("\n" + calibration_sentence([t for traces in problems.values() for t in traces], window))
-
 
 def main(argv=None):
     from data import Flags, read_records, run_main
     from rewards import is_equivalent
-
     def body():
         parser = Flags(description=__doc__.partition("\n")[0], allow_abbrev=False)
         parser.add_argument("traces", help="traces.jsonl, complete traces")
         parser.add_argument("--window", type=int, default=16, help="tokens per group (the paper: 2048)")
         args = parser.parse_args(argv)
         show(to_traces(read_records(args.traces)), args.window, is_equivalent)
-
     return run_main(body)
-
 
 if __name__ == "__main__":
     sys.exit(main())

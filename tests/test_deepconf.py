@@ -11,24 +11,24 @@ from hypothesis import strategies as st
 
 import deepconf as d
 
-
 def trace(answer, *conf, correct=None):
     return SimpleNamespace(answer=answer, confidences=list(conf), correct=correct)
-
 
 def test_formulas_by_hand():
     assert d.token_confidence([[-1, -3], [0, -1]]).tolist() == [2, 0.5]
     conf = [1, 2, 6, 3]
     assert d.group_confidence(conf, 2).tolist() == [1.5, 4, 4.5]
     assert d.group_confidence(conf, 9).tolist() == [3]  # a short trace is one group
-    assert d.lowest_group(conf, 2) == 1.5 and d.tail(conf, 2) == 4.5 and d.mean(conf) == 3
+    assert d.lowest_group(conf, 2) == 1.5 and d.tail(conf, 2) == 4.5 and d.mean(conf) == d.tail(conf, 9) == 3
     assert d.bottom_groups(conf, 2) == 1.5  # max(1, int(0.3)) = 1 group
     assert d.bottom_groups(conf, 1, 0.5) == 1.5  # the two lowest of four: 1 and 2
     assert d.stop_threshold([1, 2, 3, 4, 5], 10) == pytest.approx(4.6)  # percentile 90
     assert d.stop_threshold([1, 2, 3, 4, 5], 90) == pytest.approx(1.4)  # percentile 10: HIGH keeps most
     assert d.keep_top([1, 2, 3, 4, 5], 10).tolist() == [False] * 4 + [True]
     assert d.keep_top([2, 2, 2], 10).all()  # ties are kept
-
+    # mean 0.5; squares 4 * 0.25 = 1; variance 1/3; over 4 problems 1/12
+    assert d.mean_and_stderr([1, 0, None, 1, 0]) == (0.5, pytest.approx(math.sqrt(1 / 12)))
+    assert d.mean_and_stderr([0.25]) == (0.25, None) and d.mean_and_stderr([None]) == (None, None)
 
 def test_calibration_by_hand():
     # Lowest groups of right traces: 2, 3, of wrong ones: 1, 3. Of four pairs two are in order, one ties.
@@ -37,7 +37,6 @@ def test_calibration_by_hand():
     assert d.calibration_sentence([*right, *wrong, trace("c", 9)], 1).startswith(
         "lowest group against correctness: AUROC 0.625, mean of right traces 2.500, of wrong ones 2.000")
     assert "AUROC nan, mean of right traces 2.500, of wrong ones nan" in d.calibration_sentence(right, 1)
-
 
 def test_votes_by_hand():
     assert d.vote(["a", "b", "a"]) == ("a", pytest.approx(2 / 3))
@@ -51,7 +50,6 @@ def test_votes_by_hand():
     assert d.majority_at([trace("a", 1, 1), trace("b", 1), trace("b", 1)], 3) == ("a", 3)
     assert d.majority_at([trace("a", 1, 1)], 1) == ("a", 2)  # at least one
 
-
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_confidence_that_is_not_finite(bad):
     for call in (lambda: d.lowest_group([1, bad], 1), lambda: d.vote(["a"], [bad]),
@@ -60,15 +58,13 @@ def test_confidence_that_is_not_finite(bad):
         with pytest.raises(ValueError, match="finite"):
             call()
 
-
-@pytest.mark.parametrize("bad", [{"n_init": 0}, {"window": 0}, {"eta": 0}, {"eta": 101}, {"batch": 0}])
-def test_settings_that_make_no_sense(bad):
-    with pytest.raises(ValueError, match=next(iter(bad))):
-        d.Online(4, **bad)
-
+@pytest.mark.parametrize(("name", "value"), [
+    ("n_init", 0), ("window", 0), ("eta", 0), ("eta", 101), ("batch", 0), ("budget", 0)])
+def test_settings_that_make_no_sense(name, value):
+    with pytest.raises(ValueError, match=f"{name}: {value}, expected"):
+        d.Online(**({"budget": 4} | {name: value}))
 
 WARM = [trace("a", 2, 2), trace("b", 4, 4)]  # lowest 2 and 4; eta 50: s = 3, only b votes
-
 
 @pytest.mark.parametrize(("more", "tau", "tokens", "result"), [
     ([trace("c", 9, 9)], 0.95, 0, ("b", 1.0)),  # consensus: the third trace is never started
@@ -79,11 +75,11 @@ WARM = [trace("a", 2, 2), trace("b", 4, 4)]  # lowest 2 and 4; eta 50: s = 3, on
     ([trace("c", 1)], None, 1, ("b", 1.0)),  # short: runs to its end, its mean 1 does not reach 3
     ([trace("c", 9)], None, 1, ("c", 9 / 13)),  # short and confident: votes
     ([trace("b", 3, 3)] * 3, None, 3 * 2, ("b", 1.0)),  # a tie with the threshold is no stop
+    ([trace("c", *[3 - 1e-7] * 3)], None, 3, ("b", 4 / 7)),  # nor is one but for rounding; c votes
 ])
 def test_online_by_hand(more, tau, tokens, result):
     m = d.replay([*WARM, *more], n_init=2, eta=50, window=2, tau=tau)
     assert (m.threshold, m.tokens, m.result()) == (3, 4 + tokens, (result[0], pytest.approx(result[1])))
-
 
 def test_admission_does_not_depend_on_the_order_of_endings():
     m = d.Online(6, n_init=2, eta=90, window=1, tau=None, batch=2)
@@ -93,10 +89,8 @@ def test_admission_does_not_depend_on_the_order_of_endings():
             m.on_token(i, 1.0)
             m.finish(i, "a")
 
-
 LOOPS = [trace(None, 9, 9)] * 2  # confident, and without an answer
 SOBER = [trace("7" if i % 2 else "8", 2 + i / 10, 4) for i in range(14)]  # the odd ones are more confident
-
 
 def test_two_confident_loops_among_sixteen_silence_nobody():
     # Ranked are the 14 with an answer, 3.0, 3.05, ..., 3.65; the top tenth, from index 11.7 on: 3.6 and 3.65.
@@ -109,7 +103,6 @@ def test_two_confident_loops_among_sixteen_silence_nobody():
     assert m.tokens == 18 * 2  # the 17th is stopped, at its second token; its 7 is no vote
     assert m.result() == ("9", pytest.approx(9 / 16.25))
 
-
 def test_a_warm_up_without_answers_stops_nothing():
     warm = [trace(None, 9, 9)] * 2
     more = [trace("a", 1, 1, 1), trace("a", 2), trace("b", 9, 9)]
@@ -121,23 +114,19 @@ def test_a_warm_up_without_answers_stops_nothing():
     m = d.replay([*warm, trace(None, 1)], n_init=2, eta=10, window=2, tau=0.0)
     assert m.tokens == 5 and m.result() == (None, 0.0)  # not even for tau = 0
 
-
 def test_voters_without_confidence_have_one_vote_each():
     traces = [trace("a", 0, 0), trace("b", 0, 0), trace("b", 0, 0)]
     assert d.offline(traces, eta=10, window=2) == ("b", pytest.approx(2 / 3))
     assert d.replay(traces, n_init=2, eta=10, window=2, tau=0.95).result() == ("b", pytest.approx(2 / 3))
     assert d.vote(["a", None], [0, 5]) == ("a", 1.0)
 
-
 def test_a_trace_that_ends_without_a_token_is_named():
     with pytest.raises(ValueError, match="trace 1: it ended without a token"):
         d.replay([trace("a", 1), trace("b")], n_init=1, tau=None)
 
-
 def lopsided(a, b):
     """Neither symmetric nor transitive: x is the same as y if it is y's neighbour from above."""
     return ord(a) - ord(b) in (0, 1)
-
 
 def test_votes_and_verdicts_survive_an_equality_that_is_none():
     assert d.vote(["a", "b", "c"], same=lopsided) == ("a", pytest.approx(2 / 3))
@@ -148,27 +137,25 @@ def test_votes_and_verdicts_survive_an_equality_that_is_none():
     for name, answer, _ in methods:
         assert d.is_right(answer, traces, lopsided) in (True, False), name
 
-
-def test_is_right_by_hand():
-    def traces(*rows):
-        return [trace(answer, 1.0, correct=correct) for answer, correct in rows]
-
+@pytest.mark.parametrize(("answer", "rows", "expected"), [
+    ("1/2", [("1/2", True)], True),
+    (None, [(None, None)], False),  # nobody voted
+    ("x", [("x", None), ("x", True), ("y", False)], True),  # one verdict is known
+    ("x", [("x", None), ("y", True)], None),  # none is
+    ("1/2", [("1/2", None), ("0.5", True)], True),  # one on the same answer is
+    ("50", [("50", False), ("50%", True)], False),  # word for word comes first
+    ("2", [("1", True)], None),  # nobody gave it
+])
+def test_is_right_by_hand(answer, rows, expected):
     def alike(a, b):
         return {a, b} in ({"0.5", "1/2"}, {"50%", "0.5"}, {"50%", "50"})
 
-    assert d.is_right("1/2", traces(("1/2", True))) is True
-    assert d.is_right(None, traces((None, None))) is False  # nobody voted
-    assert d.is_right("x", traces(("x", None), ("x", True), ("y", False))) is True  # one verdict is known
-    assert d.is_right("x", traces(("x", None), ("y", True))) is None  # none is
-    assert d.is_right("1/2", traces(("1/2", None), ("0.5", True)), alike) is True  # one on the same answer is
-    assert d.is_right("50", traces(("50", False), ("50%", True)), alike) is False  # word for word comes first
-    assert d.is_right("2", traces(("1", True)), alike) is None  # nobody gave it
-
+    traces = [trace(given, 1.0, correct=correct) for given, correct in rows]
+    assert d.is_right(answer, traces, alike) is expected
 
 confidence = st.just(0.0) | st.floats(1 / 64, 20, width=32)
 one = st.tuples(st.sampled_from(["a", "b", None]), st.lists(confidence, min_size=1, max_size=12))
 traces_of = st.lists(one, min_size=3, max_size=12)
-
 
 def poll(votes):
     """(answer, share) of [(answer, weight)]: the oracle's own count."""
@@ -179,7 +166,6 @@ def poll(votes):
         sums[answer] = sums.get(answer, 0) + weight
     best = max(sums, key=sums.get, default=None)
     return best, sums[best] / sum(sums.values()) if sums else 0.0
-
 
 @settings(max_examples=100, derandomize=True)
 @given(traces_of, st.integers(1, 5), st.sampled_from([10, 50, 90]), st.sampled_from([None, 0.6, 0.95]))
@@ -207,7 +193,6 @@ def test_online_against_the_rules(rows, window, eta, tau):
     assert machine.tokens == tokens
     assert machine.result() == (poll(votes)[0], pytest.approx(poll(votes)[1], abs=1e-6))
 
-
 def test_running_sums_do_not_drift():
     m = d.Online(2, n_init=1, window=3)
     confidences = np.random.default_rng(0).uniform(0, 50, 65536).astype(np.float32).tolist()
@@ -216,31 +201,22 @@ def test_running_sums_do_not_drift():
     assert abs(m.traces[0].total / 3 - math.fsum(confidences[-3:]) / 3) < d.TIE / 1000
     assert abs(m.traces[0].lowest - d.lowest_group(confidences, 3)) < d.TIE / 1000
 
+A, B, C = ("1/2", True, 1.0), ("0.5", None, 1.0), ("7", None, 1.0)  # 0.5 is 1/2, which is known to be right
 
-def write_traces(path, rows):
-    """rows: (problem, answer, correct, confidences)."""
-    names = ("problem", "answer", "correct", "confidences", "sample")
-    path.write_text("".join(json.dumps(dict(zip(names, (*row, i)))) + "\n" for i, row in enumerate(rows)))
-
-
-def test_command_line(tmp_path, capsys):
-    path = tmp_path / "traces.jsonl"
-    right, wrong = ("p", "7", True, [5.0] * 4), ("p", "8", False, [1.0] * 4)
-    write_traces(path, [wrong if i % 3 else right for i in range(20)])
-    assert d.main([str(path), "--window", "2"]) == 0
+@pytest.mark.parametrize(("traces", "unknown", "expected"), [
+    ({"p": [("8", False, 1.0) if i % 3 else ("7", True, 5.0) for i in range(20)]}, 0,
+     ["| majority | 0.0 | - |", "| online LOW | 100.0 | - |", "AUROC 1.000"]),
+    ({"known": [A, A, B, B, B], "unknown": [C, C, C]}, 1, ["| majority | 100.0 | - | 1.00 | 1 | 1 |"]),
+])
+def test_command_line(tmp_path, capsys, traces, unknown, expected):
+    records = [{"problem": name, "sample": i, "answer": answer, "correct": correct, "confidences": [conf] * 4}
+               for name, given in traces.items() for i, (answer, correct, conf) in enumerate(given)]
+    (tmp_path / "traces.jsonl").write_text("\n".join(map(json.dumps, records)))
+    assert d.main([str(tmp_path / "traces.jsonl"), "--window", "2"]) == 0
     out = capsys.readouterr().out
-    assert "| majority | 0.0 |" in out and "| online LOW | 100.0 |" in out and "AUROC 1.000" in out
-
-    rows = [("known", "1/2", True)] * 2 + [("known", "0.5", None)] * 3 + [("unknown", "7", None)] * 3
-    write_traces(path, [(*row, [1.0]) for row in rows])
-    assert d.main([str(path), "--window", "2"]) == 0
-    out = capsys.readouterr().out
-    assert "| majority | 100.0 | 0.0 | 1.00 | 1 | 1 |" in out  # 0.5 is 1/2, which is known
-    assert out.count("| 1 | 1 |\n") == 15  # every row leaves one problem out
-
+    assert out.count(f"| 1 | {unknown} |\n") == 15 and all(text in out for text in expected)
 
 LINE = '{"problem":"p","sample":0,"answer":"1","correct":true,"confidences":[1]}'
-
 
 @pytest.mark.parametrize(("text", "message"), [
     ("", "empty"),
