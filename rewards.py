@@ -589,11 +589,11 @@ REWRITES = [
     (r'\^\s*(?:\\circ(?![a-z])|\{\s*\\circ\s*\})|"degrees?"', "°"),
     (r'°\s*"?([CF])"?(?![A-Za-z])', r'"°\1"'),
     (r'"(?:percent|per cent)"|(?<![A-Za-z"])percent\b', "%"),
-    # `3, 5, and 7` is a list, `x < 1 or x > 3` a union.
-    (r',?\s*(?:"\s*(and|or)\s*"|(?<![A-Za-z"])(and|or)\b(?![A-Za-z"]))',
+    # `3, 5, and 7` is a list, `x < 1 or x > 3` a union; "red or blue" is not "red and blue".
+    (r',?\s*(?:"\s*(and|or)\s*"|(?<![A-Za-z"])(and|(?<![A-Za-z]{2} )or(?! [A-Za-z]{2}))\b(?![A-Za-z"]))',
      lambda m: "∪" if "or" in m.groups() and re.search("[<>]", m.string) else ","),
     # \log_28 is \log_2 8, \sin^{-1} is not 1/\sin.
-    (r"\\log\s*_\s*([0-9])", r"\\log_{\1}"),
+    (r"\\log\s*_\s*([0-9])(?!\s*_)", r"\\log_{\1}"),
     (r"(?<![A-Za-z])\\?(sin|cos|tan)\s*\^\s*\{?\s*-1\s*\}?(?![0-9])", r"\\arc\1 "),
     # Units: (2516)_8 is 2516 in base 8; 5cm is a length, but 5mg a product; 5 m/s and 5 eV are at the end.
     (r"(?<![A-Za-z0-9_.])\(?([0-9]+)\)?\s*_\s*\{?([0-9]+)\}?(?![0-9])", r'(\1 "base\2")'),
@@ -948,9 +948,8 @@ class Parser:
 
     def function(self, name):
         r"""\sin x, \sin(x), \sin^2 x, \log_2 x. \sin 2x y + z is \sin(2xy) + z."""
-        # \log without a base is to the base 10 or e, depending on whom one asks: here to an unknown one.
-        scripts = {"_": number(abs, symbol(r"\log")), "^": symbol("1")}
-        while self.next in scripts:
+        scripts = {}  # once each, and only a logarithm has a base
+        while self.next in ("_^" if name == "log" else "^") and self.next not in scripts:
             sign = self.take()
             scripts[sign] = self.operand()
         # Without brackets the argument is all that is multiplied, up to the next function or bracket.
@@ -961,9 +960,10 @@ class Parser:
         if not whole and self.next == "°":
             value = with_unit(value, self.take())
         value = number(partial(apply, name), value)
-        if name == "log":
-            value = number(lambda x, b: divide(x, logarithm(b)), value, scripts["_"])
-        return number(power, value, scripts["^"])
+        if name == "log":  # without a base, to 10 or to e, depending on the writer: here to an unknown one
+            base = scripts.get("_", number(abs, symbol(r"\log")))
+            value = number(lambda x, b: divide(x, logarithm(b)), value, base)
+        return number(power, value, scripts.get("^", symbol("1")))
 
 # 11. The comparison of values -------------------------------------------------------------------------------
 

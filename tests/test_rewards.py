@@ -638,7 +638,9 @@ def test_a_judge_that_is_down_is_an_error_before_any_work(tmp_path, monkeypatch,
     row = {"id": "1", "domain": "science", "prompt": "Why?", "answer": "because of it"}
     data.write_jsonl("words.jsonl", [row])
     url = "http://127.0.0.1:9/v1"
-    assert ev.main(["--problems", "words.jsonl", "--device", "cpu", "--judge", url]) == 1
+    Path("model").mkdir()
+    Path("model/config.json").touch()  # it is not read before the judge has answered
+    assert ev.main(["--problems", "words.jsonl", "--device", "cpu", "--judge", url, "--model", "model"]) == 1
     assert capsys.readouterr().err.startswith(f"error: --judge {url}: ")
 
 def test_votes_are_for_choices_however_they_are_named():
