@@ -179,20 +179,19 @@ def parse_sft(record, tokenizer, where, max_tokens=None, trim=False):
         raise ValueError(f"{where}: field messages: {tokens}; raise it, allow trimming, or drop the line")
     return Sample(np.array(ids[:max_tokens], np.int32), np.array(mask[:max_tokens]), weight, domain, trimmed)
 
-# render_chat as a Jinja template, for those who load a checkpoint with other software. Line breaks and
-# indents are removed, as engines differ in whether those count.
+# render_chat as a Jinja template, for those who load a checkpoint with other software: ns.all keeps all
+# reasoning, ns.last is the turn that keeps its own. Line breaks and indents are removed, as engines differ in
+# whether those count.
 CHAT_TEMPLATE = "".join(line.strip() for line in r"""
     {{ bos_token + '\n' }}
-    {% set ns = namespace(last=-1, tools=false, text='') %}
+    {% set ns = namespace(all=false, last=-1, text='') %}
     {% for m in messages %}
-        {% if m.role == 'tool' or m.role == 'assistant' and '<tool_call>' in m.content %}
-            {% set ns.tools = true %}
-        {% endif %}
+        {% set ns.all = ns.all or m.role == 'tool' or m.role == 'assistant' and '<tool_call>' in m.content %}
         {% if m.role == 'assistant' and not add_generation_prompt %}{% set ns.last = loop.index0 %}{% endif %}
     {% endfor %}
     {% for m in messages %}
         {% set ns.text = m.content %}
-        {% if m.role == 'assistant' and not ns.tools and loop.index0 != ns.last %}
+        {% if m.role == 'assistant' and not ns.all and loop.index0 != ns.last %}
             {% set ns.text = '' %}
             {% for part in ('</think>' + m.content).split('<think>') %}
                 {% if '</think>' in part %}{% set ns.text = ns.text + part.split('</think>')[-1] %}{% endif %}
@@ -379,17 +378,16 @@ def pack(samples, capacity, multiple_of=1):
 
     samples: list of Sample, or of anything with ids, mask and weight. capacity: most tokens per pack; a
     longer sample is a ValueError. multiple_of: the number of packs becomes a multiple of this."""
-    rows, room = [], []  # room: tokens left in each row
+    rows = [[] for _ in samples]  # never more packs than samples
+    room = [capacity] * len(samples)  # tokens left in each row
     for sample in sorted(samples, key=lambda sample: -len(sample.ids)):  # stable, hence deterministic
         size = len(sample.ids)
         if size > capacity:
             raise ValueError(f"a sample of {size} tokens does not fit a pack of {capacity}")
-        first = next((i for i, left in enumerate(room) if left >= size), len(rows))
-        if first == len(rows):
-            rows.append([])
-            room.append(capacity)
+        first = next(i for i, left in enumerate(room) if left >= size)
         rows[first].append(sample)
         room[first] -= size
+    rows = [row for row in rows if row]
     # Split the longest packs: their samples, longest first, go to the shorter half.
     while len(rows) % multiple_of and any(len(row) > 1 for row in rows):
         longest = max(range(len(rows)), key=lambda i: (len(rows[i]) > 1, tokens_of(rows[i])))
@@ -594,22 +592,24 @@ class Tokenizer:
     def __init__(self, files):
         """files: dict of the texts of tokenizer.json and, for save, tokenizer_config.json."""
         self.files = files
-        whole = json.loads(files["tokenizer.json"])
-        check_supported(whole)
-        model, added = whole["model"], whole["added_tokens"]
-        self.stages = pre_tokenizers(whole["pre_tokenizer"])
+        spec = json.loads(files["tokenizer.json"])
+        check_supported(spec)
+        model, added = spec["model"], spec["added_tokens"]
+        self.stages = pre_tokenizers(spec["pre_tokenizer"])
         self.special = {token["content"]: token["id"] for token in added}
         self.control = {token["content"] for token in added if token["special"]}
         # Added tokens are found before anything else: those not "normalized" first, of these the longest.
         added = sorted(added, key=lambda token: (token["normalized"], -len(token["content"])))
         self.added = regex.compile("|".join(regex.escape(token["content"]) for token in added) or "(?!)")
         # All other text: tiktoken's ranks are the order of merging, and not the ids.
-        vocab = {to_bytes(name): id for name, id in model["vocab"].items() if name not in self.control}
+        vocab = {name: id for name, id in model["vocab"].items() if name not in self.control}
+        self.bytes = {id: bytes(SPELLING[c] for c in name) for name, id in vocab.items()}
+        whole = self.bytes if model.get("ignore_merges") else {}
+        self.whole_words = {name: [id] for id, name in whole.items()}  # tokens found before any merging
         ranks = tiktoken_ranks(vocab, model["merges"])
-        self.encoding = tiktoken.Encoding("bpe", pat_str=r"(?s).+", mergeable_ranks=ranks, special_tokens={})
         self.ids = {rank: vocab[name] for name, rank in ranks.items()}
-        self.whole_words = {name: [id] for name, id in vocab.items()} if model.get("ignore_merges") else {}
-        self.bytes = {id: name for name, id in vocab.items()}
+        ranks = {self.bytes[vocab[name]]: rank for name, rank in ranks.items()}
+        self.encoding = tiktoken.Encoding("bpe", pat_str=r"(?s).+", mergeable_ranks=ranks, special_tokens={})
         self.bytes |= {id: name.encode() for name, id in self.special.items()}
         self.vocab_size = max(self.bytes) + 1
         ends = ("<|im_end|>", "<|end_of_text|>")
@@ -628,13 +628,13 @@ class Tokenizer:
         bytewise = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
         vocab = dict(sorted(SPELLING.items(), key=lambda item: item[1]))
         model = {"type": "BPE", "vocab": vocab, "merges": []}
-        whole = {"version": "1.0", "added_tokens": added, "normalizer": None, "pre_tokenizer": bytewise,
-                 "decoder": bytewise, "model": model}
+        spec = {"version": "1.0", "added_tokens": added, "normalizer": None, "pre_tokenizer": bytewise,
+                "decoder": bytewise, "model": model}
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast", "chat_template": CHAT_TEMPLATE,
             "padding_side": "left", "bos_token": "<|begin_of_text|>", "eos_token": "<|im_end|>",
             "pad_token": "<|pad|>", "clean_up_tokenization_spaces": False}
-        contents = {"tokenizer.json": whole, "tokenizer_config.json": config}
+        contents = {"tokenizer.json": spec, "tokenizer_config.json": config}
         return cls({name: json.dumps(content, indent=1) for name, content in contents.items()})
 
     def encode(self, text, *, special=False):
@@ -690,31 +690,25 @@ class Tokenizer:
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError, regex.error) as error:
             raise ValueError(f"{path}: this code cannot read it as a tokenizer: {error!r}") from None
 
-def check_supported(whole):
+def check_supported(spec):
     """Raise ValueError naming the first part of a tokenizer.json that this code would get wrong."""
-    model = whole["model"]
-    parts = {"model": model["type"] == "BPE", "normalizer": whole["normalizer"] is None}
-    parts["decoder"] = (whole["decoder"] or {}).get("type") == "ByteLevel"
+    model = spec["model"]
+    wrong = {"model": model["type"] != "BPE", "normalizer": spec["normalizer"]}
+    wrong["decoder"] = (spec["decoder"] or {}).get("type") != "ByteLevel"
     for name in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
-        parts[f"model.{name}"] = not model.get(name)
+        wrong[f"model.{name}"] = model.get(name)
     for name in ("single_word", "lstrip", "rstrip"):
-        parts[f"flag {name} of an added token"] = not any(token[name] for token in whole["added_tokens"])
-    if wrong := [name for name, supported in parts.items() if not supported]:
-        raise ValueError(f"this {wrong[0]} is not supported")
-
-def to_bytes(spelled):
-    """The bytes of a token as tokenizer.json spells it."""
-    return bytes(SPELLING[c] for c in spelled)
+        wrong[f"flag {name} of an added token"] = any(token[name] for token in spec["added_tokens"])
+    if names := [name for name, found in wrong.items() if found]:
+        raise ValueError(f"this {names[0]} is not supported")
 
 def tiktoken_ranks(vocab, merges):
-    """dict from tokens (bytes) to tiktoken's ranks: the place of the last merge that makes the token."""
-    order = {}  # pair of tokens, as bytes -> its place in the list of merges
-    for place, pair in enumerate(merges):
-        left, right = pair.split(" ") if isinstance(pair, str) else pair
-        order[to_bytes(left), to_bytes(right)] = place
+    """dict from tokens, as spelled, to tiktoken's ranks: the place of the last merge that makes the token."""
+    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]  # "a b" or ["a", "b"]
+    order = {(left, right): place for place, (left, right) in enumerate(pairs)}
     # tiktoken merges any neighbours that form a token, the tokenizers library only listed pairs. Given only
     # tokens that BPE can itself produce, the two always pick the same pair.
-    ranks = {bytes([byte]): byte for byte in range(256)}
+    ranks = dict(SPELLING)
     for token in vocab:
         pieces, last = bpe_merge(token, order)
         if pieces == [token] and len(token) > 1:
@@ -724,8 +718,8 @@ def tiktoken_ranks(vocab, merges):
 def bpe_merge(word, order):
     """BPE by definition: while a pair is listed, join the leftmost of those listed first.
 
-    Returns the tokens of a word (bytes), and the place of the last pair joined, or None."""
-    tokens, last = [bytes([byte]) for byte in word], None
+    Returns the tokens of a spelled word, and the place of the last pair joined, or None."""
+    tokens, last = list(word), None
     while pairs := [(order[pair], i) for i, pair in enumerate(zip(tokens, tokens[1:])) if pair in order]:
         last, i = min(pairs)
         tokens[i : i + 2] = [tokens[i] + tokens[i + 1]]
@@ -745,11 +739,9 @@ def pre_tokenizers(spec):
         return [splitter(r"\p{N}", "Isolated" if spec["individual_digits"] else "Contiguous")]
     if kind == "Punctuation":
         return [splitter(r"[!-/:-@\[-`{-~]|\p{P}", spec["behavior"])]
-    if kind == "ByteLevel":
-        add_space = [lambda text: [text if text.startswith(" ") else " " + text]]
-        split = [splitter(GPT2_WORDS, "Isolated")]
-        return add_space * spec["add_prefix_space"] + split * spec["use_regex"]
-    raise ValueError(f"pre_tokenizer {kind} is not supported")
+    if kind == "ByteLevel" and not spec["add_prefix_space"]:
+        return [splitter(GPT2_WORDS, "Isolated")] if spec["use_regex"] else []
+    raise ValueError(f"pre_tokenizer {kind} is not supported: {shorten(spec)}")
 
 def splitter(pattern, behavior, invert=False):
     """Function from text to a list of pieces, cut at delimiters: the matches of a pattern.
@@ -867,8 +859,7 @@ def load_tokenizer(folder):
     check_exists(folder / "config.json")
     tokenizer = Tokenizer.from_pretrained(folder)
     room = json.loads((folder / "config.json").read_text())["vocab_size"]
-    if room < tokenizer.vocab_size:
-        size = tokenizer.vocab_size
+    if room < (size := tokenizer.vocab_size):
         raise ValueError(f"{folder}: the tokenizer has {size} tokens, the model room for {room} only")
     return tokenizer
 
@@ -907,11 +898,11 @@ def describe(reasons):
 def make(*, out="runs/tiny/data", seed=0, sft=20000, rl=4000, heldout=1000):
     """Generate long divisions: SFT samples, RL problems and held-out problems, in the folder OUT."""
     rng = random.Random(f"{seed} traces")
-    samples = [make_sft(problem, rng) for problem in make_problems("train", sft, seed)]
-    write_jsonl(Path(out) / "sft.jsonl", samples)
+    train = [make_sft(problem, rng) for problem in make_problems("train", sft, seed)]
+    write_jsonl(Path(out) / "sft.jsonl", train)
     for split, count in [("rl", rl), ("heldout", heldout)]:
-        problems = make_problems(split, count, seed)
-        write_jsonl(Path(out) / f"{split}.jsonl", [problem.record() for problem in problems])
+        problems = [problem.record() for problem in make_problems(split, count, seed)]
+        write_jsonl(Path(out) / f"{split}.jsonl", problems)
     print(f"{out}: {sft} rows in sft.jsonl, {rl} in rl.jsonl, {heldout} in heldout.jsonl")
 
 def convert(source, *, out, problems=""):
@@ -929,11 +920,11 @@ def curate(traces, *, problems, out):
 
 def write_kept(path, judged):
     """Write the records without a reason to drop them, print counts. judged: list of (record, reason)."""
-    kept = [record for record, reason in judged if reason is None]
-    write_jsonl(path, kept)
-    reasons = Counter(reason for _, reason in judged if reason is not None).most_common()
-    dropped = ", ".join(f"{count} {reason}" for reason, count in reasons) or "nothing"
-    print(f"{path}: kept {len(kept)} of {len(judged)}; dropped {dropped}")
+    write_jsonl(path, [record for record, reason in judged if reason is None])
+    reasons = Counter(reason for _, reason in judged)
+    kept = reasons.pop(None, 0)
+    dropped = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common()) or "nothing"
+    print(f"{path}: kept {kept} of {len(judged)}; dropped {dropped}")
 
 def show(file, *, rows=3, model=""):
     """Print ROWS rows of SFT samples, and a table by domain, in tokens of MODEL or bytes."""
@@ -954,7 +945,7 @@ def show(file, *, rows=3, model=""):
 def main(argv=None):
     """python data.py COMMAND ...; returns the exit status.
 
-    A command's parameters are its flags: positional ones, required ones, and those with a default and type."""
+    A command's parameters are its flags; those without a default are required."""
     parser = Flags(description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for run in (make, convert, curate, show):
