@@ -209,21 +209,21 @@ CHAT_TEMPLATE = "".join(line.strip() for line in r"""
 #   div     digits  43757/7=?  6251    43/7=6r1;17/7=2r3;35/7=5r0;07/7=1r0;  4375/7=625r0;07/7=1r0;
 #   mod     digits  43758%7=?  1       43/7=6r1;17/7=2r3;35/7=5r0;08/7=1r1;  4375/7=625r0;08/7=1r1;
 #
-# A step brings down one or several digits behind the remainder so far; the first takes as many as reach the
-# divisor. Every trace is true, but several digits at once are more than a small model can do: there it errs,
-# and its confidence falls. The longer the number, the more often traces are careless. So RL can learn to skip
-# less, majority voting fails where hardly any trace is careful (above all in mod, where wrong answers are few
-# and collide), and DeepConf can find the careful one.
+# A step appends the next digit or digits to the remainder so far; the first step takes as many digits as
+# reach the divisor. Every trace is true, but several digits at once are too hard for a small model: it errs
+# there, and its confidence falls. Longer numbers have fewer careful traces. So RL can learn to skip less,
+# majority voting fails on problems with hardly any careful trace (above all in mod, whose few wrong answers
+# collide), and DeepConf can find the careful one.
 
 MIX = {(family, level): level - 4 for family in ("div", "mod") for level in (5, 6, 7)}  # weights by level
 DIVISORS = (3, 6, 7, 9)  # for 2, 4, 5, 8 the last digits alone give the remainder: a model could skip steps
 CAREFUL = 0.3, 0.015  # share of careful traces in the SFT data, at the easiest level and at the hardest
 SKIP = 0.5  # probability that a step of a careless trace takes several digits
-SKIP_WIDTHS = (4, 5)  # how many, at random; of steps with three digits a model learns a third
+SKIP_WIDTHS = (4, 5)  # how many, at random; not three: a small model learns a third of such steps
 SPLIT = {"train": 0.6, "rl": 0.2, "heldout": 0.2}  # shares of all divisions
 
 def make_problem(family, level, rng):
-    """A random Problem. family: "div" (exact) or "mod" (the remainder); level: digits of the dividend."""
+    """A random Problem. family: "div" (without remainder) or "mod"; level: digits of the dividend."""
     low, high = 10 ** (level - 1), 10**level
     divisor = rng.choice(DIVISORS)
     if family == "div":  # quotients from ceil(low / divisor) on: the dividend has this many digits
@@ -321,9 +321,9 @@ def why_not_sft(record):
 def why_not_rl(problem_id, rollouts):
     """The paper's pass-rate filter (section 3) for one problem: the reason to drop it, or None.
 
-    A problem that every rollout solves teaches nothing. If none solves it, what matters is why: one where
-    every rollout ran out of tokens may be merely long, and a random tenth of these stays (the id decides, so
-    a second run keeps the same); one where they agree on a wrong answer likely has a wrong reference.
+    A problem that every rollout solves teaches nothing. One that no rollout solves is dropped if at least
+    half of them agree on a wrong answer: the reference is then the likelier culprit. If every rollout ran out
+    of tokens, it may be merely long: a random tenth is kept (the id decides, so a second run keeps the same).
     rollouts: traces of this problem, the paper takes 8; those of unknown verdict do not count."""
     known = [rollout for rollout in rollouts if rollout["correct"] is not None]
     if not known:
@@ -619,7 +619,7 @@ class Tokenizer:
     def byte_level(cls):
         """One token per byte (ids 0 to 255), then the special tokens: a vocabulary that needs no training."""
         names = [*CONTROL, *TAGS]
-        # A multiple of 16 tiles well. The ids that fill it up are tokens: anything sampled can be decoded.
+        # GPUs like multiples of 16. The padding is made of real tokens, so that every sampled id decodes.
         names += [f"<|reserved_{i}|>" for i in range(-(256 + len(names)) % 16)]
         # TAGS are not "special": servers hide special tokens by default, and reasoning would be unmarked.
         flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
@@ -747,8 +747,8 @@ def splitter(pattern, behavior, invert=False):
     """Function from text to a list of pieces, cut at delimiters: the matches of a pattern.
 
     behavior: what becomes of a delimiter, in the tokenizers library's words. invert: swap matches and the
-    text between them. `regex` may know a newer Unicode than that library, which knows 16: characters assigned
-    later may get other ids there, which decode to the same text."""
+    text between them. `regex` may know a newer Unicode than that library, which knows 16: text with newer
+    characters may be cut differently and get other ids, but they decode to the same text."""
     delimiter = f"(?>{pattern})"  # atomic: no match shrinks so that what follows it can match
     text = f"(?>(?:(?!{delimiter})(?s:.))+)"  # anything up to the next delimiter
     if invert:
@@ -765,7 +765,7 @@ def splitter(pattern, behavior, invert=False):
 # 8. What the scripts share: flags, files, run and checkpoint folders, exit, unknown verdicts ----------------
 
 MADE_BY = {"runs/tiny/data": "train_sft.py", "runs/tiny/sft": "train_sft.py", "runs/tiny/rl": "train_rl.py"}
-MOST_UNKNOWN = 0.02  # of all verdicts: so few cannot hide, or make, an effect that is worth reporting
+MOST_UNKNOWN = 0.02  # of all verdicts: so few can neither hide nor fake an effect worth reporting
 
 def flag(default, text):
     """A field of a script's Args: its default, and a line for --help."""
@@ -801,7 +801,7 @@ def write_jsonl(path, records):
     write_text(path, "".join(json.dumps(record) + "\n" for record in records))
 
 def check_exists(path):
-    """Raise ValueError if a file is missing; for one of the small run, with the command that makes it."""
+    """Raise ValueError if a file is missing; for files of the small run it names the command to run."""
     if not Path(path).exists():
         scripts = [script for folder, script in MADE_BY.items() if Path(path).is_relative_to(folder)]
         raise ValueError(f"{path} is missing" + (f": run python {scripts[0]} first" if scripts else ""))
@@ -842,7 +842,7 @@ def open_run(out, identity, outputs, *, fresh, device, **about):
     gpu = "cuda" in device
     about["hardware"] = torch.cuda.get_device_name(device) if gpu else f"{os.cpu_count()} CPU cores"
     about |= {"torch": torch.__version__, "python": sys.version.split()[0]}
-    # By a shell: where git is not installed, it prints nothing.
+    # Through a shell: if git is not installed, this prints nothing instead of raising.
     git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True)
     about["commit"] = git.stdout.decode().strip() or "unknown"
     write_text(path, json.dumps({"identity": identity, **about}, indent=2) + "\n")
