@@ -897,12 +897,12 @@ def describe(reasons):
 
 def make(*, out="runs/tiny/data", seed=0, sft=20000, rl=4000, heldout=1000):
     """Generate long divisions: SFT samples, RL problems and held-out problems, in the folder OUT."""
+    counts = {"train": sft, "rl": rl, "heldout": heldout}
+    problems = {split: make_problems(split, count, seed) for split, count in counts.items()}
     rng = random.Random(f"{seed} traces")
-    train = [make_sft(problem, rng) for problem in make_problems("train", sft, seed)]
-    write_jsonl(Path(out) / "sft.jsonl", train)
-    for split, count in [("rl", rl), ("heldout", heldout)]:
-        problems = [problem.record() for problem in make_problems(split, count, seed)]
-        write_jsonl(Path(out) / f"{split}.jsonl", problems)
+    write_jsonl(Path(out) / "sft.jsonl", [make_sft(problem, rng) for problem in problems["train"]])
+    for split in ("rl", "heldout"):
+        write_jsonl(Path(out) / f"{split}.jsonl", [problem.record() for problem in problems[split]])
     print(f"{out}: {sft} rows in sft.jsonl, {rl} in rl.jsonl, {heldout} in heldout.jsonl")
 
 def convert(source, *, out, problems=""):

@@ -39,7 +39,7 @@ UNKNOWN = [{"answer": "1", "correct": None, "stop": "stop"}]
 def learned(messages, **options):
     """The text under the loss mask, and the whole text."""
     ids, mask = data.render_chat(messages, TOKENIZER, **options)
-    return TOKENIZER.decode([i for i, on in zip(ids, mask) if on]), TOKENIZER.decode(ids)
+    return TOKENIZER.decode([i for i, on in zip(ids, mask, strict=True) if on]), TOKENIZER.decode(ids)
 
 # 1. Chat format ---------------------------------------------------------------------------------------------
 
