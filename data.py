@@ -949,7 +949,8 @@ def main(argv=None):
     parser = Flags(description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for run in (make, convert, curate, show):
-        command = commands.add_parser(run.__name__, help=run.__doc__, allow_abbrev=False)
+        about = {"help": run.__doc__, "description": run.__doc__}
+        command = commands.add_parser(run.__name__, allow_abbrev=False, **about)
         command.set_defaults(run=run)
         for name, parameter in inspect.signature(run).parameters.items():
             default = parameter.default
