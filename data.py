@@ -15,15 +15,15 @@ Data travels as JSON lines, one object per line, in three formats:
                "domain": "math", "weight": 1.0}
     traces    {"problem": "43757/7", "text": "<think>43/7=6r1;...</think>\\boxed{6251}<|im_end|>",
                "answer": "6251", "correct": true, "stop": "stop", ...}
-              One sampled reply, written by eval.py; "correct" is null where the verdict is unknown.
+              One sampled reply, written by eval.py; "correct" is null if the verdict is unknown.
 
-A *sample* is one tokenised conversation. A *document* is a sample inside a *pack*, a row of documents laid
-end to end that makes one forward pass. A *rollout* is a reply sampled from a model.
+A *sample* is one tokenised conversation. A *document* is a sample inside a *pack*: documents laid end to end
+that share one forward pass. A *rollout* is a reply sampled from a model.
 
-Deviations from the paper (Falcon-H1R, arXiv 2601.02346): only correct rollouts become SFT samples, where the
-paper excepts very hard problems and theorems; its filters for wrong languages and unreliable tool calls are
-left out. It does not say where easy and hard begin, what share a "small random subset" is (EASY, HARD and
-KEEP_TRUNCATED below), nor how it packs.
+Deviations from the paper (Falcon-H1R, arXiv 2601.02346): only correct rollouts become SFT samples; the paper
+makes exceptions for very hard problems and theorems. Its filters for wrong languages and unreliable tool
+calls are left out. It gives no thresholds for easy and hard, no size for the "small random subset" it keeps
+(EASY, HARD and KEEP_TRUNCATED below), and no packing method.
 
 This file can be copied alone. It needs numpy and tiktoken, which brings regex.
 """
@@ -33,6 +33,7 @@ import ast
 import fcntl
 import gzip
 import hashlib
+import inspect
 import json
 import os
 import random
@@ -51,13 +52,14 @@ import regex
 import tiktoken
 
 # 1. Problems and samples ------------------------------------------------------------------------------------
+
 @dataclass
 class Problem:
     """One question whose answer can be verified."""
     id: str
     domain: str  # "math", "code", "science", ...: how the answer is verified, and the unit of the mixture
     prompt: str
-    answer: str  # the reference; "" where only tests decide
+    answer: str  # the reference; "" if tests decide
     extra: dict = field(default_factory=dict)  # further fields, such as "tests", "solution", "level"
     where: str = field(default="", compare=False)  # "FILE, line 3", for error messages
 
@@ -92,7 +94,6 @@ def sft_record(problem, reply, weight):
 
 TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>")  # a model may write these inside its own turn
 CONTROL = ("<|pad|>", "<|begin_of_text|>", "<|end_of_text|>", "<|im_start|>", "<|im_end|>")
-STOP = ("<|im_end|>", "<|end_of_text|>")
 FOLLOWS = {  # role -> the roles it may follow; None is the beginning
     "system": {None}, "user": {None, "system", "assistant"},
     "assistant": {"user", "tool"}, "tool": {"assistant", "tool"}}
@@ -100,26 +101,23 @@ FOLLOWS = {  # role -> the roles it may follow; None is the beginning
 def render_chat(messages, tokenizer, *, generation_prompt=False):
     """Token ids of a conversation, and which of them the model learns to write (paper, section 2).
 
-    - Usually the loss falls on the last assistant turn alone, and earlier ones lose their reasoning: the
-      model meets the same history in use, as nobody sends old reasoning back.
+    - Usually only the last assistant turn is learned, and earlier ones lose their reasoning: in use, the
+      model meets the same history, as nobody sends old reasoning back.
     - With tools (a message of role "tool", or <tool_call> in an assistant turn) all reasoning is kept and
-      the loss falls on every assistant turn: the turns are steps of one train of thought.
+      every assistant turn is learned: the turns are steps of one train of thought.
 
     The loss covers what an assistant writes and the <|im_end|> that ends it, but no header. TAGS are special
-    tokens in assistant turns and plain text elsewhere. Other special tokens are plain text wherever typed.
+    tokens in assistant turns only; elsewhere they and all other special tokens are plain text.
 
-    Args:
-        messages: list of {"role", "content"}; see FOLLOWS for the order of roles.
-        generation_prompt: append the header of the next reply; every turn is then an earlier one.
-
-    Returns:
-        (ids, loss_mask), lists of int and bool; loss_mask[i] says whether ids[i] is to be predicted.
-    """
-    check_messages(messages, generation_prompt)
-    needed = ("<|begin_of_text|>", "<|im_start|>", "<|im_end|>")
-    if missing := [name for name in needed if name not in tokenizer.special]:
-        raise ValueError(f"tokenizer: it has no {missing[0]}, which a conversation needs")
-    bos, start, end = (tokenizer.special[name] for name in needed)
+    messages: list of {"role", "content"}, in the order of FOLLOWS. generation_prompt: append the header of
+    the next reply; every turn is then an earlier one. Returns the lists (ids, loss_mask) of int and bool;
+    loss_mask[i] says whether ids[i] is to be predicted."""
+    check_messages(messages)
+    if generation_prompt and messages[-1]["role"] not in FOLLOWS["assistant"]:
+        raise ValueError(f"messages: {messages[-1]['role']} leaves nothing to reply to; end in user or tool")
+    bos, start, end = map(tokenizer.special.get, ("<|begin_of_text|>", "<|im_start|>", "<|im_end|>"))
+    if None in (bos, start, end):
+        raise ValueError("tokenizer: a conversation needs <|begin_of_text|>, <|im_start|> and <|im_end|>")
     replies = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     tools = any(message["role"] == "tool" for message in messages)
     tools = tools or any("<tool_call>" in messages[i]["content"] for i in replies)
@@ -130,39 +128,21 @@ def render_chat(messages, tokenizer, *, generation_prompt=False):
     pieces = [([bos, *newline], False)]
     for i, message in enumerate(messages):
         content = message["content"]
-        if i in replies:
-            kept = content if i in learned else without_reasoning(content)
-            body = tokenizer.encode(kept, special="tags")
-        else:
-            body = tokenizer.encode(content)
+        if i in replies and i not in learned:
+            content = without_reasoning(content)
         header = [start, *tokenizer.encode(message["role"] + "\n")]
+        body = tokenizer.encode(content, special="tags" if i in replies else False)
         pieces += [(header, False), ([*body, end], i in learned), (newline, False)]
     if generation_prompt:
         pieces.append(([start, *tokenizer.encode("assistant\n")], False))
     return [i for ids, _ in pieces for i in ids], [loss for ids, loss in pieces for _ in ids]
 
-def parse_sft(record, tokenizer, where, max_tokens=None, trim=False):
-    """The Sample of a record. One of more than max_tokens is a ValueError, or trimmed if trim is set."""
-    domain, weight = check_sft(record, where)
-    ids, mask = render_chat(record["messages"], tokenizer)
-    trimmed = max_tokens is not None and len(ids) > max_tokens
-    if trimmed and not trim:
-        tokens = f"{len(ids)} tokens, the limit is {max_tokens}"
-        raise ValueError(f"{where}: field messages: {tokens}; raise it, allow trimming, or drop the line")
-    return Sample(np.array(ids[:max_tokens], np.int32), np.array(mask[:max_tokens]), weight, domain, trimmed)
+def without_reasoning(content):
+    """content without its <think> blocks, stripped. A block that is never closed ends at the next one."""
+    blocks = ("</think>" + content).split("<think>")
+    return "".join(block.rpartition("</think>")[2] for block in blocks if "</think>" in block).strip()
 
-def check_sft(record, where):
-    """(domain, weight) of a record. ValueError names file, line and field if it cannot become a sample."""
-    domain = text_field(record, "domain", where)
-    weight = record.get("weight", "missing")
-    if type(weight) not in (int, float) or not 0 < weight < 1e6:
-        raise ValueError(f"{where}: field weight must be a positive number, not {shorten(weight)}")
-    check_messages(record.get("messages"), False, f"{where}: field ")
-    if all(message["role"] != "assistant" for message in record["messages"]):
-        raise ValueError(f"{where}: field messages: holds no assistant turn to learn from")
-    return domain, float(weight)
-
-def check_messages(messages, generation_prompt, where=""):
+def check_messages(messages, where=""):
     """Raise ValueError, naming the message and its field, unless render_chat can render the messages."""
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"{where}messages: must be a list of at least one message")
@@ -177,32 +157,43 @@ def check_messages(messages, generation_prompt, where=""):
         if before not in FOLLOWS[role]:
             raise ValueError(f"{where}messages[{i}].role: {role} may not follow {before or 'the beginning'}")
         before = role
-    if generation_prompt and before not in FOLLOWS["assistant"]:
-        raise ValueError(f"messages[{i}].role: {before} leaves nothing to reply to; end with user or tool")
 
-def without_reasoning(content):
-    """content without its <think> blocks, stripped. A block that is never closed ends at the next one."""
-    head, *blocks = content.split("<think>")
-    kept = [block.rpartition("</think>")[2] for block in blocks if "</think>" in block]
-    return "".join([head.rpartition("</think>")[2], *kept]).strip()
+def check_sft(record, where):
+    """(domain, weight) of a record. ValueError names file, line and field if it cannot become a sample."""
+    domain = text_field(record, "domain", where)
+    weight = record.get("weight")
+    if type(weight) not in (int, float) or not 0 < weight < 1e6:
+        raise ValueError(f"{where}: field weight must be a positive number, not {shorten(weight)}")
+    check_messages(record.get("messages"), f"{where}: field ")
+    if all(message["role"] != "assistant" for message in record["messages"]):
+        raise ValueError(f"{where}: field messages: holds no assistant turn to learn from")
+    return domain, float(weight)
 
-# render_chat as a Jinja template, for those who load a checkpoint with other software. Line breaks and
-# indents are taken out, as engines differ in whether those count.
+def parse_sft(record, tokenizer, where, max_tokens=None, trim=False):
+    """The Sample of a record. One of more than max_tokens is a ValueError, or trimmed if trim is set."""
+    domain, weight = check_sft(record, where)
+    ids, mask = render_chat(record["messages"], tokenizer)
+    trimmed = max_tokens is not None and len(ids) > max_tokens
+    if trimmed and not trim:
+        tokens = f"{len(ids)} tokens, the limit is {max_tokens}"
+        raise ValueError(f"{where}: field messages: {tokens}; raise it, allow trimming, or drop the line")
+    return Sample(np.array(ids[:max_tokens], np.int32), np.array(mask[:max_tokens]), weight, domain, trimmed)
+
+# render_chat as a Jinja template, for those who load a checkpoint with other software: ns.all keeps all
+# reasoning, ns.last is the turn that keeps its own. Line breaks and indents are removed, as engines differ in
+# whether those count.
 CHAT_TEMPLATE = "".join(line.strip() for line in r"""
     {{ bos_token + '\n' }}
-    {% set ns = namespace(last=-1, tools=false, text='') %}
+    {% set ns = namespace(all=false, last=-1, text='') %}
     {% for m in messages %}
-        {% if m.role == 'tool' or m.role == 'assistant' and '<tool_call>' in m.content %}
-            {% set ns.tools = true %}
-        {% endif %}
+        {% set ns.all = ns.all or m.role == 'tool' or m.role == 'assistant' and '<tool_call>' in m.content %}
         {% if m.role == 'assistant' and not add_generation_prompt %}{% set ns.last = loop.index0 %}{% endif %}
     {% endfor %}
     {% for m in messages %}
         {% set ns.text = m.content %}
-        {% if m.role == 'assistant' and not ns.tools and loop.index0 != ns.last %}
-            {% set parts = m.content.split('<think>') %}
-            {% set ns.text = parts[0].split('</think>')[-1] %}
-            {% for part in parts[1:] %}
+        {% if m.role == 'assistant' and not ns.all and loop.index0 != ns.last %}
+            {% set ns.text = '' %}
+            {% for part in ('</think>' + m.content).split('<think>') %}
                 {% if '</think>' in part %}{% set ns.text = ns.text + part.split('</think>')[-1] %}{% endif %}
             {% endfor %}
             {% set ns.text = ns.text.strip() %}
@@ -218,21 +209,21 @@ CHAT_TEMPLATE = "".join(line.strip() for line in r"""
 #   div     digits  43757/7=?  6251    43/7=6r1;17/7=2r3;35/7=5r0;07/7=1r0;  4375/7=625r0;07/7=1r0;
 #   mod     digits  43758%7=?  1       43/7=6r1;17/7=2r3;35/7=5r0;08/7=1r1;  4375/7=625r0;08/7=1r1;
 #
-# A step brings down one or several digits behind the remainder so far; the first takes as many as reach the
-# divisor. Every trace is true, but several digits at once are more than a small model can do: there it errs,
-# and its confidence falls. The longer the number, the more often traces are careless. So RL can learn to skip
-# less, majority voting fails where hardly any trace is careful (above all in mod, where wrong answers are few
-# and collide), and DeepConf can find the careful one.
+# A step appends the next digit or digits to the remainder so far; the first step takes as many digits as
+# reach the divisor. Every trace is true, but several digits at once are too hard for a small model: it errs
+# there, and its confidence falls. Longer numbers have fewer careful traces. So RL can learn to skip less,
+# majority voting fails on problems with hardly any careful trace (above all in mod, whose few wrong answers
+# collide), and DeepConf can find the careful one.
 
-MIX = {(family, level): level - 4 for family in ("div", "mod") for level in range(5, 8)}  # weights by level
+MIX = {(family, level): level - 4 for family in ("div", "mod") for level in (5, 6, 7)}  # weights by level
 DIVISORS = (3, 6, 7, 9)  # for 2, 4, 5, 8 the last digits alone give the remainder: a model could skip steps
 CAREFUL = 0.3, 0.015  # share of careful traces in the SFT data, at the easiest level and at the hardest
 SKIP = 0.5  # probability that a step of a careless trace takes several digits
-SKIP_WIDTHS = (4, 5)  # how many, at random; of steps with three digits a model learns a third
+SKIP_WIDTHS = (4, 5)  # how many, at random; not three: a small model learns a third of such steps
 SPLIT = {"train": 0.6, "rl": 0.2, "heldout": 0.2}  # shares of all divisions
 
 def make_problem(family, level, rng):
-    """A random Problem. family: "div" (exact) or "mod" (the remainder); level: digits of the dividend."""
+    """A random Problem. family: "div" (without remainder) or "mod"; level: digits of the dividend."""
     low, high = 10 ** (level - 1), 10**level
     divisor = rng.choice(DIVISORS)
     if family == "div":  # quotients from ceil(low / divisor) on: the dividend has this many digits
@@ -276,7 +267,7 @@ def make_problems(split, count, seed):
     """List of `count` different problems of one split, in the proportions of MIX; ValueError if too few."""
     rng = random.Random(f"{seed} {split}")
     problems = {}
-    # Where a level has too few problems, others take its place, until all levels together have too few.
+    # If a level has too few problems, the others fill in, until all levels together have too few.
     for _ in range(100 * count + 1001):
         if len(problems) == count:
             return list(problems.values())
@@ -296,6 +287,7 @@ def make_sft(problem, rng):
     return sft_record(problem, reply, difficulty_weight(ease)) | problem.extra
 
 # 4. Curation ------------------------------------------------------------------------------------------------
+
 EASY, HARD = 0.75, 0.25  # pass rates: above is easy, below is hard
 KEEP_TRUNCATED = 0.1  # "a small random subset"; the paper gives no number
 
@@ -311,9 +303,9 @@ def why_not_sft(record):
     They judge the last message. "correct", if present, is its verdict: True, False or None (unknown)."""
     if not record.get("correct", True):
         return "unknown verdict" if record["correct"] is None else "incorrect"
-    _, opened, rest = record["messages"][-1]["content"].partition("<think>")
+    _, _, rest = record["messages"][-1]["content"].partition("<think>")
     reasoning, closed, reply = rest.partition("</think>")
-    if not (opened and closed and reasoning.strip()):
+    if not closed or not reasoning.strip():
         return "no reasoning"
     if not reply.strip():
         return "no answer"
@@ -329,24 +321,22 @@ def why_not_sft(record):
 def why_not_rl(problem_id, rollouts):
     """The paper's pass-rate filter (section 3) for one problem: the reason to drop it, or None.
 
-    A problem that every rollout solves teaches nothing. One that none solves is kept if it is merely long (a
-    random tenth of those where every rollout ran out of tokens; the id decides, so a second run keeps the
-    same), and dropped if the rollouts agree on a wrong answer: the reference is then the likelier culprit.
+    A problem that every rollout solves teaches nothing. One that no rollout solves is dropped if at least
+    half of them agree on a wrong answer: the reference is then the likelier culprit. If every rollout ran out
+    of tokens, it may be merely long: a random tenth is kept (the id decides, so a second run keeps the same).
     rollouts: traces of this problem, the paper takes 8; those of unknown verdict do not count."""
-    if not rollouts:
-        return "no rollouts"
-    rollouts = [rollout for rollout in rollouts if rollout["correct"] is not None]
-    if not rollouts:
-        return "no known verdict"
-    correct = sum(rollout["correct"] for rollout in rollouts)
+    known = [rollout for rollout in rollouts if rollout["correct"] is not None]
+    if not known:
+        return "no known verdict" if rollouts else "no rollouts"
+    correct = sum(rollout["correct"] for rollout in known)
     if correct:
-        return "solved by every rollout" if correct == len(rollouts) else None
-    if all(rollout["stop"] == "length" for rollout in rollouts):
+        return "solved by every rollout" if correct == len(known) else None
+    if all(rollout["stop"] == "length" for rollout in known):
         kept = hash_to_unit(f"truncated {problem_id}") < KEEP_TRUNCATED
         return None if kept else "truncated in every rollout"
     # Compared as text, one answer in two spellings counts as two: that errs on the side of keeping.
-    answers = Counter(rollout["answer"] for rollout in rollouts if rollout["answer"] is not None)
-    agreed = max(answers.values(), default=0) >= len(rollouts) / 2  # the paper's 4 of 8
+    answers = Counter(rollout["answer"] for rollout in known if rollout["answer"] is not None)
+    agreed = max(answers.values(), default=0) >= len(known) / 2  # the paper's 4 of 8
     return "wrong majority" if agreed else None
 
 def from_solution(problem):
@@ -365,11 +355,11 @@ def from_rollouts(problem, rollouts):
     known = [verdict for verdict in verdicts if verdict is not None]
     weight = difficulty_weight(sum(known) / max(1, len(known)))
     for rollout, correct in zip(rollouts, verdicts):
-        reply = rollout["text"].removesuffix("<|end_of_text|>")
-        record = sft_record(problem, reply.removesuffix("<|im_end|>"), weight)  # render_chat adds it
-        yield record | {"correct": correct}
+        reply = rollout["text"].removesuffix("<|end_of_text|>").removesuffix("<|im_end|>")
+        yield sft_record(problem, reply, weight) | {"correct": correct}
 
 # 5. Packing -------------------------------------------------------------------------------------------------
+
 @dataclass
 class Pack:
     """Documents end to end, without padding; cu_seqlens keeps them apart in attention and SSM."""
@@ -384,24 +374,20 @@ def pack(samples, capacity, multiple_of=1):
 
     That takes at most 11/9 of the optimal number of packs plus one, in quadratic time. Under FSDP all ranks
     must make the same number of passes: split the longest packs, then pad with one-token dummies of weight 0.
-    Packs come longest first, so that those of one pass take the ranks about equally long.
+    Packs come longest first, so that those of one pass are about equally long on all ranks.
 
-    Args:
-        samples: list of Sample, or of anything with ids, mask and weight.
-        capacity: most tokens per pack; a longer sample is a ValueError.
-        multiple_of: the number of packs becomes a multiple of this.
-    """
-    rows, room = [], []  # room: tokens left in each row
+    samples: list of Sample, or of anything with ids, mask and weight. capacity: most tokens per pack; a
+    longer sample is a ValueError. multiple_of: the number of packs becomes a multiple of this."""
+    rows = [[] for _ in samples]  # never more packs than samples
+    room = [capacity] * len(samples)  # tokens left in each row
     for sample in sorted(samples, key=lambda sample: -len(sample.ids)):  # stable, hence deterministic
         size = len(sample.ids)
         if size > capacity:
             raise ValueError(f"a sample of {size} tokens does not fit a pack of {capacity}")
-        first = next((i for i, left in enumerate(room) if left >= size), len(rows))
-        if first == len(rows):
-            rows.append([])
-            room.append(capacity)
+        first = next(i for i, left in enumerate(room) if left >= size)
         rows[first].append(sample)
         room[first] -= size
+    rows = [row for row in rows if row]
     # Split the longest packs: their samples, longest first, go to the shorter half.
     while len(rows) % multiple_of and any(len(row) > 1 for row in rows):
         longest = max(range(len(rows)), key=lambda i: (len(rows[i]) > 1, tokens_of(rows[i])))
@@ -428,6 +414,7 @@ def join(row):
     return Pack(ids, targets, weights, cu_seqlens, row)
 
 # 6. Reading problems and traces -----------------------------------------------------------------------------
+
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # of choices
 PUBLIC = {  # field of a public data set -> ours
     "question": "prompt", "problem": "prompt", "Problem": "prompt", "answerKey": "answer", "Answer": "answer",
@@ -469,10 +456,10 @@ def parse_problem(record, where):
         row["prompt"] = with_choices(text_field(row, "prompt", where), row["choices"])
     # Code that tests decide needs no answer.
     only_tests = row.get("tests") and not row.get("answer")
-    row["answer"] = "" if only_tests else text_field(row, "answer", where).strip()
+    answer = "" if only_tests else text_field(row, "answer", where).strip()
     id, domain, prompt = (text_field(row, name, where) for name in ("id", "domain", "prompt"))
     extra = {name: row[name] for name in row if name not in ("id", "domain", "prompt", "answer")}
-    return Problem(id, domain, prompt, row["answer"], extra, where)
+    return Problem(id, domain, prompt, answer, extra, where)
 
 def from_public(record, where):
     """A record of a public data set with our names for its fields, an id and a domain."""
@@ -526,8 +513,9 @@ def with_choices(prompt, choices):
     lines = "\n".join(f"{letter}. {text}" for letter, text in lettered)
     return f"{prompt.rstrip()}\n\n{lines}\n\nPut the letter of the right choice in \\boxed{{}}."
 
-def read_rollouts(path, problems):
-    """Traces by problem: dict from the id of each of problems to a list of records, possibly empty."""
+def read_rollouts(path, problems_path):
+    """List of (problem, its traces) for all problems of one file, with the traces of another."""
+    problems = read_problems(problems_path)
     rollouts = {problem.id: [] for problem in problems}
     kinds = {"problem": str, "text": str, "correct": bool | None, "stop": str, "answer": str | None}
     for where, record in read_records(path):
@@ -538,7 +526,7 @@ def read_rollouts(path, problems):
         if record["problem"] not in rollouts:
             raise ValueError(f"{where}: field problem: {shorten(record['problem'])} is not in the problems")
         rollouts[record["problem"]].append(record)
-    return rollouts
+    return [(problem, rollouts[problem.id]) for problem in problems]
 
 def read_records(path):
     """Yield (where, dict) of a .jsonl, .jsonl.gz or JSON array. where: "FILE, line 3" or "FILE, item 3".
@@ -552,12 +540,10 @@ def read_records(path):
         raise ValueError(f"{path}: not a complete gzip file ({error})") from None
     if not raw.strip():
         raise ValueError(f"{path}: empty; expected one JSON object per line")
-    unit = "line"
-    lines = raw.splitlines()
-    if raw.lstrip().startswith(b"["):  # items of an array are written out as lines, and checked like these
-        unit = "item"
-        lines = [json.dumps(item).encode() for item in parse_json(raw, path, list)]
-    for number, line in enumerate(lines, 1):
+    unit = "item" if raw.lstrip().startswith(b"[") else "line"
+    if unit == "item":  # the items of an array become lines, and are checked the same way
+        raw = b"\n".join(json.dumps(item).encode() for item in parse_json(raw, path, list))
+    for number, line in enumerate(raw.splitlines(), 1):
         if line.strip():
             where = f"{path}, {unit} {number}"
             yield where, parse_json(line, where)
@@ -584,12 +570,13 @@ def text_field(record, name, where):
         raise ValueError(f"{where}: field {name} holds half of a surrogate pair, which is no character")
     return value
 
-def shorten(value, limit=100):
+def shorten(value):
     """JSON of a value, cut off for an error message."""
     text = json.dumps(value)
-    return text if len(text) <= limit else text[:limit] + "..."
+    return text if len(text) <= 100 else text[:100] + "..."
 
 # 7. Tokenizer -----------------------------------------------------------------------------------------------
+
 # How tokenizer.json spells bytes, as in GPT-2: visible ones as Latin-1 does, the others from U+0100 on.
 VISIBLE = [byte for byte in range(256) if chr(byte).isprintable() and byte != ord(" ")]
 HIDDEN = [byte for byte in range(256) if byte not in VISIBLE]
@@ -603,54 +590,52 @@ class Tokenizer:
     stop_ids (tuple of the ids that end a generation)."""
 
     def __init__(self, files):
-        """files: dict of the texts of tokenizer.json and tokenizer_config.json."""
+        """files: dict of the texts of tokenizer.json and, for save, tokenizer_config.json."""
         self.files = files
-        whole = json.loads(files["tokenizer.json"])
-        check_supported(whole)
-        model, added = whole["model"], whole["added_tokens"]
-        self.stages = pre_tokenizers(whole["pre_tokenizer"])
+        spec = json.loads(files["tokenizer.json"])
+        check_supported(spec)
+        model, added = spec["model"], spec["added_tokens"]
+        self.stages = pre_tokenizers(spec["pre_tokenizer"])
         self.special = {token["content"]: token["id"] for token in added}
-
+        self.control = {token["content"] for token in added if token["special"]}
         # Added tokens are found before anything else: those not "normalized" first, of these the longest.
         added = sorted(added, key=lambda token: (token["normalized"], -len(token["content"])))
-        control = {token["content"] for token in added if token["special"]}
-        self.added = {}  # encode's argument special -> pattern of the added tokens to read
-        for special, unread in {True: set(), "tags": control - {*TAGS}, False: control | {*TAGS}}.items():
-            read = [token["content"] for token in added if token["content"] not in unread]
-            self.added[special] = regex.compile("|".join(map(regex.escape, read)) or "(?!)")
-
+        self.added = regex.compile("|".join(regex.escape(token["content"]) for token in added) or "(?!)")
         # All other text: tiktoken's ranks are the order of merging, and not the ids.
-        vocab = {to_bytes(name): id for name, id in model["vocab"].items() if name not in control}
+        vocab = {name: id for name, id in model["vocab"].items() if name not in self.control}
+        self.bytes = {id: bytes(SPELLING[c] for c in name) for name, id in vocab.items()}
+        whole = self.bytes if model.get("ignore_merges") else {}
+        self.whole_words = {name: [id] for id, name in whole.items()}  # tokens found before any merging
         ranks = tiktoken_ranks(vocab, model["merges"])
-        self.encoding = tiktoken.Encoding("bpe", pat_str=r"(?s).+", mergeable_ranks=ranks, special_tokens={})
         self.ids = {rank: vocab[name] for name, rank in ranks.items()}
-        self.whole_words = vocab if model.get("ignore_merges") else {}
-        self.bytes = {id: name for name, id in vocab.items()}
+        ranks = {self.bytes[vocab[name]]: rank for name, rank in ranks.items()}
+        self.encoding = tiktoken.Encoding("bpe", pat_str=r"(?s).+", mergeable_ranks=ranks, special_tokens={})
         self.bytes |= {id: name.encode() for name, id in self.special.items()}
         self.vocab_size = max(self.bytes) + 1
-        self.stop_ids = tuple(self.special[name] for name in STOP if name in self.special)
+        ends = ("<|im_end|>", "<|end_of_text|>")
+        self.stop_ids = tuple(self.special[name] for name in ends if name in self.special)
 
     @classmethod
     def byte_level(cls):
         """One token per byte (ids 0 to 255), then the special tokens: a vocabulary that needs no training."""
         names = [*CONTROL, *TAGS]
-        # A multiple of 16 tiles well. The ids that fill it up are tokens: anything sampled can be decoded.
+        # GPUs like multiples of 16. The padding is made of real tokens, so that every sampled id decodes.
         names += [f"<|reserved_{i}|>" for i in range(-(256 + len(names)) % 16)]
-        added = [{"id": i, "content": name, "single_word": False, "lstrip": False, "rstrip": False,
-                  # Not TAGS: servers hide special tokens by default, and reasoning would be unmarked.
-                  "normalized": False, "special": name not in TAGS} for i, name in enumerate(names, 256)]
+        # TAGS are not "special": servers hide special tokens by default, and reasoning would be unmarked.
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        added = [{"id": i, "content": name, "special": name not in TAGS, **flags}
+                 for i, name in enumerate(names, 256)]
         bytewise = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
         vocab = dict(sorted(SPELLING.items(), key=lambda item: item[1]))
-        whole = {
-            "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
-            "pre_tokenizer": bytewise, "post_processor": None, "decoder": bytewise,
-            "model": {"type": "BPE", "vocab": vocab, "merges": []}}
+        model = {"type": "BPE", "vocab": vocab, "merges": []}
+        spec = {"version": "1.0", "added_tokens": added, "normalizer": None, "pre_tokenizer": bytewise,
+                "decoder": bytewise, "model": model}
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast", "chat_template": CHAT_TEMPLATE,
             "padding_side": "left", "bos_token": "<|begin_of_text|>", "eos_token": "<|im_end|>",
             "pad_token": "<|pad|>", "clean_up_tokenization_spaces": False}
-        return cls({"tokenizer.json": json.dumps(whole, ensure_ascii=False, indent=1),
-                    "tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=1)})
+        contents = {"tokenizer.json": spec, "tokenizer_config.json": config}
+        return cls({name: json.dumps(content, indent=1) for name, content in contents.items()})
 
     def encode(self, text, *, special=False):
         """List of ids of text, without a BOS; half a surrogate pair becomes U+FFFD.
@@ -659,24 +644,24 @@ class Tokenizer:
         are plain text, so that a user typing <|im_end|> cannot end the turn. Other added tokens are always
         read."""
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        plain = {True: set(), "tags": self.control - {*TAGS}, False: self.control | {*TAGS}}[special]
         ids = []
         end = 0
-        for match in self.added[special].finditer(text):
-            ids += [*self._encode_plain(text[end : match.start()]), self.special[match[0]]]
-            end = match.end()
+        for match in self.added.finditer(text):
+            if match[0] not in plain:
+                ids += [*self._encode_plain(text[end : match.start()]), self.special[match[0]]]
+                end = match.end()
         return ids + self._encode_plain(text[end:])
 
     def _encode_plain(self, text):
-        """Ids of text that holds no added token."""
+        """Ids of text that holds no added token to read."""
         words = [text] if text else []
         for stage in self.stages:
             words = [piece for word in words for piece in stage(word)]
         ids = []
         for word in words:
-            if word.encode() in self.whole_words:
-                ids.append(self.whole_words[word.encode()])
-            else:
-                ids += [self.ids[rank] for rank in self.encoding.encode_ordinary(word)]
+            whole = self.whole_words.get(word.encode())
+            ids += whole or [self.ids[rank] for rank in self.encoding.encode_ordinary(word)]
         return ids
 
     def decode(self, ids):
@@ -698,39 +683,32 @@ class Tokenizer:
 
         ValueError names what is not supported. A post_processor is ignored: encode() adds no token."""
         path = Path(folder) / "tokenizer.json"
-        config = Path(folder) / "tokenizer_config.json"
         check_exists(path)
+        files = [file for file in (path, path.with_name("tokenizer_config.json")) if file.exists()]
         try:
-            settings = config.read_text("utf-8") if config.exists() else "{}"
-            return cls({path.name: path.read_text("utf-8"), config.name: settings})
+            return cls({file.name: file.read_text("utf-8") for file in files})
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError, regex.error) as error:
             raise ValueError(f"{path}: this code cannot read it as a tokenizer: {error!r}") from None
 
-def check_supported(whole):
+def check_supported(spec):
     """Raise ValueError naming the first part of a tokenizer.json that this code would get wrong."""
-    model = whole["model"]
-    parts = {"model": model["type"] == "BPE", "normalizer": whole["normalizer"] is None}
-    parts["decoder"] = (whole["decoder"] or {}).get("type") == "ByteLevel"
+    model = spec["model"]
+    wrong = {"model": model["type"] != "BPE", "normalizer": spec["normalizer"]}
+    wrong["decoder"] = (spec["decoder"] or {}).get("type") != "ByteLevel"
     for name in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
-        parts[f"model.{name}"] = not model.get(name)
+        wrong[f"model.{name}"] = model.get(name)
     for name in ("single_word", "lstrip", "rstrip"):
-        parts[f"flag {name} of an added token"] = not any(token[name] for token in whole["added_tokens"])
-    if wrong := [name for name, supported in parts.items() if not supported]:
-        raise ValueError(f"this {wrong[0]} is not supported")
-
-def to_bytes(spelled):
-    """The bytes of a token as tokenizer.json spells it."""
-    return bytes(SPELLING[c] for c in spelled)
+        wrong[f"flag {name} of an added token"] = any(token[name] for token in spec["added_tokens"])
+    if names := [name for name, found in wrong.items() if found]:
+        raise ValueError(f"this {names[0]} is not supported")
 
 def tiktoken_ranks(vocab, merges):
-    """dict from tokens (bytes) to tiktoken's ranks: the place of the last merge that makes the token."""
-    order = {}  # pair of tokens, as bytes -> its place in the list of merges
-    for place, pair in enumerate(merges):
-        left, right = pair.split(" ") if isinstance(pair, str) else pair
-        order[to_bytes(left), to_bytes(right)] = place
+    """dict from tokens, as spelled, to tiktoken's ranks: the place of the last merge that makes the token."""
+    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]  # "a b" or ["a", "b"]
+    order = {(left, right): place for place, (left, right) in enumerate(pairs)}
     # tiktoken merges any neighbours that form a token, the tokenizers library only listed pairs. Given only
     # tokens that BPE can itself produce, the two always pick the same pair.
-    ranks = {bytes([byte]): byte for byte in range(256)}
+    ranks = dict(SPELLING)
     for token in vocab:
         pieces, last = bpe_merge(token, order)
         if pieces == [token] and len(token) > 1:
@@ -740,8 +718,8 @@ def tiktoken_ranks(vocab, merges):
 def bpe_merge(word, order):
     """BPE by definition: while a pair is listed, join the leftmost of those listed first.
 
-    Returns the tokens of a word (bytes), and the place of the last pair joined, or None."""
-    tokens, last = [bytes([byte]) for byte in word], None
+    Returns the tokens of a spelled word, and the place of the last pair joined, or None."""
+    tokens, last = list(word), None
     while pairs := [(order[pair], i) for i, pair in enumerate(zip(tokens, tokens[1:])) if pair in order]:
         last, i = min(pairs)
         tokens[i : i + 2] = [tokens[i] + tokens[i + 1]]
@@ -761,18 +739,16 @@ def pre_tokenizers(spec):
         return [splitter(r"\p{N}", "Isolated" if spec["individual_digits"] else "Contiguous")]
     if kind == "Punctuation":
         return [splitter(r"[!-/:-@\[-`{-~]|\p{P}", spec["behavior"])]
-    if kind == "ByteLevel":
-        add_space = [lambda text: [text if text.startswith(" ") else " " + text]]
-        split = [splitter(GPT2_WORDS, "Isolated")]
-        return add_space * spec["add_prefix_space"] + split * spec["use_regex"]
-    raise ValueError(f"pre_tokenizer {kind} is not supported")
+    if kind == "ByteLevel" and not spec["add_prefix_space"]:
+        return [splitter(GPT2_WORDS, "Isolated")] if spec["use_regex"] else []
+    raise ValueError(f"pre_tokenizer {kind} is not supported: {shorten(spec)}")
 
 def splitter(pattern, behavior, invert=False):
     """Function from text to a list of pieces, cut at delimiters: the matches of a pattern.
 
     behavior: what becomes of a delimiter, in the tokenizers library's words. invert: swap matches and the
-    text between them. `regex` may know a newer Unicode than that library, which knows 16: characters assigned
-    later may get other ids there, which decode to the same text."""
+    text between them. `regex` may know a newer Unicode than that library, which knows 16: text with newer
+    characters may be cut differently and get other ids, but they decode to the same text."""
     delimiter = f"(?>{pattern})"  # atomic: no match shrinks so that what follows it can match
     text = f"(?>(?:(?!{delimiter})(?s:.))+)"  # anything up to the next delimiter
     if invert:
@@ -787,8 +763,9 @@ def splitter(pattern, behavior, invert=False):
     return lambda text: [match[0] for match in piece.finditer(text)]
 
 # 8. What the scripts share: flags, files, run and checkpoint folders, exit, unknown verdicts ----------------
+
 MADE_BY = {"runs/tiny/data": "train_sft.py", "runs/tiny/sft": "train_sft.py", "runs/tiny/rl": "train_rl.py"}
-MOST_UNKNOWN = 0.02  # of all verdicts: so few cannot hide, or make, an effect that is worth reporting
+MOST_UNKNOWN = 0.02  # of all verdicts: so few can neither hide nor fake an effect worth reporting
 
 def flag(default, text):
     """A field of a script's Args: its default, and a line for --help."""
@@ -811,13 +788,12 @@ def parse_args(cls, description, argv=None):
 def write_text(path, text):
     """Write a file whole or not at all: a reader never meets half of it."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise OSError(f"{path}: could not be written: {error.strerror}") from None
 
 def write_jsonl(path, records):
@@ -825,7 +801,7 @@ def write_jsonl(path, records):
     write_text(path, "".join(json.dumps(record) + "\n" for record in records))
 
 def check_exists(path):
-    """Raise ValueError if a file is missing; for one of the small run, with the command that makes it."""
+    """Raise ValueError if a file is missing; for files of the small run it names the command to run."""
     if not Path(path).exists():
         scripts = [script for folder, script in MADE_BY.items() if Path(path).is_relative_to(folder)]
         raise ValueError(f"{path} is missing" + (f": run python {scripts[0]} first" if scripts else ""))
@@ -846,9 +822,11 @@ def open_run(out, identity, outputs, *, fresh, device, **about):
         raise ValueError(f"{out}: another process is working here; stop it, or take another --out") from None
     except OSError:  # a file system without locks
         pass
-    # The same run goes on: nothing is written. Otherwise there must be nothing here, or leave to delete it.
     old = [found for pattern in outputs for found in Path(out).glob(pattern)]
-    if not fresh and (old or path.exists()):
+    if fresh:
+        for found in old:
+            shutil.rmtree(found) if found.is_dir() else found.unlink()
+    elif old or path.exists():  # the same run goes on: nothing is written
         advice = "choose another --out, or --fresh to start over"
         try:
             before = json.loads(path.read_text())["identity"]
@@ -859,14 +837,12 @@ def open_run(out, identity, outputs, *, fresh, device, **about):
                 what = f"--{name.replace('_', '-')} {before.get(name)!r} and not {now!r}"
                 raise ValueError(f"{path}: this folder holds another run, with {what}: {advice}")
         return lock
-    for found in old:
-        shutil.rmtree(found) if found.is_dir() else found.unlink()
     # What the figures of this run depend on. Nothing else in this file needs torch.
     import torch
     gpu = "cuda" in device
     about["hardware"] = torch.cuda.get_device_name(device) if gpu else f"{os.cpu_count()} CPU cores"
     about |= {"torch": torch.__version__, "python": sys.version.split()[0]}
-    # By a shell: where git is not installed, it prints nothing.
+    # Through a shell: if git is not installed, this prints nothing instead of raising.
     git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True)
     about["commit"] = git.stdout.decode().strip() or "unknown"
     write_text(path, json.dumps({"identity": identity, **about}, indent=2) + "\n")
@@ -883,8 +859,7 @@ def load_tokenizer(folder):
     check_exists(folder / "config.json")
     tokenizer = Tokenizer.from_pretrained(folder)
     room = json.loads((folder / "config.json").read_text())["vocab_size"]
-    if room < tokenizer.vocab_size:
-        size = tokenizer.vocab_size
+    if room < (size := tokenizer.vocab_size):
         raise ValueError(f"{folder}: the tokenizer has {size} tokens, the model room for {room} only")
     return tokenizer
 
@@ -908,91 +883,84 @@ def run_main(body):
 def check_unknown(where, reasons, verdicts):
     """Raise ValueError if more than MOST_UNKNOWN of the verdicts are unknown; it begins with `where`.
 
-    Unknown verdicts have causes outside the replies (no sandbox, a judge that is down, no memory). A few are
-    left out and counted; many mean that the run measures the machine and not the model.
-    reasons: Counter of the causes. verdicts: number of all verdicts."""
+    Their causes lie outside the replies (no sandbox, a judge that is down, no memory): with many, the run
+    measures the machine and not the model. reasons: Counter of causes. verdicts: number of all verdicts."""
     if reasons.total() > MOST_UNKNOWN * verdicts:
         counts = f"{reasons.total()} of {verdicts} verdicts are unknown, more than {MOST_UNKNOWN:.0%}"
         raise ValueError(f"{where}: {counts}: {describe(reasons)}")
 
-def describe(reasons, most=5):
+def describe(reasons):
     """The most common reasons of unknown verdicts, in one line."""
-    counts = reasons.most_common(most)
-    return "; ".join(f"{count} x {reason.removeprefix('unknown: ')}" for reason, count in counts)
+    return "; ".join(f"{n} x {reason.removeprefix('unknown: ')}" for reason, n in reasons.most_common(5))
 
 # 9. Commands ------------------------------------------------------------------------------------------------
-def make(args):
+
+def make(*, out="runs/tiny/data", seed=0, sft=20000, rl=4000, heldout=1000):
     """Generate long divisions: SFT samples, RL problems and held-out problems, in the folder OUT."""
-    counts = {"train": args.sft, "rl": args.rl, "heldout": args.heldout}
-    problems = {split: make_problems(split, count, args.seed) for split, count in counts.items()}
-    rng, folder = random.Random(f"{args.seed} traces"), Path(args.out)
-    write_jsonl(folder / "sft.jsonl", [make_sft(problem, rng) for problem in problems["train"]])
+    counts = {"train": sft, "rl": rl, "heldout": heldout}
+    problems = {split: make_problems(split, count, seed) for split, count in counts.items()}
+    rng = random.Random(f"{seed} traces")
+    write_jsonl(Path(out) / "sft.jsonl", [make_sft(problem, rng) for problem in problems["train"]])
     for split in ("rl", "heldout"):
-        write_jsonl(folder / f"{split}.jsonl", [problem.record() for problem in problems[split]])
-    print(f"{folder}: {args.sft} rows in sft.jsonl, {args.rl} in rl.jsonl, {args.heldout} in heldout.jsonl")
+        write_jsonl(Path(out) / f"{split}.jsonl", [problem.record() for problem in problems[split]])
+    print(f"{out}: {sft} rows in sft.jsonl, {rl} in rl.jsonl, {heldout} in heldout.jsonl")
 
-def curate(args):
-    """Keep the problems that are neither solved nor hopeless, by about 8 rollouts of each in TRACES."""
-    problems = read_problems(args.problems)
-    rollouts = read_rollouts(args.traces, problems)
-    write_kept(args.out, [(one.record(), why_not_rl(one.id, rollouts[one.id])) for one in problems])
-
-def convert(args):
+def convert(source, *, out, problems=""):
     """Turn the worked solutions in SOURCE, or with PROBLEMS the correct rollouts there, into SFT samples."""
-    problems = read_problems(args.problems or args.source)
-    if args.problems:
-        rollouts = read_rollouts(args.source, problems)
-        records = [record for problem in problems for record in from_rollouts(problem, rollouts[problem.id])]
+    if problems:
+        records = [record for pair in read_rollouts(source, problems) for record in from_rollouts(*pair)]
     else:
-        records = [from_solution(problem) for problem in problems]
-    write_kept(args.out, [(record, why_not_sft(record)) for record in records])
+        records = [from_solution(problem) for problem in read_problems(source)]
+    write_kept(out, [(record, why_not_sft(record)) for record in records])
+
+def curate(traces, *, problems, out):
+    """Keep the problems that are neither solved nor hopeless, by about 8 rollouts of each in TRACES."""
+    pairs = read_rollouts(traces, problems)
+    write_kept(out, [(problem.record(), why_not_rl(problem.id, rollouts)) for problem, rollouts in pairs])
 
 def write_kept(path, judged):
     """Write the records without a reason to drop them, print counts. judged: list of (record, reason)."""
-    kept = [record for record, reason in judged if reason is None]
-    write_jsonl(path, kept)
-    reasons = Counter(reason for _, reason in judged if reason is not None).most_common()
-    dropped = ", ".join(f"{count} {reason}" for reason, count in reasons) or "nothing"
-    print(f"{path}: kept {len(kept)} of {len(judged)}; dropped {dropped}")
+    write_jsonl(path, [record for record, reason in judged if reason is None])
+    reasons = Counter(reason for _, reason in judged)
+    kept = reasons.pop(None, 0)
+    dropped = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common()) or "nothing"
+    print(f"{path}: kept {kept} of {len(judged)}; dropped {dropped}")
 
-def show(args):
+def show(file, *, rows=3, model=""):
     """Print ROWS rows of SFT samples, and a table by domain, in tokens of MODEL or bytes."""
-    tokenizer = load_tokenizer(args.model) if args.model else Tokenizer.byte_level()
+    tokenizer = load_tokenizer(model) if model else Tokenizer.byte_level()
     table = defaultdict(list)  # domain -> [(tokens, weight)]
-    for n, (where, record) in enumerate(read_records(args.file)):
+    for n, (where, record) in enumerate(read_records(file)):
         sample = parse_sft(record, tokenizer, where)
         table[sample.domain].append((len(sample.ids), sample.weight))
-        if n < args.rows:
+        if n < rows:
             print(f"--- {where}: {sample.domain}, {len(sample.ids)} tokens, weight {sample.weight:g}")
             print(tokenizer.decode(sample.ids))
     print("domain               rows      tokens     longest  mean weight")
-    for domain, rows in sorted(table.items()):
-        tokens, weights = zip(*rows)
-        print(f"{domain:16}{len(rows):9}{sum(tokens):12}{max(tokens):12}{sum(weights) / len(rows):13.3f}")
-
-# Flags and their defaults, which also give them a type. None: required. Names without dashes are positional.
-COMMANDS = {
-    make: {"--out": "runs/tiny/data", "--seed": 0, "--sft": 20000, "--rl": 4000, "--heldout": 1000},
-    convert: {"source": None, "--problems": "", "--out": None},
-    curate: {"traces": None, "--problems": None, "--out": None},
-    show: {"file": None, "--rows": 3, "--model": ""}}
+    for domain, of_domain in sorted(table.items()):
+        tokens, weights = zip(*of_domain)
+        mean = sum(weights) / len(weights)
+        print(f"{domain:16}{len(tokens):9}{sum(tokens):12}{max(tokens):12}{mean:13.3f}")
 
 def main(argv=None):
-    """python data.py COMMAND ...; returns the exit status."""
+    """python data.py COMMAND ...; returns the exit status.
+
+    A command's parameters are its flags; those without a default are required."""
     parser = Flags(description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for run, flags in COMMANDS.items():
+    for run in (make, convert, curate, show):
         about = {"help": run.__doc__, "description": run.__doc__}
         command = commands.add_parser(run.__name__, allow_abbrev=False, **about)
         command.set_defaults(run=run)
-        for name, default in flags.items():
+        for name, parameter in inspect.signature(run).parameters.items():
+            default = parameter.default
             kind = {"default": default, "type": type(default), "help": f"default: {default!r}"}
-            if default is None:
-                kind = {"required": True} if name.startswith("--") else {}
-            command.add_argument(name, **kind)
+            if default is parameter.empty:
+                kind = {"required": True} if parameter.kind is parameter.KEYWORD_ONLY else {}
+            command.add_argument("--" + name if parameter.kind is parameter.KEYWORD_ONLY else name, **kind)
     def body():  # flags are parsed in here, as bad ones are user errors too
-        args = parser.parse_args(argv)
-        args.run(args)
+        flags = vars(parser.parse_args(argv))
+        flags.pop("run")(**flags)
     return run_main(body)
 
 if __name__ == "__main__":

@@ -52,7 +52,6 @@ assert rewards.verify(r"so \boxed{2}", problem).score == 0
 """),
 ]
 
-
 @pytest.mark.parametrize(("files", "use"), SETS, ids=[files for files, _ in SETS])
 def test_a_set_of_files_works_alone(files, use, tmp_path):
     for file in files.split():
@@ -62,14 +61,12 @@ def test_a_set_of_files_works_alone(files, use, tmp_path):
     done = subprocess.run([sys.executable, "use.py"], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
-
 # What each script imports of the others, at most; a main() may import more, but never a test.
 ALLOWED = {
     "ssm_scan": "", "data": "", "deepconf": "", "sandbox": "", "rewards": "sandbox", "decode": "ssm_scan",
     "model": "ssm_scan decode", "train_sft": "ssm_scan model data",
     "train_rl": "ssm_scan model data rewards train_sft", "eval": "model data deepconf rewards sandbox",
 }
-
 
 def imported(nodes):
     """The modules that these syntax nodes import, functions called main left out."""
@@ -80,7 +77,6 @@ def imported(nodes):
             yield node.module
         elif getattr(node, "name", "") != "main":
             yield from imported(ast.iter_child_nodes(node))
-
 
 @pytest.mark.parametrize("script", ALLOWED)
 def test_imports_run_one_way(script):
