@@ -1,7 +1,8 @@
-"""What can be taken into another project alone runs there, and imports run one way."""
+"""Scripts that can be copied elsewhere run there alone, imports run one way, README names what exists."""
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -84,3 +85,17 @@ def test_imports_run_one_way(script):
     assert set(imported(tree.body)) & {*ALLOWED, "tests"} <= set(ALLOWED[script].split())
     everywhere = imported(node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom))
     assert not [name for name in everywhere if name.split(".")[0] == "tests"]
+
+def test_the_map_from_the_papers_to_the_code_names_what_exists():
+    text = (ROOT / "README.md").read_text("utf-8")
+    text = text.partition("## From the paper to the code")[2].partition("## Results")[0]
+    files = {path.name: path.read_text("utf-8") for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")]}
+    missing = set(re.findall(r"\b\w+\.py\b", text)) - files.keys()
+    # Tests by their names alone; what stands in a script as script.name.
+    tests = "".join(files.values())
+    missing |= {name for name in re.findall(r"\btest_\w+\b(?!\.py)", text) if f"def {name}(" not in tests}
+    for script, name in re.findall(r"`(\w+)\.(?!py\b)(\w+)", text):
+        source = files.get(f"{script}.py", "")
+        if source and not re.search(rf"^ *(?:def|class) {name}\b|^(?: {{4}})?{name}:? .*=", source, re.M):
+            missing.add(f"{script}.{name}")
+    assert not missing and text.count("`test_") > 60
