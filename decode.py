@@ -35,11 +35,9 @@ from tqdm import tqdm
 from ssm_scan import (_backend, _check_conv, _dense, _jit, _launch, _power, _program, _range, check,
                       constexpr, tl, triton)
 
-
 def kernels_serve(x):
     """Whether one token goes through these kernels where x lies."""
     return x.is_cuda and not torch.is_grad_enabled() and _backend(None, x) == "triton"
-
 
 # 1. Sampling: the traces of many prompts --------------------------------------------------------------------
 # One sampler for RL rollouts, evaluation, DeepConf and chat. Traces decode together, each in a slot of one
@@ -48,7 +46,6 @@ def kernels_serve(x):
 #     start   free slots take the next traces, and the states of their prompts, each prefilled once
 #     step    Decoder appends a token to every slot and draws the next: on a GPU one CUDA graph, then one read
 #     finish  traces that have ended leave their slots, and the next start fills them
-
 
 @dataclass
 class Trace:
@@ -59,7 +56,6 @@ class Trace:
     logprobs: list = field(default_factory=list)  # of each token under the distribution it was drawn from
     confidences: list = field(default_factory=list)  # DeepConf's token confidence, see `draw`
     stop: str = ""  # "stop" | "length" | "deepconf" (the callback said so)
-
 
 @torch.no_grad()
 def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_p=1.0, seed=0, stop_ids=(), samples=1,
@@ -121,13 +117,11 @@ def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_p=1.0, seed
             bar.update(len(ended) - bar.n)  # draws it at most ten times a second
     return sorted(ended, key=lambda trace: (trace.prompt_index, trace.sample_index))
 
-
 # 2. Sampling: slots and memory ------------------------------------------------------------------------------
 # A cache for the longest trace that could come would leave room for few. So the cache starts short, and
 # doubles when the longest trace has filled it. Where the longer one does not fit into memory beside the old
 # one, the youngest traces are set aside: their tokens are kept, their states are not, and they go on later
 # from a prefill of prompt and tokens. Towards the end, few traces move to a cache of fewer slots.
-
 
 @dataclass(eq=False)
 class Running:
@@ -135,7 +129,6 @@ class Running:
     trace: Trace
     ids: list  # of its prompt and of its tokens
     random: np.random.Generator  # its own, from (seed, prompt, sample): neighbours do not change its draws
-
 
 @torch.no_grad()
 def prefill(model, prompts, tokens=4096):
@@ -152,14 +145,12 @@ def prefill(model, prompts, tokens=4096):
             model.model(part, cache=cache)
     return cache
 
-
 def free_bytes(device):
     """Memory that can be allocated on a GPU; half of RAM for a CPU."""
     if torch.device(device).type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-
 
 def max_batch_size(model, length):
     """How many sequences of `length` tokens fit into half of the free memory: 1 to 256.
@@ -168,7 +159,6 @@ def max_batch_size(model, length):
     cache = model.new_cache(1, length, device="meta")
     one = sum(v.nbytes for v in vars(cache).values() if isinstance(v, torch.Tensor))
     return min(256, max(1, free_bytes(next(model.parameters()).device) // 2 // one))
-
 
 class Sampler:
     """What generate() has under way: a Running or None in each slot of a cache, and what waits for a slot."""
@@ -296,9 +286,7 @@ class Sampler:
                 self.slots[slot] = None
                 yield trace
 
-
 # 3. Norms ---------------------------------------------------------------------------------------------------
-
 
 @_jit
 def _norm_kernel(y, z, weight, out, eps, s_y, s_z,
@@ -323,7 +311,6 @@ def _norm_kernel(y, z, weight, out, eps, s_y, s_z,
         v *= gate
     tl.store(out + row * G * WIDTH + d, v, mask=inside)
 
-
 @torch.compiler.disable
 def norm_step(y, weight, eps, *, z=None, groups=1, norm_before_gate=False):
     """model.RMSNorm, or with z model.gated_norm: y and z (b, t, I) -> (b, t, I) in y's dtype.
@@ -341,12 +328,10 @@ def norm_step(y, weight, eps, *, z=None, groups=1, norm_before_gate=False):
             num_warps=4 if width <= 2048 else 16)  # at most 32 channels a thread
     return out
 
-
 # 4. The mixer -----------------------------------------------------------------------------------------------
 # The convolution has a kernel of its own. In one with the state, the programs of several heads
 # would convolve the B and C of their group, and some would still read the last inputs while another moves
 # them on.
-
 
 @_jit
 def _conv_step_kernel(state, x, weight, bias, y, s_slot, s_channel, s_place, s_x,
@@ -369,7 +354,6 @@ def _conv_step_kernel(state, x, weight, bias, y, s_slot, s_channel, s_place, s_x
     if K > 1:
         tl.store(place + (K - 2) * s_place, new, mask=in_d)
     tl.store(y + b * CHANNELS + d, z * tl.sigmoid(z), mask=in_d)
-
 
 @_jit
 def _step_kernel(state, x, dt, A_log, B, C, D, dt_bias, y, low, high, s_state, s_x, s_dt, s_b, s_c,
@@ -406,7 +390,6 @@ def _step_kernel(state, x, dt, A_log, B, C, D, dt_bias, y, low, high, s_state, s
     skip = tl.load(D + h).to(tl.float32) * xp
     tl.store(y + (b * H + h) * P + p, tl.sum(S * Cn[None, :], 1) + skip, mask=in_p)
 
-
 def _step_triton(state, x, dt, A_log, B, C, D, dt_bias, limit=(0.0, float("inf"))):
     """y (b, h, p), and the state in place. A token of x, dt, B and C may be a slice of a wider row."""
     (b, h, p), (g, n) = x.shape, B.shape[1:]
@@ -417,7 +400,6 @@ def _step_triton(state, x, dt, A_log, B, C, D, dt_bias, limit=(0.0, float("inf")
     _launch(_step_kernel, triton.cdiv(p, 16) * h * b, state, x, dt, A_log, B, C, D, dt_bias, y, *limit,
             *strides, H=h, G=g, P=p, N=n, BP=16, BN=_power(n), num_warps=4)
     return y
-
 
 @torch.compiler.disable
 def mamba_step(conv, state, xBC, dt, weight, bias, dt_bias, A_log, D, limit):
@@ -443,7 +425,6 @@ def mamba_step(conv, state, xBC, dt, weight, bias, dt_bias, A_log, D, limit):
     B, C = B.view(b, g, n), C.view(b, g, n)
     return _step_triton(state, x.view(b, h, p), dt, A_log, B, C, D, dt_bias, limit)
 
-
 # 5. Attention -----------------------------------------------------------------------------------------------
 # The one query of a slot reads all its keys: that takes memory bandwidth, hence programs on
 # every multiprocessor, and a single slot has too few heads for that. So the keys are split
@@ -457,14 +438,12 @@ def mamba_step(conv, state, xBC, dt, weight, bias, dt_bias, A_log, D, limit):
 # in powers of 2, which the hardware has. There is a program for every split that the cache has room for;
 # those beyond a slot's length return at once. So the grid changes only when the cache grows.
 
-
 @_jit
 def _rotated(x, cos, sin, d, mask, HD: constexpr):
     """RoPE, as model.rotate: channel d turns together with the one half a head away."""
     own = tl.load(x + d, mask=mask, other=0.0).to(tl.float32)
     other = tl.load(x + (d + HD // 2) % HD, mask=mask, other=0.0).to(tl.float32)
     return own * cos + other * sin
-
 
 @_jit
 def _attend_kernel(q, k, v, cos, sin, lengths, keys, values, part, lse, multiplier, scale, room, splits, span,
@@ -511,7 +490,6 @@ def _attend_kernel(q, k, v, cos, sin, lengths, keys, values, part, lse, multipli
     tl.store(lse + row, m + tl.log2(total), mask=r < ROWS)
     tl.store(part + row[:, None] * HD + d[None, :], acc / total[:, None], mask=in_q)
 
-
 @_jit
 def _combine_kernel(part, lse, lengths, y, room, splits, span,
                     HQ: constexpr, HD: constexpr, BS: constexpr, BD: constexpr):
@@ -532,7 +510,6 @@ def _combine_kernel(part, lse, lengths, y, room, splits, span,
         m, total = top, total * fade + tl.sum(weight, 0)
     tl.store(y + (slot * HQ + head) * HD + d, acc / total, mask=d < HD)
 
-
 def span_of(length, heads):
     """How many keys a split takes, for a cache of `length` and as many `heads` as there are pairs of slot and
     key head.
@@ -543,7 +520,6 @@ def span_of(length, heads):
     One slot of 16k tokens and 2 key heads has 256 programs with 128 keys each; 256 such slots have 8,192
     programs with 1,024."""
     return 1 << max(7, min(10, (length * heads // 512).bit_length() - 1))
-
 
 @torch.compiler.disable
 def attend_step(q, k, v, cos, sin, lengths, keys, values, *, key_multiplier=1.0):
@@ -575,9 +551,7 @@ def attend_step(q, k, v, cos, sin, lengths, keys, values, *, key_multiplier=1.0)
             HQ=hq, HD=hd, BS=32, BD=bd, num_warps=4)
     return y
 
-
 # 6. Drawing the next token, on any device -------------------------------------------------------------------
-
 
 def invert(weights, u):
     """Weights (b, n), u (b, 1) -> the first index (b, 1) whose running sum exceeds u of the whole; all sums.
@@ -585,7 +559,6 @@ def invert(weights, u):
     cdf = weights.cumsum(-1, dtype=torch.float64)
     index = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)
     return index.clamp_(max=cdf.shape[-1] - 1), cdf  # nan would lead past the end
-
 
 def draw(logits, u, temperature, top_p, top=20):
     """One token per row. logits (b, vocab), u (b,) uniform -> tokens (b,), their log-probabilities (b,),
@@ -621,9 +594,7 @@ def draw(logits, u, temperature, top_p, top=20):
     index, _ = invert(probs, u)
     return (first + index)[:, 0], (probs.gather(-1, index) / total).log()[:, 0], confidence
 
-
 # 7. The recorded step ---------------------------------------------------------------------------------------
-
 
 class Decoder:
     """step(tokens (slots,), u) -> finish(logits (slots, vocab), u), or the logits: every slot of `cache`

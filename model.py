@@ -46,7 +46,6 @@ from decode import attend_step, kernels_serve, mamba_step, norm_step
 from ssm_scan import (
     causal_conv1d, causal_conv1d_step, check, check_cu_seqlens, ssd_scan, ssd_step, to_device)
 
-
 # 1. Configuration -------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -125,7 +124,6 @@ class FalconH1Config:
         except (OSError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as e:
             raise ValueError(f"{path}: {e}") from None
 
-
 def check_field(f, value):
     """Raise ValueError unless a value of a config.json fits the field f: JSON knows NaN and huge integers."""
     got = f"{f.name} is {value!r}, expected"
@@ -139,7 +137,6 @@ def check_field(f, value):
     finite = all(abs(v) < 3e38 for v in numbers)  # in float32; false for NaN, too
     check(finite or f.name == "time_step_limit", f"{got} nothing but finite numbers")
 
-
 # Optional: no effect on logits, or a wrong default shows up as a missing or an unexpected tensor.
 _OPTIONAL = {"mamba_chunk_size", "initializer_range", "time_step_limit", "tie_word_embeddings",
              "attention_bias", "mlp_bias", "projectors_bias", "mamba_proj_bias"}
@@ -151,7 +148,6 @@ _IGNORED = set("""architectures auto_map dtype torch_dtype transformers_version 
     bos_token_id eos_token_id pad_token_id num_logits_to_keep mlp_expansion_factor mamba_expand time_step_min
     time_step_max time_step_floor return_dict output_attentions output_hidden_states is_encoder_decoder
     chunk_size_feed_forward id2label label2id problem_type""".split())
-
 
 def _config_fields(raw):
     """The content of a config.json -> arguments of FalconH1Config."""
@@ -173,7 +169,6 @@ def _config_fields(raw):
     missing = sorted(name for name in names - _OPTIONAL if raw.get(name) is None)
     check(not missing, f"field {', '.join(missing)} is missing")
     return {name: raw[name] for name in names & raw.keys()}
-
 
 def _published(vocab, hidden, layers, heads, kv, head_dim, mlp, ssm_heads, ssm_dim, state, context, **other):
     """A published shape with its muP multipliers.
@@ -203,7 +198,6 @@ def _published(vocab, hidden, layers, heads, kv, head_dim, mlp, ssm_heads, ssm_d
         ssm_multipliers=(8**-0.5, 0.25, 32 * 2**0.5 / state, 0.5, 8**-0.5),
         mlp_multipliers=(0.78125**0.5 / w, 1200 / (w * mlp)), **other)
 
-
 PRESETS = {
     # Trains in minutes on two CPU cores. rope_theta 1e11 is for 256k tokens of context; with 16 frequencies
     # and traces of a hundred tokens, 1e4 leaves more of them useful. initializer_range is hidden_size^-0.5.
@@ -227,12 +221,10 @@ PRESETS = {
                       ssm_heads=32, ssm_dim=128, state=256, context=262144, mamba_n_groups=2),
 }
 
-
 # 2. Block ---------------------------------------------------------------------------------------------------
 # Tokens interact only inside `mix`, or in decode.py's kernels; everything else is per token.
 
 CHUNK = 512  # tokens per chunk of the scan on a GPU: half the states to store of 256, but a larger C B^T
-
 
 @dataclass
 class Context:
@@ -247,11 +239,9 @@ class Context:
     cp: object = None  # a train_sft.ContextParallel: h holds this rank's share of a row's tokens
     fused: bool = False  # one token per slot: decode.py's kernels instead of `mix`
 
-
 def scaled(x, multiplier):
     """x * multiplier. Skipping multipliers of 1 (all of "tiny") saves 5% of a training step on a CPU."""
     return x if multiplier == 1 else x * multiplier
-
 
 class RMSNorm(nn.RMSNorm):
     """w * x / sqrt(mean(x^2) + eps): the mean in float32, the cast before the weight, as published."""
@@ -260,7 +250,6 @@ class RMSNorm(nn.RMSNorm):
         if x.shape[1] == 1 and kernels_serve(x):
             return norm_step(x, self.weight, self.eps)
         return self.weight * F.rms_norm(x.float(), self.normalized_shape, eps=self.eps).to(x.dtype)
-
 
 def rope_table(positions, head_dim, theta, dtype):
     """cos and sin (b, t, 1, head_dim) of the angles position * theta^(-2i / head_dim), for positions (b, t).
@@ -272,11 +261,9 @@ def rope_table(positions, head_dim, theta, dtype):
     sin = angle.sin().to(dtype)
     return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
-
 def rotate(x, cos, sin):
     """RoPE on x (b, t, heads, head_dim): channels i and i + head_dim / 2 turn together ("rotate half")."""
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
-
 
 # cuDNN, torch's choice on an H100, plans for up to a second at every new shape. The others are for float32.
 @sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
@@ -290,7 +277,6 @@ def attend(q, k, v, cu):
     documents = zip(*(x.split(lengths, 2) for x in (q, k, v)))
     y = [F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True) for qkv in documents]
     return torch.cat(y, 2).transpose(1, 2)
-
 
 class Attention(nn.Module):
     """Causal self-attention with RoPE; hq / hkv query heads share a key head (GQA)."""
@@ -331,7 +317,6 @@ class Attention(nn.Module):
         y = attend(q, k, v, context.cu)
         return y if cp is None else cp.to_tokens(y)
 
-
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)  # what is cached may meet autograd later
 def ssm_multipliers(c, dtype, device):
@@ -341,7 +326,6 @@ def ssm_multipliers(c, dtype, device):
     values = [m for m, width in zip(c.ssm_multipliers, c.mamba_widths) for _ in range(width)]
     return torch.tensor(values, dtype=dtype).to(device)
 
-
 def gated_norm(y, z, weight, groups, eps, norm_before_gate):
     """Mamba-2's gated RMSNorm over the channels of each group: y, z (b, t, I) -> (b, t, I), in float32.
 
@@ -350,7 +334,6 @@ def gated_norm(y, z, weight, groups, eps, norm_before_gate):
     y = y.float() if norm_before_gate else y.float() * gate
     y = F.rms_norm(y.unflatten(-1, (groups, -1)), (y.shape[-1] // groups,), eps=eps).flatten(-2) * weight
     return (y * gate if norm_before_gate else y).to(z.dtype)
-
 
 class Mamba(nn.Module):
     """The Mamba-2 mixer: h heads, each with a state S of p x n numbers that decays and is written at every
@@ -443,7 +426,6 @@ class Mamba(nn.Module):
         return norm_step(y.flatten(1)[:, None], weight, c.rms_norm_eps, z=z, groups=c.mamba_n_groups,
                          norm_before_gate=c.mamba_norm_before_gate)
 
-
 class MLP(nn.Module):
     """SwiGLU: µ down(up(x) silu(µ gate(x)))."""
 
@@ -457,7 +439,6 @@ class MLP(nn.Module):
     def forward(self, x):
         gate = F.silu(scaled(self.gate_proj(x), self.multipliers[0]))
         return scaled(self.down_proj(self.up_proj(x) * gate), self.multipliers[1])
-
 
 class Block(nn.Module):
     """The diagram at the top: h + Mamba(n) + Attention(n), n = norm(h), then h + MLP(norm(h))."""
@@ -475,9 +456,7 @@ class Block(nn.Module):
         h = h + (self.mamba(n, context, layer) + self.self_attn(n, context, layer))
         return h + self.feed_forward(self.pre_ff_layernorm(h))
 
-
 # 3. Model ---------------------------------------------------------------------------------------------------
-
 
 class Backbone(nn.Module):
     """Everything below the head: ids (b, t) -> hidden states (b, t, d)."""
@@ -513,7 +492,6 @@ class Backbone(nn.Module):
         if cache is not None:
             cache.lengths += t
         return self.final_layernorm(h)
-
 
 class FalconH1(nn.Module):
     """The language model. Its parameters have the names and shapes of the published checkpoints."""
@@ -637,7 +615,6 @@ class FalconH1(nn.Module):
             model.lm_head.weight = model.model.embed_tokens.weight
         return model
 
-
 # 4. Loss ----------------------------------------------------------------------------------------------------
 # The logits of 32k tokens and 130k words would take 17 GB in float32. So the head runs on chunks of tokens,
 # in the forward pass and again in the backward pass, and only one chunk's logits exist at a time. What is
@@ -648,7 +625,6 @@ class FalconH1(nn.Module):
 # The derivative of lse is the softmax, d lse / dz_j = exp(z_j - lse) = p_j. So with g = dL / d log p_y
 #
 #     dz_j = g ([j = y] - p_j),   dh = scale dz W,   dW = scale dz^T h,   the last summed over chunks
-
 
 class _GatherRows(torch.autograd.Function):
     """x (tokens, ...)[index (rows,)] -> (rows, ...); no row may be asked for twice.
@@ -665,7 +641,6 @@ class _GatherRows(torch.autograd.Function):
     def backward(ctx, dout):
         index, = ctx.saved_tensors
         return dout.new_zeros(ctx.shape).index_copy_(0, index, dout), None
-
 
 class _TokenLogprobs(torch.autograd.Function):
     """h (t, d), W (vocab, d), targets y (t,) -> log p_y and entropy, (t,) float32."""
@@ -705,14 +680,12 @@ class _TokenLogprobs(torch.autograd.Function):
             del logits, dz
         return dh, dweight.to(weight.dtype), None, None, None
 
-
 def add_product(total, a, b):
     """total += a b, total in float32. On a GPU, cuBLAS adds a product in bf16 without rounding it."""
     if total.is_cuda and a.dtype != total.dtype:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
-
 
 def tokens_of_chunk(vocab, device):
     """Tokens whose logits exist at a time: 2^25 numbers on a CPU, up to 2^28 on a GPU, of 8 bytes each
@@ -725,14 +698,12 @@ def tokens_of_chunk(vocab, device):
         return max(1, 2**25 // vocab)
     return min(4096, max(128, 2**28 // vocab // 128 * 128))
 
-
 def token_logprobs(h, weight, targets, scale=1.0, chunk=None):
     """h (t, d), weight (vocab, d), targets (t,) -> log-probabilities (t,) and entropies (t,), float32.
 
     scale multiplies the logits: lm_head_multiplier / temperature. Entropies have no gradient."""
     chunk = chunk or tokens_of_chunk(len(weight), weight.device)
     return _TokenLogprobs.apply(h, weight, targets, scale, max(1, min(len(h), chunk)))
-
 
 # 5. Cache ---------------------------------------------------------------------------------------------------
 # Attention remembers every token, the mixer a state of fixed size. A slot of the 7B model, in bf16, holds
@@ -743,7 +714,6 @@ def token_logprobs(h, weight, targets, scale=1.0, chunk=None):
 #
 # The states are float32 even in a bf16 model: each is a sum over thousands of tokens, to which a step adds
 # dt x B^T with dt down to 0.001. bf16 has 8 bits: what is below 1/512 of a number does not change it.
-
 
 class Cache:
     """Decoding state of `slots` sequences.
@@ -826,13 +796,11 @@ class Cache:
         y = F.scaled_dot_product_attention(q, keys, values, attn_mask=self.mask, enable_gqa=True)
         return y.transpose(1, 2)
 
-
 # 6. Checkpoints ---------------------------------------------------------------------------------------------
 # safetensors: eight bytes of header length, a JSON header, the tensors' bytes. Nothing in it can run.
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
            "I64": torch.int64}
-
 
 def _replace(path, parts):
     """Write bytes under a temporary name, then rename: a reader sees the old file or the new one."""
@@ -846,7 +814,6 @@ def _replace(path, parts):
     except OSError as e:
         temporary.unlink(missing_ok=True)
         raise OSError(f"{path}: could not be written: {e.strerror}") from None
-
 
 def write_safetensors(path, tensors, read=lambda name, v: v):
     """tensors {name: tensor} -> file, little-endian, in the order of the names. read: see save_pretrained."""
@@ -864,7 +831,6 @@ def write_safetensors(path, tensors, read=lambda name, v: v):
         for name, v in sorted(tensors.items()):
             yield read(name, v).detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
     _replace(path, parts())
-
 
 def read_safetensors(path):
     """file -> {name: tensor}, memory-mapped: copy what you want to keep or to change.
@@ -895,7 +861,6 @@ def read_safetensors(path):
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as e:  # also RecursionError
         raise ValueError(f"{path}: not a whole safetensors file: {type(e).__name__}: {e}") from None
     return tensors
-
 
 def read_checkpoint(folder):
     """{name: tensor}, memory-mapped, of model.safetensors or the shards in model.safetensors.index.json."""

@@ -482,7 +482,6 @@ def test_draw_holds_few_copies_of_the_distribution(top_p, copies):
     logits, u = torch.randn(2, 130048), torch.rand(2, dtype=torch.float64)
     assert peak_bytes(lambda: draw(logits, u, 0.85, top_p), "cpu") < (copies + 0.3) * logits.nbytes
 
-
 # 6. The memory of sampling at 7B ----------------------------------------------------------------------------
 
 class Held(TorchDispatchMode):

@@ -359,7 +359,6 @@ def test_headers_that_lie(tmp_path, entry):
     with pytest.raises(ValueError, match="header of"):
         read_safetensors(path)
 
-
 # 4. Log-probabilities without all logits --------------------------------------------------------------------
 
 @pytest.mark.parametrize("chunk", [1, 3, 100])
