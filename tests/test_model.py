@@ -416,11 +416,3 @@ def test_negative_targets_give_zero_and_no_gradient(targets):
     torch.testing.assert_close(entropy, torch.where(targets < 0, 0, -(logp.exp() * logp).sum(-1)))
     ours, theirs = (torch.autograd.grad(v.sum(), list(model.parameters())) for v in (logprobs, want))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
-
-def test_gathered_rows_give_their_gradients_back():
-    x = torch.arange(6.0).view(3, 2).requires_grad_()
-    index = torch.tensor([2, 0])
-    rows = m._GatherRows.apply(x, index)
-    assert torch.equal(rows, x[index])
-    rows.sum().backward()
-    assert x.grad[:, 0].tolist() == [1, 0, 1]
