@@ -334,11 +334,12 @@ def test_mixer_is_torchs(kernels, g, k, bias, limit, dtype):
 
 @torch.no_grad()
 def test_small_steps_keep_their_digits(kernels):
-    """dt near the 0.001 that Mamba-2 starts from, and far below, where softplus(v) = e^v. B = C = x = 1."""
+    """dt near the 0.001 that Mamba-2 starts from, and far below, where softplus(v) = e^v. B = C = x."""
     dt, zero = torch.tensor([[-6.9, -15.0, -30.0, 25.0]], device=DEVICE), torch.zeros(4, device=DEVICE)
-    one, state = torch.ones(1, 4, 1, device=DEVICE), torch.zeros(1, 4, 1, 1, device=DEVICE)
-    y = decode._step_triton(state, one, dt, zero, one[:, :1], one[:, :1], zero, zero)
-    torch.testing.assert_close(y[0, :, 0].double(), F.softplus(dt[0].double()), rtol=1e-6, atol=0)
+    conv, state = torch.zeros(1, 6, 0, device=DEVICE), torch.zeros(1, 4, 1, 1, device=DEVICE)
+    ones = torch.ones(1, 6, device=DEVICE)
+    y = decode.mamba_step(conv, state, ones, dt, ones.T, None, zero, zero, zero, (0.0, float("inf")))[0, :, 0]
+    torch.testing.assert_close(25 * y.double() / y[3], F.softplus(dt[0].double()), rtol=1e-6, atol=0)
 
 @torch.no_grad()
 @pytest.mark.parametrize(("groups", "dtype"), [(1, torch.float32), (2, torch.bfloat16)])
@@ -419,8 +420,8 @@ def test_launches_of_a_block(monkeypatch, dtype):
     (lambda: decode.attend_step(*attention_inputs([1], 4, 1, 1, 258)), "head_dim: got 258, .* at most 256"),
     (lambda: decode.attend_step(*attention_inputs([1], 4, 17, 1, 128)), "query heads .*: got 17, .* 16"),
     (lambda: decode.norm_step(random(1, 1, 16385), random(16385), 0.0), "16385 channels .* at most 16384"),
-    (lambda: decode._step_triton(None, random(1, 1, 1), None, None, random(1, 1, 513), None, None, None),
-     "a state of 513, .* at most 512")])
+    (lambda: decode.mamba_step(None, random(1, 1, 1, 513), None, None, random(1027, 1), *[None] * 5),
+     "513 columns, .* at most 512")])
 def test_what_is_too_large_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
