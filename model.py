@@ -156,7 +156,6 @@ def _config_fields(raw):
     check(plain, f"rope_parameters {rope}: only a rope_theta and the rope_type 'default' are supported")
     theta = raw.setdefault("rope_theta", rope.get("rope_theta"))
     check(rope.get("rope_theta", theta) == theta, f"rope_theta {theta} contradicts rope_parameters {rope}")
-
     names = {f.name for f in fields(FalconH1Config)}
     unknown = sorted(raw.keys() - names - _IGNORED)
     check(not unknown, f"field {', '.join(unknown)} is unknown; it may change what the model computes")
@@ -241,8 +240,7 @@ def rope_table(positions, head_dim, theta, dtype):
     Channels i and i + head_dim / 2 share an angle; the first one's sine is negative, as `rotate` needs it."""
     i = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
     angle = positions[..., None, None].float() * theta ** (-i / head_dim)  # (b, t, 1, head_dim / 2)
-    cos = angle.cos().to(dtype)
-    sin = angle.sin().to(dtype)
+    cos, sin = (v.to(dtype) for v in (angle.cos(), angle.sin()))
     return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 def rotate(x, cos, sin):
@@ -557,15 +555,15 @@ class FalconH1(nn.Module):
         Raises ValueError naming the file, and the field or tensor."""
         config = FalconH1Config.from_json(Path(folder) / "config.json")
         state = read_checkpoint(folder)
-        embeddings, head = "model.embed_tokens.weight", "lm_head.weight"
+        embeddings = "model.embed_tokens.weight"
         check(embeddings in state, f"{folder}: tensor {embeddings} is missing")
         if config.tie_word_embeddings:
-            same = torch.equal(state.setdefault(head, state[embeddings]), state[embeddings])
-            check(same, f"{folder}: tensor {head} differs from {embeddings} despite tie_word_embeddings")
+            same = torch.equal(state.setdefault("lm_head.weight", state[embeddings]), state[embeddings])
+            check(same, f"{folder}: tensor lm_head.weight is not {embeddings} despite tie_word_embeddings")
         with torch.device("meta"):  # shapes without memory, until the tensors are assigned
             model = cls(config)
-
-        expected, stored = model.state_dict(), state[embeddings].dtype
+        expected = model.state_dict()
+        stored = state[embeddings].dtype
         for name in sorted({*expected, *state}):
             tensor = f"{folder}: tensor {name}"
             check(name in state, f"{tensor} is missing")
@@ -624,8 +622,7 @@ class _TokenLogprobs(torch.autograd.Function):
             logits = (x @ weight.T).float().mul_(ctx.scale)
             # dz = -g p, in place of the logits, then g more at the target.
             dz = logits.sub_(lse[part, None]).exp_().mul_(-g[part, None])
-            dz.scatter_add_(1, targets[part, None], g[part, None])
-            dz = dz.to(h.dtype)
+            dz = dz.scatter_add_(1, targets[part, None], g[part, None]).to(h.dtype)
             dh.index_copy_(0, part, dz @ weight)
             add_product(dweight, dz.T, x)
             del logits, dz
@@ -734,15 +731,14 @@ class Cache:
 
     def attend(self, layer, q, k, v):
         """Append k, v (slots, t, hkv, hd); attend with q (slots, t, hq, hd) to all that each slot holds."""
-        keys = self.k[layer].scatter_(2, self.at, k.transpose(1, 2))  # (slots, hkv, length, hd)
-        values = self.v[layer].scatter_(2, self.at, v.transpose(1, 2))
+        self.k[layer].scatter_(2, self.at, k.transpose(1, 2))
+        self.v[layer].scatter_(2, self.at, v.transpose(1, 2))
         if self.mask is None:  # nothing was held before
             return attend(q, k, v, None)
-        keys, values = keys[:, :, : self.used], values[:, :, : self.used]
-        if keys.is_cuda:  # where with a mask only torch's slow kernel lets queries share keys: copy them
-            keys, values = (x.repeat_interleave(q.shape[2] // x.shape[1], 1) for x in (keys, values))
-        q = q.transpose(1, 2)  # (slots, hq, t, hd)
-        y = F.scaled_dot_product_attention(q, keys, values, attn_mask=self.mask, enable_gqa=True)
+        k, v = (x[layer, :, :, : self.used] for x in (self.k, self.v))  # (slots, hkv, used, hd)
+        if k.is_cuda:  # where with a mask only torch's slow kernel lets queries share keys: copy them
+            k, v = (x.repeat_interleave(q.shape[2] // x.shape[1], 1) for x in (k, v))
+        y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=self.mask, enable_gqa=True)
         return y.transpose(1, 2)
 
 # 6. Checkpoints ---------------------------------------------------------------------------------------------
