@@ -274,7 +274,7 @@ class Sampler:
 @_jit
 def _norm_kernel(y, z, weight, out, eps, s_y, s_z,
                  G: constexpr, WIDTH: constexpr, BLOCK: constexpr, NORM: constexpr, BEFORE: constexpr):
-    """One group of one row a program. w RMS(y silu(z)), or w RMS(y) silu(z) if the norm comes BEFORE the
+    """One group of one row per program. w RMS(y silu(z)), or w RMS(y) silu(z) if the norm comes BEFORE the
     gate; without NORM, y silu(z); with z None, w RMS(y), cast before the weight as in the published model."""
     _, g, row = _program(1, G)
     i = tl.arange(0, BLOCK)

@@ -123,7 +123,7 @@ class FalconH1Config:
     @classmethod
     def from_json(cls, path):
         """Read a config.json in the published format, as any version of transformers writes it. Fields that
-        change a logit have no default here: those of transformers (norm before the gate, mamba_d_ssm 1024)
+        change a logit must be there: the defaults of transformers (norm before the gate, mamba_d_ssm 1024)
         fit no published model. Raises ValueError naming the file and the field."""
         def infinity(value):  # transformers writes it as {"__float__": "Infinity"}
             return float(value["__float__"]) if "__float__" in value else value
@@ -379,7 +379,8 @@ class Mamba(nn.Module):
         else:
             xBC, new_conv = causal_conv1d(
                 xBC, weight, bias, initial_states=conv, cu_seqlens=context.cu, activation="silu")
-        # (b, t, ...), or (b, ...) in a step. Only the heads that are here: under cp, this rank's.
+        # x (b, t, h, p), B and C (b, t, g, n), in a step without t. Under context parallelism h and g count this
+        # rank's heads and groups.
         inner = dt.shape[-1] * c.mamba_d_head
         gn = (xBC.shape[-1] - inner) // 2
         x, B, C = xBC.split([inner, gn, gn], -1)
@@ -430,7 +431,6 @@ class Block(nn.Module):
 class Backbone(nn.Module):
     """Everything below the head: ids (b, t) -> hidden states (b, t, d)."""
     checkpoint_activations = False  # True: keep the blocks' inputs only, recompute the rest in backward
-
     def __init__(self, c):
         super().__init__()
         self.config = c
@@ -465,7 +465,6 @@ class Backbone(nn.Module):
 class FalconH1(nn.Module):
     """The language model. Its parameters have the names and shapes of the published checkpoints."""
     cp = None  # or a train_sft.ContextParallel: input_ids are a share of a row, cu_seqlens the whole row's
-
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -478,9 +477,8 @@ class FalconH1(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Normal matrices; as in Mamba-2, A in (-16, -1) and log-uniform softplus(dt_bias) in (0.001, 0.1).
-        At first a head's state keeps exp(dt A) per token: it lasts for one token (dt 0.1, A -16) to a
-        thousand (dt 0.001, A -1)."""
+        """Normal matrices; as in Mamba-2, A in (-16, -1), softplus(dt_bias) log-uniform in (0.001, 0.1), so
+        that a head's state lasts for one token (dt 0.1, A -16) to a thousand (dt 0.001, A -1)."""
         for m in self.modules():
             if isinstance(m, (nn.Linear, nn.Embedding)):
                 m.weight.normal_(0, self.config.initializer_range)
@@ -515,7 +513,6 @@ class FalconH1(nn.Module):
             check(inside, f"input_ids: an id is outside 0..{c.vocab_size - 1}")
         tokens = shape[1] if self.cp is None else shape[1] * self.cp.size
         cu = None if cu_seqlens is None else check_cu_seqlens(cu_seqlens, shape[0], tokens)
-
         if targets is None:
             return scaled(self.lm_head(self.model(input_ids, cu, cache, self.cp)), c.lm_head_multiplier)
         rows = (targets.flatten() >= 0).nonzero()[:, 0]  # prompts have no targets and need no logits
@@ -618,7 +615,7 @@ class _TokenLogprobs(torch.autograd.Function):
         g = dlogprobs.float() * ctx.scale
         for i in range(0, len(rows), ctx.chunk):
             part = rows[i : i + ctx.chunk]
-            x = h.index_select(0, part)
+            x = h.index_select(0, part)  # on a CPU much faster than h[part]
             logits = (x @ weight.T).float().mul_(ctx.scale)
             # dz = -g p, in place of the logits, then g more at the target.
             dz = logits.sub_(lse[part, None]).exp_().mul_(-g[part, None])
@@ -671,8 +668,8 @@ class Cache:
     ssm      (layers, slots, h, p, n)                states of the scan, always float32
     lengths  (slots,)                                tokens in each slot
     used     upper bound of the lengths, kept on the host so that no step waits for the GPU: attention reads
-             as many positions. Only a `fused` step, one token per slot in kernels, reads `lengths`. It cannot
-             raise: a slot without room appends nothing and answers nonsense."""
+             as many positions. A `fused` step, one token per slot in kernels, reads `lengths` instead. It
+             cannot raise: a slot without room appends nothing and answers nonsense."""
     def __init__(self, config, slots, length, *, dtype=torch.float32, device=None):
         c, n = config, config.num_hidden_layers
         self.k = torch.zeros(n, slots, c.num_key_value_heads, length, c.head_dim, dtype=dtype, device=device)
