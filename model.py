@@ -379,8 +379,8 @@ class Mamba(nn.Module):
         else:
             xBC, new_conv = causal_conv1d(
                 xBC, weight, bias, initial_states=conv, cu_seqlens=context.cu, activation="silu")
-        # x (b, t, h, p), B and C (b, t, g, n), in a step without t. Under context parallelism h and g count this
-        # rank's heads and groups.
+        # x (b, t, h, p), B and C (b, t, g, n), in a step without t. Under context parallelism h and g count
+        # this rank's heads and groups.
         inner = dt.shape[-1] * c.mamba_d_head
         gn = (xBC.shape[-1] - inner) // 2
         x, B, C = xBC.split([inner, gn, gn], -1)
