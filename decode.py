@@ -8,19 +8,16 @@
     mamba_step     convolution, step size and state of the mixer                   two launches
     attend_step    RoPE, the new key and value, attention over the cache           two launches
 
-A decoding step is a long row of short kernels. Each takes a microsecond or two, however little it does, so
-what torch would do in ten launches stands in one here. And a step is recorded once, as a CUDA graph, and
-replayed for every token: nothing in it may depend on a number that the host knows. How many tokens each
-sequence has is read on the device, from `lengths`.
+A decoding step is a long chain of short kernels, each a microsecond or two however little it does. So one
+kernel here does what takes torch ten, and a step is recorded once, as a CUDA graph, and replayed for every
+token. Nothing in it may depend on a number that the host knows: `lengths` are read on the device.
 
 Sums are float32. What a kernel hands on is rounded to the model's dtype, as in the forward pass, and so is
 the step size of the SSM. No kernel has a gradient, none uses atomics: a step gives the same bits every time,
 and the bits of a slot do not depend on what other slots hold.
 
-Glossary: that of ssm_scan.py, which one also needs to copy this file; slots are the sequences that decode
-together; hq, hkv, hd are query heads, key heads and channels of a head; length is the room of the cache. A
-trace is one sampled continuation of a prompt. The model and its cache come as arguments: model.py imports
-this file, not the other way round.
+Glossary: as in model.py, which imports this file and hands in model and cache. length is the room of a slot;
+a trace is one sampled continuation of a prompt. To copy this file, also take ssm_scan.py.
 """
 
 import math
@@ -32,23 +29,20 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ssm_scan import (_backend, _check_conv, _dense, _jit, _launch, _power, _program, _range, check,
-                      constexpr, tl, triton)
-
+from ssm_scan import (
+    _backend, _check_conv, _jit, _launch, _power, _program, _range, check, constexpr, tl, triton)
 
 def kernels_serve(x):
-    """Whether one token goes through these kernels where x lies."""
+    """Whether one token goes through these kernels where x is."""
     return x.is_cuda and not torch.is_grad_enabled() and _backend(None, x) == "triton"
-
 
 # 1. Sampling: the traces of many prompts --------------------------------------------------------------------
 # One sampler for RL rollouts, evaluation, DeepConf and chat. Traces decode together, each in a slot of one
-# cache. Decoding reads all weights for every step, however many slots it serves: slots must not stay empty.
+# cache. A step reads all weights, however many slots it serves: slots must not stay empty.
 #
 #     start   free slots take the next traces, and the states of their prompts, each prefilled once
 #     step    Decoder appends a token to every slot and draws the next: on a GPU one CUDA graph, then one read
 #     finish  traces that have ended leave their slots, and the next start fills them
-
 
 @dataclass
 class Trace:
@@ -60,14 +54,11 @@ class Trace:
     confidences: list = field(default_factory=list)  # DeepConf's token confidence, see `draw`
     stop: str = ""  # "stop" | "length" | "deepconf" (the callback said so)
 
-
 @torch.no_grad()
 def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_p=1.0, seed=0, stop_ids=(), samples=1,
              slots=None, admit=None, on_token=None, on_trace=None, progress=False):
-    """Sample `samples` traces of each prompt.
-
-    A trace depends on weights, prompt, settings, seed and its own two indices. What else is in the batch, or
-    being set aside where memory is short, changes its numbers by rounding only.
+    """Sample `samples` traces of each prompt. A trace depends on weights, prompt, settings, seed and its own
+    two indices; what else is in the batch, or being set aside for lack of memory, changes rounding only.
 
     Args:
         prompts: lists of token ids.
@@ -77,14 +68,13 @@ def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_p=1.0, seed
         admit: called as admit(prompt_index, sample_index), in sample order, before a trace starts. Answers
             "go", "wait" (ask again after the next step) or "done" (no further trace of this prompt).
         on_token: on_token(trace) after each token; True stops the trace.
-        on_trace: on_trace(trace) sees every trace that has ended, at once.
+        on_trace: on_trace(trace) when a trace has ended.
         progress: show a bar.
     Returns:
         A list of Trace, by prompt, then by sample.
     Raises:
         ValueError for an empty prompt, ids out of range, more tokens than positions, a trace that does not
-        fit into memory, or logits that are not finite; RuntimeError where admit lets nothing go on.
-    """
+        fit into memory, or logits that are not finite; RuntimeError where admit lets nothing go on."""
     c = model.config
     for i, prompt in enumerate(prompts):
         check(prompt, f"prompt {i}: it is empty")
@@ -103,7 +93,6 @@ def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_p=1.0, seed
     def pick(logits, u):  # (slots, 4) float64, one read for the host: what `draw` gives; are logits finite?
         drawn = draw(logits, u, temperature, top_p)
         return torch.stack([v.double() for v in (*drawn, logits.isfinite().all(-1))], 1)
-
     longest = max(map(len, prompts)) + max_new_tokens - 1  # no step appends a trace's last token
     sampler = Sampler(model, prompts, samples, slots, longest, seed, admit, pick)
     ended = []
@@ -121,13 +110,11 @@ def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_p=1.0, seed
             bar.update(len(ended) - bar.n)  # draws it at most ten times a second
     return sorted(ended, key=lambda trace: (trace.prompt_index, trace.sample_index))
 
-
 # 2. Sampling: slots and memory ------------------------------------------------------------------------------
-# A cache for the longest trace that could come would leave room for few. So the cache starts short, and
-# doubles when the longest trace has filled it. Where the longer one does not fit into memory beside the old
-# one, the youngest traces are set aside: their tokens are kept, their states are not, and they go on later
-# from a prefill of prompt and tokens. Towards the end, few traces move to a cache of fewer slots.
-
+# Room for the longest possible trace in every slot would leave few slots. So the cache starts short, and
+# doubles when the longest trace has filled it. If the longer one does not fit into memory beside the old one,
+# the youngest traces are set aside: they lose their states, keep their tokens, and go on later from a prefill
+# of prompt and tokens. Towards the end, the last traces move to a smaller cache.
 
 @dataclass(eq=False)
 class Running:
@@ -136,13 +123,11 @@ class Running:
     ids: list  # of its prompt and of its tokens
     random: np.random.Generator  # its own, from (seed, prompt, sample): neighbours do not change its draws
 
-
 @torch.no_grad()
 def prefill(model, prompts, tokens=4096):
     """Run prompts of one length, all but their last token, and return the Cache. (The first step appends the
-    last token, whose logits it needs.)
-
-    At most `tokens` at a time, fewer where attention's mask would exceed 2^26 numbers: it bounds memory."""
+    last token, whose logits it needs.) To bound memory, at most `tokens` at a time, fewer where attention's
+    mask would exceed 2^26 numbers."""
     length = len(prompts[0]) - 1
     cache = model.new_cache(len(prompts), max(length, 1))
     if length:
@@ -152,7 +137,6 @@ def prefill(model, prompts, tokens=4096):
             model.model(part, cache=cache)
     return cache
 
-
 def free_bytes(device):
     """Memory that can be allocated on a GPU; half of RAM for a CPU."""
     if torch.device(device).type == "cuda":
@@ -160,19 +144,15 @@ def free_bytes(device):
         return torch.cuda.mem_get_info(device)[0] + unused
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
-
 def max_batch_size(model, length):
-    """How many sequences of `length` tokens fit into half of the free memory: 1 to 256.
-
-    The other half is for growth, prompts and logits. Few traces grow long; if many do, some are set aside."""
+    """How many sequences of `length` tokens fit into half of the free memory: 1 to 256. The other half is for
+    growth, prompts and logits. Few traces grow long; if many do, some are set aside."""
     cache = model.new_cache(1, length, device="meta")
     one = sum(v.nbytes for v in vars(cache).values() if isinstance(v, torch.Tensor))
     return min(256, max(1, free_bytes(next(model.parameters()).device) // 2 // one))
 
-
 class Sampler:
     """What generate() has under way: a Running or None in each slot of a cache, and what waits for a slot."""
-
     first_length = 256  # tokens per slot at first, or more for longer prompts; at 7B 1/12 of a slot's states
 
     def __init__(self, model, prompts, samples, slots, longest, seed, admit, pick):
@@ -209,29 +189,24 @@ class Sampler:
                 random = np.random.default_rng([self.seed, i, sample])
                 return Running(Trace(i, sample), list(self.prompts[i]), random)
             self.prefilled.pop(tuple(self.prompts[i]), None)
-        return None
 
     def start(self):
         """Fill free slots -> whether anything runs."""
         free = [slot for slot, running in enumerate(self.slots) if running is None]
         # zip asks for a slot first, so that no trace is taken from next_job without one.
         for slot, running in zip(free, iter(self.next_job, None)):
-            self.begin(slot, running)
+            ids = tuple(running.ids)  # of its prompt, and of its tokens if it was set aside
+            if ids not in self.prefilled:
+                self.prefilled[ids] = prefill(self.model, [running.ids])
+            self.cache.load(slot, self.prefilled[ids], 0)
+            self.tokens[slot] = ids[-1]
+            self.slots[slot] = running
+            # Only a prompt's next sample will read its states again.
+            if running.trace.tokens or running.trace.prompt_index not in self.waiting:
+                del self.prefilled[ids]
         if self.waiting and not any(self.slots):
             raise RuntimeError(f"generate: prompt {min(self.waiting)} waits to be admitted, but nothing runs")
         return any(self.slots)
-
-    def begin(self, slot, running):
-        """Put a trace into a slot, with the states of its prompt, or of all its tokens if it was aside."""
-        ids = tuple(running.ids)
-        if ids not in self.prefilled:
-            self.prefilled[ids] = prefill(self.model, [running.ids])
-        self.cache.load(slot, self.prefilled[ids], 0)
-        self.tokens[slot] = ids[-1]
-        self.slots[slot] = running
-        # Only a prompt's next sample will read its states again.
-        if running.trace.tokens or running.trace.prompt_index not in self.waiting:
-            del self.prefilled[ids]
 
     def fits(self, slots, length):
         return self.cache.bytes_to_grow(len(slots), length) <= free_bytes(self.tokens.device)
@@ -253,9 +228,7 @@ class Sampler:
         self.decode = Decoder(self.model, self.cache, self.pick)
 
     def set_aside(self, length):
-        """Set the youngest traces aside until a cache of this length fits beside the old one -> slots kept.
-
-        When a slot is free again, prompt and tokens of a trace set aside are prefilled anew."""
+        """Set the youngest traces aside until the others fit a cache of this length: the slots kept."""
         self.decode = None
         ages = [len(running.trace.tokens) if running else -1 for running in self.slots]
         slots = sorted(range(len(ages)), key=ages.__getitem__, reverse=True)  # oldest first, free ones last
@@ -296,18 +269,17 @@ class Sampler:
                 self.slots[slot] = None
                 yield trace
 
-
 # 3. Norms ---------------------------------------------------------------------------------------------------
-
 
 @_jit
 def _norm_kernel(y, z, weight, out, eps, s_y, s_z,
                  G: constexpr, WIDTH: constexpr, BLOCK: constexpr, NORM: constexpr, BEFORE: constexpr):
-    """One group of one row a program. w RMS(y silu(z)), or w RMS(y) silu(z) if the norm stands BEFORE the
+    """One group of one row per program. w RMS(y silu(z)), or w RMS(y) silu(z) if the norm comes BEFORE the
     gate; without NORM, y silu(z); with z None, w RMS(y), cast before the weight as in the published model."""
     _, g, row = _program(1, G)
     i = tl.arange(0, BLOCK)
-    d, inside = g * WIDTH + i, i < WIDTH
+    d = g * WIDTH + i
+    inside = i < WIDTH
     v = tl.load(y + row * s_y + d, mask=inside, other=0.0).to(tl.float32)
     if z is not None:
         gate = tl.load(z + row * s_z + d, mask=inside, other=0.0).to(tl.float32)
@@ -323,30 +295,22 @@ def _norm_kernel(y, z, weight, out, eps, s_y, s_z,
         v *= gate
     tl.store(out + row * G * WIDTH + d, v, mask=inside)
 
-
 @torch.compiler.disable
 def norm_step(y, weight, eps, *, z=None, groups=1, norm_before_gate=False):
-    """model.RMSNorm, or with z model.gated_norm: y and z (b, t, I) -> (b, t, I) in y's dtype.
-
-    weight (I,), or None: only gate. Raises ValueError where a group has too many channels."""
+    """model.RMSNorm, or with z model.gated_norm: y and z (b, 1, I) -> (b, 1, I) in y's dtype. weight (I,), or
+    None: only gate. Raises ValueError where a group has too many channels."""
     width = y.shape[-1] // groups
-    check(width <= 16384, f"norm: got {width} channels of a group, expected at most 16384, "
-          "what the registers of one program hold")
+    check(width <= 16384, f"norm: got {width} channels of a group, expected at most 16384 (one program)")
     out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
-    y = y.flatten(0, -2)
-    z = z if z is None else z.flatten(0, -2)
-    _launch(_norm_kernel, len(y) * groups, y, z, weight, out, eps,
-            y.stride(0), 0 if z is None else z.stride(0),
-            G=groups, WIDTH=width, BLOCK=_power(width), NORM=weight is not None, BEFORE=norm_before_gate,
+    s_z = 0 if z is None else z.stride(0)
+    _launch(_norm_kernel, len(y) * groups, y, z, weight, out, eps, y.stride(0), s_z, G=groups,
+            WIDTH=width, BLOCK=_power(width), NORM=weight is not None, BEFORE=norm_before_gate,
             num_warps=4 if width <= 2048 else 16)  # at most 32 channels a thread
     return out
 
-
 # 4. The mixer -----------------------------------------------------------------------------------------------
-# The convolution has a kernel of its own. In one with the state, the programs of several heads
-# would convolve the B and C of their group, and some would still read the last inputs while another moves
-# them on.
-
+# The convolution has a kernel of its own. In one kernel with the state, the programs of several heads would
+# convolve the B and C of their group, and some would still read the last inputs while another moves them on.
 
 @_jit
 def _conv_step_kernel(state, x, weight, bias, y, s_slot, s_channel, s_place, s_x,
@@ -355,7 +319,8 @@ def _conv_step_kernel(state, x, weight, bias, y, s_slot, s_channel, s_place, s_x
     over the input of the next. A channel belongs to one thread, which reads a place before it writes it."""
     tile, _, b = _program((CHANNELS + BD - 1) // BD, 1)
     d = tile * BD + tl.arange(0, BD)
-    in_d, place = d < CHANNELS, state + b * s_slot + d * s_channel
+    in_d = d < CHANNELS
+    place = state + b * s_slot + d * s_channel
     new = tl.load(x + b * s_x + d, mask=in_d, other=0.0)
     z = tl.zeros((BD,), tl.float32)
     if bias is not None:
@@ -370,14 +335,11 @@ def _conv_step_kernel(state, x, weight, bias, y, s_slot, s_channel, s_place, s_x
         tl.store(place + (K - 2) * s_place, new, mask=in_d)
     tl.store(y + b * CHANNELS + d, z * tl.sigmoid(z), mask=in_d)
 
-
 @_jit
 def _step_kernel(state, x, dt, A_log, B, C, D, dt_bias, y, low, high, s_state, s_x, s_dt, s_b, s_c,
                  H: constexpr, G: constexpr, P: constexpr, N: constexpr, BP: constexpr, BN: constexpr):
-    """S <- exp(dt A) S + dt x B^T in place and y = S C + D x, BP rows of one state per program.
-
-    The step size is softplus(dt + dt_bias), clamped to [low, high], rounded where torch rounds: a sampler
-    with other step sizes than its trainer would drift away from it."""
+    """S <- exp(dt A) S + dt x B^T in place, y = S C + D x, BP rows of one state per program. dt is
+    softplus(dt + dt_bias), clamped to [low, high], and rounded where torch rounds, as the trainer's is."""
     tile, h, b = _program((P + BP - 1) // BP, H)
     group = h // (H // G) * N
     p, in_p = _range(tile * BP, BP, P)
@@ -399,30 +361,15 @@ def _step_kernel(state, x, dt, A_log, B, C, D, dt_bias, y, low, high, s_state, s
     log1p = tl.where(1 + u == 1, u, tl.log(1 + u) * u / tl.where(1 + u == 1, 1.0, (1 + u) - 1))
     softplus = (tl.maximum(v, 0.0) + log1p).to(DTYPE).to(tl.float32)
     delta = tl.minimum(tl.maximum(softplus, low), high)
-
     a = -tl.exp(tl.load(A_log + h).to(tl.float32))
     S = S * tl.exp(delta * a) + (delta * xp)[:, None] * Bn[None, :]
     tl.store(place, S, mask=inside)
     skip = tl.load(D + h).to(tl.float32) * xp
     tl.store(y + (b * H + h) * P + p, tl.sum(S * Cn[None, :], 1) + skip, mask=in_p)
 
-
-def _step_triton(state, x, dt, A_log, B, C, D, dt_bias, limit=(0.0, float("inf"))):
-    """y (b, h, p), and the state in place. A token of x, dt, B and C may be a slice of a wider row."""
-    (b, h, p), (g, n) = x.shape, B.shape[1:]
-    check(n <= 512, f"B: got a state of {n}, expected at most 512, what the registers of one program hold")
-    y = torch.empty(b, h, p, dtype=x.dtype, device=x.device)
-    x, dt, B, C = (_dense(v) for v in (x, dt, B, C))
-    strides = (v.stride(0) for v in (state, x, dt, B, C))
-    _launch(_step_kernel, triton.cdiv(p, 16) * h * b, state, x, dt, A_log, B, C, D, dt_bias, y, *limit,
-            *strides, H=h, G=g, P=p, N=n, BP=16, BN=_power(n), num_warps=4)
-    return y
-
-
 @torch.compiler.disable
 def mamba_step(conv, state, xBC, dt, weight, bias, dt_bias, A_log, D, limit):
     """One token of the mixer: `causal_conv1d_step` with silu, then `ssd_step`. Both states change in place.
-
     conv (b, d, k - 1); state (b, h, p, n) float32; xBC (b, d), the channels of x, B and C; dt (b, h); weight
     (d, k); bias (d,) or None; dt_bias, A_log, D (h,). The step size is softplus(dt + dt_bias), clamped to
     limit, a pair. Returns y (b, h, p). Raises ValueError, naming the argument, for shapes that do not fit."""
@@ -431,32 +378,32 @@ def mamba_step(conv, state, xBC, dt, weight, bias, dt_bias, A_log, D, limit):
     g = (d - h * p) // (2 * n)
     check(g >= 1 and d == h * p + 2 * g * n and h % g == 0,
           f"xBC: got {d} channels, expected h p + 2 g n for h, p, n = {h, p, n} and a g that divides h")
+    check(n <= 512, f"state: got {n} columns, expected at most 512, what the registers of one program hold")
     check(tuple(dt.shape) == (b, h), f"dt: got {tuple(dt.shape)}, expected {b, h}")
     check(state.dtype == torch.float32 and state[0].is_contiguous(),
           f"state: got {state.dtype}, expected float32, each slot contiguous")
     _check_conv(xBC, weight, bias, "silu", conv, b)
-    y = torch.empty(b, d, dtype=xBC.dtype, device=xBC.device)
-    # 4 warps have 128 threads, one for each channel of a program.
-    _launch(_conv_step_kernel, triton.cdiv(d, 128) * b, conv, xBC, weight, bias, y,
-            *conv.stride(), xBC.stride(0), CHANNELS=d, K=k, BD=128, num_warps=4)
-    x, B, C = y.split([h * p, g * n, g * n], 1)
-    B, C = B.view(b, g, n), C.view(b, g, n)
-    return _step_triton(state, x.view(b, h, p), dt, A_log, B, C, D, dt_bias, limit)
-
+    convolved = torch.empty(b, d, dtype=xBC.dtype, device=xBC.device)
+    _launch(_conv_step_kernel, triton.cdiv(d, 128) * b, conv, xBC, weight, bias, convolved,
+            *conv.stride(), xBC.stride(0), CHANNELS=d, K=k, BD=128, num_warps=4)  # a channel per thread
+    x, B, C = convolved.split([h * p, g * n, g * n], 1)  # heads and groups are counted in the kernel
+    y = torch.empty(b, h, p, dtype=xBC.dtype, device=xBC.device)
+    strides = (v.stride(0) for v in (state, x, dt, B, C))
+    _launch(_step_kernel, triton.cdiv(p, 16) * h * b, state, x, dt, A_log, B, C, D, dt_bias, y, *limit,
+            *strides, H=h, G=g, P=p, N=n, BP=16, BN=_power(n), num_warps=4)
+    return y
 
 # 5. Attention -----------------------------------------------------------------------------------------------
-# The one query of a slot reads all its keys: that takes memory bandwidth, hence programs on
-# every multiprocessor, and a single slot has too few heads for that. So the keys are split
-# ("flash-decoding"). A program takes the keys [i span, (i + 1) span) of one slot and key head, and all query
-# heads that share them, with a running maximum as in FlashAttention. A second kernel adds up the parts of a
-# head, each with its share of the softmax's sum:
+# A slot's one query reads all its keys. That needs the bandwidth of every multiprocessor, and a single slot
+# has too few heads to occupy them, so the keys are split ("flash-decoding"). A program takes keys i span to
+# (i + 1) span of one slot and key head, and all query heads that share them, with a running maximum as in
+# FlashAttention. A second kernel adds up the parts of a head, each with its share of the softmax's sum:
 #
 #     s_j = q . k_j / sqrt(hd)    lse_i = log sum_j e^(s_j)   part_i = sum_j e^(s_j - lse_i) v_j  j in split i
 #     y = sum_i e^(lse_i) part_i / sum_i e^(lse_i)
 #
-# in powers of 2, which the hardware has. There is a program for every split that the cache has room for;
-# those beyond a slot's length return at once. So the grid changes only when the cache grows.
-
+# in powers of 2, which the hardware has. Every split that the cache has room for gets a program, and those
+# beyond a slot's length return at once: the grid changes only when the cache grows.
 
 @_jit
 def _rotated(x, cos, sin, d, mask, HD: constexpr):
@@ -465,22 +412,23 @@ def _rotated(x, cos, sin, d, mask, HD: constexpr):
     other = tl.load(x + (d + HD // 2) % HD, mask=mask, other=0.0).to(tl.float32)
     return own * cos + other * sin
 
-
 @_jit
 def _attend_kernel(q, k, v, cos, sin, lengths, keys, values, part, lse, multiplier, scale, room, splits, span,
                    HKV: constexpr, ROWS: constexpr, HD: constexpr,
                    BR: constexpr, BD: constexpr, BN: constexpr):
-    """One split of one slot and key head, for the ROWS query heads that share it. The split into which the
-    new key falls appends it, and starts from it instead of reading it back: no program reads what is written
-    here."""
+    """One split of one slot and key head, for the ROWS query heads that share it. The split of the new key
+    appends it, and starts from it: no program reads what is written here."""
     split, head, slot = _program(splits, HKV)
     held = tl.minimum(tl.load(lengths + slot), room).to(tl.int32)  # tokens in the cache, without the new one
     if split * span > held:
         return
-    r, d, n, own_head = tl.arange(0, BR), tl.arange(0, BD), tl.arange(0, BN), slot * HKV + head
-    in_d, in_q, first = d < HD, (r < ROWS)[:, None] & (d < HD)[None, :], own_head * room
+    r, d, n = tl.arange(0, BR), tl.arange(0, BD), tl.arange(0, BN)
+    in_d = d < HD
+    in_q = (r < ROWS)[:, None] & in_d[None, :]
+    own_head = slot * HKV + head
+    first = own_head * room
 
-    # The new token. Query heads that share a key head lie together.
+    # The new token. Query heads that share a key head are neighbours.
     c = tl.load(cos + slot * HD + d, mask=in_d, other=0.0).to(tl.float32)
     s = tl.load(sin + slot * HD + d, mask=in_d, other=0.0).to(tl.float32)
     queries = q + (own_head * ROWS + r)[:, None] * HD
@@ -499,18 +447,19 @@ def _attend_kernel(q, k, v, cos, sin, lengths, keys, values, part, lse, multipli
     total = tl.where(newest, 1.0, 0.0) + tl.zeros((BR,), tl.float32)
     acc = tl.where(newest, new_v.to(tl.float32), 0.0)[None, :] + tl.zeros((BR, BD), tl.float32)
     for n0 in range(split * span, tl.minimum(split * span + span, held), BN):
-        inside, place = n0 + n < held, (first + n0 + n) * HD
+        inside = n0 + n < held
+        place = (first + n0 + n) * HD
         K = tl.load(keys + place[None, :] + d[:, None], mask=inside[None, :] & in_d[:, None], other=0.0)
         V = tl.load(values + place[:, None] + d[None, :], mask=inside[:, None] & in_d[None, :], other=0.0)
-        S = tl.where(inside[None, :], tl.dot(Q, K, input_precision="ieee") * scale, float("-inf"))  # (BR, BN)
+        S = tl.where(inside[None, :], tl.dot(Q, K, input_precision="ieee") * scale, float("-inf"))
         top = tl.maximum(m, tl.max(S, 1))
         P, fade = tl.exp2(S - top[:, None]), tl.exp2(m - top)
         acc = tl.dot(P.to(V.dtype), V, acc * fade[:, None], input_precision="ieee")
-        m, total = top, total * fade + tl.sum(P, 1)
+        total = total * fade + tl.sum(P, 1)
+        m = top
     row = (own_head * ROWS + r) * splits + split  # (BR,)
     tl.store(lse + row, m + tl.log2(total), mask=r < ROWS)
     tl.store(part + row[:, None] * HD + d[None, :], acc / total[:, None], mask=in_q)
-
 
 @_jit
 def _combine_kernel(part, lse, lengths, y, room, splits, span,
@@ -518,45 +467,41 @@ def _combine_kernel(part, lse, lengths, y, room, splits, span,
     """The splits of one slot and query head that hold something, BS at a time."""
     _, head, slot = _program(1, HQ)
     used = tl.minimum(tl.minimum(tl.load(lengths + slot), room).to(tl.int32) // span + 1, splits)
-    i, d, row = tl.arange(0, BS), tl.arange(0, BD), (slot * HQ + head) * splits
-    m, total = tl.full((1,), float("-inf"), tl.float32), tl.zeros((1,), tl.float32)
+    i, d = tl.arange(0, BS), tl.arange(0, BD)
+    own_head = slot * HQ + head
+    m = tl.full((1,), float("-inf"), tl.float32)
+    total = tl.zeros((1,), tl.float32)
     acc = tl.zeros((BD,), tl.float32)
     for i0 in range(0, used, BS):
-        inside, place = i0 + i < used, row + i0 + i
+        inside = i0 + i < used
+        place = own_head * splits + i0 + i
         e = tl.load(lse + place, mask=inside, other=float("-inf"))
         mask = inside[:, None] & (d < HD)[None, :]
         v = tl.load(part + place[:, None] * HD + d[None, :], mask=mask, other=0.0)  # (BS, BD)
         top = tl.maximum(m, tl.max(e, 0))
         weight, fade = tl.exp2(e - top), tl.exp2(m - top)
         acc = acc * fade + tl.sum(weight[:, None] * v, 0)
-        m, total = top, total * fade + tl.sum(weight, 0)
-    tl.store(y + (slot * HQ + head) * HD + d, acc / total, mask=d < HD)
-
+        total = total * fade + tl.sum(weight, 0)
+        m = top
+    tl.store(y + own_head * HD + d, acc / total, mask=d < HD)
 
 def span_of(length, heads):
-    """How many keys a split takes, for a cache of `length` and as many `heads` as there are pairs of slot and
-    key head.
-
-    A power of two that makes 512 to 1,024 programs, 4 to 8 for each of an H100's 132 multiprocessors; but at
-    least 128: with 6 queries a key, as in 7B, writing and reading the parts is then 9% of what keys and
-    values take. And at most 1024, where it is 1%: more would make all slots wait for a few long ones.
-    One slot of 16k tokens and 2 key heads has 256 programs with 128 keys each; 256 such slots have 8,192
-    programs with 1,024."""
+    """How many keys a split takes, for a cache of `length` and `heads` pairs of slot and key head: a power of
+    two that makes 512 to 1,024 programs, 4 to 8 for each of an H100's 132 multiprocessors. But at least 128:
+    with 6 queries a key, as in 7B, writing and reading the parts is then 9% of what keys and values take. And
+    at most 1024, where it is 1%: more would make all slots wait for a few long ones."""
     return 1 << max(7, min(10, (length * heads // 512).bit_length() - 1))
-
 
 @torch.compiler.disable
 def attend_step(q, k, v, cos, sin, lengths, keys, values, *, key_multiplier=1.0):
     """Append a token to every slot, then attend to all that the slot holds -> (slots, 1, hq, hd).
-
     q (slots, 1, hq, hd), k and v (slots, 1, hkv, hd), before RoPE; cos and sin (slots, 1, 1, hd) of
-    model.rope_table; lengths (slots,) int64, the tokens held so far, which stay as they are; keys and values
-    (slots, hkv, length, hd), changed in place. A slot without room appends nothing. Raises ValueError for
-    heads beyond what a kernel holds."""
-    (slots, _, hq, hd), (hkv, length) = q.shape, keys.shape[1:3]
+    model.rope_table; lengths (slots,) int64, tokens held so far, not changed; keys and values (slots, hkv,
+    length, hd), changed in place. A full slot appends nothing. Raises ValueError for heads too large."""
+    slots, _, hq, hd = q.shape
+    hkv, length = keys.shape[1:3]
     check(hd <= 256, f"head_dim: got {hd}, expected at most 256, what the registers of one program hold")
-    check(hq // hkv <= 16, f"query heads of a key head: got {hq // hkv}, expected at most 16, "
-          "the rows of a tensor core")
+    check(hq // hkv <= 16, f"query heads per key head: got {hq // hkv}, expected at most 16, one tile's rows")
     check(keys.is_contiguous() and values.is_contiguous(), "cache: got keys or values with gaps")
     q, k, v, cos, sin = (x.contiguous() for x in (q, k, v, cos, sin))
     span = span_of(length, slots * hkv)
@@ -565,7 +510,7 @@ def attend_step(q, k, v, cos, sin, lengths, keys, values, *, key_multiplier=1.0)
     part = torch.empty(slots, hq, splits, hd, dtype=torch.float32, device=q.device)
     lse = torch.empty(slots, hq, splits, dtype=torch.float32, device=q.device)
     y = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    scale = hd**-0.5 * 1.4426950408889634  # 1 / ln 2: scores are exponents of 2
+    scale = hd**-0.5 * math.log2(math.e)  # scores are exponents of 2
     # A tile has 16 KB of keys and 16 KB of values: an H100's multiprocessor has room for five programs.
     bn = min(64, max(16, 16384 // (bd * keys.element_size())))
     _launch(_attend_kernel, slots * hkv * splits, q, k, v, cos, sin, lengths, keys, values, part, lse,
@@ -575,9 +520,7 @@ def attend_step(q, k, v, cos, sin, lengths, keys, values, *, key_multiplier=1.0)
             HQ=hq, HD=hd, BS=32, BD=bd, num_warps=4)
     return y
 
-
 # 6. Drawing the next token, on any device -------------------------------------------------------------------
-
 
 def invert(weights, u):
     """Weights (b, n), u (b, 1) -> the first index (b, 1) whose running sum exceeds u of the whole; all sums.
@@ -586,16 +529,15 @@ def invert(weights, u):
     index = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)
     return index.clamp_(max=cdf.shape[-1] - 1), cdf  # nan would lead past the end
 
-
 def draw(logits, u, temperature, top_p, top=20):
-    """One token per row. logits (b, vocab), u (b,) uniform -> tokens (b,), their log-probabilities (b,),
-    confidences (b,).
+    """logits (b, vocab), u (b,) uniform -> tokens, their log-probabilities and confidences, each (b,).
 
     Tokens come from softmax(logits / temperature), cut to the smallest set of probability >= top_p and
     renormalised, by inverting its cumulative distribution at u. Temperature 0 takes the most likely token,
     and gives its log-probability at 1. Confidence: -mean log P over the `top` most likely tokens of the
     untempered, uncut distribution (DeepConf, equation 2)."""
-    logp, vocab = logits.log_softmax(-1, dtype=torch.float32), logits.shape[-1]
+    vocab = logits.shape[-1]
+    logp = logits.log_softmax(-1, dtype=torch.float32)
     confidence = -logp.topk(min(top, vocab), -1).values.mean(-1)
     if temperature == 0:
         best = logp.max(-1)
@@ -606,7 +548,8 @@ def draw(logits, u, temperature, top_p, top=20):
         ranked, order = probs.sort(-1, descending=True)
         outside = ranked.cumsum(-1).sub_(ranked) >= top_p  # the most likely token is never outside
         probs.scatter_(-1, order, ranked.masked_fill_(outside, 0))
-    total, first = probs.sum(-1, keepdim=True), 0
+    total = probs.sum(-1, keepdim=True)
+    first = 0  # token of the block that is searched
     u = u.clamp(max=1 - 2**-52)[:, None]  # u times the whole stays below it: the last weights may be 0
     if vocab > 2048:
         # Float64 sums over all tokens take too much memory. So find the block of 256 tokens in which they
@@ -621,26 +564,25 @@ def draw(logits, u, temperature, top_p, top=20):
     index, _ = invert(probs, u)
     return (first + index)[:, 0], (probs.gather(-1, index) / total).log()[:, 0], confidence
 
-
 # 7. The recorded step ---------------------------------------------------------------------------------------
-
 
 class Decoder:
     """step(tokens (slots,), u) -> finish(logits (slots, vocab), u), or the logits: every slot of `cache`
     appends a token. The caller sets cache.used. The next step may overwrite the result.
 
     On a GPU a step is some thousand launches, which take the host longer than the device. So the first step
-    runs as usual (Triton compiles there), the second is recorded as a CUDA graph, and all after it are
-    replayed. One graph serves a cache until that grows: it reads tokens, u and the sequences' lengths where
-    they are on the device."""
+    runs as usual (Triton compiles there), the second is recorded as a CUDA graph and replayed from then on.
+    It serves until the cache grows: tokens, u and lengths are read where they are on the device."""
     recorded_on = "cuda"
 
     def __init__(self, model, cache, finish=lambda logits, u: logits):
-        self.model, self.cache, self.finish = model, cache, finish
+        self.model = model
+        self.cache = cache
+        self.finish = finish
         self.tokens = cache.lengths.clone()
         self.u = cache.lengths.double()
-        self.warm = False  # whether a step has run: the second one is recorded
         self.graph = None
+        self.result = None  # of the last step
 
     def run(self):
         last = self.cache.k.shape[3] - 1
@@ -656,12 +598,12 @@ class Decoder:
             self.result = self.run()
 
     def __call__(self, tokens, u=None):
-        self.tokens.copy_(tokens)  # before the replay overwrites them, where they are of the last result
+        self.tokens.copy_(tokens)  # before the replay overwrites them: they may be part of the last result
         if u is not None:
             self.u.copy_(u, non_blocking=True)
-        if not self.warm or self.u.device.type != self.recorded_on:
-            self.warm = True
-            return self.run()
+        if self.result is None or self.u.device.type != self.recorded_on:
+            self.result = self.run()
+            return self.result
         if self.graph is None:
             self.record()
         self.graph.replay()

@@ -17,20 +17,19 @@ Glossary (the letters of the SSM are those of ssm_scan.py)
     hq, hkv     query heads, key/value heads    hd       head_dim
     h, p, n, g  SSM heads, channels per head, state size, groups of B and C;  I = h p, all channels of the SSM
     cu_seqlens  (s + 1,) boundaries of the documents packed into one row; nothing passes from one to another
-    mup         the forward multipliers through which one learning rate serves every model size
+    mup         the forward multipliers that let one learning rate serve every model size
     slot        one sequence of the cache while decoding
 
 Deviations from the published model: none in the function. The paper (Falcon-H1, arXiv 2507.22448) projects
-concatenated heads with one matrix; the published weights hold one projection per branch and add the results.
-Both are the same function.
-
-To copy this file, also take ssm_scan.py and decode.py.
+concatenated heads with one matrix; the published weights hold one projection per branch and add the results,
+which is the same. To copy this file, also take ssm_scan.py and decode.py.
 """
 
 import json
 import math
 import mmap
 import os
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -41,11 +40,10 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from decode import Decoder, Running, Sampler, Trace, draw, generate, prefill  # noqa: F401  for importers
+from decode import Decoder, Sampler, Trace, draw, generate, prefill  # noqa: F401  for importers
 from decode import attend_step, kernels_serve, mamba_step, norm_step
 from ssm_scan import (
     causal_conv1d, causal_conv1d_step, check, check_cu_seqlens, ssd_scan, ssd_step, to_device)
-
 
 # 1. Configuration -------------------------------------------------------------------------------------------
 
@@ -65,7 +63,7 @@ class FalconH1Config:
     mamba_d_state: int
     mamba_n_groups: int = 1
     mamba_d_conv: int = 4
-    mamba_chunk_size: int = 128  # not read: chunks are a matter of speed, see CHUNK
+    mamba_chunk_size: int = 128  # not used here: the chunk affects speed only, see CHUNK
     mamba_rms_norm: bool = True
     mamba_norm_before_gate: bool = False
     mamba_conv_bias: bool = True
@@ -78,8 +76,8 @@ class FalconH1Config:
     max_position_embeddings: int = 8192
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
-    # The forward multipliers of muP, from the paper's section on it: each scales what a matrix takes or
-    # gives. _published says how they follow from the widths.
+    # The forward multipliers of muP: each scales the input or the output of a matrix. _published derives
+    # them from the widths.
     embedding_multiplier: float = 1.0
     lm_head_multiplier: float = 1.0
     attention_in_multiplier: float = 1.0
@@ -93,7 +91,18 @@ class FalconH1Config:
 
     def __post_init__(self):
         for f in fields(self):
-            check_field(f, getattr(self, f.name))
+            value = getattr(self, f.name)
+            got = f"{f.name} is {value!r}, expected"
+            kinds = (int, float) if f.type is float else (f.type,)
+            check(type(value) in kinds, f"{got} {f.type.__name__}")  # by type(): True is an int to isinstance
+            # JSON has NaN, and integers of any size.
+            check(f.type is not int or 0 < value < 2**31, f"{got} a number above 0 and below 2^31")
+            numbers = value if f.type is tuple else (value,)
+            if f.type is tuple:
+                right = len(value) == len(f.default) and all(type(v) in (int, float) for v in value)
+                check(right, f"{got} {len(f.default)} numbers")
+            finite = all(abs(v) < 3e38 for v in numbers)  # in float32; false for NaN, too
+            check(finite or f.name == "time_step_limit", f"{got} nothing but finite numbers")
         for n, by in ("mamba_n_heads", "mamba_n_groups"), ("num_attention_heads", "num_key_value_heads"):
             multiple = getattr(self, n) % getattr(self, by) == 0
             check(multiple, f"{n} {getattr(self, n)} is not a multiple of {by} {getattr(self, by)}")
@@ -113,32 +122,15 @@ class FalconH1Config:
 
     @classmethod
     def from_json(cls, path):
-        """Read a config.json in the published format, as any version of transformers writes it.
-
-        Nothing that changes a logit is guessed: the defaults of transformers (norm before the gate,
-        mamba_d_ssm 1024) fit no published model. Raises ValueError naming the file and the field."""
-        def infinity(value):  # which transformers writes as {"__float__": "Infinity"}
+        """Read a config.json in the published format, as any version of transformers writes it. Fields that
+        change a logit must be there: the defaults of transformers (norm before the gate, mamba_d_ssm 1024)
+        fit no published model. Raises ValueError naming the file and the field."""
+        def infinity(value):  # transformers writes it as {"__float__": "Infinity"}
             return float(value["__float__"]) if "__float__" in value else value
-
         try:
             return cls(**_config_fields(json.loads(Path(path).read_text(), object_hook=infinity)))
         except (OSError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as e:
             raise ValueError(f"{path}: {e}") from None
-
-
-def check_field(f, value):
-    """Raise ValueError unless a value of a config.json fits the field f: JSON knows NaN and huge integers."""
-    got = f"{f.name} is {value!r}, expected"
-    kinds = (int, float) if f.type is float else (f.type,)
-    check(type(value) in kinds, f"{got} {f.type.__name__}")  # by type(): True is an int to isinstance
-    check(f.type is not int or 0 < value < 2**31, f"{got} a number above 0 and below 2^31")
-    numbers = value if f.type is tuple else (value,)
-    if f.type is tuple:
-        right = len(value) == len(f.default) and all(type(v) in (int, float) for v in value)
-        check(right, f"{got} {len(f.default)} numbers")
-    finite = all(abs(v) < 3e38 for v in numbers)  # in float32; false for NaN, too
-    check(finite or f.name == "time_step_limit", f"{got} nothing but finite numbers")
-
 
 # Optional: no effect on logits, or a wrong default shows up as a missing or an unexpected tensor.
 _OPTIONAL = {"mamba_chunk_size", "initializer_range", "time_step_limit", "tie_word_embeddings",
@@ -152,21 +144,18 @@ _IGNORED = set("""architectures auto_map dtype torch_dtype transformers_version 
     time_step_max time_step_floor return_dict output_attentions output_hidden_states is_encoder_decoder
     chunk_size_feed_forward id2label label2id problem_type""".split())
 
-
 def _config_fields(raw):
     """The content of a config.json -> arguments of FalconH1Config."""
     raw = {name: tuple(v) if isinstance(v, list) else v for name, v in raw.items() if v is not None}
     for name, only in _ONE_VALUE.items():
         value = raw.pop(name, only)
         check(value == only, f"{name} is {value!r}; only {only!r} is supported")
-
     # Files of 2025 hold rope_theta, newer ones rope_parameters.
     rope = raw.pop("rope_parameters", {})
     plain = rope.keys() <= {"rope_theta", "rope_type"} and rope.get("rope_type", "default") == "default"
     check(plain, f"rope_parameters {rope}: only a rope_theta and the rope_type 'default' are supported")
     theta = raw.setdefault("rope_theta", rope.get("rope_theta"))
     check(rope.get("rope_theta", theta) == theta, f"rope_theta {theta} contradicts rope_parameters {rope}")
-
     names = {f.name for f in fields(FalconH1Config)}
     unknown = sorted(raw.keys() - names - _IGNORED)
     check(not unknown, f"field {', '.join(unknown)} is unknown; it may change what the model computes")
@@ -174,23 +163,19 @@ def _config_fields(raw):
     check(not missing, f"field {', '.join(missing)} is missing")
     return {name: raw[name] for name in names & raw.keys()}
 
-
-def _published(vocab, hidden, layers, heads, kv, head_dim, mlp, ssm_heads, ssm_dim, state, context, **other):
-    """A published shape with its muP multipliers.
-
-    They were tuned once, at hidden 1024 (w = 1), and follow from the widths: this rule gives the published
-    values of 0.5B, 7B and 34B, and those of the others as far as they are known.
-
-    One way to read it: trained weights have the same size at every width, and a sum over m inputs then grows
-    like m. So each path is divided by the sums that it contains:
+def _published(*, vocab, hidden, layers, heads, mlp, ssm_heads, ssm_dim=128, kv=2, head_dim=128, state=256,
+               context=131072, **other):
+    """A published shape with its muP multipliers. They were tuned once, at hidden 1024 (w = 1), and follow
+    from the widths: this rule gives the published values of 0.5B, 7B and 34B, and those of the others as far
+    as they are known. One way to read it: trained weights have the same size at every width, so a sum over m
+    inputs grows like m, and each path is divided by the sums that it contains:
 
         lm_head           1 / d         over the hidden size
         attention_out     1 / w^2       v over d; o over all heads, which widen with d
         key               1 / w^2       q and k over d; and 1 / hd for q . k, of which attention has hd^-1/2
         ssm_in, ssm_out   1 / w, 1 / I  in_proj over d, out_proj over the channels
         B                 1 / n         S C over the columns of the state
-        mlp               1 / w         the gate over d; up and down together 1 / (w m), m the MLP's width
-    """
+        mlp               1 / w         the gate over d; up and down together 1 / (w m), m the MLP's width"""
     w = hidden / 1024
     ssm = ssm_heads * ssm_dim
     return FalconH1Config(
@@ -203,7 +188,7 @@ def _published(vocab, hidden, layers, heads, kv, head_dim, mlp, ssm_heads, ssm_d
         ssm_multipliers=(8**-0.5, 0.25, 32 * 2**0.5 / state, 0.5, 8**-0.5),
         mlp_multipliers=(0.78125**0.5 / w, 1200 / (w * mlp)), **other)
 
-
+_SMALL = dict(vocab=32784, head_dim=64, ssm_dim=64, state=128, context=16384, mamba_rms_norm=False)
 PRESETS = {
     # Trains in minutes on two CPU cores. rope_theta 1e11 is for 256k tokens of context; with 16 frequencies
     # and traces of a hundred tokens, 1e4 leaves more of them useful. initializer_range is hidden_size^-0.5.
@@ -211,35 +196,27 @@ PRESETS = {
         vocab_size=272, hidden_size=96, intermediate_size=160, num_hidden_layers=3,
         num_attention_heads=3, num_key_value_heads=1, head_dim=32, rope_theta=1e4, initializer_range=0.1,
         mamba_d_ssm=96, mamba_n_heads=3, mamba_d_head=32, mamba_d_state=32, mamba_chunk_size=32),
-    "100m": _published(vocab=32784, hidden=512, layers=20, heads=4, kv=2, head_dim=64, mlp=1024,  # ours: half
-                       ssm_heads=12, ssm_dim=64, state=128, context=16384, mamba_rms_norm=False),
-    "0.5b": _published(vocab=32784, hidden=1024, layers=36, heads=8, kv=2, head_dim=64, mlp=2048,
-                       ssm_heads=24, ssm_dim=64, state=128, context=16384, mamba_rms_norm=False),
-    "1.5b": _published(vocab=65536, hidden=2048, layers=24, heads=8, kv=2, head_dim=128, mlp=4608,
-                       ssm_heads=48, ssm_dim=64, state=256, context=131072),
-    "1.5b-deep": _published(vocab=65536, hidden=1280, layers=66, heads=6, kv=2, head_dim=128, mlp=3072,
-                            ssm_heads=24, ssm_dim=64, state=256, context=131072),
-    "3b": _published(vocab=65536, hidden=2560, layers=32, heads=10, kv=2, head_dim=128, mlp=6144,
-                     ssm_heads=32, ssm_dim=128, state=256, context=131072),
-    "7b": _published(vocab=130048, hidden=3072, layers=44, heads=12, kv=2, head_dim=128, mlp=12288,  # and H1R
-                     ssm_heads=24, ssm_dim=128, state=256, context=262144),
-    "34b": _published(vocab=261120, hidden=5120, layers=72, heads=20, kv=4, head_dim=128, mlp=21504,
-                      ssm_heads=32, ssm_dim=128, state=256, context=262144, mamba_n_groups=2),
+    # Ours: half the widths of 0.5b.
+    "100m": _published(hidden=512, layers=20, heads=4, mlp=1024, ssm_heads=12, **_SMALL),
+    # Published; 7b is also the shape of Falcon-H1R.
+    "0.5b": _published(hidden=1024, layers=36, heads=8, mlp=2048, ssm_heads=24, **_SMALL),
+    "1.5b": _published(vocab=65536, hidden=2048, layers=24, heads=8, mlp=4608, ssm_heads=48, ssm_dim=64),
+    "1.5b-deep": _published(vocab=65536, hidden=1280, layers=66, heads=6, mlp=3072, ssm_heads=24, ssm_dim=64),
+    "3b": _published(vocab=65536, hidden=2560, layers=32, heads=10, mlp=6144, ssm_heads=32),
+    "7b": _published(vocab=130048, hidden=3072, layers=44, heads=12, mlp=12288, ssm_heads=24, context=262144),
+    "34b": _published(vocab=261120, hidden=5120, layers=72, heads=20, mlp=21504, ssm_heads=32, context=262144,
+                      kv=4, mamba_n_groups=2),
 }
-
 
 # 2. Block ---------------------------------------------------------------------------------------------------
 # Tokens interact only inside `mix`, or in decode.py's kernels; everything else is per token.
 
 CHUNK = 512  # tokens per chunk of the scan on a GPU: half the states to store of 256, but a larger C B^T
 
-
 @dataclass
 class Context:
-    """What the blocks of one forward pass share.
-
-    torch.compile skips `mix`; only it and decoding read more than rope and mup. So one compiled block serves
-    every packing."""
+    """What the blocks of one forward pass share. torch.compile skips `mix`, and only `mix` and decoding read
+    more than rope and mup: so one compiled block serves every packing."""
     rope: tuple  # cos and sin of the tokens' positions, see rope_table
     mup: torch.Tensor | None  # see ssm_multipliers; in the model's dtype, as published, even if that is bf16
     cu: tuple | None = None  # cu_seqlens
@@ -247,42 +224,33 @@ class Context:
     cp: object = None  # a train_sft.ContextParallel: h holds this rank's share of a row's tokens
     fused: bool = False  # one token per slot: decode.py's kernels instead of `mix`
 
-
 def scaled(x, multiplier):
     """x * multiplier. Skipping multipliers of 1 (all of "tiny") saves 5% of a training step on a CPU."""
     return x if multiplier == 1 else x * multiplier
 
-
 class RMSNorm(nn.RMSNorm):
     """w * x / sqrt(mean(x^2) + eps): the mean in float32, the cast before the weight, as published."""
-
     def forward(self, x):
         if x.shape[1] == 1 and kernels_serve(x):
             return norm_step(x, self.weight, self.eps)
         return self.weight * F.rms_norm(x.float(), self.normalized_shape, eps=self.eps).to(x.dtype)
 
-
 def rope_table(positions, head_dim, theta, dtype):
     """cos and sin (b, t, 1, head_dim) of the angles position * theta^(-2i / head_dim), for positions (b, t).
-
     Channels i and i + head_dim / 2 share an angle; the first one's sine is negative, as `rotate` needs it."""
     i = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
     angle = positions[..., None, None].float() * theta ** (-i / head_dim)  # (b, t, 1, head_dim / 2)
-    cos = angle.cos().to(dtype)
-    sin = angle.sin().to(dtype)
+    cos, sin = (v.to(dtype) for v in (angle.cos(), angle.sin()))
     return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
-
 
 def rotate(x, cos, sin):
     """RoPE on x (b, t, heads, head_dim): channels i and i + head_dim / 2 turn together ("rotate half")."""
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
-
 # cuDNN, torch's choice on an H100, plans for up to a second at every new shape. The others are for float32.
 @sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 def attend(q, k, v, cu):
     """Causal attention, within each document if cu is given (then b = 1): (b, t, hq, hd).
-
     q (b, t, hq, hd), k and v (b, t, hkv, hd). Query head j reads key head j // (hq / hkv)."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (b, heads, t, hd)
     lengths = [q.shape[2]] if cu is None else [end - start for start, end in zip(cu, cu[1:])]
@@ -291,10 +259,8 @@ def attend(q, k, v, cu):
     y = [F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True) for qkv in documents]
     return torch.cat(y, 2).transpose(1, 2)
 
-
 class Attention(nn.Module):
     """Causal self-attention with RoPE; hq / hkv query heads share a key head (GQA)."""
-
     def __init__(self, c):
         super().__init__()
         self.config = c
@@ -323,14 +289,13 @@ class Attention(nn.Module):
     @torch.compiler.disable
     def mix(self, q, k, v, context, layer):
         """What each token reads from itself and the tokens before it: (b, t, hq, hd)."""
-        cp = context.cp
         if context.cache is not None:
             return context.cache.attend(layer, q, k, v)
-        if cp is not None:  # from this rank's tokens of all heads to all tokens of this rank's heads
-            q, k, v = cp.to_heads(torch.cat([q, k, v], 2), cp.attention)
-        y = attend(q, k, v, context.cu)
-        return y if cp is None else cp.to_tokens(y)
-
+        if context.cp is None:
+            return attend(q, k, v, context.cu)
+        # From this rank's tokens of all heads to all tokens of this rank's heads, and back.
+        q, k, v = context.cp.to_heads(torch.cat([q, k, v], 2), context.cp.attention)
+        return context.cp.to_tokens(attend(q, k, v, context.cu))
 
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)  # what is cached may meet autograd later
@@ -341,20 +306,20 @@ def ssm_multipliers(c, dtype, device):
     values = [m for m, width in zip(c.ssm_multipliers, c.mamba_widths) for _ in range(width)]
     return torch.tensor(values, dtype=dtype).to(device)
 
-
 def gated_norm(y, z, weight, groups, eps, norm_before_gate):
     """Mamba-2's gated RMSNorm over the channels of each group: y, z (b, t, I) -> (b, t, I), in float32.
-
-    norm_before_gate False (the published checkpoints): w * RMS(y silu(z));  True: w * RMS(y) silu(z)."""
+    norm_before_gate False (the published checkpoints): w * RMS(y silu(z));  True: w * RMS(y) silu(z).
+    weight None (the smallest models): y silu(z), in the model's dtype."""
+    if weight is None:
+        return y * F.silu(z)
     gate = F.silu(z.float())
     y = y.float() if norm_before_gate else y.float() * gate
     y = F.rms_norm(y.unflatten(-1, (groups, -1)), (y.shape[-1] // groups,), eps=eps).flatten(-2) * weight
     return (y * gate if norm_before_gate else y).to(z.dtype)
 
-
 class Mamba(nn.Module):
     """The Mamba-2 mixer: h heads, each with a state S of p x n numbers that decays and is written at every
-    token. Its size does not depend on t: this half of a block decodes at a constant cost per token.
+    token. The state does not grow with t: this half of a block decodes at a constant cost per token.
 
         z, x, B, C, dt = µ in_proj(u)                       z gates; x, B, C and dt drive the recurrence
         x, B, C = silu(conv(x, B, C))                       over the last d_conv tokens, per channel
@@ -362,7 +327,6 @@ class Mamba(nn.Module):
         S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T          the scan
         y_t = S_t C_t + D x_t
         out = out_proj(norm(y silu(z)))"""
-
     def __init__(self, c):
         super().__init__()
         self.config = c
@@ -379,24 +343,24 @@ class Mamba(nn.Module):
     def forward(self, u, context, layer):
         c = self.config
         p = self.in_proj(scaled(u, c.ssm_in_multiplier))  # (b, t, I + (I + 2 g n) + h)
-        if context.mup is not None:
-            p = p * context.mup
+        p = p if context.mup is None else p * context.mup
         z, xBC, dt = p.split([c.mamba_d_ssm, sum(c.mamba_widths[1:4]), c.mamba_n_heads], -1)
-        if context.fused:
-            y = self.fused_step(z, xBC[:, 0], dt[:, 0], context.cache, layer)
-            return scaled(self.out_proj(y), c.ssm_out_multiplier)
-        dt = F.softplus(dt + self.dt_bias).clamp(*c.time_step_limit)  # in the model's dtype, as published
-        y = self.mix(xBC, dt, context, layer).flatten(2)  # (b, t, h, p) -> (b, t, I)
-        if c.mamba_rms_norm:
-            y = gated_norm(y, z, self.norm.weight, c.mamba_n_groups, c.rms_norm_eps, c.mamba_norm_before_gate)
+        weight = self.norm.weight if c.mamba_rms_norm else None
+        if context.fused:  # kernels do all from the softplus to the norm
+            cache, conv = context.cache, self.conv1d
+            y = mamba_step(cache.conv[layer], cache.ssm[layer], xBC[:, 0], dt[:, 0], conv.weight[:, 0],
+                           conv.bias, self.dt_bias, self.A_log, self.D, c.time_step_limit)
+            y = norm_step(y.flatten(1)[:, None], weight, c.rms_norm_eps, z=z, groups=c.mamba_n_groups,
+                          norm_before_gate=c.mamba_norm_before_gate)
         else:
-            y = y * F.silu(z)
+            dt = F.softplus(dt + self.dt_bias).clamp(*c.time_step_limit)  # in the model's dtype, as published
+            y = self.mix(xBC, dt, context, layer).flatten(2)  # (b, t, h, p) -> (b, t, I)
+            y = gated_norm(y, z, weight, c.mamba_n_groups, c.rms_norm_eps, c.mamba_norm_before_gate)
         return scaled(self.out_proj(y), c.ssm_out_multiplier)
 
     @torch.compiler.disable
     def mix(self, xBC, dt, context, layer):
         """Convolution and scan: what each token reads from itself and the tokens before it, (b, t, h, p).
-
         xBC (b, t, I + 2 g n), dt (b, t, h)."""
         c, cp, cache = self.config, context.cp, context.cache
         weight = self.conv1d.weight[:, 0]  # (channels, d_conv)
@@ -409,23 +373,23 @@ class Mamba(nn.Module):
             weight, bias, A, D = cp.own_weights(weight, bias, A, D)
         # Without a cache, documents start from states of zero, and leave none.
         conv, state = (None, None) if cache is None else (cache.conv[layer], cache.ssm[layer])
-        inner = dt.shape[-1] * c.mamba_d_head  # channels of the heads that are here
-        gn = (xBC.shape[-1] - inner) // 2
-
-        def heads(xBC):  # (..., channels) -> x (..., h, p), B and C (..., g, n)
-            x, B, C = xBC.split([inner, gn, gn], -1)
-            B, C = (v.unflatten(-1, (-1, c.mamba_d_state)) for v in (B, C))
-            return x.unflatten(-1, (-1, c.mamba_d_head)), B, C
-
-        if cache is not None and dt.shape[1] == 1:  # one token per slot: a step of the recurrence
+        step = cache is not None and dt.shape[1] == 1  # one token per slot: a step of the recurrence
+        if step:
             xBC, new_conv = causal_conv1d_step(conv, xBC[:, 0], weight, bias, activation="silu")
-            x, B, C = heads(xBC)
+        else:
+            xBC, new_conv = causal_conv1d(
+                xBC, weight, bias, initial_states=conv, cu_seqlens=context.cu, activation="silu")
+        # x (b, t, h, p), B and C (b, t, g, n), in a step without t. Under context parallelism h and g count
+        # this rank's heads and groups.
+        inner = dt.shape[-1] * c.mamba_d_head
+        gn = (xBC.shape[-1] - inner) // 2
+        x, B, C = xBC.split([inner, gn, gn], -1)
+        x = x.unflatten(-1, (-1, c.mamba_d_head))
+        B, C = (v.unflatten(-1, (-1, c.mamba_d_state)) for v in (B, C))
+        if step:
             y, new_state = ssd_step(state, x, dt[:, 0], A, B, C, D=D)
             y = y[:, None]
         else:  # all tokens at once: steps 1 to 4 of ssm_scan.py, chunk by chunk
-            xBC, new_conv = causal_conv1d(
-                xBC, weight, bias, initial_states=conv, cu_seqlens=context.cu, activation="silu")
-            x, B, C = heads(xBC)
             y, new_state = ssd_scan(
                 x, dt, A, B, C, D=D, initial_states=state, cu_seqlens=context.cu, chunk_size=CHUNK,
                 return_final_states=cache is not None)
@@ -434,19 +398,8 @@ class Mamba(nn.Module):
             state.copy_(new_state)
         return y if cp is None else cp.to_tokens(y)
 
-    def fused_step(self, z, xBC, dt, cache, layer):
-        """One token per slot from the softplus to the gated norm, in kernels: (b, 1, I)."""
-        c, conv = self.config, self.conv1d
-        y = mamba_step(cache.conv[layer], cache.ssm[layer], xBC, dt, conv.weight[:, 0], conv.bias,
-                       self.dt_bias, self.A_log, self.D, c.time_step_limit)
-        weight = self.norm.weight if c.mamba_rms_norm else None
-        return norm_step(y.flatten(1)[:, None], weight, c.rms_norm_eps, z=z, groups=c.mamba_n_groups,
-                         norm_before_gate=c.mamba_norm_before_gate)
-
-
 class MLP(nn.Module):
     """SwiGLU: µ down(up(x) silu(µ gate(x)))."""
-
     def __init__(self, c):
         super().__init__()
         self.multipliers = c.mlp_multipliers
@@ -458,10 +411,8 @@ class MLP(nn.Module):
         gate = F.silu(scaled(self.gate_proj(x), self.multipliers[0]))
         return scaled(self.down_proj(self.up_proj(x) * gate), self.multipliers[1])
 
-
 class Block(nn.Module):
     """The diagram at the top: h + Mamba(n) + Attention(n), n = norm(h), then h + MLP(norm(h))."""
-
     def __init__(self, c):
         super().__init__()
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
@@ -475,14 +426,11 @@ class Block(nn.Module):
         h = h + (self.mamba(n, context, layer) + self.self_attn(n, context, layer))
         return h + self.feed_forward(self.pre_ff_layernorm(h))
 
-
 # 3. Model ---------------------------------------------------------------------------------------------------
-
 
 class Backbone(nn.Module):
     """Everything below the head: ids (b, t) -> hidden states (b, t, d)."""
     checkpoint_activations = False  # True: keep the blocks' inputs only, recompute the rest in backward
-
     def __init__(self, c):
         super().__init__()
         self.config = c
@@ -514,11 +462,9 @@ class Backbone(nn.Module):
             cache.lengths += t
         return self.final_layernorm(h)
 
-
 class FalconH1(nn.Module):
     """The language model. Its parameters have the names and shapes of the published checkpoints."""
     cp = None  # or a train_sft.ContextParallel: input_ids are a share of a row, cu_seqlens the whole row's
-
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -531,10 +477,8 @@ class FalconH1(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Normal matrices; as in Mamba-2, A in (1, 16) and log-uniform softplus(dt_bias) in (0.001, 0.1).
-
-        So at first a head's state keeps exp(dt A) per token: it forgets within one token (dt 0.1, A -16) to
-        a thousand (dt 0.001, A -1)."""
+        """Normal matrices; as in Mamba-2, A in (-16, -1), softplus(dt_bias) log-uniform in (0.001, 0.1), so
+        that a head's state lasts for one token (dt 0.1, A -16) to a thousand (dt 0.001, A -1)."""
         for m in self.modules():
             if isinstance(m, (nn.Linear, nn.Embedding)):
                 m.weight.normal_(0, self.config.initializer_range)
@@ -549,8 +493,8 @@ class FalconH1(nn.Module):
         """Logits, or with targets the log-probabilities that training needs, without ever holding all logits.
 
         Args:
-            input_ids: (b, t) int64. They and targets best lie on the CPU: to check ids, or to find the
-                targets on a GPU, the host would have to wait for it.
+            input_ids: (b, t) int64. Pass them and targets on the CPU: checking ids, and finding the tokens
+                with targets, on a GPU would make the host wait for it.
             targets: (b, t) int64, what follows each token; negative ones give 0 and no gradient.
             temperature: divides the logits of targets.
             cu_seqlens: (s + 1,) packs s documents into one row, b = 1.
@@ -559,8 +503,7 @@ class FalconH1(nn.Module):
             Logits (b, t, vocab) in the model's dtype; with targets (log-probabilities, entropies of the
             distributions they come from), each (b, t) float32, the entropies without gradient.
         Raises:
-            ValueError, naming the argument.
-        """
+            ValueError, naming the argument."""
         c, shape = self.config, tuple(input_ids.shape)
         check(len(shape) == 2 and shape[1] >= 1, f"input_ids: got {shape}, expected (b, t) with t >= 1")
         fits = cache is None or cu_seqlens is None and len(cache.lengths) == shape[0]
@@ -570,18 +513,16 @@ class FalconH1(nn.Module):
             check(inside, f"input_ids: an id is outside 0..{c.vocab_size - 1}")
         tokens = shape[1] if self.cp is None else shape[1] * self.cp.size
         cu = None if cu_seqlens is None else check_cu_seqlens(cu_seqlens, shape[0], tokens)
-
         if targets is None:
             return scaled(self.lm_head(self.model(input_ids, cu, cache, self.cp)), c.lm_head_multiplier)
-        kept = (targets.flatten() >= 0).nonzero()[:, 0]  # prompts have no targets and need no logits
-        tensors = input_ids, kept, targets.flatten()[kept]
+        rows = (targets.flatten() >= 0).nonzero()[:, 0]  # prompts have no targets and need no logits
+        tensors = input_ids, targets.flatten(), rows
         if targets.device.type == "cpu":
             tensors = to_device(tensors, self.lm_head.weight.device)
-        input_ids, kept, wanted = tensors
-        h = _GatherRows.apply(self.model(input_ids, cu, cache, self.cp).flatten(0, 1), kept)  # (kept, d)
-        values = token_logprobs(h, self.lm_head.weight, wanted, c.lm_head_multiplier / temperature)
-        # Back to every token's place, with zeros where there is no target.
-        return tuple(v.new_zeros(targets.numel()).index_copy(0, kept, v).view(targets.shape) for v in values)
+        input_ids, wanted, rows = tensors
+        h = self.model(input_ids, cu, cache, self.cp).flatten(0, 1)  # (b t, d)
+        values = token_logprobs(h, self.lm_head.weight, wanted, c.lm_head_multiplier / temperature, rows=rows)
+        return tuple(v.view(shape) for v in values)
 
     def new_cache(self, slots, length, device=None):
         """An empty Cache in the model's dtype, on its device if no other is named."""
@@ -589,39 +530,37 @@ class FalconH1(nn.Module):
         return Cache(self.config, slots, length, dtype=p.dtype, device=device or p.device)
 
     def save_pretrained(self, folder, read=lambda name, v: v):
-        """Write config.json and model.safetensors. read(name, v) gives a tensor's values when it is written,
-        for a model that has none itself (on the meta device) or only shards of them."""
+        """Write config.json and model.safetensors. read(name, v) returns the values of a tensor when it is
+        written, for a model that holds none itself (on the meta device) or only shards of them."""
         state = self.state_dict()
         if self.config.tie_word_embeddings:
             del state["lm_head.weight"]
-        dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
         config = {"architectures": ["FalconH1ForCausalLM"], "model_type": "falcon_h1", "hidden_act": "silu",
-                  "torch_dtype": dtype, **asdict(self.config)}
+                  "torch_dtype": str(self.lm_head.weight.dtype).removeprefix("torch."), **asdict(self.config)}
         if self.config.time_step_limit == (0, math.inf):
             del config["time_step_limit"]  # the published default; JSON has no word for infinity
         os.makedirs(folder, exist_ok=True)
         write_safetensors(Path(folder) / "model.safetensors", state, read)
-        _replace(Path(folder) / "config.json", [json.dumps(config, indent=2).encode() + b"\n"])
+        with _replacing(Path(folder) / "config.json") as file:
+            file.write(json.dumps(config, indent=2).encode() + b"\n")
 
     @classmethod
     def from_pretrained(cls, folder, *, dtype=None, device=None, mapped=False):
-        """Read a checkpoint in the published format, every tensor of it; there may be no other. dtype None
-        keeps the stored one.
-
-        mapped leaves the tensors in their file, whatever dtype and device: train_sft.shard() moves and
-        converts a block at a time, so that no rank ever holds the whole model.
+        """Read a checkpoint in the published format: exactly the model's tensors, no more and no fewer.
+        dtype None keeps the stored one. mapped leaves the tensors in their file, whatever dtype and device:
+        train_sft.shard() moves and converts one block at a time, so that no rank ever holds the whole model.
         Raises ValueError naming the file, and the field or tensor."""
         config = FalconH1Config.from_json(Path(folder) / "config.json")
         state = read_checkpoint(folder)
-        embeddings, head = "model.embed_tokens.weight", "lm_head.weight"
+        embeddings = "model.embed_tokens.weight"
         check(embeddings in state, f"{folder}: tensor {embeddings} is missing")
         if config.tie_word_embeddings:
-            same = torch.equal(state.setdefault(head, state[embeddings]), state[embeddings])
-            check(same, f"{folder}: tensor {head} differs from {embeddings} despite tie_word_embeddings")
+            same = torch.equal(state.setdefault("lm_head.weight", state[embeddings]), state[embeddings])
+            check(same, f"{folder}: tensor lm_head.weight is not {embeddings} despite tie_word_embeddings")
         with torch.device("meta"):  # shapes without memory, until the tensors are assigned
             model = cls(config)
-
-        expected, stored = model.state_dict(), state[embeddings].dtype
+        expected = model.state_dict()
+        stored = state[embeddings].dtype
         for name in sorted({*expected, *state}):
             tensor = f"{folder}: tensor {name}"
             check(name in state, f"{tensor} is missing")
@@ -637,11 +576,10 @@ class FalconH1(nn.Module):
             model.lm_head.weight = model.model.embed_tokens.weight
         return model
 
-
 # 4. Loss ----------------------------------------------------------------------------------------------------
 # The logits of 32k tokens and 130k words would take 17 GB in float32. So the head runs on chunks of tokens,
-# in the forward pass and again in the backward pass, and only one chunk's logits exist at a time. What is
-# kept between the passes is a number per token, lse.
+# in the forward pass and again in the backward pass, and only one chunk's logits exist at a time. Between the
+# passes one number per token is kept, lse.
 #
 #     z = scale h W^T,   lse = log sum_j exp(z_j),   log p_y = z_y - lse,   entropy = -sum_j p_j log p_j
 #
@@ -649,39 +587,21 @@ class FalconH1(nn.Module):
 #
 #     dz_j = g ([j = y] - p_j),   dh = scale dz W,   dW = scale dz^T h,   the last summed over chunks
 
-
-class _GatherRows(torch.autograd.Function):
-    """x (tokens, ...)[index (rows,)] -> (rows, ...); no row may be asked for twice.
-
-    Then its backward is a copy instead of a scatter-add: faster, and the same bits on every run."""
-
-    @staticmethod
-    def forward(ctx, x, index):
-        ctx.save_for_backward(index)
-        ctx.shape = x.shape
-        return x.index_select(0, index)  # on a CPU much faster than x[index]
-
-    @staticmethod
-    def backward(ctx, dout):
-        index, = ctx.saved_tensors
-        return dout.new_zeros(ctx.shape).index_copy_(0, index, dout), None
-
-
 class _TokenLogprobs(torch.autograd.Function):
-    """h (t, d), W (vocab, d), targets y (t,) -> log p_y and entropy, (t,) float32."""
-
+    """h (t, d), W (vocab, d), targets y (t,) -> log p_y and entropy, (t,) float32; 0 outside `rows`.
+    No row occurs twice, so dh is copied into place, not added: the same bits on every run."""
     @staticmethod
-    def forward(ctx, h, weight, targets, scale, chunk):
-        logprobs, entropy, lse = (h.new_empty(len(h), dtype=torch.float32) for _ in range(3))
-        for i in range(0, len(h), chunk):
-            part = slice(i, i + chunk)
-            logits = (h[part] @ weight.T).float().mul_(scale)  # (chunk, vocab)
+    def forward(ctx, h, weight, targets, rows, scale, chunk):
+        logprobs, entropy, lse = (h.new_zeros(len(h), dtype=torch.float32) for _ in range(3))
+        for i in range(0, len(rows), chunk):
+            part = rows[i : i + chunk]
+            logits = (h.index_select(0, part) @ weight.T).float().mul_(scale)  # (chunk, vocab)
             lse[part] = logits.logsumexp(-1)
             logp = logits.sub_(lse[part, None])
             logprobs[part] = logp.gather(1, targets[part, None])[:, 0]
             entropy[part] = -logp.exp().mul_(logp).sum(-1)
             del logits, logp  # before the next chunk's: two would be in memory at once
-        ctx.save_for_backward(h, weight, targets, lse)
+        ctx.save_for_backward(h, weight, targets, rows, lse)
         ctx.scale = scale
         ctx.chunk = chunk
         ctx.mark_non_differentiable(entropy)
@@ -689,22 +609,21 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dlogprobs, _):
-        h, weight, targets, lse = ctx.saved_tensors
-        dh = torch.empty_like(h)
+        h, weight, targets, rows, lse = ctx.saved_tensors
+        dh = torch.zeros_like(h)
         dweight = torch.zeros_like(weight, dtype=torch.float32)  # bf16 would lose small chunks in a large sum
         g = dlogprobs.float() * ctx.scale
-        for i in range(0, len(h), ctx.chunk):
-            part = slice(i, i + ctx.chunk)
-            logits = (h[part] @ weight.T).float().mul_(ctx.scale)
+        for i in range(0, len(rows), ctx.chunk):
+            part = rows[i : i + ctx.chunk]
+            x = h.index_select(0, part)  # on a CPU much faster than h[part]
+            logits = (x @ weight.T).float().mul_(ctx.scale)
             # dz = -g p, in place of the logits, then g more at the target.
             dz = logits.sub_(lse[part, None]).exp_().mul_(-g[part, None])
-            dz.scatter_add_(1, targets[part, None], g[part, None])
-            dz = dz.to(h.dtype)
-            torch.mm(dz, weight, out=dh[part])
-            add_product(dweight, dz.T, h[part])
+            dz = dz.scatter_add_(1, targets[part, None], g[part, None]).to(h.dtype)
+            dh.index_copy_(0, part, dz @ weight)
+            add_product(dweight, dz.T, x)
             del logits, dz
-        return dh, dweight.to(weight.dtype), None, None, None
-
+        return dh, dweight.to(weight.dtype), None, None, None, None
 
 def add_product(total, a, b):
     """total += a b, total in float32. On a GPU, cuBLAS adds a product in bf16 without rounding it."""
@@ -713,11 +632,9 @@ def add_product(total, a, b):
     else:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
-
 def tokens_of_chunk(vocab, device):
     """Tokens whose logits exist at a time: 2^25 numbers on a CPU, up to 2^28 on a GPU, of 8 bytes each
     (logits and softmax, float32): 2.1 GB, 2,048 tokens at 130,048 words.
-
     Each chunk adds to the weight's gradient, 8 vocab d bytes of traffic beside 8 chunk vocab d operations. At
     3 TB/s and 800 TFLOP/s that takes 267 / chunk of the products' time: 13% at 2,048 tokens, 7% at 4,096.
     Multiples of 128 fill the products' tiles."""
@@ -725,14 +642,13 @@ def tokens_of_chunk(vocab, device):
         return max(1, 2**25 // vocab)
     return min(4096, max(128, 2**28 // vocab // 128 * 128))
 
-
-def token_logprobs(h, weight, targets, scale=1.0, chunk=None):
+def token_logprobs(h, weight, targets, scale=1.0, chunk=None, rows=None):
     """h (t, d), weight (vocab, d), targets (t,) -> log-probabilities (t,) and entropies (t,), float32.
-
-    scale multiplies the logits: lm_head_multiplier / temperature. Entropies have no gradient."""
+    scale multiplies the logits: lm_head_multiplier / temperature. Entropies have no gradient. rows (k,): the
+    tokens to compute, each once; the others get zeros. None: all."""
     chunk = chunk or tokens_of_chunk(len(weight), weight.device)
-    return _TokenLogprobs.apply(h, weight, targets, scale, max(1, min(len(h), chunk)))
-
+    rows = torch.arange(len(h), device=h.device) if rows is None else rows
+    return _TokenLogprobs.apply(h, weight, targets, rows, scale, chunk)
 
 # 5. Cache ---------------------------------------------------------------------------------------------------
 # Attention remembers every token, the mixer a state of fixed size. A slot of the 7B model, in bf16, holds
@@ -742,8 +658,7 @@ def token_logprobs(h, weight, targets, scale=1.0, chunk=None):
 #     conv    44 layers x (3072 + 2 x 256) channels x 3 inputs x 2 bytes  0.9 MB
 #
 # The states are float32 even in a bf16 model: each is a sum over thousands of tokens, to which a step adds
-# dt x B^T with dt down to 0.001. bf16 has 8 bits: what is below 1/512 of a number does not change it.
-
+# dt x B^T with dt down to 0.001. bf16 has 8 bits: adding less than 1/512 of a number does not change it.
 
 class Cache:
     """Decoding state of `slots` sequences.
@@ -753,9 +668,8 @@ class Cache:
     ssm      (layers, slots, h, p, n)                states of the scan, always float32
     lengths  (slots,)                                tokens in each slot
     used     upper bound of the lengths, kept on the host so that no step waits for the GPU: attention reads
-             as many positions. Only a `fused` step, one token per slot in kernels, reads `lengths`. It cannot
-             raise: a slot without room appends nothing and answers nonsense."""
-
+             as many positions. A `fused` step, one token per slot in kernels, reads `lengths` instead. It
+             cannot raise: a slot without room appends nothing and answers nonsense."""
     def __init__(self, config, slots, length, *, dtype=torch.float32, device=None):
         c, n = config, config.num_hidden_layers
         self.k = torch.zeros(n, slots, c.num_key_value_heads, length, c.head_dim, dtype=dtype, device=device)
@@ -792,7 +706,6 @@ class Cache:
             for layer, v in zip(new, old):
                 layer[:, :, : old.shape[3]] = v[slots]
             return new
-
         self.k = longer(self.k)
         self.v = longer(self.v)
         if len(slots) < len(self.lengths):
@@ -802,51 +715,47 @@ class Cache:
         """The next forward pass appends tokens at `positions` (slots, t)."""
         t, length = positions.shape[1], self.k.shape[3]
         self.fused = t == 1 and kernels_serve(self.k)
-        ok = self.fused or self.used + t <= length
-        check(ok, f"cache: {self.used + t} tokens do not fit a length of {length}")
+        end = self.used + t
+        check(self.fused or end <= length, f"cache: {end} tokens do not fit a length of {length}")
         if not self.fused:
             # at: where scatter_ writes k and v. mask: which of the first `used` positions a token may see. A
-            # slot may hold fewer: what lies behind its own tokens is masked, as the future is.
+            # slot may hold fewer: positions behind its own tokens are masked, as the future is.
             at = positions[:, None, :, None]
             self.at = at.expand(-1, self.k.shape[2], -1, self.k.shape[4])  # (slots, hkv, t, hd)
-            seen = torch.arange(self.used + t, device=positions.device)
+            seen = torch.arange(end, device=positions.device)
             self.mask = seen <= at if self.used else None  # (slots, 1, t, used)
-        self.used = min(self.used + t, length)
+        self.used = min(end, length)
 
     def attend(self, layer, q, k, v):
         """Append k, v (slots, t, hkv, hd); attend with q (slots, t, hq, hd) to all that each slot holds."""
-        keys = self.k[layer].scatter_(2, self.at, k.transpose(1, 2))  # (slots, hkv, length, hd)
-        values = self.v[layer].scatter_(2, self.at, v.transpose(1, 2))
+        self.k[layer].scatter_(2, self.at, k.transpose(1, 2))
+        self.v[layer].scatter_(2, self.at, v.transpose(1, 2))
         if self.mask is None:  # nothing was held before
             return attend(q, k, v, None)
-        keys, values = keys[:, :, : self.used], values[:, :, : self.used]
-        if keys.is_cuda:  # where with a mask only torch's slow kernel lets queries share keys: copy them
-            keys, values = (x.repeat_interleave(q.shape[2] // x.shape[1], 1) for x in (keys, values))
-        q = q.transpose(1, 2)  # (slots, hq, t, hd)
-        y = F.scaled_dot_product_attention(q, keys, values, attn_mask=self.mask, enable_gqa=True)
+        k, v = (x[layer, :, :, : self.used] for x in (self.k, self.v))  # (slots, hkv, used, hd)
+        if k.is_cuda:  # where with a mask only torch's slow kernel lets queries share keys: copy them
+            k, v = (x.repeat_interleave(q.shape[2] // x.shape[1], 1) for x in (k, v))
+        y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=self.mask, enable_gqa=True)
         return y.transpose(1, 2)
-
 
 # 6. Checkpoints ---------------------------------------------------------------------------------------------
 # safetensors: eight bytes of header length, a JSON header, the tensors' bytes. Nothing in it can run.
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-           "I64": torch.int64}
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 
-
-def _replace(path, parts):
-    """Write bytes under a temporary name, then rename: a reader sees the old file or the new one."""
+@contextmanager
+def _replacing(path):
+    """A file to write under a temporary name, renamed at the end: a reader sees the old file or the new."""
     temporary = Path(f"{path}.tmp")
     try:
-        with open(temporary, "wb") as f:
-            f.writelines(parts)
-            f.flush()
-            os.fsync(f.fileno())
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as e:
         temporary.unlink(missing_ok=True)
         raise OSError(f"{path}: could not be written: {e.strerror}") from None
-
 
 def write_safetensors(path, tensors, read=lambda name, v: v):
     """tensors {name: tensor} -> file, little-endian, in the order of the names. read: see save_pretrained."""
@@ -858,19 +767,14 @@ def write_safetensors(path, tensors, read=lambda name, v: v):
         header[name] = {"dtype": names[v.dtype], "shape": list(v.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-
-    def parts():  # one tensor at a time
-        yield len(text).to_bytes(8, "little") + text
+    with _replacing(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
         for name, v in sorted(tensors.items()):
-            yield read(name, v).detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
-    _replace(path, parts())
-
+            file.write(read(name, v).detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
 def read_safetensors(path):
-    """file -> {name: tensor}, memory-mapped: copy what you want to keep or to change.
-
-    The tensors' bytes must follow the header without gap or overlap, to the end of the file; a header that
-    lies is a ValueError."""
+    """file -> {name: tensor}, memory-mapped: copy what you want to keep or to change. Raises ValueError
+    unless the tensors' bytes follow the header without gap or overlap, to the end of the file."""
     tensors = {}
     end = 0  # of the tensors so far
     try:
@@ -895,7 +799,6 @@ def read_safetensors(path):
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as e:  # also RecursionError
         raise ValueError(f"{path}: not a whole safetensors file: {type(e).__name__}: {e}") from None
     return tensors
-
 
 def read_checkpoint(folder):
     """{name: tensor}, memory-mapped, of model.safetensors or the shards in model.safetensors.index.json."""

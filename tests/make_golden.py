@@ -41,7 +41,6 @@ TEXTS = [
     "x<sep> y", "\x00\x7f\u200b\ufeff", "\r\n\r\nA\r",
     "ǅ ß ſ İ", "1,234.56 + 7e-8 = ?", "https://example.org/?q=1&r=%20#top"]
 
-
 def random_checkpoint(change, seed=0):
     """transformers' model with every parameter random: nothing may hide behind an initial 0 or 1."""
     import transformers
@@ -55,7 +54,6 @@ def random_checkpoint(change, seed=0):
             if name.endswith("A_log"):
                 p.copy_(torch.linspace(0, 2.5, len(p)))
     return theirs
-
 
 def train_tokenizer(pre_tokenizer, **model):
     """A small byte-level BPE on this project's own words, with added tokens of every manner."""
@@ -74,7 +72,6 @@ def train_tokenizer(pre_tokenizer, **model):
     t.add_tokens(["<sep>", "clock"])
     return t
 
-
 def tokenizer_kinds():
     """{name: (pre-tokenizer, arguments of the BPE model)}: what published tokenizers are made of."""
     from tokenizers import Regex
@@ -89,7 +86,6 @@ def tokenizer_kinds():
         "split": (Sequence([Split(" ", "merged_with_next"), Digits(False), Punctuation("isolated"),
                             plain]), {}),
     }
-
 
 @torch.no_grad()
 def main():
@@ -117,7 +113,6 @@ def main():
         theirs.save(str(folder / "tokenizer.json"), pretty=False)
         expected = [[text, theirs.encode(text, add_special_tokens=False).ids] for text in TEXTS]
         (folder / "expected.json").write_text(json.dumps(expected) + "\n")
-
 
 if __name__ == "__main__":
     main()
