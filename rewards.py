@@ -410,11 +410,12 @@ def is_equivalent(prediction, gold):
     a = plain(prediction)
     b = plain(gold)
     # As text: all that the grammar does not know, words above all.
-    if not bare(a) or not bare(b):
+    texts = [bare(a), bare(b)]
+    if "" in texts:
         return False
-    if bare(a) == bare(b):
+    if texts[0] == texts[1]:
         return True
-    if all(re.fullmatch("(?=.*[eiou]|[A-Z][A-Za-z])[A-Za-z]{3,}", bare(text)) for text in (a, b)):
+    if all(re.fullmatch("(?=.*[eiou]|[A-Z][A-Za-z])[A-Za-z]{3,}", text) for text in texts):
         return False  # words or an order: as products dog and god, ABC and CAB would be the same
     # By value, first with names, so that x = 1, y = 2 is not x = 2, y = 1; then without.
     for x, y in ((a, b), unnamed(a, b)):
@@ -445,7 +446,7 @@ def check_gold(answer):
 
 def bare(text):
     """A plain text without quotes and most spaces: `4 2` is not 42, nor is `now here` nowhere."""
-    return SPACE.sub(r"\1", re.sub(r'"|(?<!\.)\."?$', "", text))
+    return SPACE.sub(lambda match: match[1] or "", re.sub(r'"|(?<!\.)\."?$', "", text))
 
 # Spaces between digits or beside words, which count (group 1), and all others, which do not.
 SPACE = re.compile(r"((?<=[0-9]) (?=[0-9])|(?<=[A-Za-z]{2}) (?=[A-Za-z])|(?<=[A-Za-z]) (?=[A-Za-z]{2}))|\s")
