@@ -436,6 +436,7 @@ def become_player(program, launcher, control, files):
     """In the fork: build the walls, and keep only these files, as descriptors 0, 1, 2, ..."""
     end_with_parent(launcher)
     os.chdir(program["folder"])
+    # Build all, even if one fails: an error that names everything that is missing helps most.
     missing = []
     for name, build in WALLS.items():
         try:
