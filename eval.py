@@ -466,7 +466,7 @@ def run(args):
     folders = [args.model] if args.model else SMALL_RUN
     with together():
         for folder in folders:
-            data.check_exists(data.model_folder(folder) / "config.json")
+            data.check_exists(folder)
         judge = open_judge(args)
         problems = data.read_problems(args.problems, args.limit, partial(check_scorable, judge=args.judge))
         check_code(problems, args.problems, args.unsafe_local_execution, quiet=RANK > 0)

@@ -223,9 +223,9 @@ def test_the_default_evaluates_both_checkpoints_or_names_the_missing_command(pla
     def make_heldout(path):
         write_problems(("easy", "5"), path=path)
 
-    for missing, script, make in [("data/heldout.jsonl", "train_sft.py", make_heldout),
-                                  ("sft", "train_sft.py", write_checkpoint),
-                                  ("rl", "train_rl.py", write_checkpoint)]:
+    for missing, script, make in [("sft", "train_sft.py", write_checkpoint),
+                                  ("rl", "train_rl.py", write_checkpoint),
+                                  ("data/heldout.jsonl", "train_sft.py", make_heldout)]:
         assert ev.main([]) == 1 and not Path("runs/tiny/eval").exists()
         expected = f"error: runs/tiny/{missing} is missing: run python {script} first\n"
         assert capsys.readouterr().err == expected
