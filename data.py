@@ -17,7 +17,7 @@ Data travels as JSON lines, one object per line, in three formats:
                "answer": "6251", "correct": true, "stop": "stop", ...}
               One sampled reply, written by eval.py; "correct" is null if the verdict is unknown.
 
-A *sample* is one tokenised conversation. A *document* is a sample inside a *pack*: documents laid end to end
+A *sample* is one tokenized conversation. A *document* is a sample inside a *pack*: documents laid end to end
 that share one forward pass. A *rollout* is a reply sampled from a model.
 
 Deviations from the paper (Falcon-H1R, arXiv 2601.02346): only correct rollouts become SFT samples; the paper
@@ -69,7 +69,7 @@ class Problem:
 
 @dataclass
 class Sample:
-    """One tokenised conversation."""
+    """One tokenized conversation."""
     ids: np.ndarray  # (t,) int32
     mask: np.ndarray  # (t,) bool: whether the model learns to predict this token
     weight: float  # of each of its tokens in the loss
@@ -600,7 +600,11 @@ class Tokenizer:
         self.control = {token["content"] for token in added if token["special"]}
         # Added tokens are found before anything else: those not "normalized" first, of these the longest.
         added = sorted(added, key=lambda token: (token["normalized"], -len(token["content"])))
-        self.added = regex.compile("|".join(regex.escape(token["content"]) for token in added) or "(?!)")
+        self.added = {}  # argument `special` of encode -> pattern of the added tokens that it reads
+        unread = {True: set(), "tags": self.control - {*TAGS}, False: self.control | {*TAGS}}
+        for special, plain in unread.items():
+            read = [regex.escape(token["content"]) for token in added if token["content"] not in plain]
+            self.added[special] = regex.compile("|".join(read) or "(?!)")
         # All other text: tiktoken's ranks are the order of merging, and not the ids.
         vocab = {name: id for name, id in model["vocab"].items() if name not in self.control}
         self.bytes = {id: bytes(SPELLING[c] for c in name) for name, id in vocab.items()}
@@ -644,13 +648,11 @@ class Tokenizer:
         are plain text, so that a user typing <|im_end|> cannot end the turn. Other added tokens are always
         read."""
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        plain = {True: set(), "tags": self.control - {*TAGS}, False: self.control | {*TAGS}}[special]
         ids = []
         end = 0
-        for match in self.added.finditer(text):
-            if match[0] not in plain:
-                ids += [*self._encode_plain(text[end : match.start()]), self.special[match[0]]]
-                end = match.end()
+        for match in self.added[special].finditer(text):
+            ids += [*self._encode_plain(text[end : match.start()]), self.special[match[0]]]
+            end = match.end()
         return ids + self._encode_plain(text[end:])
 
     def _encode_plain(self, text):
@@ -794,6 +796,8 @@ def write_text(path, text):
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
+        if temporary.is_file():
+            temporary.unlink()  # the disk may be full
         raise OSError(f"{path}: could not be written: {error.strerror}") from None
 
 def write_jsonl(path, records):
@@ -834,7 +838,8 @@ def open_run(out, identity, outputs, *, fresh, device, **about):
             raise ValueError(f"{path}: this folder holds files of no known run: {advice}") from None
         for name, now in identity.items():
             if before.get(name) != now:
-                what = f"--{name.replace('_', '-')} {before.get(name)!r} and not {now!r}"
+                label = "data of checksum" if name == "data_checksum" else "--" + name.replace("_", "-")
+                what = f"{label} {before.get(name)!r} and not {now!r}"
                 raise ValueError(f"{path}: this folder holds another run, with {what}: {advice}")
         return lock
     # What the figures of this run depend on. Nothing else in this file needs torch.

@@ -228,7 +228,7 @@ class Sampler:
         self.decode = Decoder(self.model, self.cache, self.pick)
 
     def set_aside(self, length):
-        """Set the youngest traces aside until the others fit a cache of this length: the slots kept."""
+        """Set the youngest traces aside until a cache of this length fits the rest; returns their slots."""
         self.decode = None
         ages = [len(running.trace.tokens) if running else -1 for running in self.slots]
         slots = sorted(range(len(ages)), key=ages.__getitem__, reverse=True)  # oldest first, free ones last
@@ -379,7 +379,8 @@ def mamba_step(conv, state, xBC, dt, weight, bias, dt_bias, A_log, D, limit):
     check(g >= 1 and d == h * p + 2 * g * n and h % g == 0,
           f"xBC: got {d} channels, expected h p + 2 g n for h, p, n = {h, p, n} and a g that divides h")
     check(n <= 512, f"state: got {n} columns, expected at most 512, what the registers of one program hold")
-    check(tuple(dt.shape) == (b, h), f"dt: got {tuple(dt.shape)}, expected {b, h}")
+    check(tuple(dt.shape) == (b, h) and dt[0].is_contiguous(),
+          f"dt: got {tuple(dt.shape)}, expected {b, h}, each token's heads contiguous")
     check(state.dtype == torch.float32 and state[0].is_contiguous(),
           f"state: got {state.dtype}, expected float32, each slot contiguous")
     _check_conv(xBC, weight, bias, "silu", conv, b)

@@ -200,7 +200,7 @@ class Online:
             trace.total -= trace.last.popleft()
         if len(trace.last) == self.window:
             trace.lowest = min(trace.lowest, trace.total / self.window)
-        return index >= self.n_init and trace.lowest < self.threshold - TIE
+        return index >= self.n_init and self.threshold is not None and trace.lowest < self.threshold - TIE
 
     def finish(self, index, answer):
         """Trace `index` has ended. answer: None if it has none; that of a stopped trace does not matter."""
@@ -264,7 +264,7 @@ def is_right(answer, traces, same=None):
     return any(verdicts) if verdicts else None
 
 def mean_and_stderr(scores):
-    """Mean of the m scores that are not None, and its standard error; None where undefined: m = 0, m < 2."""
+    """Mean of the m scores that are not None, and its standard error. None: m is 0, or for the error 1."""
     known = [score for score in scores if score is not None]
     m = len(known)
     center = math.fsum(known) / m if m else None

@@ -451,6 +451,8 @@ def check_args(args):
     if not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1:
         raise ValueError("--temperature must be 0 or more, and --top-p above 0 and at most 1")
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    if args.device == "cuda" and "cuda" not in devices:
+        raise ValueError("--device cuda: there is no GPU here")
     args.device = args.device or devices[0]
     for name, choices in {"device": devices, "dtype": DTYPES}.items():
         if getattr(args, name) not in choices:

@@ -515,6 +515,7 @@ class FalconH1(nn.Module):
         cu = None if cu_seqlens is None else check_cu_seqlens(cu_seqlens, shape[0], tokens)
         if targets is None:
             return scaled(self.lm_head(self.model(input_ids, cu, cache, self.cp)), c.lm_head_multiplier)
+        check(targets.shape == shape, f"targets: got {tuple(targets.shape)}, expected {shape}")
         rows = (targets.flatten() >= 0).nonzero()[:, 0]  # prompts have no targets and need no logits
         tensors = input_ids, targets.flatten(), rows
         if targets.device.type == "cpu":
@@ -556,7 +557,7 @@ class FalconH1(nn.Module):
         check(embeddings in state, f"{folder}: tensor {embeddings} is missing")
         if config.tie_word_embeddings:
             same = torch.equal(state.setdefault("lm_head.weight", state[embeddings]), state[embeddings])
-            check(same, f"{folder}: tensor lm_head.weight is not {embeddings} despite tie_word_embeddings")
+            check(same, f"{folder}: tensor lm_head.weight differs from the tied {embeddings}")
         with torch.device("meta"):  # shapes without memory, until the tensors are assigned
             model = cls(config)
         expected = model.state_dict()
@@ -741,7 +742,8 @@ class Cache:
 # 6. Checkpoints ---------------------------------------------------------------------------------------------
 # safetensors: eight bytes of header length, a JSON header, the tensors' bytes. Nothing in it can run.
 
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+           "I64": torch.int64}
 
 @contextmanager
 def _replacing(path):

@@ -109,8 +109,7 @@ def extract_answer(text):
     r"""The final answer of a reply or of a worked solution; None if there is none or it is blank.
 
     The content of the last balanced `\boxed{}`, the inner one if they are nested. Without a box, the rest of
-    the line after the last `####`, as in GSM8K. Linear in the length of the text.
-    """
+    the line after the last `####`, as in GSM8K. Linear in the length of the text."""
     reply = after_reasoning(text)
     answer = ""
     last = -1  # where the answer starts
@@ -153,8 +152,7 @@ def chosen(answer, choices):
     """The index of the choice that an answer names by letter, text or both; None if it names none or several.
 
     A letter that contradicts the text after it names none; a text that is no choice is a comment. A capital
-    alone is a letter even if a choice reads the same; a small letter never is.
-    """
+    alone is a letter even if a choice reads the same; a small letter never is."""
     if len(answer) > MAX_CHARS + max(map(len, choices), default=0):
         return None
     found = OPTION.fullmatch(unwrapped(answer))
@@ -183,8 +181,7 @@ def extract_code(text):
     r"""(language, source) of the last fenced Python block of a reply, or None. The language is in lower case.
 
     Without one, the last block that names no language is taken for Python, else the last block. An unclosed
-    block (the reply was cut off) does not count. Lines end at \n or \r\n: a Python string may hold U+2028.
-    """
+    block (the reply was cut off) does not count. Lines end at \n or \r\n: a Python string may hold U+2028."""
     opening = None  # of the block we are in
     blocks = []
     for line in after_reasoning(text).split("\n"):
@@ -255,8 +252,7 @@ class Judge:
 
     It answers at temperature 0; its clear verdicts are cached. If the endpoint is down, slow or returns
     nonsense, the verdict is unknown: a silent zero would pass for a wrong answer. Threads may share a Judge.
-    Raises ValueError if it cannot tell 2 + 2 = 4 from 2 + 2 = 5.
-    """
+    Raises ValueError if it cannot tell 2 + 2 = 4 from 2 + 2 = 5."""
 
     url: str  # up to its version, http://localhost:8000/v1
     model: str
@@ -357,8 +353,7 @@ def mixed_scripts(reply, prompt):
 
     Formulas, code, commands such as \frac and variables use Latin and Greek letters in any language, so there
     these do not count. Other scripts count everywhere, lest a pair of dollars hide a language. Languages that
-    share a script are not told apart.
-    """
+    share a script are not told apart."""
     allowed = set(map(script_of, set(prompt)))
     if allowed <= {None}:
         return 0.0  # only numbers and signs: any language will do
@@ -476,19 +471,22 @@ def unnamed(prediction, gold):
 # Commands that set their argument as text, and commands that change nothing but the look.
 FONT = "text(?:bf|it|rm|sf|tt|up|normal)?|mathrm|mathsf|[hm]box|emph"
 LOOK = (FONT + "|boldsymbol|mathbf|mathit|bm|pmb|boxed|fbox|framebox|underline|displaystyle|textstyle|limits"
-        "|bf|it|rm|sf|tt|em|bfseries|[lL]arge|left|right|[bB]igg?[lrm]?|q?quad|thinspace|enspace|vec")
+        "|scriptstyle|bf|it|rm|sf|tt|em|bfseries|boldmath|tiny|small|normalsize|[lL]arge|left|right"
+        "|[bB]igg?[lrm]?|q?quad|thinspace|enspace|vec")
 # One spelling of a sign, and the others.
 SPELLINGS = r"""* \cdot \times \ast · × ⋅ ∗; / \div ÷ ⁄; - − – — ‐; ± \pm; ∓ \mp; % \%; < \lt; > \gt;
     <= \le \leq \leqslant ≤; >= \ge \geq \geqslant ≥; != \ne \neq ≠; ∈ \in; ∪ \cup;
-    \{\} \emptyset \varnothing ∅; ∞ \infty; π \pi; ( \langle ⟨; ) \rangle ⟩; \{ \lbrace; \} \rbrace;
-    | \vert \mid; ^ **; ° \degree; \sqrt √; \frac \dfrac \tfrac \cfrac; \binom \dbinom \tbinom; "dollar" \$;
-    "euro" €; "sterling" £; "cent" ¢"""
+    \{\} \emptyset \varnothing ∅; ∞ \infty; π \pi; \{ \lbrace; \} \rbrace; ( \langle \lparen ⟨;
+    ) \rangle \rparen ⟩; [ \lbrack; ] \rbrack; | \vert \mid; : \colon ∶; ^ **; ° \degree; \sqrt √;
+    \frac \dfrac \tfrac \cfrac \sfrac \nicefrac; \binom \dbinom \tbinom; \lfloor ⌊; \rfloor ⌋; \lceil ⌈;
+    \rceil ⌉; "dollar" \$; "euro" €; "sterling" £; "cent" ¢"""
 SPELLINGS = {other: line.split()[0] for line in SPELLINGS.split(";") for other in line.split()}
 # One name of a unit, and its other spellings. Other words are units too, but have one spelling: 5 apples.
-UNITS = """millimeter mm millimetre; centimeter cm centimetre; meter m metre; kilometer km kilometre; inch in;
-    foot ft feet; yard yd; mile mi; milligram mg; gram g; kilogram kg; ton; pound lb; ounce oz; second s sec;
-    minute min; hour h hr; day; year yr; milliliter mL ml; liter L l litre; gallon gal; hertz Hz; kHz; eV;
-    joule J; kJ; newton N; watt W; kW; pascal Pa; volt V; ampere A; mole mol; kelvin K; radian rad; / per"""
+UNITS = """millimeter mm millimetre; centimeter cm centimetre; meter m metre; kilometer km kilometre; inch
+    in inches; foot ft feet; yard yd; mile mi; milligram mg; gram g; kilogram kg; ton; pound lb; ounce oz;
+    second s sec; minute min; hour h hr; day; year yr; milliliter mL ml; liter L l litre; gallon gal; hertz
+    Hz; kHz; eV; joule J; kJ; newton N; watt W; kW; pascal Pa; volt V; ampere A; mole mol; kelvin K; radian
+    rad; / per"""
 UNITS = {spelling: line.split()[0] for line in UNITS.split(";") for spelling in line.split()}
 UNIT = f"(?:{'|'.join(sorted(UNITS, key=len, reverse=True))})"
 SCALES = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9,
@@ -530,7 +528,7 @@ def _fold(match):
 
 def _thousands(match):
     """A number without separators. In a text with brackets a bare comma separates items, as in points."""
-    items = re.search(",[0-9]", match[0]) and re.search(r"[(\[]|\\\{", match.string)
+    items = re.search(r"(?<!\\),[0-9]", match[0]) and re.search(r"[(\[]|\\\{", match.string)
     return match[0] if items else re.sub("[^0-9.]", "", match[0])
 
 def _mixed_number(match):
@@ -591,7 +589,8 @@ REWRITES = [
     (r'°\s*"?([CF])"?(?![A-Za-z])', r'"°\1"'),
     (r'"(?:percent|per cent)"|(?<![A-Za-z"])percent\b', "%"),
     # `3, 5, and 7` is a list, `x < 1 or x > 3` a union; "red or blue" is not "red and blue".
-    (r',?\s*(?:"\s*(and|or)\s*"|(?<![A-Za-z"])(and|(?<![A-Za-z]{2} )or(?! [A-Za-z]{2}))\b(?![A-Za-z"]))',
+    (r',?\s*(?:"\s*(and|or)\s*"|(?<![A-Za-z"])(and|(?<![A-Za-z]{2} )or(?! [A-Za-z]{2})|or(?= [-0-9\\]))\b'
+     r'(?![A-Za-z"]))',
      lambda m: "∪" if "or" in m.groups() and re.search("[<>]", m.string) else ","),
     # \log_28 is \log_2 8, \sin^{-1} is not 1/\sin.
     (r"\\log\s*_\s*([0-9])(?!\s*_)", r"\\log_{\1}"),
@@ -706,8 +705,7 @@ FUNCTIONS = {
 def apply(name, x):
     """A function of x, with the zeros that rounding misses: sin(pi).
 
-    No value where a float has too few digits: sin(10^20), and cos(10^-7), which is nearly 1.
-    """
+    No value where a float has too few digits: sin(10^20), and cos(10^-7), which is nearly 1."""
     y = FUNCTIONS[name](x)
     if type(y) is not float:
         return y
@@ -723,8 +721,7 @@ class Value(NamedTuple):
     "row", "matrix"    numbers; rows, or the numbers of a single column
     "list", "set"      members without order; a list keeps duplicates
     "union"            intervals
-    "equation"         its two sides
-    """
+    "equation"         its two sides"""
 
     kind: str
     items: tuple
@@ -736,8 +733,7 @@ def symbol(name):
 
     Expressions that agree at all points are the same but for a negligible chance (Schwartz and Zippel, for
     polynomials). Half the values of each size are negative, and half the integers even: otherwise |x - 5|
-    could be x - 5, and (-1)^n be 1.
-    """
+    could be x - 5, and (-1)^n be 1."""
     if name in CONSTANTS:
         return Value("number", (CONSTANTS[name],))
     if re.match("[+-]?[.0-9]", name):
@@ -756,8 +752,7 @@ SCALE = {"": symbol("1"), "°": Value("number", (DIGITS.divide(PI, 180),)), "%":
 def number(function, *operands):
     """function of numbers, at every point; None where it has no value or one that is too large.
 
-    There 90° is pi/2 and 50% is 0.5. Nothing is computed with other units: 5 ft + 6 in is not 11.
-    """
+    There 90° is pi/2 and 50% is 0.5. Nothing is computed with other units: 5 ft + 6 in is not 11."""
     check(all(x.kind == "number" and x.mark in SCALE for x in operands), "no number where one is needed")
     operands = [number(multiply, x._replace(mark=""), SCALE[x.mark]) if x.mark else x for x in operands]
     count = max(len(x.items) for x in operands)
@@ -786,7 +781,9 @@ TOKEN = re.compile(rf"""(?xs)
        |(?P<op>\\[A-Za-z]+|\\.|!=|<=|>=|;;|\.\.\.|!!|.)""")
 
 def times(a, b):
-    """A product. A number times a matrix is the matrix of the products; two matrices have none here."""
+    """A product. A number times a matrix is the matrix of the products; two matrices have no product here."""
+    if b.kind == "number":
+        a, b = b, a
     if a.kind == "number" and b.kind in ("matrix", "row"):
         return b._replace(items=tuple(times(a, entry) for entry in b.items))
     return number(multiply, a, b)
@@ -802,7 +799,10 @@ def join(kind, *items):
     return members[0] if alone else Value(kind, tuple(members))
 
 def equation(a, b):
-    """6/8 = 3/4 is 3/4, and y = 2x an equation. 41 = 42 is nothing."""
+    """6/8 = 3/4 is 3/4, and y = 2x an equation. 41 = 42 is nothing, nor is x = 41 = 42."""
+    if a.kind == "equation":
+        check(same(a.items[1], b), "sides of an equation that differ")
+        return a
     if same(a, b):
         return a
     check(len(a.items) > 1 or len(b.items) > 1, "an equation without a variable")
@@ -817,8 +817,8 @@ NO_UNITS = ORDINARY - {"per"} | set("""is are except without or and more less mo
 def with_unit(value, text):
     """A number with the unit after it, in one spelling: "km"/"h" is kilometer / hour."""
     words = re.findall(r"°[CF]?|%|[^\W_]+|[/^]|-?[0-9]", text)
-    singular = [re.sub("(?<=ch)es$|(?<=[^s]{2})s$", "", word) for word in words]
-    names = [UNITS.get(word, word) for word in singular]
+    singular = [re.sub("(?<=[^s]{2})s$", "", word) for word in words]
+    names = [UNITS.get(word, UNITS.get(one, one)) for word, one in zip(words, singular)]
     ordinal = any(name.endswith("th") and name != "month" for name in names)  # seventh, 5 th
     closed = len(value.items) == 1 or text in SCALE  # `a mole` is not a
     unit = closed and not ordinal and NO_UNITS.isdisjoint(names)
@@ -913,7 +913,7 @@ class Parser:
         kind, _ = self.tokens[self.at]
         text = self.take()
         if kind in ("number", "name", "text"):
-            return symbol(re.sub('[{}"]', "", text))
+            return symbol(re.sub(r"[{}\s]" if kind == "name" else '"', "", text))
         if kind == "function":
             return self.function(text[1:])
         if text in CLOSING:

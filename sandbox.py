@@ -216,8 +216,8 @@ def judge(kind, tests, source, prompt="", seconds=10.0, memory=1 << 30, unsafe=F
             try:
                 said, _ = process.communicate(encode(tests), PATIENCE * seconds + 0.2)
                 reason = said.decode() or NO_VERDICT
-            except subprocess.TimeoutExpired:
-                reason = "time limit"
+            except subprocess.TimeoutExpired as late:
+                reason = (late.stdout or b"").decode() or "time limit"
             finally:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)  # nothing in it could leave the group
@@ -255,7 +255,7 @@ def main():
 
 def finish(outcome):
     """Print the verdict's reason and exit. Errors that are not the machine's give no reason: the launcher is
-    gone (EOFError), or the program forged a message. The caller then finds out whose fault it is."""
+    gone (EOFError). The caller then finds out whose fault it is."""
     if isinstance(outcome, (OSError, MemoryError)):
         outcome = f"unknown: {type(outcome).__name__}: {outcome}"
     if isinstance(outcome, str):
@@ -295,6 +295,8 @@ class Referee:
         except (EOFError, BrokenPipeError):
             self.printed()  # the player has ended, most likely for a reason
             finish("died")
+        except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
+            finish("died")  # it sent something that is no message
 
 def compare_tests(referee, program, tests):
     """Each test is a run of the program, or a call of one of its functions."""
@@ -532,7 +534,7 @@ def restrict_files(program):
         libc("syscall", 445, rules, 1, struct.pack("=Qi", rights, os.open(path, os.O_PATH)), 0)
     libc("syscall", 446, rules, 0)  # files opened before stay usable; become_player() closes them
 
-# System calls that fail with "not permitted": name, number (or first:last) on x86-64, the same on arm64.
+# System calls that fail with "not permitted": name, then its number (or first:last) on x86-64 and on arm64.
 FORBIDDEN = """
 fork,vfork 57:58 -  execve 59 221  execveat 322 281  setpgid 109 154  setsid 112 157  kill 62 129
 tkill 200 130  tgkill 234 131  rt_sigqueueinfo 129 138  rt_tgsigqueueinfo 297 240  socket 41 198
@@ -659,7 +661,7 @@ def fits(folder):
     for path, folders, files in os.walk(folder):
         names = folders + files
         entries += len(names)
-        if entries > FILES or len(path) > 1000:
+        if entries > FILES or len(os.fsencode(path)) > 1000:
             return False
         size += sum(512 * os.lstat(f"{path}/{name}").st_blocks for name in names)
     return size <= DISK

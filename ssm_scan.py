@@ -250,7 +250,8 @@ def _bounded_exp(c):
 
 @_jit
 def _program(tiles, heads):
-    """This program's tile, head or group, and chunk. Neighbours share cb in the L2 cache."""
+    """This program's tile, head or group, and chunk. They count up in this order, as neighbours then share cb
+    in the L2 cache."""
     pid = tl.program_id(0)
     return pid % tiles, pid // tiles % heads, (pid // (tiles * heads)).to(tl.int64)
 

@@ -28,6 +28,7 @@ size and age nor the penalties. Groups without signal are dropped altogether. Ke
 clip (0.2, 0.28), TIS cap 2, beta = 0 and gamma = 0. To copy this, also take all other scripts but eval.py.
 """
 
+import json
 import os
 import sys
 import time
@@ -83,8 +84,8 @@ class Args(train_sft.CommonArgs):
 
 # 1. The formulas --------------------------------------------------------------------------------------------
 
-# The penalties of a reply add up to less (see check_args). So a right one with all of them beats a wrong one
-# without, and a group's rewards span this much exactly if some are right and some wrong.
+# The penalties of a reply add up to less (see check_args), so a right reply with all of them beats a wrong
+# one without, and a group's rewards span this much if and only if some are right and some are wrong.
 SIGNAL = 0.5
 
 def advantages(rewards):
@@ -138,7 +139,7 @@ def reward(verdict, text, ended, prompt, args):
 
 def check_verifier():
     """Check the verifier on known pairs: one that always says no would train on noise."""
-    for text, gold, score in ((r"\boxed{\frac12}", "0.5", 1), (r"\boxed{41}", "42", 0)):
+    for text, gold, score in ((r"\boxed{\frac12}", "0.5", 1), (r"\boxed{41}", "42", 0), ("42", "42", 0)):
         right = verify(text, data.Problem("canary", "math", "", gold)).score == score
         check(right, f"the verifier is broken: {text!r} against {gold!r}")
 
@@ -371,8 +372,7 @@ def check_args(args):
 def open_prompts(args, tokenizer, ranks):
     """The prompts of --problems, a list of (problem, ids), the same on all ranks, and their checksum."""
     problems = data.read_problems(args.problems, args.limit, partial(check_scorable, judge=args.judge))
-    text = "".join(p.prompt + p.answer for p in problems)
-    checksum = zlib.crc32(text.encode(errors="surrogatepass"))
+    checksum = zlib.crc32(json.dumps([problem.record() for problem in problems]).encode())
     ranks.check_same_on_all("the problems' checksum", checksum)
     check_code(problems, args.problems, args.unsafe_local_execution, quiet=ranks.rank > 0)
     prompts = []
@@ -402,10 +402,10 @@ def main():
     position = state["position"]
     cache = [(sampled, [Rollout(**r) for r in group]) for sampled, group in state["cache"]]
     unknown = Counter(state["unknown"])  # unknown verdicts of the run, by reason
-    if state["step"] > 0:  # its line is missing if the run was killed between saving and logging
-        run.write(state["step"], state["record"], SHOWN)
     sampler = train_sft.unsharded_copy(model)
     with run:
+        if state["step"] > 0 and not state["logged"]:  # the run was killed between saving and logging
+            run.write(state["step"], state["record"], SHOWN)
         for step in range(state["step"], args.steps):
             start = time.time()
             done = step + 1
@@ -442,7 +442,7 @@ def main():
 
 def check_signal(groups, stats, unknown, verdicts, last, ranks):
     """ValueError if too many of the run's verdicts are unknown, no group carries signal, or the verifier does
-    not work any more. Tells if no reply of the step is right."""
+    not work any more. Prints a hint if no reply of the step is right."""
     check_verifier()
     if {x["correct"] for x in stats["samples"]} - {None} == {False} and ranks.rank == 0:
         tqdm.write(f"none of {len(stats['samples'])} replies is right; look at them (--eval-every 1) and at "

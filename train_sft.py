@@ -183,9 +183,9 @@ def main():
     state = run.resume(model, optimizer)
     if state["step"] > 0:
         loader.drawn = state["drawn"]
-        # Its line is missing if the run was killed between saving and logging.
-        run.write(state["step"], state["record"] | evaluation(state["step"]))
     with run:
+        if state["step"] > 0 and not state["logged"]:  # the run was killed between saving and logging
+            run.write(state["step"], state["record"] | evaluation(state["step"]))
         for step in range(state["step"], args.steps):
             start = time.time()
             done = step + 1
@@ -320,7 +320,7 @@ def files_of(pattern):
     """The files of a pattern, each once. ValueError for a name that is missing."""
     files = {}
     for part in map(str.strip, pattern.split(",")):
-        files |= dict.fromkeys(sorted(glob.glob(part)) or [part])
+        files |= dict.fromkeys([part] if os.path.exists(part) else sorted(glob.glob(part)) or [part])
     for path in files:
         data.check_exists(path)
     return [*files]
@@ -354,6 +354,7 @@ class Loader:
             check(size > 0 or self.mixture[name] == 0,
                   f"mixture: no sample of {name} is left to draw from; hold out fewer")
         self.drawn = dict.fromkeys(sorted(rows), 0)
+        self.orders = {}  # domain -> (epoch, order of its samples)
 
     def __next__(self):
         return [self.draw() for _ in range(self.batch_size)]
@@ -368,10 +369,13 @@ class Loader:
         # Its next sample, in the order of the epoch.
         rows = self.rows[domain]
         epoch, position = divmod(self.drawn[domain], len(rows))
+        if self.orders.get(domain, (None,))[0] != epoch:
+            number = list(self.drawn).index(domain)
+            self.orders[domain] = epoch, permutation(len(rows), self.seed, epoch, number)
         self.drawn[domain] += 1
-        return int(rows[permutation(len(rows), self.seed, epoch, list(self.drawn).index(domain))[position]])
+        return int(rows[self.orders[domain][1][position]])
 
-@lru_cache(64)  # each domain uses one at a time
+@lru_cache(2)  # train_rl.py asks for the same one or two in each step
 def permutation(n, *seed):
     """The order of n items in one epoch, an array, from integers that name the epoch."""
     return np.random.default_rng(seed).permutation(n)
@@ -380,7 +384,7 @@ def permutation(n, *seed):
 
 # A rank that dies ends the run: torchrun stops the others on its node within a second; elsewhere the next
 # collective fails, as the dead process's connections are closed. The time-out is for hosts that vanish. It is
-# long since in RL a rank may sample for hours: 49,152 tokens at 20 per second take 41 minutes per round.
+# long because in RL a rank may sample for hours: 49,152 tokens at 20 per second take 41 minutes per round.
 LONGEST_WAIT = timedelta(hours=6)
 
 @dataclass
@@ -432,11 +436,11 @@ class Ranks:
 def start_ranks(device, cp=1, replicas=1):
     """Ranks of this process, alone or started by torchrun. device: "cpu", "cuda", or "" for the better one.
     ValueError for flags that do not fit the machine or the number of ranks."""
-    gpus = torch.cuda.device_count()
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     device = device or ("cuda" if gpus else "cpu")
     check(device in ("cpu", "cuda"), f"--device {device}: expected cpu or cuda")
-    rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ["RANK"]) if world > 1 else 0
     for name, n in (("cp", cp), ("replicas", replicas)):
         check(n >= 1 and world % n == 0, f"--{name} {n}: it must divide the number of ranks, {world}")
     backend = "gloo"
@@ -563,7 +567,7 @@ class ContextParallel:
         own, read = split_heads(heads, n, groups)
         index, sizes = gather_index([(heads, 1, own), (groups, 1, read), (groups, 1, read)])
         self.attention = index.to(ranks.device), sizes
-        # Mamba to channels: those of x, then B, C and dt. The mixer takes x, B and C as one, and dt.
+        # Mamba projects to channels: those of x, then B, C and dt. The mixer takes x, B and C as one, and dt.
         heads = config.mamba_n_heads
         own, read = split_heads(heads, n, config.mamba_n_groups)
         B = C = config.mamba_n_groups, config.mamba_d_state, read
@@ -712,19 +716,28 @@ class Run:
         export(config, self.tokenizer, final, self.out / "model")
 
     def resume(self, model, optimizer):
-        """Load the newest whole checkpoint. Returns what `save` was given, with "step"; or {"step": 0}.
-        The log keeps the lines before that step: the caller writes the step's own line anew."""
-        state, folder = self.ranks.all_values(self._newest() if self.ranks.rank == 0 else None)[0]
+        """Load the newest whole checkpoint. Returns what `save` was given, with "step" (0: there is none) and
+        "logged": whether the log has that step's line. The log loses its later lines."""
+        found = None
+        if self.ranks.rank == 0:
+            state, folder = self._newest()
+            # A full disk may have left half a line at the end.
+            lines = self.log.read_text(encoding="utf-8").split("\n")[:-1] if self.log.exists() else []
+            records = [record for record in map(json.loads, lines) if record["step"] <= state["step"]]
+            data.write_jsonl(self.log, records)
+            state["logged"] = state["step"] in [record["step"] for record in records[-1:]]
+            found = state, folder
+        state, folder = self.ranks.all_values(found)[0]
         if folder is not None:
             weights, moments = get_state_dict(model, optimizer)
-            dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=folder)
+            try:
+                dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=folder)
+            except dcp.CheckpointException as e:
+                why = str(e).strip().splitlines()[-1]
+                raise ValueError(f"{folder}: a checkpoint of another model: {why}") from None
             set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
         if self.ranks.rank > 0:
             return state
-        # A full disk may have left half a line at the end.
-        lines = self.log.read_text(encoding="utf-8").split("\n")[:-1] if self.log.exists() else []
-        records = map(json.loads, lines)
-        data.write_jsonl(self.log, [record for record in records if record["step"] < state["step"]])
         if folder is None:
             print("  ".join(f"{k}={v}" for k, v in asdict(self.args).items()))
         else:

@@ -420,7 +420,9 @@ def test_malformed_lines_are_read_or_refused(tmp_path_factory, lines):
     path = tmp_path_factory.getbasetemp() / "malformed.jsonl"
     path.write_bytes(b"\n".join(lines))
     try:
-        for one in data.read_problems(path):
+        problems = data.read_problems(path)
+        assert problems
+        for one in problems:
             assert one.id and one.domain and one.prompt and (one.answer or one.extra["tests"])
     except ValueError as error:
         assert "malformed.jsonl" in str(error) and "\n" not in str(error)
@@ -470,6 +472,12 @@ def test_tokenizers_library_reads_the_same_ids(tmp_path_factory, text):
     theirs.save(str(folder / "tokenizer.json"))
     assert data.Tokenizer.from_pretrained(folder).special == SPECIAL
     assert theirs.decode(ids, skip_special_tokens=True).count("<think>") == 1
+
+def test_a_tag_behind_what_is_not_read_is_found():
+    added = GOOD["added_tokens"]
+    added = [*added, dict(added[0], content=">>X<<", id=max(token["id"] for token in added) + 1)]
+    tokenizer = data.Tokenizer({"tokenizer.json": json.dumps(GOOD | {"added_tokens": added})})
+    assert tokenizer.encode(">>X<<think>", special="tags")[-1] == tokenizer.special["<think>"]
 
 @pytest.mark.parametrize(("behavior", "pieces", "inverted", "single"), [
     ("Removed", "a b", "-- -", "b"), ("Isolated", "a -- b -", "a -- b -", "- - b"),

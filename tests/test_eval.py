@@ -250,7 +250,7 @@ def test_another_evaluation_is_not_overwritten(place, capsys):
 @pytest.mark.parametrize(("argv", "message"), [
     ("--sam 4", "--sam"), ("--temperature -1", "--temperature"), ("--top-p 0", "--top-p"),
     ("--samples 0", "--samples 0: must be at least 1"), ("--limit -1", "--limit -1: must be at least 0"),
-    ("--device gpu", "--device gpu: expected "),
+    ("--device gpu", "--device gpu: expected cuda or" if torch.cuda.is_available() else "expected cpu"),
     ("--dtype float16", "--dtype float16: expected auto or float32 or bfloat16"),
     ("--model nothing", "nothing is missing"), ("--model small", "room for 271 only"),
     ("--problems missing.jsonl", "missing.jsonl"), ("--problems broken.jsonl", "broken.jsonl, line 2"),

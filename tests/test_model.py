@@ -118,7 +118,8 @@ def test_attention_is_flash():
 
 @pytest.mark.parametrize(("ids", "options", "message"), [
     ([[37]], {}, r"input_ids: an id is outside 0\.\.36"), ([[-1]], {}, "an id is outside"),
-    ([1], {}, r"input_ids: got \(1,\)"), ([[1], [2]], {"cache": Cache(SMALL, 1, 4)}, "expected 2 slots")])
+    ([1], {}, r"input_ids: got \(1,\)"), ([[1, 2]], {"targets": torch.ones(1, 1)}, r"targets: got \(1, 1\)"),
+    ([[1], [2]], {"cache": Cache(SMALL, 1, 4)}, "expected 2 slots")])
 def test_forward_refuses(ids, options, message):
     with pytest.raises(ValueError, match=message):
         build()(torch.tensor(ids), **options)
@@ -234,7 +235,7 @@ def both(tmp_path_factory):
     return pairs
 
 @pytest.mark.parametrize("change", [{}, {"tie_word_embeddings": True}, {"mamba_rms_norm": False}])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_a_saved_model_comes_back(tmp_path, change, dtype):
     model = build(replace(SMALL, **change)).to(dtype)
     model.save_pretrained(tmp_path)
@@ -311,7 +312,7 @@ def test_every_tensor_is_accounted_for(folder):
             ({"stranger": torch.ones(1)}, "stranger is not part"), ({name: torch.ones(4)}, "float32, the"),
             ({name: torch.ones(5)}, rf"{name} is \(5,\), config.json makes it \(4,\)"),
             ({name: torch.ones(4, dtype=torch.long)}, f"{name} is torch.int64"),
-            ({head: tensors[embeddings] + 1}, "lm_head.weight is not")):
+            ({head: tensors[embeddings] + 1}, "lm_head.weight differs from")):
         changed = {k: v for k, v in (tensors | change).items() if v is not None}
         write_safetensors(folder / "model.safetensors", changed)
         refuses(folder, message)

@@ -398,6 +398,8 @@ def test_a_program_ends_after_its_time(source, tests, least):
         ("x = bytearray(1100 << 20)\nprint(1)", "memory limit"),
         ("f = open('x', 'wb')\nf.write(bytes(9 << 20))\nprint(1)", "raised OSError in test 1"),
         ("import os\nfor i in range(3000):\n  os.mkdir('d')\n  os.chdir('d')", "disk limit"),
+        ("import os\nfor n in [63] * 15 + [12]:\n  os.mkdir('\U0001f600' * n)\n  os.chdir('\U0001f600' * n)\n"
+         "open('\U0001f600' * 63, 'w')", "disk limit"),  # 1,000 characters, 4,000 bytes
         ("import itertools, os, threading\nos.mkdir('0')\ninner = os.open('0', os.O_RDONLY)\n"
          "def fill():\n  for i in itertools.count():\n    fd = os.open(str(i), 1 | 64, dir_fd=inner)\n"
          "    os.write(fd, bytes(1 << 20)); os.close(fd)\nthreading.Thread(target=fill).start()\n"

@@ -385,7 +385,28 @@ def test_bad_input_costs_nothing(sft_file, small_run, tmp_path, whole_run, small
 def test_changed_data_are_another_run(small_run, whole_run, monkeypatch, capsys):
     monkeypatch.setattr(t.zlib, "crc32", lambda *_: 7)
     err = refused(t.main, (*small_run, "--out", whole_run), monkeypatch, capsys)
-    assert "holds another run, with --data-checksum" in err
+    assert "holds another run, with data of checksum" in err
+
+def test_a_finished_run_stays_as_it_is(small_run, whole_run):
+    before = (whole_run / "log.jsonl").read_bytes()
+    launch(t.main, *small_run, "--out", whole_run, "--eval-every", 100)
+    assert (whole_run / "log.jsonl").read_bytes() == before
+
+def test_a_checkpoint_of_another_model(small_run, tmp_path, whole_run, small_models, monkeypatch, capsys):
+    """--init is the same folder, but another model lies there now."""
+    out = tmp_path / "run"
+    shutil.copytree(whole_run, out)
+    about = json.loads((out / "run.json").read_text())
+    about["identity"]["init"] = str(small_models[0])
+    (out / "run.json").write_text(json.dumps(about))
+    err = refused(t.main, (*small_run, "--init", small_models[0]), monkeypatch, capsys)
+    assert "step-000000006: a checkpoint of another model: " in err
+
+def test_a_file_with_brackets_in_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("part1", "part2", "part[1]"):
+        (tmp_path / name).touch()
+    assert t.files_of("part[1]") == ["part[1]"] and t.files_of("part[12]") == ["part1", "part2"]
 
 def test_a_loss_that_is_not_finite_stops_the_run(small_run, tmp_path, monkeypatch, capsys):
     err = refused(t.main, (*small_run, "--save-every", 1, "--lr", "1e30"), monkeypatch, capsys)
