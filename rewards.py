@@ -585,6 +585,7 @@ REWRITES = [
      _mixed_number),
     # One spelling: \cdot is *, \dfrac is \frac. Then 30^\circ, 30 degrees, 20°C, 5 percent.
     (r"\\[A-Za-z]+|\\[%$]|[^\x00-\x7f]|\*\*", lambda m: SPELLINGS.get(m[0], m[0])),
+    (r"\\frac\s*\{\s*d([a-z]?)\s*\}\s*\{\s*d([a-z])\s*\}", r" D_{\1\2} "),  # dy/dx is not y/x
     (r'\^\s*(?:\\circ(?![a-z])|\{\s*\\circ\s*\})|"degrees?"', "°"),
     (r'°\s*"?([CF])"?(?![A-Za-z])', r'"°\1"'),
     (r'"(?:percent|per cent)"|(?<![A-Za-z"])percent\b', "%"),
@@ -676,8 +677,9 @@ def power(x, y):
 
 def logarithm(x):
     """The natural logarithm; a TypeError, so no value, for complex x."""
-    x, _ = alike(x, PI)
-    return x.ln() if type(x) is Decimal else math.log(x)
+    y, _ = alike(x, PI)
+    check(x == 1 or abs(y - 1) > 1e-9, "too few digits")  # of 1 + 10^{-60} those that matter are lost
+    return y.ln() if type(y) is Decimal else math.log(y)
 
 def floor(x):
     """The floor; for a number that is an integer but for rounding, that integer."""
