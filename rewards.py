@@ -590,7 +590,7 @@ REWRITES = [
     (r'°\s*"?([CF])"?(?![A-Za-z])', r'"°\1"'),
     (r'"(?:percent|per cent)"|(?<![A-Za-z"])percent\b', "%"),
     # `3, 5, and 7` is a list, `x < 1 or x > 3` a union; "red or blue" is not "red and blue".
-    (r',?\s*(?:"\s*(and|or)\s*"|(?<![A-Za-z"])(and|(?<![A-Za-z]{2} )or(?! [A-Za-z]{2})|or(?= [-0-9\\]))\b'
+    (r',?\s*(?:"\s*(and|or)\s*"|(?<![A-Za-z"])(and|(?<![A-Za-z]{2} )or(?! [A-Za-z]{2})|or(?=\s*[-+0-9\\]))\b'
      r'(?![A-Za-z"]))',
      lambda m: "∪" if "or" in m.groups() and re.search("[<>]", m.string) else ","),
     # \log_28 is \log_2 8, \sin^{-1} is not 1/\sin.
