@@ -309,11 +309,10 @@ class SftFiles:
     def __getitem__(self, i):
         """Sample number i. ValueError if its file has changed and the line holds no sample any more."""
         file, number, offset = (self.index[3 * i + k] for k in range(3))
-        path = self.paths[file]
-        where = f"{path}, line {number}"
-        with open(path, "rb") as file:
-            file.seek(offset)
-            record = data.parse_json(file.readline(), where)
+        where = f"{self.paths[file]}, line {number}"
+        with open(self.paths[file], "rb") as lines:
+            lines.seek(offset)
+            record = data.parse_json(lines.readline(), where)
         return data.parse_sft(record, self.tokenizer, where, self.max_tokens, self.trim)
 
 def files_of(pattern):
