@@ -159,7 +159,7 @@ def _scan_chunked(x, dt, B, C, A, S, cu, chunk_size):
 
     # Step 3, from chunk to chunk, the only sequential loop: t / l short steps per sequence.
     keep = _bounded_exp(c[..., -1].to(x.dtype))[..., None, None]  # (k, h, 1, 1)
-    chunks = [-(-length // l) for length in lengths]
+    chunks = _chunks(cu, l)
     entering, finals = [], []
     for state, kept, new in zip(S, keep.split(chunks), added.split(chunks)):
         for factor, own in zip(kept.unbind(), new.unbind()):  # new[i] would have a gradient as large as new
@@ -664,7 +664,7 @@ class _Scan(torch.autograd.Function):
         check(p <= 256, f"x: got {p} channels per head, expected at most 256, or backend=torch")
         lengths = [end - start for start, end in zip(cu, cu[1:])]
         l = _power(min(chunk_size, 1024, max(lengths)))  # a program of _decays_kernel holds a chunk
-        k = sum(-(-length // l) for length in lengths)
+        k = sum(_chunks(cu, l))
         A = torch.where(A < 0, A, torch.nan)  # A >= 0 is an error, but the host must not wait to see it
         inputs = _dense(x), dt.contiguous(), _dense(B), _dense(C), A, D
         y = _empty(x, *x.shape)
@@ -848,8 +848,7 @@ class _ConvTriton(torch.autograd.Function):
     def backward(ctx, dy):
         x, taps = ctx.saved_tensors
         dx = _empty(x, *x.shape)
-        blocks = sum(-(-(end - start) // _CONV_BACKWARD["BT"]) for start, end in zip(ctx.cu, ctx.cu[1:]))
-        dtaps = _empty(x, blocks, *taps.shape, dtype=torch.float32)
+        dtaps = _empty(x, sum(_chunks(ctx.cu, _CONV_BACKWARD["BT"])), *taps.shape, dtype=torch.float32)
         _conv(x, taps, dy.contiguous(), dx, dtaps, ctx.cu, ctx.silu)
         return dx, dtaps.sum(0).to(taps.dtype), None, None
 
@@ -913,6 +912,9 @@ def to_device(tensors, device):
     parts = row.to(device, non_blocking=True).split([len(v) for v in padded])
     return [part[: v.numel()].view(v.shape) for part, v in zip(parts, tensors)]
 
+def _chunks(cu, size):
+    """How many chunks of at most `size` tokens each sequence has."""
+    return [-(-(end - start) // size) for start, end in zip(cu, cu[1:])]
 
 @lru_cache(maxsize=16)  # once per batch, then shared by all layers and by the backward pass
 @torch.inference_mode(False)  # what is cached may meet autograd later
