@@ -166,7 +166,8 @@ class Rollout:
 def take_prompts(prompts, seed, position, count):
     """Prompts number position, position + 1, ... of an endless stream that is shuffled anew each epoch."""
     places = [divmod(n, len(prompts)) for n in range(position, position + count)]
-    return [prompts[train_sft.permutation(len(prompts), seed, epoch)[i]] for epoch, i in places]
+    orders = {epoch: train_sft.permutation(len(prompts), seed, epoch) for epoch in {e for e, _ in places}}
+    return [prompts[orders[epoch][i]] for epoch, i in places]
 
 def new_rollout(trace, problem, prompt, tokenizer, verifier, args):
     """Score a Trace -> its Rollout. prompt: the ids before it."""
@@ -404,7 +405,7 @@ def main():
     unknown = Counter(state["unknown"])  # unknown verdicts of the run, by reason
     sampler = train_sft.unsharded_copy(model)
     with run:
-        if state["step"] > 0 and not state["logged"]:  # the run was killed between saving and logging
+        if not state["logged"]:  # the run was killed between saving and logging
             run.write(state["step"], state["record"], SHOWN)
         for step in range(state["step"], args.steps):
             start = time.time()

@@ -184,7 +184,7 @@ def main():
     if state["step"] > 0:
         loader.drawn = state["drawn"]
     with run:
-        if state["step"] > 0 and not state["logged"]:  # the run was killed between saving and logging
+        if not state["logged"]:  # of the checkpoint's own step
             run.write(state["step"], state["record"] | evaluation(state["step"]))
         for step in range(state["step"], args.steps):
             start = time.time()
@@ -353,7 +353,8 @@ class Loader:
             check(size > 0 or self.mixture[name] == 0,
                   f"mixture: no sample of {name} is left to draw from; hold out fewer")
         self.drawn = dict.fromkeys(sorted(rows), 0)
-        self.orders = {}  # domain -> (epoch, order of its samples)
+        # Each domain walks through one order at a time, so as many orders as domains are kept.
+        self.permutation = lru_cache(len(rows))(permutation)
 
     def __next__(self):
         return [self.draw() for _ in range(self.batch_size)]
@@ -368,13 +369,10 @@ class Loader:
         # Its next sample, in the order of the epoch.
         rows = self.rows[domain]
         epoch, position = divmod(self.drawn[domain], len(rows))
-        if self.orders.get(domain, (None,))[0] != epoch:
-            number = list(self.drawn).index(domain)
-            self.orders[domain] = epoch, permutation(len(rows), self.seed, epoch, number)
+        order = self.permutation(len(rows), self.seed, epoch, list(self.drawn).index(domain))
         self.drawn[domain] += 1
-        return int(rows[self.orders[domain][1][position]])
+        return int(rows[order[position]])
 
-@lru_cache(2)  # train_rl.py asks for the same one or two in each step
 def permutation(n, *seed):
     """The order of n items in one epoch, an array, from integers that name the epoch."""
     return np.random.default_rng(seed).permutation(n)
@@ -650,7 +648,7 @@ class Run:
         self.log = self.out / "log.jsonl"
         self.trainer = self.out / "trainer"
         if ranks.rank == 0:
-            identity = asdict(args) | {"data_checksum": checksum}
+            identity = asdict(args) | {"data of checksum": checksum}
             identity = {k: v for k, v in identity.items() if k not in (*VOLATILE, *volatile)}
             self.lock = data.open_run(self.out, identity, ("log.jsonl", "trainer", "model"), fresh=args.fresh,
                                       device=ranks.device, ranks=ranks.world)
@@ -716,7 +714,7 @@ class Run:
 
     def resume(self, model, optimizer):
         """Load the newest whole checkpoint. Returns what `save` was given, with "step" (0: there is none) and
-        "logged": whether the log has that step's line. The log loses its later lines."""
+        "logged": whether the log ends with that step's line. The log loses later lines."""
         found = None
         if self.ranks.rank == 0:
             state, folder = self._newest()
@@ -724,7 +722,9 @@ class Run:
             lines = self.log.read_text(encoding="utf-8").split("\n")[:-1] if self.log.exists() else []
             records = [record for record in map(json.loads, lines) if record["step"] <= state["step"]]
             data.write_jsonl(self.log, records)
-            state["logged"] = state["step"] in [record["step"] for record in records[-1:]]
+            # Its own line is missing if the run was killed between saving and logging.
+            last = records[-1]["step"] if records else 0
+            state["logged"] = last == state["step"]
             found = state, folder
         state, folder = self.ranks.all_values(found)[0]
         if folder is not None:
