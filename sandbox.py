@@ -534,7 +534,8 @@ def restrict_files(program):
         libc("syscall", 445, rules, 1, struct.pack("=Qi", rights, os.open(path, os.O_PATH)), 0)
     libc("syscall", 446, rules, 0)  # files opened before stay usable; become_player() closes them
 
-# System calls that fail with "not permitted": name, then its number (or first:last) on x86-64 and on arm64.
+# System calls that fail with "not permitted": name, then its number (or first:last) on x86-64 and on arm64,
+# - where there is none.
 FORBIDDEN = """
 fork,vfork 57:58 -  execve 59 221  execveat 322 281  setpgid 109 154  setsid 112 157  kill 62 129
 tkill 200 130  tgkill 234 131  rt_sigqueueinfo 129 138  rt_tgsigqueueinfo 297 240  socket 41 198
@@ -558,8 +559,8 @@ NEWER = 424  # newer calls (2019: pidfds, io_uring, clone3) fail with "no such c
 # reading with O_TRUNC before version 3. A folder that its owner may not enter could not be deleted.
 OPENING = [0, 1, 2, 1 | os.O_TRUNC, 2 | os.O_TRUNC]
 CHECKED = {
-    "open": (2, NEWER, 1, 3 | os.O_TRUNC, OPENING), "openat": (257, 56, 2, 3 | os.O_TRUNC, OPENING),
-    "mkdir": (83, NEWER, 1, 0o700, [0o700]), "mkdirat": (258, 34, 2, 0o700, [0o700]),
+    "open": (2, None, 1, 3 | os.O_TRUNC, OPENING), "openat": (257, 56, 2, 3 | os.O_TRUNC, OPENING),
+    "mkdir": (83, None, 1, 0o700, [0o700]), "mkdirat": (258, 34, 2, 0o700, [0o700]),
     "umask": (95, 166, 0, 0o700, [0]),
     "clone": (56, 220, 0, 0x10000, [0x10000]),  # threads
     "prlimit64": (302, 261, 0, 0xFFFFFFFF, [0]),  # its own limits
@@ -578,14 +579,15 @@ def filter_calls(_):
         (load, 0, 0, 4), (equal, 1, 0, (0xC000003E, 0xC00000B7)[column]), (leave, 0, 0, 0x80000000),
         (load, 0, 0, 0), (at_least, 0, 1, NEWER), (leave, 0, 0, 0x00050000 | 38),  # ENOSYS
     ]
-    for entry in FORBIDDEN.replace("-", str(NEWER)).split()[1 + column :: 3]:
-        numbers = entry.split(":")
+    entries = FORBIDDEN.split()[1 + column :: 3]
+    for numbers in [entry.split(":") for entry in entries if entry != "-"]:
         program += [(at_least, 0, 2, int(numbers[0])), (above, 1, 0, int(numbers[-1])), refuse]
     for *numbers, argument, bits, passing in CHECKED.values():
         body = [(load, 0, 0, 16 + 8 * argument), (mask, 0, 0, bits)]
         for value in passing:
             body += [(equal, 0, 1, value), allow]
-        program += [(equal, 0, len(body) + 1, numbers[column]), *body, refuse]
+        if numbers[column] is not None:
+            program += [(equal, 0, len(body) + 1, numbers[column]), *body, refuse]
     program.append(allow)
     # The kernel takes the number of instructions and a pointer to them.
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in program))
