@@ -838,7 +838,8 @@ def open_run(out, identity, outputs, *, fresh, device, **about):
             raise ValueError(f"{path}: this folder holds files of no known run: {advice}") from None
         for name, now in identity.items():
             if before.get(name) != now:
-                label = "data of checksum" if name == "data_checksum" else "--" + name.replace("_", "-")
+                # A flag as it is typed; anything else, such as a checksum, is described by its name.
+                label = "--" + name.replace("_", "-") if name.isidentifier() else name
                 what = f"{label} {before.get(name)!r} and not {now!r}"
                 raise ValueError(f"{path}: this folder holds another run, with {what}: {advice}")
         return lock
