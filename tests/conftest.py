@@ -19,10 +19,8 @@ torch.set_num_threads(min(2, torch.get_num_threads()))
 hypothesis.settings.register_profile("no deadline", deadline=None)
 hypothesis.settings.load_profile("no deadline")
 
-
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a GPU, skipped elsewhere")
-
 
 def pytest_collection_modifyitems(items):
     for item in items:
