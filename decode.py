@@ -56,7 +56,7 @@ class Trace:
 
 @torch.no_grad()
 def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_p=1.0, seed=0, stop_ids=(), samples=1,
-             slots=None, admit=None, on_token=None, on_trace=None, progress=False):
+             slots=None, vocab_size=None, admit=None, on_token=None, on_trace=None, progress=0):
     """Sample `samples` traces of each prompt. A trace depends on weights, prompt, settings, seed and its own
     two indices; what else is in the batch, or being set aside for lack of memory, changes rounding only.
 
@@ -65,11 +65,13 @@ def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_p=1.0, seed
         temperature, top_p: see `draw`; temperature 0 is greedy.
         stop_ids: token ids that end a trace.
         slots: traces that decode together; None or 0: as many as fit into free memory.
+        vocab_size: of the tokenizer. The model's may be padded, and ids from here on are never sampled.
         admit: called as admit(prompt_index, sample_index), in sample order, before a trace starts. Answers
-            "go", "wait" (ask again after the next step) or "done" (no further trace of this prompt).
+            "go", "wait" (ask again after the next step), "skip" (not this trace: another rank samples it) or
+            "done" (no further trace of this prompt).
         on_token: on_token(trace) after each token; True stops the trace.
         on_trace: on_trace(trace) when a trace has ended.
-        progress: show a bar.
+        progress: traces to expect, for a bar that shows the time left; 0: no bar.
     Returns:
         A list of Trace, by prompt, then by sample.
     Raises:
@@ -77,7 +79,7 @@ def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_p=1.0, seed
         fit into memory, or logits that are not finite; RuntimeError where admit lets nothing go on."""
     c = model.config
     for i, prompt in enumerate(prompts):
-        check(prompt, f"prompt {i}: it is empty")
+        check(len(prompt), f"prompt {i}: it is empty")
         inside = 0 <= min(prompt) and max(prompt) < c.vocab_size
         check(inside, f"prompt {i}: a token id is outside 0..{c.vocab_size - 1}")
         check(len(prompt) + max_new_tokens <= c.max_position_embeddings,
@@ -87,19 +89,22 @@ def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_p=1.0, seed
     check(samples >= 1, f"generate: samples {samples} is below 1")
     check(temperature >= 0, f"generate: temperature {temperature} is negative")
     check(0 < top_p <= 1, f"generate: top_p {top_p} is not in (0, 1]")
+    vocab_size = c.vocab_size if vocab_size is None else vocab_size
+    check(0 < vocab_size <= c.vocab_size, f"generate: vocab_size {vocab_size} is not in 1..{c.vocab_size}")
     if not prompts:
         return []
 
     def pick(logits, u):  # (slots, 4) float64, one read for the host: what `draw` gives; are logits finite?
-        drawn = draw(logits, u, temperature, top_p)
-        return torch.stack([v.double() for v in (*drawn, logits.isfinite().all(-1))], 1)
+        finite = logits.isfinite().all(-1)
+        logits[:, vocab_size:] = -torch.inf  # `draw` finds no blocks of 256 in a slice of odd width
+        drawn = draw(logits, u, temperature, top_p, min(20, vocab_size))
+        return torch.stack([v.double() for v in (*drawn, finite)], 1)
     longest = max(map(len, prompts)) + max_new_tokens - 1  # no step appends a trace's last token
     sampler = Sampler(model, prompts, samples, slots, longest, seed, admit, pick)
     ended = []
     produced = 0
     begun = time.time()
-    total = len(prompts) * samples
-    with tqdm(total=total, disable=not progress, desc="sampling", unit="trace", miniters=0) as bar:
+    with tqdm(total=progress, disable=not progress, desc="sampling", unit="trace", miniters=0) as bar:
         while sampler.start():
             produced += sampler.step()
             for trace in sampler.finish(max_new_tokens, stop_ids, on_token):
@@ -178,17 +183,20 @@ class Sampler:
         """What to start now, or None. Prompts in order, so that few prefilled states exist at a time."""
         if self.aside:
             return self.aside.pop(0)
-        for i, sample in list(self.waiting.items()):
-            verdict = self.admit(i, sample) if self.admit else "go"
-            if verdict == "wait":
-                continue
-            self.waiting[i] += 1
-            if verdict == "done" or self.waiting[i] == self.samples:
-                del self.waiting[i]
-            if verdict == "go":
-                random = np.random.default_rng([self.seed, i, sample])
-                return Running(Trace(i, sample), list(self.prompts[i]), random)
-            self.prefilled.pop(tuple(self.prompts[i]), None)
+        for i in list(self.waiting):
+            while i in self.waiting:
+                sample = self.waiting[i]
+                verdict = self.admit(i, sample) if self.admit else "go"
+                if verdict == "wait":
+                    break
+                self.waiting[i] += 1
+                if verdict == "done" or self.waiting[i] == self.samples:
+                    del self.waiting[i]
+                if verdict == "go":
+                    random = np.random.default_rng([self.seed, i, sample])
+                    return Running(Trace(i, sample), list(self.prompts[i]), random)
+            else:  # no further trace of this prompt
+                self.prefilled.pop(tuple(self.prompts[i]), None)
 
     def start(self):
         """Fill free slots -> whether anything runs."""
@@ -518,7 +526,7 @@ def attend_step(q, k, v, cos, sin, lengths, keys, values, *, key_multiplier=1.0)
             key_multiplier, scale, length, splits, span,
             HKV=hkv, ROWS=hq // hkv, HD=hd, BR=16, BD=bd, BN=bn, num_warps=4, num_stages=2)
     _launch(_combine_kernel, slots * hq, part, lse, lengths, y, length, splits, span,
-            HQ=hq, HD=hd, BS=32, BD=bd, num_warps=4)
+            HQ=hq, HD=hd, BS=128, BD=bd, num_warps=8)  # all splits of 16k tokens at once
     return y
 
 # 6. Drawing the next token, on any device -------------------------------------------------------------------

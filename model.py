@@ -43,7 +43,8 @@ from torch.utils.checkpoint import checkpoint
 from decode import Decoder, Sampler, Trace, draw, generate, prefill  # noqa: F401  for importers
 from decode import attend_step, kernels_serve, mamba_step, norm_step
 from ssm_scan import (
-    causal_conv1d, causal_conv1d_step, check, check_cu_seqlens, ssd_scan, ssd_step, to_device)
+    causal_conv1d, causal_conv1d_step, check, check_cu_seqlens, check_first_order, ssd_scan, ssd_step,
+    to_device)
 
 # 1. Configuration -------------------------------------------------------------------------------------------
 
@@ -128,7 +129,7 @@ class FalconH1Config:
         def infinity(value):  # transformers writes it as {"__float__": "Infinity"}
             return float(value["__float__"]) if "__float__" in value else value
         try:
-            return cls(**_config_fields(json.loads(Path(path).read_text(), object_hook=infinity)))
+            return cls(**_config_fields(json.loads(Path(path).read_text("utf-8"), object_hook=infinity)))
         except (OSError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as e:
             raise ValueError(f"{path}: {e}") from None
 
@@ -211,7 +212,7 @@ PRESETS = {
 # 2. Block ---------------------------------------------------------------------------------------------------
 # Tokens interact only inside `mix`, or in decode.py's kernels; everything else is per token.
 
-CHUNK = 512  # tokens per chunk of the scan on a GPU: half the states to store of 256, but a larger C B^T
+CHUNK = 256  # tokens per chunk of the scan on a GPU: twice the states of 512 to store, half of C B^T's tiles
 
 @dataclass
 class Context:
@@ -233,7 +234,7 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x):
         if x.shape[1] == 1 and kernels_serve(x):
             return norm_step(x, self.weight, self.eps)
-        return self.weight * F.rms_norm(x.float(), self.normalized_shape, eps=self.eps).to(x.dtype)
+        return self.weight * F.rms_norm(x, self.normalized_shape, eps=self.eps)  # sums 16 bits in float32
 
 def rope_table(positions, head_dim, theta, dtype):
     """cos and sin (b, t, 1, head_dim) of the angles position * theta^(-2i / head_dim), for positions (b, t).
@@ -375,7 +376,7 @@ class Mamba(nn.Module):
         conv, state = (None, None) if cache is None else (cache.conv[layer], cache.ssm[layer])
         step = cache is not None and dt.shape[1] == 1  # one token per slot: a step of the recurrence
         if step:
-            xBC, new_conv = causal_conv1d_step(conv, xBC[:, 0], weight, bias, activation="silu")
+            xBC, _ = causal_conv1d_step(conv, xBC[:, 0], weight, bias, activation="silu")
         else:
             xBC, new_conv = causal_conv1d(
                 xBC, weight, bias, initial_states=conv, cu_seqlens=context.cu, activation="silu")
@@ -387,13 +388,15 @@ class Mamba(nn.Module):
         x = x.unflatten(-1, (-1, c.mamba_d_head))
         B, C = (v.unflatten(-1, (-1, c.mamba_d_state)) for v in (B, C))
         if step:
-            y, new_state = ssd_step(state, x, dt[:, 0], A, B, C, D=D)
+            y, _ = ssd_step(state, x, dt[:, 0], A, B, C, D=D)
             y = y[:, None]
         else:  # all tokens at once: steps 1 to 4 of ssm_scan.py, chunk by chunk
+            # For backward, the states that enter must outlast their slots, which take over the final ones.
+            entering = state.clone() if cache is not None and torch.is_grad_enabled() else state
             y, new_state = ssd_scan(
-                x, dt, A, B, C, D=D, initial_states=state, cu_seqlens=context.cu, chunk_size=CHUNK,
+                x, dt, A, B, C, D=D, initial_states=entering, cu_seqlens=context.cu, chunk_size=CHUNK,
                 return_final_states=cache is not None)
-        if cache is not None:  # copies nothing where a step worked in place, as it does without gradients
+        if cache is not None and not step:  # a step works in place
             conv.copy_(new_conv)
             state.copy_(new_state)
         return y if cp is None else cp.to_tokens(y)
@@ -454,7 +457,8 @@ class Backbone(nn.Module):
         mup = ssm_multipliers(c, h.dtype, h.device)
         context = Context(rope, mup, cu, cache, cp, fused=cache is not None and cache.fused)
         for layer, block in enumerate(self.layers):
-            if self.checkpoint_activations and torch.is_grad_enabled():
+            # With a cache, computing a block again would append its tokens again.
+            if self.checkpoint_activations and torch.is_grad_enabled() and cache is None:
                 h = checkpoint(block, h, context, layer, use_reentrant=False)
             else:
                 h = block(h, context, layer)
@@ -508,6 +512,9 @@ class FalconH1(nn.Module):
         check(len(shape) == 2 and shape[1] >= 1, f"input_ids: got {shape}, expected (b, t) with t >= 1")
         fits = cache is None or cu_seqlens is None and len(cache.lengths) == shape[0]
         check(fits, f"cache: expected {shape[0]} slots, as many as rows of input_ids, and no cu_seqlens")
+        if cache is not None:
+            got, expected = ((v.dtype, v.device) for v in (cache.k, self.lm_head.weight))
+            check(got == expected, f"cache: got {got}, the model has {expected}")
         if input_ids.device.type == "cpu":  # looking at a GPU's ids would stop the host
             inside = 0 <= input_ids.min() and input_ids.max() < c.vocab_size
             check(inside, f"input_ids: an id is outside 0..{c.vocab_size - 1}")
@@ -610,6 +617,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dlogprobs, _):
+        check_first_order()
         h, weight, targets, rows, lse = ctx.saved_tensors
         dh = torch.zeros_like(h)
         dweight = torch.zeros_like(weight, dtype=torch.float32)  # bf16 would lose small chunks in a large sum
@@ -675,7 +683,8 @@ class Cache:
         c, n = config, config.num_hidden_layers
         self.k = torch.zeros(n, slots, c.num_key_value_heads, length, c.head_dim, dtype=dtype, device=device)
         self.v = torch.zeros_like(self.k)
-        self.conv = self.k.new_zeros(n, slots, c.mamba_d_conv - 1, sum(c.mamba_widths[1:4])).mT
+        with torch.enable_grad():  # a view made without gradients could not be written to with them
+            self.conv = self.k.new_zeros(n, slots, c.mamba_d_conv - 1, sum(c.mamba_widths[1:4])).mT
         states = n, slots, c.mamba_n_heads, c.mamba_d_head, c.mamba_d_state
         self.ssm = self.k.new_zeros(states, dtype=torch.float32)
         self.lengths = torch.zeros(slots, dtype=torch.long, device=device)
@@ -704,8 +713,8 @@ class Cache:
         """Hold only the sequences of these slots, in this order, with room for `length` tokens."""
         def longer(old):  # a layer at a time: indexing all at once would copy k a second time
             new = old.new_zeros(len(old), len(slots), old.shape[2], length, old.shape[4])
-            for layer, v in zip(new, old):
-                layer[:, :, : old.shape[3]] = v[slots]
+            for layer in range(len(old)):
+                new[layer, :, :, : old.shape[3]] = old[layer, slots]
             return new
         self.k = longer(self.k)
         self.v = longer(self.v)
@@ -734,6 +743,8 @@ class Cache:
         if self.mask is None:  # nothing was held before
             return attend(q, k, v, None)
         k, v = (x[layer, :, :, : self.used] for x in (self.k, self.v))  # (slots, hkv, used, hd)
+        if torch.is_grad_enabled():  # backward needs them as they are now, and the next token is written here
+            k, v = k.clone(), v.clone()
         if k.is_cuda:  # where with a mask only torch's slow kernel lets queries share keys: copy them
             k, v = (x.repeat_interleave(q.shape[2] // x.shape[1], 1) for x in (k, v))
         y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=self.mask, enable_gqa=True)
@@ -809,7 +820,7 @@ def read_checkpoint(folder):
     if single.exists() or not index.exists():
         return read_safetensors(single)
     try:
-        shard_of = json.loads(index.read_text())["weight_map"]
+        shard_of = json.loads(index.read_text("utf-8"))["weight_map"]
         shards = sorted(set(shard_of.values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{index}: expected a weight_map from tensors to files in this folder") from None

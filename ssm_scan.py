@@ -87,21 +87,21 @@ def ssd_step(state, x, dt, A, B, C, *, D=None, dt_bias=None, dt_softplus=False):
     Args:
         state, x, dt: (b, h, p, n), (b, h, p), (b, h). B, C: (b, g, n). The others are as for ssd_scan.
     Returns:
-        y (b, h, p) in x's dtype, and the new state; under torch.no_grad() the old one is updated in place."""
+        y (b, h, p) in x's dtype, and state, updated in place (so not a leaf); both differentiable."""
     check(x.dim() == 3, f"x: got {tuple(x.shape)}, expected (b, h, p)")
     _check_scan(x, dt, A, B, C, D, dt_bias, state, x.shape[0])
     dtype = state.dtype
     heads = (B.shape[1], -1)  # (g, h / g): the heads of a group share B and C
     dt = _step_size(dt, dt_bias, dt_softplus, dtype)
     keep = torch.exp(dt * A.to(dtype))[..., None, None]
-    # In place where no gradient forbids it: large batches spend the memory bandwidth on the state.
-    state = state * keep if torch.is_grad_enabled() else state.mul_(keep)
-    grouped = state.unflatten(1, heads)  # a view
+    # Large batches spend the memory bandwidth on the state: copy it only where backward needs the old one.
+    new = state.clone() * keep if torch.is_grad_enabled() else state.mul_(keep)
+    grouped = new.unflatten(1, heads)  # a view
     written = (dt[..., None] * x).unflatten(1, heads)[..., None]  # (b, g, h / g, p, 1)
     grouped.addcmul_(written, B.to(dtype)[:, :, None, None])
     y = C.to(dtype)[:, :, None] @ grouped.flatten(2, 3).mT  # (b, g, 1, n) (b, g, n, p h / g)
     y = y.view(x.shape) if D is None else torch.addcmul(y.view(x.shape), D.to(dtype)[:, None], x)
-    return y.to(x.dtype), state
+    return y.to(x.dtype), state.copy_(new)
 
 def _step_size(dt, dt_bias, dt_softplus, dtype):
     """Delta in the dtype of the state: a bfloat16 step would lose the decay's digits."""
@@ -186,6 +186,7 @@ class _DecayedScores(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        check_first_order()
         bc, decay = ctx.saved_tensors
         q = (grad * decay).unflatten(1, (bc.shape[1], -1))  # (k, g, h / g, l, l)
         dbc = q.sum(2).triu_()
@@ -471,8 +472,9 @@ def _dcb_kernel(x, dy, cb, decays, start, left, dcb, row, col, diagonal, s_x, H:
             q *= tl.load(before + down * L + j)[None, :]
         acc += q
         q *= below
-        tl.store(row + (head * SIDE + across) * L + i, tl.sum(q, 1))
-        tl.store(col + (head * SIDE + down) * L + j, tl.sum(q, 0))
+        sums = q.to(row.dtype.element_ty)
+        tl.store(row + (head * SIDE + across) * L + i, tl.sum(sums, 1))
+        tl.store(col + (head * SIDE + down) * L + j, tl.sum(sums, 0))
     tl.store(dcb + place, acc)
 
 @_jit
@@ -527,7 +529,7 @@ def _ddt_kernel(row, col, diagonal, F, E, crossing, cb, decays, A, start, left, 
     j = tl.arange(0, L)
     inside = j < num
     own_tile = j // (L // SIDE)
-    rows, cols, Fs, Es = (tl.zeros((L,), tl.float32),) * 4
+    rows, cols, Fs, Es = (tl.zeros((L,), tl.float64),) * 4
     across = 0.0
     for part in tl.static_range(SIDE):  # of the tiles that were computed
         place = (head * SIDE + part) * L + j
@@ -543,11 +545,10 @@ def _ddt_kernel(row, col, diagonal, F, E, crossing, cb, decays, A, start, left, 
     dy_x = tl.load(diagonal + head * L + j, mask=inside, other=0.0)
     cb_jj = tl.load(cb + ((k * G + h // (H // G)) * L + j) * L + j, mask=inside, other=0.0).to(tl.float32)
 
-    sources = Es.to(tl.float64)
-    paths = tl.cumsum((rows - cols + Fs).to(tl.float64), 0, reverse=True) + (tl.cumsum(sources, 0) - sources)
+    paths = tl.cumsum(rows - cols + Fs, 0, reverse=True) + (tl.cumsum(Es, 0) - Es)
     da = tl.where(inside, paths + across, 0.0)
     dt = tl.load(_rows(decays, head, L, EDGE)[2] + j)
-    written = (cols + Es) / dt + cb_jj * dy_x  # q_jj / dt_j = cb_jj dy_j . x_j
+    written = (cols + Es).to(tl.float32) / dt + cb_jj * dy_x  # q_jj / dt_j = cb_jj dy_j . x_j
     tl.store(ddt + (token + j) * H + h, written + (tl.load(A + h) * da).to(tl.float32), mask=inside)
     tl.store(dA + head, tl.sum(dt * da))
     tl.store(dD + head, tl.sum(dy_x.to(tl.float64)))
@@ -565,14 +566,18 @@ def _dense(v):
     return v if v[0].is_contiguous() else v.contiguous()
 
 def _launch(kernel, programs, *args, **options):
-    tensors = (v for v in (*args, *options.values()) if isinstance(v, Tensor))
-    with torch.cuda.device_of(next(tensors)):  # Triton launches on the current GPU, wherever the tensors are
+    tensors = [v for v in (*args, *options.values()) if isinstance(v, Tensor)]
+    needed = torch.is_grad_enabled() and any(v.requires_grad for v in tensors)  # inside autograd it is off
+    check(not needed, "this kernel has no gradient: call it under torch.no_grad()")
+    with torch.cuda.device_of(tensors[0]):  # Triton launches on the current GPU, wherever the tensors are
         kernel[(programs,)](*args, **options)
 
 def _tiling(l, p, n, dtype, shared_memory):
     """Tile sizes and launch options of every kernel, for chunks of l tokens. With 16 bits, Hopper (227 KB of
-    shared memory per block) takes tiles of 128; Ampere, Ada and consumer Blackwell (from 99 KB) take 64.
-    float32 takes 32: its products run on no tensor core and need their registers for themselves."""
+    shared memory per block) was measured on an H200 (NOTES.md): tiles of 64 rows, so that two blocks share a
+    multiprocessor and one works while the other waits; 128 where a tile's neighbours would be read too often.
+    Ampere, Ada and consumer Blackwell (from 99 KB) take 64. float32 takes 32: its products run on no tensor
+    core and need their registers for themselves."""
     full = dtype.itemsize == 4
     wide = not full and shared_memory >= 200_000 and p <= 128
     small_side = 32 if full else 64
@@ -580,14 +585,15 @@ def _tiling(l, p, n, dtype, shared_memory):
     side = min(128, l) if wide else edge
     inner = min(64 if wide else 32, l)
     bp, bn = _power(p), _power(n)
-    small = dict(num_warps=4, num_stages=2)
-    large = dict(num_warps=8, num_stages=3) if wide else small
+    small = dict(num_warps=4, num_stages=3 if wide else 2)
+    # 8 warps need 128 rows: with 32, Triton 3.6 loads 8 bytes at addresses that are multiples of 4.
+    large = dict(num_warps=8, num_stages=3) if side == 128 else small
     return dict(
         decays=dict(BH=4, num_warps=4), ddt=dict(num_warps=4),
         cb=dict(BL=side, BK=min(64, bn), **large),
-        states=dict(BP=min(small_side, bp), BN=min(64, bn), BK=min(256 if wide else 32, l), **small),
-        scan=dict(BL=side, BP=bp, BK=min(inner, bn), **large | dict(num_stages=2)),
-        dcb=dict(BL=edge, BP=min(32, bp) if full else bp, **small),
+        states=dict(BP=min(small_side, bp), BN=min(64, bn), BK=min(128 if wide else 32, l), **small),
+        scan=dict(BL=edge, BP=bp, BK=min(inner, bn), **small),
+        dcb=dict(BL=edge, BP=min(32, bp) if full else bp, **small | dict(num_stages=1)),
         dbc=dict(BL=side, BN=min(128 if wide else 64, bn), BP=bp, BK=inner, **large))
 
 class _Plan:
@@ -610,17 +616,25 @@ class _Plan:
     def count(self, name, grid):
         """Programs along a grid such as "PNHs": tiles of P and of N, heads, sequences (k are the chunks)."""
         tiles = self.tiles[name]
-        return math.prod(triton.cdiv(self.given[side], tiles.get("B" + side, 1)) for side in grid)
+        return math.prod(-(-self.given[side] // tiles.get("B" + side, 1)) for side in grid)
 
     def launch(self, kernel, name, grid, **given):
-        """Adds the stride between tokens of every tensor: s_value for value, and so on."""
-        given = self.given | given
-        given |= {"s_" + key: v.stride(0) for key, v in given.items() if isinstance(v, Tensor)}
-        given = {key: v for key, v in given.items() if key in kernel.arg_names}
-        _launch(kernel, self.count(name, grid), **given, **self.tiles[name])
+        """With the stride between tokens of a tensor as s_value, for value, and so on."""
+        tiles = self.tiles[name]
+        given = self.given | tiles | given
+        args = {key: given[key] if key in given else given[key[2:]].stride(0) for key in kernel.arg_names}
+        options = {key: v for key, v in tiles.items() if key not in args}  # num_warps, num_stages
+        _launch(kernel, self.count(name, grid), **args, **options)
 
-# Custom operators are opaque to torch.compile, which therefore has no graph break.
-@torch.library.custom_op("falcon_h1r::ssd", mutates_args=("y", "final", "states", "cb"))
+def _operator(name, *changed):
+    """Decorator. torch.compile gets a custom operator: opaque to it, so that no graph breaks. Otherwise the
+    function is called as it is, because the way through torch's dispatcher takes as long as two launches."""
+    def decorate(function):
+        operator = torch.library.custom_op(f"falcon_h1r::{name}", function, mutates_args=changed)
+        return lambda *args: (operator if torch.compiler.is_compiling() else function)(*args)
+    return decorate
+
+@_operator("ssd", "y", "final", "states", "cb")
 def _ssd(inputs: Sequence[Tensor], initial: Tensor | None, y: Tensor, cb: Tensor, states: Tensor,
          final: Tensor | None, cu: Sequence[int]) -> None:
     x, _, B, C, _, _ = inputs
@@ -629,7 +643,7 @@ def _ssd(inputs: Sequence[Tensor], initial: Tensor | None, y: Tensor, cb: Tensor
     plan.launch(_states_kernel, "states", "PNHs", value=x, key=B, initial=initial, final=final)
     plan.launch(_scan_kernel, "scan", "LHk", value=x, query=C, out=y)
 
-@torch.library.custom_op("falcon_h1r::ssd_backward", mutates_args=("gradients", "dinitial"))
+@_operator("ssd_backward", "gradients", "dinitial")
 def _ssd_backward(dy: Tensor, dfinal: Tensor | None, inputs: Sequence[Tensor], states: Tensor, cb: Tensor,
                   gradients: Sequence[Tensor], dinitial: Tensor | None, cu: Sequence[int]) -> None:
     """gradients: of x, dt, B and C, and (k, h) the parts of those of A and D."""
@@ -643,8 +657,11 @@ def _ssd_backward(dy: Tensor, dfinal: Tensor | None, inputs: Sequence[Tensor], s
     side = plan.count("dcb", "L")
     split = plan.count("dbc", "N")
     parts = plan.count("states", "PN")
-    shapes = dict(crossing=(parts,), diagonal=(l,), row=(side, l), col=(side, l), F=(split, l), E=(split, l))
+    shapes = dict(crossing=(parts,), diagonal=(l,), F=(split, l), E=(split, l))
     sums = {name: _empty(A, *dA.shape, *shape) for name, shape in shapes.items()}
+    # row and col cancel over a chunk: what rounding leaves adds up, and float32 would show it in dA.
+    exact = torch.float64 if x.dtype == torch.float32 else torch.float32
+    sums |= {name: _empty(A, *dA.shape, side, l, dtype=exact) for name in ("row", "col")}
     plan.given.update(sums, SIDE=side, SPLIT=split, PARTS=parts)
 
     plan.launch(_states_kernel, "states", "PNHs", value=dy, key=C, initial=dfinal, final=dinitial)
@@ -679,6 +696,7 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, dfinal):
+        check_first_order()
         *inputs, states, cb = ctx.saved_tensors
         k, h, p, n = states.shape
         x, A = inputs[0], inputs[4]
@@ -731,14 +749,13 @@ def causal_conv1d(x, weight, bias=None, *, initial_states=None, cu_seqlens=None,
     return y.view(x.shape), final.mT
 
 def causal_conv1d_step(state, x, weight, bias=None, *, activation=None):
-    """One token: state (b, d, k - 1), x (b, d) -> y, new state (updated in place without gradients)."""
+    """One token: state (b, d, k - 1), x (b, d) -> y, state, updated in place; both differentiable."""
     check(x.dim() == 2, f"x: got {tuple(x.shape)}, expected (b, d)")
     _check_conv(x, weight, bias, activation, state, x.shape[0])
     window = torch.cat([state.mT, x.unsqueeze(1)], 1)  # (b, k, d), channels last: a CPU sums without striding
     y = (window * weight.T).sum(1)
     y = y if bias is None else y + bias
-    state = window[:, 1:].mT if torch.is_grad_enabled() else state.copy_(window[:, 1:].mT)
-    return (F.silu(y) if activation else y), state
+    return (F.silu(y) if activation else y), state.copy_(window[:, 1:].mT)
 
 class _ConvTorch(torch.autograd.Function):
     """x (tokens, d) of one sequence, taps (k + 1, d) with the bias last -> as x. In autograd each slice of x
@@ -754,6 +771,7 @@ class _ConvTorch(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
+        check_first_order()
         x, taps = ctx.saved_tensors
         *past, now, _ = taps
         dx = dy * now
@@ -826,7 +844,7 @@ def _conv_kernel(x, taps, dy, out, dtaps, start, left, s_x, CHANNELS: constexpr,
         for j in tl.static_range(K + 1):
             tl.store(dtaps + (block * (K + 1) + j) * CHANNELS + d, dw[j], mask=in_d)
 
-@torch.library.custom_op("falcon_h1r::conv", mutates_args=("out", "dtaps"))
+@_operator("conv", "out", "dtaps")
 def _conv(x: Tensor, taps: Tensor, dy: Tensor | None, out: Tensor, dtaps: Tensor | None, cu: Sequence[int],
           silu: bool) -> None:
     sizes = _CONV_FORWARD if dy is None else _CONV_BACKWARD
@@ -846,6 +864,7 @@ class _ConvTriton(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
+        check_first_order()
         x, taps = ctx.saved_tensors
         dx = _empty(x, *x.shape)
         dtaps = _empty(x, sum(_chunks(ctx.cu, _CONV_BACKWARD["BT"])), *taps.shape, dtype=torch.float32)
@@ -859,6 +878,12 @@ def check(ok, message):
     if not ok:
         raise ValueError(message)
 
+def check_first_order():
+    """Refuse second derivatives; every `backward` calls this, where gradients are on only under create_graph.
+    torch's once_differentiable silently drops a term if the incoming gradient is a constant."""
+    check(not torch.is_grad_enabled() or torch.compiler.is_compiling(),
+          "create_graph: got True, but this function has no second derivative")
+
 def check_tensors(x, **expected):
     """Check every name=(tensor or None, shape): its shape, and that it is on the device of x."""
     for name, (v, shape) in expected.items():
@@ -871,7 +896,8 @@ def check_cu_seqlens(cu_seqlens, b, t):
     if cu_seqlens is None:
         return tuple(range(0, b * t + 1, t))
     check(b == 1, f"cu_seqlens: got a batch of {b}, expected packed sequences in a batch of 1")
-    cu = tuple(cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens)
+    cu = cu_seqlens.tolist() if hasattr(cu_seqlens, "tolist") else cu_seqlens  # of torch or NumPy, as below
+    cu = tuple(i.item() if hasattr(i, "item") else i for i in cu)
     whole = cu[:1] == (0,) and cu[-1:] == (t,) and all(type(i) is int for i in cu)
     check(whole and all(i < j for i, j in zip(cu, cu[1:])),
           f"cu_seqlens: got {cu}, expected strictly increasing integers from 0 to {t}, the number of tokens")

@@ -50,7 +50,7 @@ def peers():
     return found
 
 def their_model(model):
-    """transformers' model in float32, sharing our weights; None if transformers is not installed."""
+    """transformers' model with our weights, where they are; None if transformers is not installed."""
     try:
         import transformers
     except ImportError:
@@ -58,7 +58,9 @@ def their_model(model):
     transformers.logging.set_verbosity_error()  # not a word about mamba_ssm, which a CPU cannot run
     fields = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(model.config).items()}
     config = transformers.FalconH1Config(**fields)
-    theirs = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    weight = model.lm_head.weight
+    with weight.device:
+        theirs = transformers.AutoModelForCausalLM.from_config(config, dtype=weight.dtype)
     theirs.load_state_dict(model.state_dict(), assign=True)
     theirs.generation_config.eos_token_id = None  # no token ends a sequence
     return theirs

@@ -4,6 +4,7 @@ import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -201,14 +202,33 @@ def test_no_prefilled_prompt_is_kept_for_nothing(monkeypatch):
              admit=lambda i, j: "done" if (i, j) == (0, 2) else "go")
     assert seen[-1] == (0, 0) and all(kept <= waiting for kept, waiting in seen)
 
+@pytest.mark.parametrize("kind", [np.array, torch.tensor, tuple])
+def test_prompts_may_be_arrays(kind):
+    model, prompts, settings = build(), [[1, 2, 3], [4]], dict(max_new_tokens=5, samples=2, slots=2)
+    traces = generate(model, [kind(prompt) for prompt in prompts], **settings)
+    assert_same_traces(traces, generate(model, prompts, **settings))
+
 @pytest.mark.parametrize(("prompts", "settings", "message"), [
     ([[]], {}, "prompt 0: it is empty"), ([[1], [37]], {}, "prompt 1: a token id"), ([[-1]], {}, "token id"),
     ([[1] * 250], {"max_new_tokens": 7}, "max_position_embeddings 256"),
     ([[1]], {"max_new_tokens": 0}, "max_new_tokens 0"), ([[1]], {"samples": 0}, "samples 0"),
-    ([[1]], {"temperature": -1}, "temperature -1"), ([[1]], {"top_p": 0}, "top_p 0")])
+    ([[1]], {"temperature": -1}, "temperature -1"), ([[1]], {"top_p": 0}, "top_p 0"),
+    ([[1]], {"vocab_size": 0}, "vocab_size 0 is not in 1..37"), ([[1]], {"vocab_size": 38}, "vocab_size 38")])
 def test_generate_refuses(prompts, settings, message):
     with pytest.raises(ValueError, match=message):
         generate(build(), prompts, **({"max_new_tokens": 4} | settings))
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_padding_of_the_vocabulary_is_never_sampled(temperature):
+    """As from a model whose head has only the tokenizer's rows; even where padding is far more likely."""
+    padded, own = build(), build(replace(SMALL, vocab_size=11))
+    padded.model.embed_tokens.weight[:11] *= 0.5
+    own.load_state_dict({k: v[: len(own.state_dict()[k])] for k, v in padded.state_dict().items()})
+    padded.lm_head.weight[11:] = 30 * padded.lm_head.weight[11:]
+    kind = dict(max_new_tokens=20, samples=3, temperature=temperature, seed=2)
+    traces = generate(padded, [[1, 2], [3]], vocab_size=11, **kind)
+    assert_same_traces(traces, generate(own, [[1, 2], [3]], **kind))
+    assert any(max(t.tokens) > 10 for t in generate(padded, [[1, 2], [3]], **kind))
 
 def test_generate_does_not_sample_from_nonsense():
     model = build()
@@ -226,6 +246,16 @@ def kernels(interpreter, monkeypatch):
 
 def random(*shape, dtype=torch.float32):
     return torch.randn(*shape, dtype=dtype, device=DEVICE)
+
+def with_gradient(kernel, x, *rest):
+    """Where one of its inputs needs a gradient, and gradients are on."""
+    with torch.enable_grad():
+        return kernel(x.requires_grad_(), *rest)
+
+def mamba_inputs():
+    """One slot, one head of one channel and one column; k is 2."""
+    shapes = (1, 3, 1), (1, 1, 1, 1), (1, 3), (1, 1), (3, 2)  # conv, state, xBC, dt, weight
+    return [*(random(*shape) for shape in shapes), None, random(1), random(1), random(1), (0.0, 1.0)]
 
 def attention_inputs(lengths, length, hq, hkv, hd, dtype=torch.float32):
     """Arguments of attend_step; what no slot has written yet is NaN."""
@@ -405,6 +435,9 @@ def test_launches_of_a_block(monkeypatch, dtype):
     (lambda: decode.attend_step(*attention_inputs([1], 4, 1, 1, 258)), "head_dim: got 258, .* at most 256"),
     (lambda: decode.attend_step(*attention_inputs([1], 4, 17, 1, 128)), "query heads .*: got 17, .* 16"),
     (lambda: decode.norm_step(random(1, 1, 16385), random(16385), 0.0), "16385 channels .* at most 16384"),
+    (lambda: with_gradient(decode.norm_step, random(1, 1, 8), random(8), 0.0), "no_grad"),
+    (lambda: with_gradient(decode.attend_step, *attention_inputs([1], 4, 1, 1, 16)), "no_grad"),
+    (lambda: with_gradient(decode.mamba_step, *mamba_inputs()), "this kernel has no gradient.*no_grad"),
     (lambda: decode.mamba_step(None, random(1, 1, 1, 513), None, None, random(1027, 1), *[None] * 5),
      "513 columns, .* at most 512")])
 def test_what_is_too_large_is_refused(call, message):

@@ -6,6 +6,7 @@ import shutil
 import struct
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -62,6 +63,8 @@ def test_presets_are_the_published_models():
 def test_packed_documents_are_separate():
     model, ids, cu = build(), torch.randint(37, (1, 60)), [0, 1, 20, 43, 60]
     packed = model(ids, cu_seqlens=torch.tensor(cu))
+    for same in (np.array(cu), np.array(cu, np.int32), [*np.array(cu)], [*torch.tensor(cu)]):
+        assert torch.equal(model(ids, cu_seqlens=same), packed)
     for start, end in zip(cu, cu[1:]):
         assert_close(packed[:, start:end], model(ids[:, start:end]))
         other = ids.clone()
@@ -119,7 +122,9 @@ def test_attention_is_flash():
 @pytest.mark.parametrize(("ids", "options", "message"), [
     ([[37]], {}, r"input_ids: an id is outside 0\.\.36"), ([[-1]], {}, "an id is outside"),
     ([1], {}, r"input_ids: got \(1,\)"), ([[1, 2]], {"targets": torch.ones(1, 1)}, r"targets: got \(1, 1\)"),
-    ([[1], [2]], {"cache": Cache(SMALL, 1, 4)}, "expected 2 slots")])
+    ([[1], [2]], {"cache": Cache(SMALL, 1, 4)}, "expected 2 slots"),
+    ([[1]], {"cache": Cache(SMALL, 1, 4, dtype=torch.bfloat16)}, "cache: got .*bfloat16.* model .*float32"),
+    ([[1]], {"cache": Cache(SMALL, 1, 4, device="meta")}, "cache: got .*meta.* the model .*cpu")])
 def test_forward_refuses(ids, options, message):
     with pytest.raises(ValueError, match=message):
         build()(torch.tensor(ids), **options)
@@ -149,9 +154,29 @@ def test_a_refused_forward_leaves_the_cache_as_it_was():
         model(ids[:, :20], cache=cache)
     assert_close(model(ids[:, 12:20], cache=cache), expected)
 
-def test_a_step_moves_the_states_with_gradients_too():
+@pytest.mark.parametrize("checkpoint_activations", [False, True])
+@pytest.mark.parametrize("cuts", [[8], [5, 8], [1, 2, 3, 4, 5, 6, 7, 8], [3, 7, 8]])
+def test_a_cache_has_the_gradients_of_the_whole(cuts, checkpoint_activations):
     model, ids, cache = build(), torch.arange(8)[None], Cache(SMALL, 1, 8)
-    assert_close(torch.cat([model(token, cache=cache) for token in ids.split(1, 1)], 1), model(ids))
+    model.model.checkpoint_activations = checkpoint_activations
+    parts = torch.cat([model(ids[:, a:b], cache=cache) for a, b in zip([0, *cuts], cuts)], 1)
+    weights = [*model.parameters()]
+    results = [[y, *torch.autograd.grad(y.square().sum(), weights)] for y in (parts, model(ids))]
+    for ours, whole in zip(*results):
+        assert (ours - whole).norm() < 1e-5 * whole.norm()
+
+def test_a_cache_may_grow_and_be_filled_without_gradients_before_they_are_asked_for():
+    """Both used to end in an error of torch about views."""
+    model, ids = build(), torch.arange(8)[None]
+    with torch.no_grad():
+        cache = model.new_cache(1, 3)
+        model(ids[:, :3], cache=cache)
+    cache.grow([0], 8)
+    parts = torch.cat([model(ids[:, 3:6], cache=cache), model(ids[:, 6:], cache=cache)], 1)
+    assert_close(parts, model(ids)[:, 3:])
+    weight = model.lm_head.weight  # nothing before it depends on the past's gradient
+    ours, whole = (torch.autograd.grad(y.square().sum(), weight)[0] for y in (parts, model(ids)[:, 3:]))
+    assert (ours - whole).norm() < 1e-5 * whole.norm()
 
 # 3. Checkpoints ---------------------------------------------------------------------------------------------
 
@@ -378,6 +403,12 @@ def test_chunks_are_the_whole(device, dtype):
     for ours, expected in zip(sum(results, []), len(results) * whole, strict=True):
         error = (ours.double() - expected.double()).norm() / expected.double().norm()
         assert error < (1e-6 if dtype == torch.float32 else 1e-3)  # sums may round to either of two bf16
+
+def test_no_second_derivative_goes_missing():
+    h, w = torch.randn(5, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True)
+    logprobs, _ = token_logprobs(h, w, torch.arange(5))
+    with pytest.raises(ValueError, match="create_graph: got True"):  # the term of w^3 would be all
+        torch.autograd.grad(logprobs.sum() + w.pow(3).sum(), w, create_graph=True)
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ssm_scan as s
-from tests.bench import random_inputs, relative_errors
-from tests.compile_kernels import SHARED, executed
+from tests.bench import random_inputs, relative_errors, scan_results
+from tests.compile_kernels import SHARED
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -81,20 +81,20 @@ def test_chunked_scan_in_float64():
     assert max(relative_errors(inputs, cu_seqlens=[0, 1, 20, 33], chunk_size=8).values()) < 1e-12
 
 def test_steps_are_the_scan():
-    inputs = small(b=2, t=7, h=4, g=2, states=2)
+    inputs = {k: v.detach().requires_grad_() for k, v in small(b=2, t=7, h=4, g=2, states=2).items()}
     y, S = s.ssd_scan(**inputs, dt_softplus=True)
     state = inputs.pop("initial_states")
     tokens = {k: inputs.pop(k) for k in PER_TOKEN}
-    with torch.no_grad():
-        ys = [s.ssd_step(state, **{k: v[:, i] for k, v in tokens.items()}, **inputs, dt_softplus=True)[0]
-              for i in range(7)]
-    torch.testing.assert_close([torch.stack(ys, 1), state], [y, S], rtol=1e-5, atol=1e-5)  # state in place
-
-def test_step_has_gradients():
-    state, one = torch.randn(1, 1, 2, 2, requires_grad=True), torch.ones(1, 1, 2)
-    y, _ = s.ssd_step(state, one, torch.ones(1, 1), torch.tensor([-1.0]), one, one)
-    y.sum().backward()
-    torch.testing.assert_close(state.grad, torch.full((1, 1, 2, 2), -1.0).exp())  # dy / dS = exp(dt A) C
+    leaves = [state, *tokens.values(), *inputs.values()]
+    wanted = torch.autograd.grad(y.square().sum() + S.sum(), leaves)
+    for grad in (False, True):  # in place in both
+        with torch.set_grad_enabled(grad):
+            now = state.clone()
+            ys = [s.ssd_step(now, **{k: v[:, i] for k, v in tokens.items()}, **inputs, dt_softplus=True)[0]
+                  for i in range(7)]
+        torch.testing.assert_close([torch.stack(ys, 1), now], [y, S], rtol=1e-5, atol=1e-5)
+    ours = torch.autograd.grad(torch.stack(ys, 1).square().sum() + now.sum(), leaves)
+    torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-4)
 
 @pytest.mark.parametrize(("change", "named"), [
     ({"x": zeros(1, 0, 2, 3)}, "x"), ({"x": zeros(1, 2, 3)}, "x"), ({"D": zeros(3)}, "D"),
@@ -105,6 +105,7 @@ def test_step_has_gradients():
     ({"initial_states": zeros(2, 2, 3, 4)}, "initial_states"), ({"cu_seqlens": [1, 12]}, "cu_seqlens"),
     ({"cu_seqlens": [0, 11]}, "cu_seqlens"), ({"cu_seqlens": [0, 5, 5, 12]}, "cu_seqlens"),
     ({"cu_seqlens": [0, 7, 5, 12]}, "cu_seqlens"), ({"cu_seqlens": torch.tensor([0.0, 12.0])}, "cu_seqlens"),
+    ({"cu_seqlens": np.array([0.0, 12.0])}, "cu_seqlens"), ({"cu_seqlens": np.array([0, 11])}, "cu_seqlens"),
     ({"cu_seqlens": []}, "cu_seqlens"), ({"backend": "cuda"}, "backend"), ({"chunk_size": 0}, "chunk_size")])
 def test_bad_scan_input_is_named(change, named):
     with pytest.raises(ValueError, match=f"^{named}: got .* expected"):
@@ -190,6 +191,11 @@ TINY = dict(b=1, t=3, h=3, p=1, g=3, n=1), [0, 1, 3], 1
 def test_triton_scan_at_the_edges(interpreter, case, decay):
     errors = triton_errors(*case, decay=decay)
     assert all(e < 2e-6 for e in errors.values()), errors
+
+def test_triton_cancels_sums_over_a_long_chunk(interpreter):
+    """In float32, sums of rows and columns left 5e-5 in dA: they cancel but for what crosses a step."""
+    errors = triton_errors(dict(b=1, t=512, h=2, p=16, g=1, n=16), None, 512)
+    assert max(errors.values()) < 5e-6, errors
 
 def test_triton_scan_in_bfloat16(interpreter):
     errors = triton_errors(*PACKED, dtype=torch.bfloat16)
@@ -404,48 +410,56 @@ def test_triton_convolution_copies_its_input_only_for_a_history(interpreter, mon
 def test_convolution_steps(interpreter, backend):
     x, w, state = (torch.randn(shape, device=DEVICE) for shape in ((2, 6, 3), (3, 4), (2, 3, 3)))
     y, last = s.causal_conv1d(x, w, initial_states=state, activation="silu", backend=backend)
-    with torch.no_grad():
-        steps = [s.causal_conv1d_step(state, x[:, i], w, activation="silu")[0] for i in range(6)]
-    torch.testing.assert_close(torch.stack(steps, 1), y)
-    assert torch.equal(state, last)
+    for grad in (True, False):
+        now, w = state.clone(), w.requires_grad_(grad)
+        steps = [s.causal_conv1d_step(now, x[:, i], w, activation="silu")[0] for i in range(6)]
+        torch.testing.assert_close(torch.stack(steps, 1), y)
+        assert torch.equal(now, last)
+
+@pytest.mark.parametrize("function", ["scan", "convolution"])
+@BACKENDS
+def test_no_second_derivative_goes_missing(interpreter, backend, function):
+    """The incoming gradient is constant: torch's once_differentiable would return that of the cubes alone."""
+    v = torch.rand(1, 5, 1, device=DEVICE, requires_grad=True)
+    four = v[..., None]
+    if function == "scan":
+        y, _ = s.ssd_scan(four, v, torch.tensor([-1.0], device=DEVICE), four, four, backend=backend)
+    else:
+        y, _ = s.causal_conv1d(v, v[0, :2].T, activation="silu", backend=backend)
+    with pytest.raises(ValueError, match="create_graph: got True"):
+        torch.autograd.grad(y.sum() + v.pow(3).sum(), v, create_graph=True)
 
 # 4. What a GPU will make of the kernels ---------------------------------------------------------------------
-
-def test_instructions_of_loops_are_weighted():
-    # Two loops: 4 instructions run 10 times, of which two half of the times, and 2 run 3 times; two outside.
-    listing = ["MOV R1, R2", "ISETP P0, R1", "@P0 BRA 0x50", "FADD R1, R1", "FADD R1, R1", "@P1 BRA 0x10",
-               "FMUL R1, R1", "@P2 BRA 0x60", "EXIT"]
-    listing = [(16 * i, text) for i, text in enumerate(listing)]
-    assert executed(listing, [10, 3], branch=0.5) == 2 + 10 * 3 + 10 * 0.5 * 2 + 3 * 2
-    with pytest.raises(ValueError, match="2 loops in the listing, expected 1"):
-        executed(listing, [10])
 
 @pytest.mark.parametrize("path", [None, *filter(None, [os.environ.get("TRITON_3_6")])])
 @pytest.mark.parametrize("capability", list(SHARED) if "TRITON_3_6" in os.environ else [90])
 def test_triton_compiles_ahead_of_time(capability, path):
-    """All kernels at the 7B model's shape, and on sm_90 their modelled time for 32,768 tokens. Where CI names
-    a folder with Triton 3.6, with both versions, and for older and newer GPUs."""
+    """All kernels at the 7B model's shape. Where CI names a folder with Triton 3.6, with both versions, and
+    for older and newer GPUs."""
     script = Path(__file__).with_name("compile_kernels.py")
     run = subprocess.run([sys.executable, script, str(capability)], stdout=subprocess.PIPE, check=True,
                          env=os.environ | ({"PYTHONPATH": path} if path else {}))
     rows = [json.loads(line) for line in run.stdout.splitlines()]
-    if capability == 90:
-        sums = rows.pop()
-        assert sums["forward"] <= 0.34 and sums["backward"] <= 0.75 and sums["convolution"] <= 0.4, sums
     assert len(rows) == 22
     for row in rows:
         assert row["tensor_core"] >= row["dots"] and row["scalar_products"] == 0, row
         assert row["stack"] <= 32 and row["shared"] <= SHARED[capability] * 1024, row
         assert row["narrow_loads"] == 0 or row["kernel"].split()[0] not in ("scan", "dcb", "dbc"), row
 
+def on_a_gpu(t, **more):
+    """Inputs of the 7B's mixer in bfloat16."""
+    inputs = random_inputs(1, t, 24, 128, 1, 256, device="cuda", **more)
+    return {k: v.detach().to(torch.bfloat16 if k in PER_TOKEN else torch.float32) for k, v in inputs.items()}
+
 @pytest.mark.gpu
 def test_triton_on_a_gpu_gives_the_same_bits_twice():
-    inputs = {k: v.detach().to("cuda") for k, v in random_inputs(1, 3000, 24, 128, 1, 256, states=3).items()}
+    inputs, options = on_a_gpu(3000, states=3), dict(backend=None, cu_seqlens=(0, 1, 2000, 3000))
+    first, second = scan_results(inputs, **options), scan_results(inputs, **options)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert max(relative_errors(inputs, oracle="torch", **options).values()) < 1e-2
 
-    def run(backend, dtype):
-        given = {k: v.to(dtype if k in PER_TOKEN else torch.float32) for k, v in inputs.items()}
-        return outputs_and_gradients(given, backend=backend, cu_seqlens=(0, 1, 2000, 3000), dt_softplus=True)
-
-    first, second, oracle = run(None, torch.bfloat16), run(None, torch.bfloat16), run("torch", torch.float32)
-    for a, b, c in zip(first, second, oracle):
-        assert torch.equal(a, b) and (a.float() - c).norm() / c.norm() < 1e-2
+@pytest.mark.gpu
+@pytest.mark.parametrize("t", [1, 20, 40, 100, 200])
+def test_short_rows_have_short_tiles(t):
+    """8 warps for a tile of 32 rows: Triton 3.6 read 8 bytes at an address that is a multiple of 4."""
+    assert max(relative_errors(on_a_gpu(t), backend=None, oracle="torch").values()) < 1e-2

@@ -1,13 +1,14 @@
-"""Decoding at the 7B shape: a step against the bytes it must move, its kernels; generate(); prefill.
-python tests/gpu/decoding.py"""
+"""Decoding at the 7B shape: a step against the bytes it must move and against transformers', its kernels;
+generate(); prefill. python tests/gpu/decoding.py"""
 
-from stages import DEV, DRY, put, put_kernels, seconds, stage
+from stages import DEV, DRY, error, put, put_kernels, seconds, stage
 
 import torch
 
 from kernels import step_kernel_bytes
 from model import PRESETS, Cache, Decoder, FalconH1, generate, prefill
-from tests.bench import decoding_floor, floors, flops_per_token, milliseconds
+from tests.bench import decoding_floor, floors, flops_per_token, medians, milliseconds
+from tests.peers import their_model
 
 def decoding_step(model, batch, context):
     """run() -> logits of a step of `batch` sequences with `context` tokens each, whose cache holds noise."""
@@ -35,6 +36,27 @@ def one_step(model, batch, context, limits, detail):
         sizes = step_kernel_bytes(model.config, batch, context, torch.bfloat16)
         put_kernels("decode kernel", run, limits[0], sizes, batch=batch, context=context)
 
+@torch.no_grad()
+def their_step(theirs, batch, context):
+    """decoding_step of transformers' model, in torch: its cache, too, holds noise, and grows by each step."""
+    one = torch.ones(1, 1, dtype=torch.long, device=DEV)
+    cache = theirs(one, use_cache=True).past_key_values
+    def noise(v, *shape):
+        return torch.randn(batch, *shape, dtype=v.dtype, device=DEV)
+
+    for layer in cache.layers:
+        heads, size = layer.keys.shape[1::2]
+        layer.keys, layer.values = (noise(layer.keys, heads, context, size) for _ in "kv")
+        for states in (layer.conv_states, layer.recurrent_states):
+            states[0] = noise(states[0], *states[0].shape[1:])
+    tokens = torch.randint(theirs.config.vocab_size, (batch, 1), device=DEV)
+    return torch.no_grad()(lambda: theirs(tokens, past_key_values=cache, use_cache=True).logits)
+
+def same_logits(model, theirs, t):
+    ids = torch.randint(model.config.vocab_size, (1, t), device=DEV)
+    with torch.no_grad():
+        put("logits against theirs", tokens=t, error=error(model(ids), theirs(ids).logits))
+
 def whole_generation(model, slots, new):
     prompts = [[1 + i, 2, 3] for i in range(slots)]
     took, _ = seconds(lambda: generate(model, prompts, max_new_tokens=new, temperature=0.85, slots=slots))
@@ -52,8 +74,17 @@ def main():
     limits = floors(DEV)
     shapes = [(1, 512), (64, 512), (256, 512), (1, 16384), (16, 16384), (64, 16384)]
     for batch, context in [(2, 32)] if DRY else shapes:
-        detail = DRY or (batch, context) in ((1, 512), (64, 512), (64, 16384))
+        detail = DRY or (batch, context) in ((1, 512), (1, 16384), (64, 16384))
         stage(f"decode {batch} x {context}", one_step, model, batch, context, limits, detail)
+    theirs = their_model(model)
+    if theirs is not None:
+        stage("logits against transformers'", same_logits, model, theirs, 32 if DRY else 300)
+    for batch, context in [] if theirs is None else [(2, 32)] if DRY else [(1, 512), (64, 16384)]:
+        def against():
+            run = their_step(theirs, batch, context)
+            run()
+            put("their decode", batch=batch, context=context, ms=medians([run], DEV)[0])
+        stage(f"transformers {batch} x {context}", against)
     for slots, new in [(1, 8)] if DRY else [(1, 300), (64, 300)]:  # the cache grows once
         stage(f"generate, {slots} slots", whole_generation, model, slots, new)
     for t in (64,) if DRY else (4096, 32768):

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Everything that a GPU has to say, in eight minutes. In the root of the repository, with tests/gpu/whl:
 #
-#     BUDGET=540 bash tests/gpu/gpu_day.sh
+#     BUDGET=540 bash tests/gpu/gpu_day.sh [STAGE ...]      all stages, or these
 #
 # First, all at once and untimed: kernels compiled on every core (warm.py), errors, equal bits, graphs
 # (check.py), the tests marked gpu, and the small run: SFT killed and continued, RL, evaluation. Then, timed,
-# one by one: the scan and its kernels next to mamba_ssm and fla (scan.py), convolution, draw and AdamW
-# (parts.py), decoding (decoding.py), training steps (train.py), and what ncu counts in our kernels, if it is
-# installed.
+# one by one: the scan and its kernels next to mamba_ssm and fla (scan.py), decoding next to transformers
+# (decoding.py), training steps (train.py), convolution, draw and AdamW (parts.py), our kernels with other
+# tiles (tune.py), and what ncu counts in them, if it is installed.
 #
 # $OUT (runs/gpu) gets results.jsonl, a line at a time, ncu.csv, and at the end logs.tar.gz, a log per stage.
 # A stage that fails or takes too long costs only itself; none starts after $BUDGET seconds (480). Without a
@@ -18,6 +18,7 @@
 #     MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE pip wheel --no-deps --no-build-isolation \
 #         --no-binary mamba-ssm --wheel-dir tests/gpu/whl mamba-ssm==2.3.2.post1
 set -u
+WANTED=" ${*:-all} "
 HERE=tests/gpu START=$(date +%s)
 export OUT=${OUT:-runs/gpu} PY=${PY:-python3} W=$(mktemp -d) PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 export PYTHONUNBUFFERED=1 GLOO_SOCKET_IFNAME=lo NCCL_SOCKET_IFNAME=lo
@@ -37,6 +38,7 @@ stage() { # name, seconds, command...
   local name=$1 limit=$2 begin=$(date +%s) rc
   local left=$((${BUDGET:-480} - 5 - begin + START))
   shift 2
+  [[ $WANTED == *" $name "* || $WANTED == " all " ]] || return
   [ "$left" -lt "$limit" ] && limit=$left
   [ "$limit" -lt 15 ] && echo "== $name: no time left" && return
   timeout -k 5 "$limit" "$@" >"$OUT/$name.log" 2>&1
@@ -69,6 +71,7 @@ export -f small
 } >"$OUT/environment.log" 2>&1
 
 stage warm 110 $PY $HERE/warm.py 100 &
+for share in 0 1 2 3 4 5; do stage compile 110 $PY $HERE/tune.py $share 6 & done
 stage small 200 bash -c small &
 stage tests 150 $PY -m pytest -q -p no:cacheprovider -m gpu --continue-on-collection-errors tests &
 stage check 170 $PY $HERE/check.py
@@ -76,14 +79,15 @@ wait
 
 # What matters most comes first.
 stage scan 100 $PY $HERE/scan.py
-stage parts 30 $PY $HERE/parts.py
-stage decoding 110 $PY $HERE/decoding.py
+stage decoding 130 $PY $HERE/decoding.py
 stage train 70 $PY $HERE/train.py $LAYERS $TOKENS
+stage parts 50 $PY $HERE/parts.py
+stage tune 40 $PY $HERE/tune.py
+stage train_packed 60 $PY $HERE/train.py $LAYERS $TOKENS packed
+stage train_compiled 120 $PY $HERE/train.py $LAYERS $TOKENS compile
 command -v ncu >/dev/null && stage ncu 50 ncu --clock-control none --csv --log-file "$OUT/ncu.csv" \
   --kernel-name 'regex:^_.*_kernel$' --launch-skip 4 --launch-count 15 --section SpeedOfLight \
   --section WarpStateStats --section Occupancy --section LaunchStats $PY $HERE/warm.py ours 32768 24 128 256
-stage train_packed 60 $PY $HERE/train.py $LAYERS $TOKENS packed
-stage train_compiled 120 $PY $HERE/train.py $LAYERS $TOKENS compile
 
 grep -E '"FAILED"|"kind": "(scan|part|decode|generate|train)"' "$OUT/results.jsonl" | cut -c1-200 | tail -n 45
 echo "all: $(($(date +%s) - START)) s"

@@ -1,11 +1,14 @@
-"""Convolution, drawing and AdamW against the bytes they must move: python tests/gpu/parts.py"""
+"""Convolution, drawing and AdamW against the bytes they must move; flash attention against cuDNN's, with what
+cuDNN takes for a length it has not seen: python tests/gpu/parts.py"""
 
 import itertools
 from dataclasses import replace
 
-from stages import DEV, DRY, put, put_kernels, stage
+from stages import DEV, DRY, error, put, put_kernels, seconds, stage
 
 import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model import PRESETS, FalconH1, draw
 from ssm_scan import causal_conv1d
@@ -44,12 +47,40 @@ def measure(part, bandwidth):
         put("part", name=name, ms=ms, share=size / bandwidth * 1e3 / ms)
         put_kernels("part kernel", run, bandwidth, {"_conv_kernel": size}, top=5, part=name)
 
+def attention(c, backend, t):
+    """Causal attention of one document: first calls, later ones, and [y, dq, dk, dv]."""
+    torch.manual_seed(0)
+    heads = c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads
+    qkv = [torch.randn(1, n, t, c.head_dim, dtype=DTYPE, device=DEV, requires_grad=True) for n in heads]
+
+    def attend(*qkv):
+        with sdpa_kernel([backend]):
+            return F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True)
+
+    def both():
+        y = attend(*qkv)
+        return y, *torch.autograd.grad(y, qkv, torch.ones_like(y))
+    first, results = seconds(both)
+    second, _ = seconds(both)
+    times = {part: milliseconds(run, DEV) for part, run in passes(attend, qkv).items()}
+    put("attention", backend=backend.name, tokens=t, first_s=first, second_s=second, **times)
+    return results
+
+def attentions(c):
+    for t in (32768, 16384, 8192, 4096, 5000, 5001, 12345):
+        flash = attention(c, SDPBackend.FLASH_ATTENTION, t)
+        cudnn = attention(c, SDPBackend.CUDNN_ATTENTION, t)
+        put("attention error", tokens=t, **{name: error(a, b) for name, a, b in
+                                           zip(("y", "dq", "dk", "dv"), cudnn, flash)})
+
 def main():
     c = PRESETS["tiny" if DRY else "7b"]
     bandwidth, _ = floors(DEV)
     stage("convolution", measure, convolution(c, 300 if DRY else 32768), bandwidth)
     stage("drawing", measure, drawing(c, (2,) if DRY else (1, 16, 256)), bandwidth)
     stage("AdamW", measure, adamw(c), bandwidth)
+    if not DRY:
+        stage("attention", attentions, c)
 
 if __name__ == "__main__":
     main()
