@@ -1,18 +1,19 @@
-r"""Data for the whole pipeline: chat format, problems, curation, packing, tokenizer.
+r"""Data for the whole pipeline: problems, samples, packing, files and folders.
 
     python data.py make --out runs/tiny/data --seed 0             # long divisions: sft, rl and heldout.jsonl
-    python data.py convert train.jsonl --out sft.jsonl            # worked solutions (GSM8K, MATH) -> samples
-    python data.py convert traces.jsonl --problems rl.jsonl --out sft.jsonl    # correct rollouts -> samples
-    python data.py curate traces.jsonl --problems rl.jsonl --out kept.jsonl    # the RL pass-rate filter
-    python data.py show sft.jsonl                                 # a few rows, and a table by domain
+    python data.py show runs/tiny/data/sft.jsonl                  # a few rows, and a table by domain
+    python data.py convert SOURCE --out sft.jsonl                 # this and what follows: see curate.py
+    python data.py curate TRACES --problems rl.jsonl --out kept.jsonl
+    python data.py overlap sft.jsonl benchmark.jsonl --out kept.jsonl
 
-Data travels as JSON lines, one object per line, in three formats:
+Data travels as JSON lines, one object per line, or as one JSON array, in three formats:
 
     problems  {"id": "43757/7", "domain": "math", "prompt": "43757/7=?", "answer": "6251"}
               Further fields are kept: "tests" of code, "choices", a worked "solution", "level", ...
     sft       {"messages": [{"role": "user", "content": "43757/7=?"},
                             {"role": "assistant", "content": "<think>43/7=6r1;...</think>\\boxed{6251}"}],
                "domain": "math", "weight": 1.0}
+              Also "conversations" of ShareGPT; messages alone are of domain "other" and weight 1.
     traces    {"problem": "43757/7", "text": "<think>43/7=6r1;...</think>\\boxed{6251}<|im_end|>",
                "answer": "6251", "correct": true, "stop": "stop", ...}
               One sampled reply, written by eval.py; "correct" is null if the verdict is unknown.
@@ -20,16 +21,13 @@ Data travels as JSON lines, one object per line, in three formats:
 A *sample* is one tokenized conversation. A *document* is a sample inside a *pack*: documents laid end to end
 that share one forward pass. A *rollout* is a reply sampled from a model.
 
-Deviations from the paper (Falcon-H1R, arXiv 2601.02346): only correct rollouts become SFT samples; the paper
-makes exceptions for very hard problems and theorems. Its filters for wrong languages and unreliable tool
-calls are left out. It gives no thresholds for easy and hard, no size for the "small random subset" it keeps
-(EASY, HARD and KEEP_TRUNCATED below), and no packing method.
+The packing method is ours, as the paper (Falcon-H1R, arXiv 2601.02346) names none.
 
-This file can be copied alone. It needs numpy and tiktoken, which brings regex.
+This file can be copied with tokenizer.py; convert, curate and overlap need curate.py. It needs numpy.
 """
 
 import argparse
-import ast
+import contextlib
 import fcntl
 import gzip
 import hashlib
@@ -41,17 +39,19 @@ import re
 import shutil
 import subprocess
 import sys
-import textwrap
 import zlib
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
-import regex
-import tiktoken
+
+from tokenizer import (  # some only for who imports data
+    Tokenizer, ask, check_exists, encode_chat, render_chat, render_text, shorten, write_text)
 
 # 1. Problems and samples ------------------------------------------------------------------------------------
+
+EASY, HARD = 0.75, 0.25  # pass rates: above is easy, below is hard; the paper gives no thresholds
 
 @dataclass
 class Problem:
@@ -76,132 +76,41 @@ class Sample:
     domain: str
     trimmed: bool = False  # cut off at the context length
 
+def difficulty_weight(pass_rate):
+    """Weight in the SFT loss (paper, section 2): easy 0.5, medium 1, hard from 1.25 to 1.75 at rate 0."""
+    if pass_rate > EASY:
+        return 0.5
+    return 1.0 if pass_rate >= HARD else 1.75 - 0.5 * pass_rate / HARD
+
 def sft_record(problem, reply, weight):
     """The line of an SFT file: a problem and a reply to learn."""
     messages = [{"role": "user", "content": problem.prompt}, {"role": "assistant", "content": reply}]
     return {"messages": messages, "domain": problem.domain, "weight": weight, "problem": problem.id}
 
-# 2. Chat format and loss mask -------------------------------------------------------------------------------
-#
-# ChatML, as in Falcon-H1's published template:
-#
-#     <|begin_of_text|>\n                          only here: encode() adds no BOS
-#     <|im_start|>user\n2+2?<|im_end|>\n
-#     <|im_start|>assistant\n<think>2+2=4</think>\boxed{4}<|im_end|>\n
-#
-# The generation prompt ends in `<|im_start|>assistant\n`; the model opens <think> itself. Whether the
-# published model does so is unknown, and so is its role for tool results, here `tool`.
+# 2. Samples: from a row to tokens ---------------------------------------------------------------------------
 
-TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>")  # a model may write these inside its own turn
-CONTROL = ("<|pad|>", "<|begin_of_text|>", "<|end_of_text|>", "<|im_start|>", "<|im_end|>")
-FOLLOWS = {  # role -> the roles it may follow; None is the beginning
-    "system": {None}, "user": {None, "system", "assistant"},
-    "assistant": {"user", "tool"}, "tool": {"assistant", "tool"}}
-
-def render_chat(messages, tokenizer, *, generation_prompt=False):
-    """Token ids of a conversation, and which of them the model learns to write (paper, section 2).
-
-    - Usually only the last assistant turn is learned, and earlier ones lose their reasoning: in use, the
-      model meets the same history, as nobody sends old reasoning back.
-    - With tools (a message of role "tool", or <tool_call> in an assistant turn) all reasoning is kept and
-      every assistant turn is learned: the turns are steps of one train of thought.
-
-    The loss covers what an assistant writes and the <|im_end|> that ends it, but no header. TAGS are special
-    tokens in assistant turns only; elsewhere they and all other special tokens are plain text.
-
-    messages: list of {"role", "content"}, in the order of FOLLOWS. generation_prompt: append the header of
-    the next reply; every turn is then an earlier one. Returns the lists (ids, loss_mask) of int and bool;
-    loss_mask[i] says whether ids[i] is to be predicted."""
-    check_messages(messages)
-    if generation_prompt and messages[-1]["role"] not in FOLLOWS["assistant"]:
-        raise ValueError(f"messages: {messages[-1]['role']} leaves nothing to reply to; end in user or tool")
-    bos, start, end = map(tokenizer.special.get, ("<|begin_of_text|>", "<|im_start|>", "<|im_end|>"))
-    if None in (bos, start, end):
-        raise ValueError("tokenizer: a conversation needs <|begin_of_text|>, <|im_start|> and <|im_end|>")
-    replies = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    tools = any(message["role"] == "tool" for message in messages)
-    tools = tools or any("<tool_call>" in messages[i]["content"] for i in replies)
-    last = [] if generation_prompt else replies[-1:]
-    learned = replies if tools else last
-    # The conversation in pieces: their ids, and whether the model learns to write them.
-    newline = tokenizer.encode("\n")
-    pieces = [([bos, *newline], False)]
-    for i, message in enumerate(messages):
-        content = message["content"]
-        if i in replies and i not in learned:
-            content = without_reasoning(content)
-        header = [start, *tokenizer.encode(message["role"] + "\n")]
-        body = tokenizer.encode(content, special="tags" if i in replies else False)
-        pieces += [(header, False), ([*body, end], i in learned), (newline, False)]
-    if generation_prompt:
-        pieces.append(([start, *tokenizer.encode("assistant\n")], False))
-    return [i for ids, _ in pieces for i in ids], [loss for ids, loss in pieces for _ in ids]
-
-def without_reasoning(content):
-    """content without its <think> blocks, stripped. A block that is never closed ends at the next one."""
-    blocks = ("</think>" + content).split("<think>")
-    return "".join(block.rpartition("</think>")[2] for block in blocks if "</think>" in block).strip()
-
-def check_messages(messages, where=""):
-    """Raise ValueError, naming the message and its field, unless render_chat can render the messages."""
-    if not isinstance(messages, list) or not messages:
-        raise ValueError(f"{where}messages: must be a list of at least one message")
-    before = None
-    for i, message in enumerate(messages):
-        message = message if isinstance(message, dict) else {}
-        role, content = message.get("role"), message.get("content")
-        if role not in list(FOLLOWS):
-            raise ValueError(f"{where}messages[{i}].role: {shorten(role)} is none of {', '.join(FOLLOWS)}")
-        if not isinstance(content, str):
-            raise ValueError(f"{where}messages[{i}].content: must be a string, not {shorten(content)}")
-        if before not in FOLLOWS[role]:
-            raise ValueError(f"{where}messages[{i}].role: {role} may not follow {before or 'the beginning'}")
-        before = role
-
-def check_sft(record, where):
-    """(domain, weight) of a record. ValueError names file, line and field if it cannot become a sample."""
-    domain = text_field(record, "domain", where)
-    weight = record.get("weight")
-    if type(weight) not in (int, float) or not 0 < weight < 1e6:
-        raise ValueError(f"{where}: field weight must be a positive number, not {shorten(weight)}")
-    check_messages(record.get("messages"), f"{where}: field ")
-    if all(message["role"] != "assistant" for message in record["messages"]):
+def check_sft(record, tokenizer, where):
+    """(sft_row of the record, what render_text returns). ValueError names file, line and field if it cannot
+    become a sample."""
+    row = sft_row(record, where)
+    try:
+        rendered = render_text(row["messages"], tokenizer, row.get("tools"))
+    except ValueError as error:
+        raise ValueError(f"{where}: field {error}") from None
+    if not rendered[2]:
         raise ValueError(f"{where}: field messages: holds no assistant turn to learn from")
-    return domain, float(weight)
+    return row, rendered
 
 def parse_sft(record, tokenizer, where, max_tokens=None, trim=False):
     """The Sample of a record. One of more than max_tokens is a ValueError, or trimmed if trim is set."""
-    domain, weight = check_sft(record, where)
-    ids, mask = render_chat(record["messages"], tokenizer)
+    row, rendered = check_sft(record, tokenizer, where)
+    weight, domain = row["weight"], row["domain"]
+    ids, mask = encode_chat(rendered, tokenizer)
     trimmed = max_tokens is not None and len(ids) > max_tokens
     if trimmed and not trim:
         tokens = f"{len(ids)} tokens, the limit is {max_tokens}"
         raise ValueError(f"{where}: field messages: {tokens}; raise it, allow trimming, or drop the line")
     return Sample(np.array(ids[:max_tokens], np.int32), np.array(mask[:max_tokens]), weight, domain, trimmed)
-
-# render_chat as a Jinja template, for those who load a checkpoint with other software: ns.all keeps all
-# reasoning, ns.last is the turn that keeps its own. Line breaks and indents are removed, as engines differ in
-# whether those count.
-CHAT_TEMPLATE = "".join(line.strip() for line in r"""
-    {{ bos_token + '\n' }}
-    {% set ns = namespace(all=false, last=-1, text='') %}
-    {% for m in messages %}
-        {% set ns.all = ns.all or m.role == 'tool' or m.role == 'assistant' and '<tool_call>' in m.content %}
-        {% if m.role == 'assistant' and not add_generation_prompt %}{% set ns.last = loop.index0 %}{% endif %}
-    {% endfor %}
-    {% for m in messages %}
-        {% set ns.text = m.content %}
-        {% if m.role == 'assistant' and not ns.all and loop.index0 != ns.last %}
-            {% set ns.text = '' %}
-            {% for part in ('</think>' + m.content).split('<think>') %}
-                {% if '</think>' in part %}{% set ns.text = ns.text + part.split('</think>')[-1] %}{% endif %}
-            {% endfor %}
-            {% set ns.text = ns.text.strip() %}
-        {% endif %}
-        {{ '<|im_start|>' + m.role + '\n' + ns.text + '<|im_end|>\n' }}
-    {% endfor %}
-    {% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}
-""".splitlines())
 
 # 3. Problems made here: long division, every step of which can be checked -----------------------------------
 #
@@ -286,79 +195,7 @@ def make_sft(problem, rng):
     # The ease stands in for the pass rate: there is no model yet to measure one.
     return sft_record(problem, reply, difficulty_weight(ease)) | problem.extra
 
-# 4. Curation ------------------------------------------------------------------------------------------------
-
-EASY, HARD = 0.75, 0.25  # pass rates: above is easy, below is hard
-KEEP_TRUNCATED = 0.1  # "a small random subset"; the paper gives no number
-
-def difficulty_weight(pass_rate):
-    """Weight in the SFT loss (paper, section 2): easy 0.5, medium 1, hard from 1.25 to 1.75 at rate 0."""
-    if pass_rate > EASY:
-        return 0.5
-    return 1.0 if pass_rate >= HARD else 1.75 - 0.5 * pass_rate / HARD
-
-def why_not_sft(record):
-    """The paper's filters (section 2) for one SFT record: the reason to drop it, or None.
-
-    They judge the last message. "correct", if present, is its verdict: True, False or None (unknown)."""
-    if not record.get("correct", True):
-        return "unknown verdict" if record["correct"] is None else "incorrect"
-    _, _, rest = record["messages"][-1]["content"].partition("<think>")
-    reasoning, closed, reply = rest.partition("</think>")
-    if not closed or not reasoning.strip():
-        return "no reasoning"
-    if not reply.strip():
-        return "no answer"
-    if record["domain"] == "math" and not re.search(r"\\boxed\s*\{\s*[^\s}]", reply):
-        return "no \\boxed{}"
-    try:
-        for code in re.findall(r"(?ms)^[ \t]*```(?:[Pp]ython3?|py)[ \t]*\n(.*?)(?:```|\Z)", reply):
-            ast.parse(textwrap.dedent(code))
-    except (SyntaxError, ValueError, RecursionError, MemoryError):  # the others: null bytes, absurd nesting
-        return "python syntax error"
-    return None
-
-def why_not_rl(problem_id, rollouts):
-    """The paper's pass-rate filter (section 3) for one problem: the reason to drop it, or None.
-
-    A problem that every rollout solves teaches nothing. One that no rollout solves is dropped if at least
-    half of them agree on a wrong answer: the reference is then the likelier culprit. If every rollout ran out
-    of tokens, it may be merely long: a random tenth is kept (the id decides, so a second run keeps the same).
-    rollouts: traces of this problem, the paper takes 8; those of unknown verdict do not count."""
-    known = [rollout for rollout in rollouts if rollout["correct"] is not None]
-    if not known:
-        return "no known verdict" if rollouts else "no rollouts"
-    correct = sum(rollout["correct"] for rollout in known)
-    if correct:
-        return "solved by every rollout" if correct == len(known) else None
-    if all(rollout["stop"] == "length" for rollout in known):
-        kept = hash_to_unit(f"truncated {problem_id}") < KEEP_TRUNCATED
-        return None if kept else "truncated in every rollout"
-    # Compared as text, one answer in two spellings counts as two: that errs on the side of keeping.
-    answers = Counter(rollout["answer"] for rollout in known if rollout["answer"] is not None)
-    agreed = max(answers.values(), default=0) >= len(known) / 2  # the paper's 4 of 8
-    return "wrong majority" if agreed else None
-
-def from_solution(problem):
-    """SFT record with a worked solution as the reasoning. Its difficulty is unknown: weight 1."""
-    solution = problem.extra.get("solution")
-    if not isinstance(solution, str) or not problem.answer:
-        raise ValueError(f"{problem.where}: needs an answer, and a worked one in the field solution")
-    # GSM8K's calculator annotations, 48/2=<<48/2=24>>24, are removed: no prompt has them.
-    reasoning = re.sub(r"<<[^<>]*>>", "", solution).strip()
-    return sft_record(problem, f"<think>{reasoning}</think>\\boxed{{{problem.answer}}}", 1.0)
-
-def from_rollouts(problem, rollouts):
-    """SFT records of a problem's rollouts, weighted by its pass rate over known verdicts."""
-    # Unfinished replies count as incorrect; an unknown verdict (None) stays unknown.
-    verdicts = [rollout["correct"] and rollout["stop"] == "stop" for rollout in rollouts]
-    known = [verdict for verdict in verdicts if verdict is not None]
-    weight = difficulty_weight(sum(known) / max(1, len(known)))
-    for rollout, correct in zip(rollouts, verdicts):
-        reply = rollout["text"].removesuffix("<|end_of_text|>").removesuffix("<|im_end|>")
-        yield sft_record(problem, reply, weight) | {"correct": correct}
-
-# 5. Packing -------------------------------------------------------------------------------------------------
+# 4. Packing -------------------------------------------------------------------------------------------------
 
 @dataclass
 class Pack:
@@ -413,7 +250,7 @@ def join(row):
     weights[cu_seqlens[1:] - 1] = 0
     return Pack(ids, targets, weights, cu_seqlens, row)
 
-# 6. Reading problems and traces -----------------------------------------------------------------------------
+# 5. Reading problems and conversations ----------------------------------------------------------------------
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # of choices
 PUBLIC = {  # field of a public data set -> ours
@@ -513,40 +350,122 @@ def with_choices(prompt, choices):
     lines = "\n".join(f"{letter}. {text}" for letter, text in lettered)
     return f"{prompt.rstrip()}\n\n{lines}\n\nPut the letter of the right choice in \\boxed{{}}."
 
-def read_rollouts(path, problems_path):
-    """List of (problem, its traces) for all problems of one file, with the traces of another."""
-    problems = read_problems(problems_path)
-    rollouts = {problem.id: [] for problem in problems}
-    kinds = {"problem": str, "text": str, "correct": bool | None, "stop": str, "answer": str | None}
-    for where, record in read_records(path):
-        for name, kind in kinds.items():
-            if not isinstance(record.get(name, ...), kind):
-                kind = getattr(kind, "__name__", kind)
-                raise ValueError(f"{where}: field {name} must be {kind}, not {shorten(record.get(name))}")
-        if record["problem"] not in rollouts:
-            raise ValueError(f"{where}: field problem: {shorten(record['problem'])} is not in the problems")
-        rollouts[record["problem"]].append(record)
-    return [(problem, rollouts[problem.id]) for problem in problems]
+SHAREGPT = {  # "from" of a ShareGPT turn -> role
+    "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant",
+    "bot": "assistant", "model": "assistant", "function_call": "assistant", "system": "system",
+    "tool": "tool", "observation": "tool"}
+
+def sft_row(record, where):
+    """An SFT record in our shape: messages (or None), domain, weight, "tools" as a list, all other fields.
+
+    Read are `messages` or `conversations`, with turns of role and content or of from and value. A `system`
+    text beside them becomes the first message; `tools` may be a list or its JSON. ValueError names file, line
+    and field, also where two fields contradict each other. check_messages judges the messages themselves."""
+    # The paper's fourth domain takes what names none; difficulty is unknown then, so the weight is 1.
+    row = {"domain": "other", "weight": 1.0} | record
+    row["domain"] = text_field(row, "domain", where)
+    weight = row["weight"]
+    if type(weight) not in (int, float) or not 0 < weight < 1e6:
+        raise ValueError(f"{where}: field weight must be a positive number, not {shorten(weight)}")
+    row["weight"] = float(weight)
+
+    # Files that were joined from several sources have columns of all of them, with null where one is unused.
+    names = [name for name in ("messages", "conversations") if row.get(name) is not None]
+    found = [to_messages(row[name], f"{where}: field {name}") for name in names]
+    if len(found) == 2 and found[0] != found[1]:
+        raise ValueError(f"{where}: field conversations contradicts field messages")
+    row.pop("conversations", None)
+    row["messages"] = messages = found[0] if found else None
+
+    # LLaMA-Factory writes system prompt (maybe "") and tools (as a text of JSON) beside the conversation.
+    if row.get("system") not in (None, "") and messages:
+        system = {"role": "system", "content": text_field(row, "system", where)}
+        if messages[0].get("role") != "system":
+            messages.insert(0, system)
+        elif messages[0].get("content") != system["content"]:
+            raise ValueError(f"{where}: field system contradicts the first message, which is another")
+        del row["system"]
+    if row.get("tools") in ("", "[]"):
+        del row["tools"]
+    if isinstance(row.get("tools"), str):
+        row["tools"] = parse_json(row["tools"].encode("utf-8", "replace"), f"{where}: field tools", list)
+    # Shapes only: the chat template decides what can be rendered, curate.py which calls are reliable.
+    lists = {"tools": row.get("tools")}
+    for i, message in enumerate(messages or []):
+        lists[f"messages[{i}].tool_calls"] = message.get("tool_calls")
+    for name, value in lists.items():
+        if value and not (isinstance(value, list) and all(isinstance(item, dict) for item in value)):
+            raise ValueError(f"{where}: field {name}: must be a list of objects, not {shorten(value)}")
+    return row
+
+def to_messages(turns, where):
+    """Turns of role and content or of from and value -> messages, with all their other fields."""
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError(f"{where}: must be a list of at least one message, not {shorten(turns)}")
+    sharegpt = "from" in turns[0]
+    messages = []
+    for i, turn in enumerate(turns):
+        if {"from", "value"} & turn.keys() and (not sharegpt or {"role", "content"} & turn.keys()):
+            raise ValueError(f"{where}[{i}]: mixes from and value with role and content")
+        if sharegpt:
+            rest = dict(turn)
+            speaker, text = rest.pop("from", None), rest.pop("value", None)
+            if str(speaker) not in SHAREGPT:
+                raise ValueError(f"{where}[{i}].from: {shorten(speaker)} is none of {', '.join(SHAREGPT)}")
+            if not isinstance(text, str):
+                raise ValueError(f"{where}[{i}].value: must be a string, not {shorten(text)}")
+            # In Falcon-H1R's template, and most others, a call is this text at the end of a reply.
+            if speaker == "function_call":
+                text = f"<tool_call>\n{text}\n</tool_call>"
+            turn = {"role": SHAREGPT[speaker], "content": text} | rest
+        # JSON can spell it as \ud800, but no tokenizer can encode it.
+        if any(isinstance(text, str) and re.search("[\ud800-\udfff]", text) for text in turn.values()):
+            raise ValueError(f"{where}[{i}]: holds half of a surrogate pair, which is no character")
+        messages.append(turn)
+    return messages
 
 def read_records(path):
-    """Yield (where, dict) of a .jsonl, .jsonl.gz or JSON array. where: "FILE, line 3" or "FILE, item 3".
+    """Yield (where, dict) of the rows of a .jsonl, .jsonl.gz or JSON array; where: see read_rows."""
+    for where, _, row in read_rows(path):
+        yield where, parse_json(row, where)
 
-    Blank lines are skipped, a byte order mark is tolerated. ValueError names file and line."""
+BLANK = b" \t\r\n\xef\xbb\xbf"  # the last three are a byte order mark
+
+def read_rows(path):
+    """Yield (where, offset, bytes): the lines of a file that are not blank, or the items of a JSON array.
+
+    where: "FILE, line 3" or "FILE, item 3". offset: in bytes. Lines are read one by one, so that a file may
+    exceed memory. A byte order mark is tolerated. ValueError names the file and, if it can, the line."""
     check_exists(path)
     try:
         with gzip.open(path) if str(path).endswith(".gz") else open(path, "rb") as file:
-            raw = file.read().removeprefix(b"\xef\xbb\xbf")
+            first = next((line for line in file if line.strip(BLANK)), b"").lstrip(BLANK)
+            file.seek(0)
+            if not first:
+                raise ValueError(f"{path}: empty; expected one JSON object per line")
+            if first.startswith(b"["):
+                yield from array_items(file.read(), path)
+                return
+            # Only \n ends a line: texts in JSON may hold U+2028 and other line breaks.
+            offset = 0
+            for number, line in enumerate(file, 1):
+                if line.strip(BLANK):
+                    yield f"{path}, line {number}", offset, line
+                offset += len(line)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: not a complete gzip file ({error})") from None
-    if not raw.strip():
-        raise ValueError(f"{path}: empty; expected one JSON object per line")
-    unit = "item" if raw.lstrip().startswith(b"[") else "line"
-    if unit == "item":  # the items of an array become lines, and are checked the same way
-        raw = b"\n".join(json.dumps(item).encode() for item in parse_json(raw, path, list))
-    for number, line in enumerate(raw.splitlines(), 1):
-        if line.strip():
-            where = f"{path}, {unit} {number}"
-            yield where, parse_json(line, where)
+
+def array_items(raw, path):
+    """read_rows of a JSON array. It is checked as a whole before the first item."""
+    count = len(parse_json(raw, path, list))
+    # In Latin-1 every byte is one character, so places in the text are offsets in the file. Quotes, commas
+    # and brackets are the same bytes as in UTF-8, which uses them in no other character.
+    text = raw.decode("latin-1")
+    stop = text.index("[") + 1
+    for number in range(1, count + 1):
+        start = re.compile(r"[\s,]*").match(text, stop).end()
+        _, stop = json.JSONDecoder().raw_decode(text, start)
+        yield f"{path}, item {number}", start, raw[start:stop]
 
 def parse_json(raw, where, kind=dict):
     """The value that bytes of JSON hold: a dict, or a list if that is the kind, and not empty."""
@@ -570,203 +489,8 @@ def text_field(record, name, where):
         raise ValueError(f"{where}: field {name} holds half of a surrogate pair, which is no character")
     return value
 
-def shorten(value):
-    """JSON of a value, cut off for an error message."""
-    text = json.dumps(value)
-    return text if len(text) <= 100 else text[:100] + "..."
+# 6. What the scripts share: flags, files, run and checkpoint folders, exit, unknown verdicts ----------------
 
-# 7. Tokenizer -----------------------------------------------------------------------------------------------
-
-# How tokenizer.json spells bytes, as in GPT-2: visible ones as Latin-1 does, the others from U+0100 on.
-VISIBLE = [byte for byte in range(256) if chr(byte).isprintable() and byte != ord(" ")]
-HIDDEN = [byte for byte in range(256) if byte not in VISIBLE]
-SPELLING = {chr(byte): byte for byte in VISIBLE} | {chr(256 + i): byte for i, byte in enumerate(HIDDEN)}
-GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # of ByteLevel
-
-class Tokenizer:
-    """Text <-> token ids: byte-level BPE by tiktoken, and the special tokens that a chat needs.
-
-    Attributes: special (dict from an added token's text to its id), vocab_size (the largest id plus one),
-    stop_ids (tuple of the ids that end a generation)."""
-
-    def __init__(self, files):
-        """files: dict of the texts of tokenizer.json and, for save, tokenizer_config.json."""
-        self.files = files
-        spec = json.loads(files["tokenizer.json"])
-        check_supported(spec)
-        model, added = spec["model"], spec["added_tokens"]
-        self.stages = pre_tokenizers(spec["pre_tokenizer"])
-        self.special = {token["content"]: token["id"] for token in added}
-        self.control = {token["content"] for token in added if token["special"]}
-        # Added tokens are found before anything else: those not "normalized" first, of these the longest.
-        added = sorted(added, key=lambda token: (token["normalized"], -len(token["content"])))
-        self.added = {}  # argument `special` of encode -> pattern of the added tokens that it reads
-        unread = {True: set(), "tags": self.control - {*TAGS}, False: self.control | {*TAGS}}
-        for special, plain in unread.items():
-            read = [regex.escape(token["content"]) for token in added if token["content"] not in plain]
-            self.added[special] = regex.compile("|".join(read) or "(?!)")
-        # All other text: tiktoken's ranks are the order of merging, and not the ids.
-        vocab = {name: id for name, id in model["vocab"].items() if name not in self.control}
-        self.bytes = {id: bytes(SPELLING[c] for c in name) for name, id in vocab.items()}
-        whole = self.bytes if model.get("ignore_merges") else {}
-        self.whole_words = {name: [id] for id, name in whole.items()}  # tokens found before any merging
-        ranks = tiktoken_ranks(vocab, model["merges"])
-        self.ids = {rank: vocab[name] for name, rank in ranks.items()}
-        ranks = {self.bytes[vocab[name]]: rank for name, rank in ranks.items()}
-        self.encoding = tiktoken.Encoding("bpe", pat_str=r"(?s).+", mergeable_ranks=ranks, special_tokens={})
-        self.bytes |= {id: name.encode() for name, id in self.special.items()}
-        self.vocab_size = max(self.bytes) + 1
-        ends = ("<|im_end|>", "<|end_of_text|>")
-        self.stop_ids = tuple(self.special[name] for name in ends if name in self.special)
-
-    @classmethod
-    def byte_level(cls):
-        """One token per byte (ids 0 to 255), then the special tokens: a vocabulary that needs no training."""
-        names = [*CONTROL, *TAGS]
-        # GPUs like multiples of 16. The padding is made of real tokens, so that every sampled id decodes.
-        names += [f"<|reserved_{i}|>" for i in range(-(256 + len(names)) % 16)]
-        # TAGS are not "special": servers hide special tokens by default, and reasoning would be unmarked.
-        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-        added = [{"id": i, "content": name, "special": name not in TAGS, **flags}
-                 for i, name in enumerate(names, 256)]
-        bytewise = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-        vocab = dict(sorted(SPELLING.items(), key=lambda item: item[1]))
-        model = {"type": "BPE", "vocab": vocab, "merges": []}
-        spec = {"version": "1.0", "added_tokens": added, "normalizer": None, "pre_tokenizer": bytewise,
-                "decoder": bytewise, "model": model}
-        config = {
-            "tokenizer_class": "PreTrainedTokenizerFast", "chat_template": CHAT_TEMPLATE,
-            "padding_side": "left", "bos_token": "<|begin_of_text|>", "eos_token": "<|im_end|>",
-            "pad_token": "<|pad|>", "clean_up_tokenization_spaces": False}
-        contents = {"tokenizer.json": spec, "tokenizer_config.json": config}
-        return cls({name: json.dumps(content, indent=1) for name, content in contents.items()})
-
-    def encode(self, text, *, special=False):
-        """List of ids of text, without a BOS; half a surrogate pair becomes U+FFFD.
-
-        special: True reads special tokens, as the tokenizers library does, "tags" only TAGS. By default both
-        are plain text, so that a user typing <|im_end|> cannot end the turn. Other added tokens are always
-        read."""
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        ids = []
-        end = 0
-        for match in self.added[special].finditer(text):
-            ids += [*self._encode_plain(text[end : match.start()]), self.special[match[0]]]
-            end = match.end()
-        return ids + self._encode_plain(text[end:])
-
-    def _encode_plain(self, text):
-        """Ids of text that holds no added token to read."""
-        words = [text] if text else []
-        for stage in self.stages:
-            words = [piece for word in words for piece in stage(word)]
-        ids = []
-        for word in words:
-            whole = self.whole_words.get(word.encode())
-            ids += whole or [self.ids[rank] for rank in self.encoding.encode_ordinary(word)]
-        return ids
-
-    def decode(self, ids):
-        """Text of ids, special tokens included; bytes that are not UTF-8 become U+FFFD."""
-        try:
-            return b"".join(self.bytes[int(i)] for i in ids).decode(errors="replace")
-        except KeyError as error:
-            raise ValueError(f"cannot decode {error}: token ids are 0 to {self.vocab_size - 1}") from None
-
-    def save(self, folder):
-        """Write the files of a published tokenizer; generation_config.json says where generation stops."""
-        generation = json.dumps({"eos_token_id": list(self.stop_ids)}, indent=1)
-        for name, text in {**self.files, "generation_config.json": generation}.items():
-            write_text(Path(folder) / name, text)
-
-    @classmethod
-    def from_pretrained(cls, folder):
-        """Read a published byte-level BPE: tokenizer.json, and tokenizer_config.json if present.
-
-        ValueError names what is not supported. A post_processor is ignored: encode() adds no token."""
-        path = Path(folder) / "tokenizer.json"
-        check_exists(path)
-        files = [file for file in (path, path.with_name("tokenizer_config.json")) if file.exists()]
-        try:
-            return cls({file.name: file.read_text("utf-8") for file in files})
-        except (KeyError, TypeError, ValueError, AttributeError, RecursionError, regex.error) as error:
-            raise ValueError(f"{path}: this code cannot read it as a tokenizer: {error!r}") from None
-
-def check_supported(spec):
-    """Raise ValueError naming the first part of a tokenizer.json that this code would get wrong."""
-    model = spec["model"]
-    wrong = {"model": model["type"] != "BPE", "normalizer": spec["normalizer"]}
-    wrong["decoder"] = (spec["decoder"] or {}).get("type") != "ByteLevel"
-    for name in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
-        wrong[f"model.{name}"] = model.get(name)
-    for name in ("single_word", "lstrip", "rstrip"):
-        wrong[f"flag {name} of an added token"] = any(token[name] for token in spec["added_tokens"])
-    if names := [name for name, found in wrong.items() if found]:
-        raise ValueError(f"this {names[0]} is not supported")
-
-def tiktoken_ranks(vocab, merges):
-    """dict from tokens, as spelled, to tiktoken's ranks: the place of the last merge that makes the token."""
-    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]  # "a b" or ["a", "b"]
-    order = {(left, right): place for place, (left, right) in enumerate(pairs)}
-    # tiktoken merges any neighbours that form a token, the tokenizers library only listed pairs. Given only
-    # tokens that BPE can itself produce, the two always pick the same pair.
-    ranks = dict(SPELLING)
-    for token in vocab:
-        pieces, last = bpe_merge(token, order)
-        if pieces == [token] and len(token) > 1:
-            ranks[token] = 256 + last
-    return ranks
-
-def bpe_merge(word, order):
-    """BPE by definition: while a pair is listed, join the leftmost of those listed first.
-
-    Returns the tokens of a spelled word, and the place of the last pair joined, or None."""
-    tokens, last = list(word), None
-    while pairs := [(order[pair], i) for i, pair in enumerate(zip(tokens, tokens[1:])) if pair in order]:
-        last, i = min(pairs)
-        tokens[i : i + 2] = [tokens[i] + tokens[i + 1]]
-    return tokens, last
-
-def pre_tokenizers(spec):
-    """The "pre_tokenizer" of a tokenizer.json -> list of functions from text to pieces, to apply in turn."""
-    kind = spec["type"] if spec else "Sequence"
-    if kind == "Sequence":
-        parts = spec["pretokenizers"] if spec else []
-        return [stage for part in parts for stage in pre_tokenizers(part)]
-    if kind == "Split":
-        ((syntax, pattern),) = spec["pattern"].items()
-        pattern = regex.escape(pattern) if syntax == "String" else pattern
-        return [splitter(pattern, spec["behavior"], spec["invert"])]
-    if kind == "Digits":
-        return [splitter(r"\p{N}", "Isolated" if spec["individual_digits"] else "Contiguous")]
-    if kind == "Punctuation":
-        return [splitter(r"[!-/:-@\[-`{-~]|\p{P}", spec["behavior"])]
-    if kind == "ByteLevel" and not spec["add_prefix_space"]:
-        return [splitter(GPT2_WORDS, "Isolated")] if spec["use_regex"] else []
-    raise ValueError(f"pre_tokenizer {kind} is not supported: {shorten(spec)}")
-
-def splitter(pattern, behavior, invert=False):
-    """Function from text to a list of pieces, cut at delimiters: the matches of a pattern.
-
-    behavior: what becomes of a delimiter, in the tokenizers library's words. invert: swap matches and the
-    text between them. `regex` may know a newer Unicode than that library, which knows 16: text with newer
-    characters may be cut differently and get other ids, but they decode to the same text."""
-    delimiter = f"(?>{pattern})"  # atomic: no match shrinks so that what follows it can match
-    text = f"(?>(?:(?!{delimiter})(?s:.))+)"  # anything up to the next delimiter
-    if invert:
-        delimiter, text = text, delimiter
-    piece = regex.compile({
-        "Removed": f"{delimiter}(*SKIP)(*FAIL)|{text}",
-        "Isolated": f"{delimiter}|{text}",
-        "Contiguous": f"{delimiter}+|{text}+",
-        "MergedWithPrevious": f"{text}{delimiter}?|{delimiter}",
-        "MergedWithNext": f"{delimiter}?{text}|{delimiter}",
-    }[behavior])
-    return lambda text: [match[0] for match in piece.finditer(text)]
-
-# 8. What the scripts share: flags, files, run and checkpoint folders, exit, unknown verdicts ----------------
-
-MADE_BY = {"runs/tiny/data": "train_sft.py", "runs/tiny/sft": "train_sft.py", "runs/tiny/rl": "train_rl.py"}
 MOST_UNKNOWN = 0.02  # of all verdicts: so few can neither hide nor fake an effect worth reporting
 
 def flag(default, text):
@@ -787,28 +511,17 @@ def parse_args(cls, description, argv=None):
         parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=text, **kind)
     return cls(**vars(parser.parse_args(argv)))
 
-def write_text(path, text):
-    """Write a file whole or not at all: a reader never meets half of it."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary.is_file():
-            temporary.unlink()  # the disk may be full
-        raise OSError(f"{path}: could not be written: {error.strerror}") from None
+def text_or_file(value):
+    """The text of a flag that takes TEXT or FILE. A single word with a dot or slash must be a file."""
+    if re.fullmatch(r"\S*[./]\S*\w", value):
+        check_exists(value)
+    return Path(value).read_text("utf-8").strip() if os.path.isfile(value) else value
 
 def write_jsonl(path, records):
-    """Write dicts as JSON lines."""
+    """Write dicts as JSON lines, not compressed."""
+    if str(path).endswith(".gz"):
+        raise ValueError(f"{path}: files are written uncompressed; give a name without .gz")
     write_text(path, "".join(json.dumps(record) + "\n" for record in records))
-
-def check_exists(path):
-    """Raise ValueError if a file is missing; for files of the small run it names the command to run."""
-    if not Path(path).exists():
-        scripts = [script for folder, script in MADE_BY.items() if Path(path).is_relative_to(folder)]
-        raise ValueError(f"{path} is missing" + (f": run python {scripts[0]} first" if scripts else ""))
 
 def open_run(out, identity, outputs, *, fresh, device, **about):
     """Make `out` the folder of a run. Its run.json then holds identity, versions, hardware and commit.
@@ -869,6 +582,18 @@ def load_tokenizer(folder):
         raise ValueError(f"{folder}: the tokenizer has {size} tokens, the model room for {room} only")
     return tokenizer
 
+def prompts_of(problems, args, tokenizer):
+    """Token ids of each problem's prompt, with --system and --suffix. ValueError names file and line of one
+    that the chat template refuses."""
+    prompts = []
+    for problem in problems:
+        try:
+            chat = ask(problem.prompt, args.system, args.suffix)
+            prompts.append(render_chat(chat, tokenizer, generation_prompt=True)[0])
+        except ValueError as error:
+            raise ValueError(f"{problem.where}: its prompt: {error}") from None
+    return prompts
+
 def reply_text(ids, tokenizer):
     """What a model wrote, without the token that ends it. ids: the tokens of a trace."""
     ended = ids and ids[-1] in tokenizer.stop_ids
@@ -876,6 +601,8 @@ def reply_text(ids, tokenizer):
 
 def run_main(body):
     """Run a script's body; user errors print one line. Returns the exit status."""
+    for stream in (sys.stdout, sys.stderr):  # not every terminal or pipe takes every character
+        getattr(stream, "reconfigure", dict)(errors="backslashreplace")  # a notebook's streams have none
     try:
         body()
         return 0
@@ -899,7 +626,7 @@ def describe(reasons):
     """The most common reasons of unknown verdicts, in one line."""
     return "; ".join(f"{n} x {reason.removeprefix('unknown: ')}" for reason, n in reasons.most_common(5))
 
-# 9. Commands ------------------------------------------------------------------------------------------------
+# 7. Commands ------------------------------------------------------------------------------------------------
 
 def make(*, out="runs/tiny/data", seed=0, sft=20000, rl=4000, heldout=1000):
     """Generate long divisions: SFT samples, RL problems and held-out problems, in the folder OUT."""
@@ -910,27 +637,6 @@ def make(*, out="runs/tiny/data", seed=0, sft=20000, rl=4000, heldout=1000):
     for split in ("rl", "heldout"):
         write_jsonl(Path(out) / f"{split}.jsonl", [problem.record() for problem in problems[split]])
     print(f"{out}: {sft} rows in sft.jsonl, {rl} in rl.jsonl, {heldout} in heldout.jsonl")
-
-def convert(source, *, out, problems=""):
-    """Turn the worked solutions in SOURCE, or with PROBLEMS the correct rollouts there, into SFT samples."""
-    if problems:
-        records = [record for pair in read_rollouts(source, problems) for record in from_rollouts(*pair)]
-    else:
-        records = [from_solution(problem) for problem in read_problems(source)]
-    write_kept(out, [(record, why_not_sft(record)) for record in records])
-
-def curate(traces, *, problems, out):
-    """Keep the problems that are neither solved nor hopeless, by about 8 rollouts of each in TRACES."""
-    pairs = read_rollouts(traces, problems)
-    write_kept(out, [(problem.record(), why_not_rl(problem.id, rollouts)) for problem, rollouts in pairs])
-
-def write_kept(path, judged):
-    """Write the records without a reason to drop them, print counts. judged: list of (record, reason)."""
-    write_jsonl(path, [record for record, reason in judged if reason is None])
-    reasons = Counter(reason for _, reason in judged)
-    kept = reasons.pop(None, 0)
-    dropped = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common()) or "nothing"
-    print(f"{path}: kept {kept} of {len(judged)}; dropped {dropped}")
 
 def show(file, *, rows=3, model=""):
     """Print ROWS rows of SFT samples, and a table by domain, in tokens of MODEL or bytes."""
@@ -954,7 +660,11 @@ def main(argv=None):
     A command's parameters are its flags; those without a default are required."""
     parser = Flags(description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for run in (make, convert, curate, show):
+    known = [make, show]
+    with contextlib.suppress(ModuleNotFoundError):  # where data.py was copied alone
+        import curate
+        known += [curate.convert, curate.curate, curate.overlap]
+    for run in known:
         about = {"help": run.__doc__, "description": run.__doc__}
         command = commands.add_parser(run.__name__, allow_abbrev=False, **about)
         command.set_defaults(run=run)

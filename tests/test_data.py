@@ -2,23 +2,25 @@
 
 import gzip
 import json
+import os
 import random
 import re
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
 
-import jinja2
 import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 import data
+from curate import why_not_sft
+from tokenizer import render_chat
 
 TOKENIZER = data.Tokenizer.byte_level()
-SPECIAL = TOKENIZER.special
-GOOD = json.loads(TOKENIZER.files["tokenizer.json"])
-MODEL = GOOD["model"]
-SPLIT = {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False}
 
 def write(path, *records):
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -34,87 +36,12 @@ MATH = {"problem": "1+1?", "answer": "2", "solution": "It is $\\boxed{2}$.", "un
 HUMANEVAL = {"task_id": "HumanEval/0", "prompt": "def f():\n", "test": "def check(f): ...",
              "entry_point": "f", "canonical_solution": "    return 1\n"}
 GZIP = gzip.compress(json.dumps(OURS).encode())
-UNKNOWN = [{"answer": "1", "correct": None, "stop": "stop"}]
 
-def learned(messages, **options):
-    """The text under the loss mask, and the whole text."""
-    ids, mask = data.render_chat(messages, TOKENIZER, **options)
-    return TOKENIZER.decode([i for i, on in zip(ids, mask, strict=True) if on]), TOKENIZER.decode(ids)
-
-# 1. Chat format ---------------------------------------------------------------------------------------------
-
-def test_render_chat_by_hand():
-    start, end = SPECIAL["<|im_start|>"], SPECIAL["<|im_end|>"]
-    reply = [SPECIAL["<think>"], *b"a", SPECIAL["</think>"], *b"b", end]
-    prompt = [SPECIAL["<|begin_of_text|>"], *b"\n", start, *b"user\nQ", end, *b"\n", start, *b"assistant\n"]
-    ids, mask = data.render_chat(turns("Q", "<think>a</think>b"), TOKENIZER)
-    assert ids == [*prompt, *reply, *b"\n"]
-    assert mask == [False] * len(prompt) + [True] * len(reply) + [False]
-    assert data.render_chat(turns("Q"), TOKENIZER, generation_prompt=True) == (prompt, [False] * len(prompt))
-
-def test_earlier_turns_lose_their_reasoning_and_the_last_is_learned():
-    loss, whole = learned(turns("p", "<think>old</think>\n\none", "q", "<think>new</think>two"))
-    assert loss == "<think>new</think>two<|im_end|>"
-    assert "<|im_start|>assistant\none<|im_end|>\n" in whole and "old" not in whole
-    loss, whole = learned(turns("p", "<think>old</think>one", "q"), generation_prompt=True)
-    assert loss == "" and "old" not in whole and whole.endswith("q<|im_end|>\n<|im_start|>assistant\n")
-
-@pytest.mark.parametrize(("call", "role"), [("<tool_call>{}</tool_call>", "user"), ("calling", "tool")])
-def test_tool_calling_keeps_reasoning_and_learns_every_reply(call, role):
-    messages = turns("p", f"<think>x</think>{call}", "r", "<think>y</think>done")
-    messages[2]["role"] = role
-    assert learned(messages)[0] == f"<think>x</think>{call}<|im_end|><think>y</think>done<|im_end|>"
-    ids, _ = data.render_chat(messages, TOKENIZER)
-    assert (SPECIAL["<tool_call>"] in ids) == ("<" in call) and ids.count(SPECIAL["<think>"]) == 2
-
-def test_special_tokens_that_are_typed_stay_text():
-    everything = "".join(SPECIAL)
-    messages = [{"role": "system", "content": everything}, {"role": "user", "content": everything}]
-    prompt, _ = data.render_chat(messages, TOKENIZER, generation_prompt=True)
-    counts = Counter(i for i in prompt if i >= 256)
-    assert counts == {SPECIAL["<|begin_of_text|>"]: 1, SPECIAL["<|im_start|>"]: 3, SPECIAL["<|im_end|>"]: 2}
-    ids, _ = data.render_chat([*messages, {"role": "assistant", "content": everything}], TOKENIZER)
-    reply = [i for i in ids[len(prompt) :] if i >= 256]  # an assistant may write tags and end its turn once
-    assert reply == [*(SPECIAL[tag] for tag in data.TAGS), SPECIAL["<|im_end|>"]]
-
-@pytest.mark.parametrize(("content", "left"), [
-    ("a", "a"), ("<think>x</think> a", "a"), ("a<think>x</think>b<think>y</think>c", "abc"),
-    ("a<think>x", "a"), ("x</think>a", "a"), ("<think>x<think>y</think>a", "a"), ("<think>x</think>", "")])
-def test_without_reasoning(content, left):
-    assert data.without_reasoning(content) == left
-
-def roles(*names):
-    return [{"role": name, "content": "x"} for name in names]
-
-@pytest.mark.parametrize(("messages", "error"), [
-    ([], "messages: "), ("hi", "messages: "), (["user"], r"messages\[0\]\.role: null"),
-    ([{"content": "x"}], r"messages\[0\]\.role: null"), (roles("bot"), '"bot" is none of'),
-    (roles(["user"]), r"messages\[0\]\.role"), ([{"role": "user"}], r"messages\[0\]\.content"),
-    ([{"role": "user", "content": 3}], r"messages\[0\]\.content: must be a string, not 3"),
-    (roles("assistant"), "not follow the beginning"), (roles("tool"), "not follow the beginning"),
-    (roles("user", "system"), r"messages\[1\]\.role: system may not follow user"),
-    (roles("user", "user"), "user may not follow user"), (turns("a", "b"), "assistant leaves nothing")])
-def test_render_chat_names_the_bad_message(messages, error):
-    with pytest.raises(ValueError, match=error):
-        data.render_chat(messages, TOKENIZER, generation_prompt=True)
-
-TEMPLATES = [jinja2.Environment(trim_blocks=trim, lstrip_blocks=trim).from_string(data.CHAT_TEMPLATE)
-             for trim in (False, True)]
-content = st.lists(st.sampled_from([*data.TAGS, "a", "b ", "\n"]), max_size=6).map("".join)
-
-@given(st.lists(content, min_size=1, max_size=5), st.booleans())
-def test_saved_chat_template_agrees(contents, tool):
-    messages = turns(*contents)
-    if tool and len(messages) > 2:
-        messages[2]["role"] = "tool"
-    prompt = len(messages) % 2 == 1
-    expected = learned(messages, generation_prompt=prompt)[1]
-    known = {"messages": messages, "bos_token": "<|begin_of_text|>", "add_generation_prompt": prompt}
-    assert [template.render(known) for template in TEMPLATES] == [expected] * 2
+# 1. Samples -------------------------------------------------------------------------------------------------
 
 def test_parse_sft():
     sample = data.parse_sft(SFT, TOKENIZER, "")
-    ids, mask = data.render_chat(SFT["messages"], TOKENIZER)
+    ids, mask = render_chat(SFT["messages"], TOKENIZER)
     assert (sample.ids.tolist(), sample.mask.tolist()) == (ids, mask) and sample.ids.dtype == np.int32
     assert (sample.weight, sample.domain, sample.trimmed) == (1.5, "math", False)
     short = data.parse_sft(SFT, TOKENIZER, "", len(ids) - 2, trim=True)
@@ -125,11 +52,79 @@ def test_parse_sft():
 @pytest.mark.parametrize(("change", "error"), [
     ({"messages": None}, "messages: must be a list"), ({"domain": ""}, "domain must be a string"),
     ({"messages": turns("q")}, "messages: holds no assistant"),
-    ({"messages": [{"role": "x", "content": ""}]}, r"messages\[0\]\.role"),
+    ({"messages": [{"role": 3, "content": ""}]}, r"messages\[0\]\.role"),
     *[({"weight": bad}, "weight must be") for bad in (0, -1, "1", None, True, float("nan"), 1e999, 9**400)]])
 def test_parse_sft_names_the_field(change, error):
     with pytest.raises(ValueError, match=f"^x, line 1: field {error}"):
         data.parse_sft(SFT | change, TOKENIZER, "x, line 1")
+
+def share_gpt(*turns):
+    return [{"from": speaker, "value": text} for speaker, text in turns]
+
+CHAT = share_gpt(("human", "q"), ("gpt", "<think>r</think>a"))
+TOOLS = [{"name": "f"}]
+
+@pytest.mark.parametrize(("record", "change"), [
+    ({"messages": SFT["messages"]}, {}), ({"conversations": CHAT}, {}),
+    ({"conversations": SFT["messages"]}, {}), ({"messages": CHAT, "conversations": None}, {}),
+    *[({"conversations": [CHAT[0], CHAT[1] | {"from": name}]}, {}) for name in ("bot", "model")],
+    ({"conversations": CHAT, "tools": "[]", "domain": 3}, {"domain": "3"}),
+    ({"conversations": CHAT, "tools": "", "system": ""}, {"system": ""}),
+    ({"messages": SFT["messages"], "conversations": CHAT, "weight": 2, "n": 3}, {"weight": 2.0, "n": 3}),
+    ({"conversations": CHAT, "tools": "[{\"name\": \"f\"}]", "domain": "code"},
+     {"tools": TOOLS, "domain": "code"}),
+    ({"messages": SFT["messages"], "system": "s"},
+     {"messages": [{"role": "system", "content": "s"}, *SFT["messages"]]}),
+    ({"conversations": share_gpt(("system", "s"), *[turn.values() for turn in CHAT]), "system": "s"},
+     {"messages": [{"role": "system", "content": "s"}, *SFT["messages"]]}),
+    ({"conversations": [CHAT[0], CHAT[1] | {"reasoning_content": "x"}]},
+     {"messages": [SFT["messages"][0], SFT["messages"][1] | {"reasoning_content": "x"}]}),
+    ({"conversations": share_gpt(("user", "q"), ("function_call", "{}"), ("observation", "1"))},
+     {"messages": [turns("q")[0], {"role": "assistant", "content": "<tool_call>\n{}\n</tool_call>"},
+                   {"role": "tool", "content": "1"}]})])
+def test_rows_as_people_have_them(record, change):
+    before = json.dumps(record)
+    expected = {"messages": SFT["messages"], "domain": "other", "weight": 1.0} | change
+    assert data.sft_row(record, "") == expected and json.dumps(record) == before
+
+@pytest.mark.parametrize(("record", "error"), [
+    ({"messages": turns("q", "b"), "conversations": CHAT}, "conversations contradicts field messages"),
+    ({"messages": [{"role": "system", "content": "s"}], "system": "t"},
+     "system contradicts the first message"),
+    ({"messages": SFT["messages"], "system": ["s"]}, "system must be a string"),
+    ({"conversations": [CHAT[0], SFT["messages"][1]]}, r"conversations\[1\].from: null is none of human"),
+    ({"messages": [SFT["messages"][0], CHAT[1]]}, r"messages\[1\]: mixes from and value with role"),
+    ({"conversations": [CHAT[0] | {"role": "user"}]}, r"conversations\[0\]: mixes"),
+    ({"conversations": share_gpt(("robot", "x"))}, r'conversations\[0\].from: "robot" is none of'),
+    ({"conversations": share_gpt((["human"], "x"))}, r"conversations\[0\].from"),
+    ({"conversations": "hi"}, 'conversations: must be a list of at least one message, not "hi"'),
+    ({"conversations": ["hi"]}, "conversations: must be a list"),
+    ({"messages": []}, "messages: must be a list"),
+    ({"messages": SFT["messages"], "tools": "[{"}, "tools: malformed JSON"),
+    *[({"messages": SFT["messages"], "tools": bad}, "tools: must be a list of objects") for bad in (3,
+                                                                                                    ["f"])],
+    ({"messages": [SFT["messages"][0], SFT["messages"][1] | {"tool_calls": [3]}]},
+     r"messages\[1\].tool_calls: must be a list of objects, not \[3\]"),
+    ({"conversations": share_gpt(("human", 3))}, r"conversations\[0\].value: must be a string, not 3"),
+    ({"conversations": [{"from": "gpt"}]}, r"conversations\[0\].value: must be a string, not null"),
+    *[({"messages": turns("q", bad)}, r"messages\[1\]: holds half of a surrogate") for bad in ("\ud800",
+                                                                                               "a\udfff")],
+    ({"messages": SFT["messages"], "tools": "{}"}, "tools: {} is not a JSON array")])
+def test_rows_that_contradict_themselves_are_named(record, error):
+    with pytest.raises(ValueError, match=f"^x, line 1: field {error}"):
+        data.sft_row(record, "x, line 1")
+
+@given(st.lists(st.dictionaries(st.text(), st.text() | st.lists(st.text()), min_size=1), min_size=1),
+       st.sampled_from([None, 1]))
+def test_items_of_an_array_are_found_by_their_bytes(tmp_path_factory, rows, indent):
+    path = tmp_path_factory.getbasetemp() / "array.json"
+    path.write_text("\ufeff \n" + json.dumps(rows, indent=indent, ensure_ascii=False), "utf-8",
+                    "surrogatepass")
+    found = [*data.read_rows(path)]
+    raw = path.read_bytes()
+    assert [json.loads(item) for _, _, item in found] == rows
+    assert all(raw[offset:].startswith(item) for _, offset, item in found)
+    assert [where for where, _, _ in found] == [f"{path}, item {n + 1}" for n in range(len(rows))]
 
 # 2. Made problems -------------------------------------------------------------------------------------------
 
@@ -171,6 +166,11 @@ def test_traces_by_hand(monkeypatch, prompt, answer, careful, trace):
     monkeypatch.setattr(data, "SKIP_WIDTHS", (3,))
     assert data.make_trace(data.Problem("", "math", prompt, answer), random.Random(0), careful) == trace
 
+@pytest.mark.parametrize(("rate", "weight"), [
+    (1, 0.5), (0.76, 0.5), (0.75, 1), (0.5, 1), (0.25, 1), (0.24, 1.27), (0.125, 1.5), (0, 1.75)])
+def test_difficulty_weight(rate, weight):
+    assert data.difficulty_weight(rate) == pytest.approx(weight)
+
 def test_small_spaces_end(monkeypatch):
     monkeypatch.setattr(data, "MIX", {("mod", 2): 1})  # 360 problems in all
     with pytest.raises(ValueError, match=r"only \d+ different train problems found, 300 wanted"):
@@ -201,99 +201,14 @@ def test_make(tmp_path):
         reply = row["messages"][1]["content"]
         trace, problem.answer = re.fullmatch(r"<think>(.+)</think>\\boxed\{(\d+)\}", reply).groups()
         sizes.append(check_trace(problem, trace))
-        assert data.why_not_sft(row) is None and data.parse_sft(row, TOKENIZER, "", 200)
+        assert why_not_sft(row) is None and data.parse_sft(row, TOKENIZER, "", 200)
     assert {1, 2, *data.SKIP_WIDTHS} == set().union(*sizes)
     assert any(1 in some and max(some) > 2 for some in sizes)  # careless traces are mixtures
     careful = [some for some in sizes if some[0] <= 2 and set(some[1:]) <= {1}]
     assert 0.15 < len(careful) / 300 < 0.5  # a ninth, and careless ones that skip nothing
     assert {row["weight"] for row in sft} == {0.5, 1.0, 1.75}
 
-# 3. Curation ------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize(("rate", "weight"), [
-    (1, 0.5), (0.76, 0.5), (0.75, 1), (0.5, 1), (0.25, 1), (0.24, 1.27), (0.125, 1.5), (0, 1.75)])
-def test_difficulty_weight(rate, weight):
-    assert data.difficulty_weight(rate) == pytest.approx(weight)
-
-@pytest.mark.parametrize(("reply", "domain", "reason"), [
-    ("<think>x</think>\\boxed{1}", "math", None), ("<think>x</think>A", "science", None),
-    *[(text + "\\boxed{1}", "math", "no reasoning") for text in ("", "<think> \n</think>", "<think>")],
-    ("<think>x</think> \n", "science", "no answer"), ("<think>\\boxed{1}</think>1", "math", "no \\boxed{}"),
-    ("<think>x</think>\\boxed{ }", "math", "no \\boxed{}"),
-    ("<think>```python\nif:\n```</think>ok", "code", None),
-    *[("<think>x</think>" + code, "code", reason) for code, reason in [
-        ("```python\nprint(1)\n```", None), ("1.\n   ```py\n   if 1:\n       print(1)\n   ```", None),
-        ("```cpp\nint x;\n```", None), ("```python\nprint(1\n```", "python syntax error"),
-        ("```python\nok=1\n```\n```python\nif:", "python syntax error"),
-        ("```python\n\0\n```", "python syntax error")]]])
-def test_sft_filters(reply, domain, reason):
-    record = {"messages": turns("q", reply), "domain": domain}
-    assert data.why_not_sft(record) == data.why_not_sft(record | {"correct": True}) == reason
-    assert data.why_not_sft(record | {"correct": False}) == "incorrect"
-    assert data.why_not_sft(record | {"correct": None}) == "unknown verdict"
-
-def rollouts(answers, gold="1", stop="stop"):
-    return [{"answer": answer, "correct": answer == gold, "stop": stop} for answer in answers]
-
-@pytest.mark.parametrize(("some", "reason"), [
-    ([], "no rollouts"), (rollouts("11111111"), "solved by every rollout"), (rollouts("11111112"), None),
-    (rollouts("12222222"), None), (rollouts("22223456"), "wrong majority"), (rollouts("22233345"), None),
-    (rollouts([None] * 8), None), (rollouts([*"2222", *[None] * 4]), "wrong majority"),
-    (rollouts([None] * 7, stop="length") + rollouts("2"), None),
-    (UNKNOWN * 8, "no known verdict"), (rollouts("1111") + UNKNOWN * 4, "solved by every rollout"),
-    (rollouts("12") + UNKNOWN * 6, None), (rollouts("2234") + UNKNOWN * 4, "wrong majority")])
-def test_rl_filter(some, reason):
-    assert data.why_not_rl("a", some) == reason
-
-def test_rl_filter_keeps_some_of_the_truncated():
-    reasons = Counter(data.why_not_rl(str(i), rollouts("22222222", stop="length")) for i in range(1000))
-    assert set(reasons) == {None, "truncated in every rollout"} and 70 < reasons[None] < 130
-
-def trace(problem, answer, stop="stop", **changes):
-    text = f"<think>hm</think>\\boxed{{{answer}}}<|im_end|>"
-    return dict(problem=problem, text=text, answer=answer, correct=answer == "2", stop=stop) | changes
-
-def test_curate_and_convert_rollouts(tmp_path, capsys):
-    problems = [OURS | {"id": id} for id in "12345"]
-    traces = [trace("1", "2"), trace("1", "2"), trace("1", "2", "length"),
-              trace("2", "2"), trace("2", "3"), trace("2", "3"), trace("2", "3", "length"),
-              trace("4", "2", correct=None), trace("5", "2"), trace("5", "3"),
-              *[trace("5", "2", correct=None)] * 6]  # unknown verdicts count in no pass rate
-    write(tmp_path / "t.jsonl", *traces)
-    files = [f"{tmp_path}/t.jsonl", "--problems", str(write(tmp_path / "p.jsonl", *problems))]
-    out = tmp_path / "out.jsonl"
-    assert data.main(["curate", *files, "--out", str(out)]) == 0
-    assert [problem.record() for problem in data.read_problems(out)] == [problems[1], problems[4]]
-    why = "dropped 1 solved by every rollout, 1 no rollouts, 1 no known verdict"
-    assert f"kept 2 of 5; {why}" in capsys.readouterr().out
-    assert data.main(["convert", *files, "--out", str(out)]) == 0
-    samples = [record for _, record in data.read_records(out)]
-    assert [(sample["problem"], sample["weight"]) for sample in samples] == [(id, 1.0) for id in "1125"]
-    assert samples[0]["messages"] == turns("1+1?", "<think>hm</think>\\boxed{2}") and samples[0]["correct"]
-    assert "kept 4 of 16; dropped 7 unknown verdict, 5 incorrect" in capsys.readouterr().out
-
-@pytest.mark.parametrize(("change", "error"), [
-    ({"problem": "9"}, "field problem: \"9\" is not in"), ({"problem": 3}, "field problem must be str"),
-    ({"correct": 1}, "field correct must be bool"), ({"answer": 2}, "field answer must be"),
-    ({"stop": None}, "field stop must be str"), ({"text": None}, "field text must be str")])
-def test_bad_traces_are_named(tmp_path, capsys, change, error):
-    problems = str(write(tmp_path / "p.jsonl", OURS))
-    traces = str(write(tmp_path / "t.jsonl", trace("1", "2"), trace("1", "2") | change))
-    assert data.main(["curate", traces, "--problems", problems, "--out", f"{tmp_path}/out.jsonl"]) == 1
-    assert re.match(rf"error: .*t\.jsonl, line 2: {error}.*\n\Z", capsys.readouterr().err)
-    assert not (tmp_path / "out.jsonl").exists()
-
-def test_convert_worked_solutions(tmp_path, capsys):
-    out = str(tmp_path / "sft.jsonl")
-    assert data.main(["convert", str(write(tmp_path / "x.jsonl", GSM8K, MATH)), "--out", out]) == 0
-    assert [record["messages"] for _, record in data.read_records(out)] == [
-        turns("Half of 48?", "<think>48/2=24.</think>\\boxed{24}"),
-        turns("1+1?", "<think>It is $\\boxed{2}$.</think>\\boxed{2}")]
-    for bad in (OURS, HUMANEVAL):
-        assert data.main(["convert", str(write(tmp_path / "y.jsonl", bad)), "--out", out]) == 1
-        assert re.search(r"y\.jsonl, line 1: .*field solution", capsys.readouterr().err)
-
-# 4. Packing -------------------------------------------------------------------------------------------------
+# 3. Packing -------------------------------------------------------------------------------------------------
 
 def make_sample(ids, loss=None, weight=1.0):
     mask = [False] + [True] * (len(ids) - 1) if loss is None else loss
@@ -340,7 +255,7 @@ def test_packing_keeps_every_document(lengths, capacity, multiple):
     assert bins == 1 or bins * capacity < 2 * sum(lengths)
     assert len(packs) % multiple == 0 and len(packs) < bins + multiple
 
-# 5. Reading problems ----------------------------------------------------------------------------------------
+# 4. Reading problems ----------------------------------------------------------------------------------------
 
 def test_public_shapes(tmp_path):
     path = write(tmp_path / "x.jsonl", OURS | {"n": 3}, GSM8K, MATH, HUMANEVAL)
@@ -427,97 +342,13 @@ def test_malformed_lines_are_read_or_refused(tmp_path_factory, lines):
     except ValueError as error:
         assert "malformed.jsonl" in str(error) and "\n" not in str(error)
 
-# 6. Tokenizer -----------------------------------------------------------------------------------------------
-
-def test_byte_level_ids_are_bytes_and_specials_follow():
-    assert sorted(SPECIAL.values()) == [*range(256, 272)] and TOKENIZER.vocab_size == 272
-    assert TOKENIZER.stop_ids == (SPECIAL["<|im_end|>"], SPECIAL["<|end_of_text|>"])
-
-def test_reply_text_is_without_the_token_that_ends_it():
-    end = TOKENIZER.stop_ids[0]
-    assert data.reply_text([*b"ab", end], TOKENIZER) == data.reply_text([*b"ab"], TOKENIZER) == "ab"
-    assert data.reply_text([end], TOKENIZER) == data.reply_text([], TOKENIZER) == ""
-    assert data.reply_text([end, 97], TOKENIZER) == "<|im_end|>a"  # only the last token ends it
-
-@given(st.text())
-@example("<|im_start|>system\n<think>")
-def test_tokenizer_round_trip(text):
-    assert TOKENIZER.encode(text) == list(text.encode()) and TOKENIZER.decode(text.encode()) == text
-
-@given(st.lists(st.integers(0, 271)))
-def test_anything_a_model_samples_can_be_decoded(ids):
-    names = {i: name for name, i in SPECIAL.items()}
-    raw = b"".join(bytes([i]) if i < 256 else names[i].encode() for i in ids)
-    assert TOKENIZER.decode(np.array(ids, int)) == raw.decode(errors="replace")
-    for bad in (272, -1, 2**40):
-        with pytest.raises(ValueError, match=f"decode {bad}: token ids are 0 to 271"):
-            TOKENIZER.decode([*ids, bad])
-
-def test_tokenizer_survives_saving(tmp_path):
-    TOKENIZER.save(tmp_path)
-    again = data.Tokenizer.from_pretrained(tmp_path)
-    assert (again.special, again.bytes, again.stop_ids) == (SPECIAL, TOKENIZER.bytes, TOKENIZER.stop_ids)
-    assert {path.name for path in tmp_path.iterdir()} == {*TOKENIZER.files, "generation_config.json"}
-
-@given(st.text())
-def test_tokenizers_library_reads_the_same_ids(tmp_path_factory, text):
-    tokenizers = pytest.importorskip("tokenizers")
-    folder = tmp_path_factory.getbasetemp()
-    TOKENIZER.save(folder)
-    theirs = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    assert theirs.encode(text).ids == TOKENIZER.encode(text)
-    ids, _ = data.render_chat(turns("1+1?", "<think>two</think>2"), TOKENIZER)
-    assert theirs.encode(TOKENIZER.decode(ids)).ids == ids
-    assert theirs.get_vocab_size() == TOKENIZER.vocab_size
-    theirs.save(str(folder / "tokenizer.json"))
-    assert data.Tokenizer.from_pretrained(folder).special == SPECIAL
-    assert theirs.decode(ids, skip_special_tokens=True).count("<think>") == 1
-
-def test_a_tag_behind_what_is_not_read_is_found():
-    added = GOOD["added_tokens"]
-    added = [*added, dict(added[0], content=">>X<<", id=max(token["id"] for token in added) + 1)]
-    tokenizer = data.Tokenizer({"tokenizer.json": json.dumps(GOOD | {"added_tokens": added})})
-    assert tokenizer.encode(">>X<<think>", special="tags")[-1] == tokenizer.special["<think>"]
-
-@pytest.mark.parametrize(("behavior", "pieces", "inverted", "single"), [
-    ("Removed", "a b", "-- -", "b"), ("Isolated", "a -- b -", "a -- b -", "- - b"),
-    ("Contiguous", "a -- b -", "a -- b -", "-- b"), ("MergedWithPrevious", "a-- b-", "a --b -", "- - b"),
-    ("MergedWithNext", "a --b -", "a-- b-", "- -b")])
-def test_splitter_by_hand(behavior, pieces, inverted, single):
-    assert data.splitter("-+", behavior)("a--b-") == pieces.split()
-    assert data.splitter("-+", behavior, invert=True)("a--b-") == inverted.split()
-    assert data.splitter("-", behavior)("--b") == single.split()
-
-def test_tokens_that_bpe_cannot_produce_are_never_used():
-    """Merging b with c first leaves a and bc; tiktoken alone would join them, though no merge does."""
-    assert [*data.tiktoken_ranks(["bc", "ab", "abc"], ["b c", "a b", "ab c"])][256:] == ["bc", "ab"]
-    assert data.tiktoken_ranks(["bc", "ab", "abc"], [["a", "b"], ["b", "c"], ["ab", "c"]])["abc"] == 258
-
-@pytest.mark.parametrize(("change", "error"), [
-    ({"normalizer": {"type": "NFC"}}, "this normalizer is not"), ({"decoder": None}, "this decoder is not"),
-    ({"pre_tokenizer": {"type": "Metaspace"}}, "pre_tokenizer Metaspace is not supported"),
-    ({"model": MODEL | {"type": "Unigram"}}, "this model is not"),
-    ({"model": MODEL | {"dropout": 0.1}}, "this model.dropout is not"),
-    *[({"added_tokens": [GOOD["added_tokens"][0] | {name: True}]}, f"this flag {name} of an added")
-      for name in ("single_word", "lstrip", "rstrip")],
-    ({"model": MODEL | {"vocab": {"ab": 0}}}, "cannot read it as a tokenizer: KeyError"),
-    ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, "ByteLevel is not supported: {"),
-    *[(bad, "cannot read it as a tokenizer") for bad in (
-        {"model": None}, {"pre_tokenizer": SPLIT}, b"", b"[]", b"{", b"3", b"\xed\xa0\x80")]])
-def test_from_pretrained_names_what_it_does_not_support(tmp_path, change, error):
-    TOKENIZER.save(tmp_path)
-    text = change if isinstance(change, bytes) else json.dumps(GOOD | change).encode()
-    (tmp_path / "tokenizer.json").write_bytes(text)
-    with pytest.raises(ValueError, match=rf"tokenizer\.json: .*{error}"):
-        data.Tokenizer.from_pretrained(tmp_path)
-
-# 7. Scripts and commands ------------------------------------------------------------------------------------
+# 5. Scripts and commands ------------------------------------------------------------------------------------
 
 def test_show(tmp_path, capsys):
     path = write(tmp_path / "s.jsonl", SFT, SFT, SFT | {"domain": "code"})
     assert data.main(["show", str(path), "--rows", "1"]) == 0
     out = capsys.readouterr().out
-    size = len(data.render_chat(SFT["messages"], TOKENIZER)[0])
+    size = len(render_chat(SFT["messages"], TOKENIZER)[0])
     assert out.count("<think>r</think>a<|im_end|>") == 1
     assert re.search(rf"\nmath +2 +{2 * size} +{size} +1\.500", out) and re.search("\ncode +1 ", out)
 
@@ -531,6 +362,20 @@ def test_commands_refuse_bad_flags_in_one_line(tmp_path, capsys):
         assert data.main(arguments) == 1
         printed = capsys.readouterr().err
         assert re.fullmatch("error: .+\n", printed) and message in printed
+
+def test_a_prompt_that_the_template_refuses_is_named_by_its_line(tmp_path):
+    args = SimpleNamespace(system="s", suffix="f")
+    problems = data.read_problems(write(tmp_path / "p.jsonl", OURS, OURS | {"id": "2", "prompt": "bad"}))
+    [ids] = data.prompts_of(problems[:1], args, TOKENIZER)
+    assert "s<|im_end|>" in (text := TOKENIZER.decode(ids)) and "1+1?\nf<|im_end|>" in text
+    template = "{% if 'bad' in messages[1].content %}{{ raise_exception('no') }}{% endif %}"
+    files = TOKENIZER.files | {"chat_template.jinja": template + "{{ messages }}"}
+    with pytest.raises(ValueError, match=r"p.jsonl, line 2: its prompt: messages\[1\]: .*TemplateError"):
+        data.prompts_of(problems, args, data.Tokenizer(files))
+
+def test_rows_are_not_written_into_a_name_that_says_compressed(tmp_path):
+    with pytest.raises(ValueError, match="a.jsonl.gz: files are written uncompressed"):
+        data.write_jsonl(tmp_path / "a.jsonl.gz", [OURS])
 
 def test_many_unknown_verdicts_are_an_error_that_says_why():
     reasons = Counter({"unknown: no sandbox": 1, "unknown: no memory": 2})
@@ -567,3 +412,17 @@ def test_a_folder_is_opened_once_and_never_taken_from_another_run(tmp_path, monk
     monkeypatch.setenv("PATH", "")  # git cannot be found
     open_run(1, fresh=True)
     assert not (tmp_path / "model").exists() and json.loads(path.read_text())["commit"] == "unknown"
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8", "gbk"])
+def test_no_output_is_too_foreign_for_the_terminal(tmp_path, encoding):
+    """Neither text nor the name of a file, nor half a surrogate pair in an error, ends a run."""
+    path = tmp_path / "\u6f22\u00df.jsonl"
+    write(path, {"messages": turns("漢 \U0001f308", "ß"), "domain": "math", "weight": 1})
+    script, env = Path(data.__file__), os.environ | {"PYTHONIOENCODING": encoding}
+    run = subprocess.run([sys.executable, script, "show", path], capture_output=True, env=env)
+    assert run.returncode == 0, run.stderr
+    shown = "漢 \U0001f308".encode(encoding, "backslashreplace")
+    assert shown in run.stdout and b"mean weight" in run.stdout
+    write(path, {"messages": turns("q", "a"), "domain": "\ud800", "weight": 1})
+    run = subprocess.run([sys.executable, script, "show", path], capture_output=True, env=env)
+    assert run.returncode == 1 and run.stderr.startswith(b"error: ") and b"Traceback" not in run.stderr

@@ -27,11 +27,21 @@ model.save_pretrained("folder")
 traces = [generate(m, [[1, 2, 3]], max_new_tokens=4)[0] for m in (model, FalconH1.from_pretrained("folder"))]
 assert len(traces[0].tokens) == 4 and traces[0].tokens == traces[1].tokens
 """),
-    ("data.py", """
+    ("data.py tokenizer.py", """
 import data
 assert data.main(["make", "--sft", "3", "--rl", "3", "--heldout", "3", "--out", "made"]) == 0
-ids, mask = data.render_chat([{"role": "user", "content": "1+1?"}], data.Tokenizer.byte_level())
-assert len(data.read_problems("made/rl.jsonl")) == 3 and len(ids) == len(mask)
+assert len(data.read_problems("made/rl.jsonl")) == 3 and data.Tokenizer.byte_level().vocab_size == 272
+"""),
+    ("curate.py data.py tokenizer.py", """
+import data
+data.write_jsonl("a.jsonl", [{"prompt": "What is $1$?"}])
+assert data.main(["overlap", "a.jsonl", "a.jsonl", "--out", "kept.jsonl"]) == 0
+assert open("kept.jsonl").read() == ""
+"""),
+    ("tokenizer.py", """
+from tokenizer import Tokenizer, ask, render_chat
+ids, mask = render_chat(ask("1+1?"), Tokenizer.byte_level(), generation_prompt=True)
+assert len(ids) == len(mask) and not any(mask)
 """),
     ("deepconf.py", """
 import deepconf, types
@@ -64,9 +74,10 @@ def test_a_set_of_files_works_alone(files, use, tmp_path):
 
 # What each script imports of the others, at most; a main() may import more, but never a test.
 ALLOWED = {
-    "ssm_scan": "", "data": "", "deepconf": "", "sandbox": "", "rewards": "sandbox", "decode": "ssm_scan",
-    "model": "ssm_scan decode", "train_sft": "ssm_scan model data",
-    "train_rl": "ssm_scan model data rewards train_sft", "eval": "model data deepconf rewards sandbox",
+    "ssm_scan": "", "tokenizer": "", "deepconf": "", "sandbox": "", "data": "tokenizer", "decode": "ssm_scan",
+    "model": "ssm_scan decode", "rewards": "sandbox", "curate": "data tokenizer",
+    "train_sft": "ssm_scan model data", "train_rl": "ssm_scan model data rewards train_sft",
+    "eval": "model data tokenizer deepconf rewards sandbox",
 }
 
 def imported(nodes):
