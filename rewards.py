@@ -250,11 +250,10 @@ def parse_verdict(text):
 class Judge:
     """A language model that compares answers in words, behind an OpenAI-style chat completions endpoint.
 
-    It answers at temperature 0; its clear verdicts are cached. If the endpoint is down, slow or returns
+    It answers at temperature 0; its clear verdicts are cached. If all endpoints are down, slow or return
     nonsense, the verdict is unknown: a silent zero would pass for a wrong answer. Threads may share a Judge.
-    Raises ValueError if it cannot tell 2 + 2 = 4 from 2 + 2 = 5."""
-
-    url: str  # up to its version, http://localhost:8000/v1
+    Raises ValueError, naming it, if an endpoint cannot tell 2 + 2 = 4 from 2 + 2 = 5."""
+    url: str  # up to its version, http://localhost:8000/v1; several, separated by commas, share the questions
     model: str
     cache: str = ""  # file of verdicts, created and appended to; "" is none
     key: str = ""  # bearer token
@@ -264,9 +263,10 @@ class Judge:
 
     def __post_init__(self):
         self.known = read_verdicts(self.cache) if self.cache else {}
-        for answer, expected in (("4", "right"), ("5", "wrong")):
-            verdict = self.ask(JUDGE_PROMPT.format('"What is 2 + 2?"', '"4"', f'"{answer}"'))
-            check(verdict == expected, f"--judge {self.url}: {self.model} says {verdict} of 2 + 2 = {answer}")
+        self.rests = {}  # url that has failed: until when others are asked first
+        for url, (answer, truth) in itertools.product(self.url.split(","), (("4", "right"), ("5", "wrong"))):
+            verdict = self.ask(JUDGE_PROMPT.format('"What is 2 + 2?"', '"4"', f'"{answer}"'), [url])
+            check(verdict == truth, f"--judge {url}: {self.model} says {verdict} of 2 + 2 = {answer}")
 
     def verdict(self, question, gold, answer):
         """"right", "wrong" or "unknown: " and why. No answer, or one that is too long, is wrong."""
@@ -276,7 +276,7 @@ class Judge:
         key = hashlib.sha256(f"{self.model}\n{prompt}".encode()).hexdigest()
         if key in self.known:
             return self.known[key]
-        verdict = self.ask(prompt)
+        verdict = self.ask(prompt, self.url.split(","))
         if verdict in ("right", "wrong"):
             self.known[key] = verdict
             if self.cache:
@@ -284,22 +284,26 @@ class Judge:
                     file.write("\n" + json.dumps({"key": key, "verdict": verdict}))
         return verdict
 
-    def ask(self, prompt):
-        """A verdict as verdict() returns it. Whatever fails is retried with exponential backoff."""
+    def ask(self, prompt, urls):
+        """A verdict as verdict() returns it. What fails is retried at the next url, after a longer wait. Each
+        question has its order of urls; those that failed in the last ten minutes come last."""
         message = {"role": "user", "content": prompt}
         body = {"model": self.model, "messages": [message], "temperature": 0, "max_tokens": 2048}
-        for attempt in range(self.retries + 1):
+        urls = sorted(urls, key=lambda url: (time.monotonic() < self.rests.get(url, 0), hash(prompt + url)))
+        for attempt, url in zip(range(self.retries + 1), itertools.cycle(urls)):
             time.sleep(self.wait * 2 ** (attempt - 1) if attempt else 0)
             try:
-                return parse_verdict(self.post(json.dumps(body).encode()))
+                return parse_verdict(self.post(url, body))
             except REQUEST_ERRORS as error:
+                self.rests[url] = time.monotonic() + 600
                 why = f"{type(error).__name__}: {error}"
         return f"unknown: {why}"
 
-    def post(self, body):
+    def post(self, url, body):
         """The text of the completion; a TypeError if there is none."""
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"}
-        request = urllib.request.Request(self.url.rstrip("/") + "/chat/completions", body, headers)
+        address = url.strip().rstrip("/") + "/chat/completions"
+        request = urllib.request.Request(address, json.dumps(body).encode(), headers)
         # urlopen's timeout is per read: a server that trickles bytes must not outlast the deadline.
         deadline = time.monotonic() + self.timeout
         response = b""
@@ -321,9 +325,8 @@ def read_verdicts(path):
 
 def open_judge(args):
     """The Judge that --judge names, or None. Raises ValueError, before any work, if it is down."""
-    if not args.judge:
-        return None
-    return Judge(args.judge, args.judge_model, args.judge_cache, os.environ.get("OPENAI_API_KEY", ""))
+    key = os.environ.get("OPENAI_API_KEY", "")
+    return Judge(args.judge, args.judge_model, args.judge_cache, key) if args.judge else None
 
 # 6. Format and language -------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
     python train_rl.py                                the small CPU run: from runs/tiny/sft to runs/tiny/rl
     torchrun --nproc-per-node 2 train_rl.py --fresh   the same on two ranks
+    train_rl.py --init FOLDER --problems rl.jsonl --out runs/my-rl --mixture 'math=1; 100: math=1,code=2'
 
 One step: sample G traces per prompt until enough groups carry signal (backfill); advantages within a group;
 one update on exactly the tokens that were sampled, stop token included, at the temperature of sampling.
@@ -15,17 +16,20 @@ What is logged, by name
     kl                      mean k3 estimate of KL(old || new), nats per token
     mismatch, mismatch_max  |p_trainer - p_sampler| of sampled tokens; capped: share of them that TIS caps
     length, length_right, length_wrong, truncated   tokens per trace, share that ran out of tokens
+    held_out                accuracy on the --held-out problems, one reply to each; of known verdicts
     well_formed, mixed      share in the format; mean share of letters in scripts that the prompt does not use
     unparsed, timeouts, killed, unknown   shares of the verdicts: no answer or code; the program's time was
                             up, or it broke another limit; nothing is known (no sandbox, a judge is down)
     t_sample, t_score, t_update   seconds; t_score: waiting for verdicts afterwards; t_verify: of all verdicts
+    idle                    share of t_sample for which the rank that finished first waited for the last
 
 A reply of unknown verdict counts nowhere: not in its group, in training, in means of rewards. More than 2% of
 them in the whole run end it; the same command continues from the last checkpoint once the cause is gone.
 
 Deviations from the paper: it gives neither the weight of the cross-entropy on positives (0.1) nor the cache's
-size and age nor the penalties. Groups without signal are dropped altogether. Kept: G = 16, temperature 0.85,
-clip (0.2, 0.28), TIS cap 2, beta = 0 and gamma = 0. To copy this, also take all other scripts but eval.py.
+size and age nor the penalties nor the number of steps. Groups without signal are dropped altogether. Kept:
+G = 16, temperature 0.85, clip (0.2, 0.28), TIS cap 2, beta = 0 and gamma = 0. To copy this, also take all
+other scripts but eval.py.
 """
 
 import json
@@ -35,7 +39,7 @@ import time
 import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -45,7 +49,7 @@ from tqdm import tqdm
 import data
 import train_sft
 from data import flag
-from model import check, generate
+from model import PRESETS, check, generate
 from rewards import check_code, check_scorable, format_ok, mixed_scripts, open_judge, verify
 from ssm_scan import to_device
 
@@ -54,13 +58,17 @@ class Args(train_sft.CommonArgs):
     out: str = flag("runs/tiny/rl", "folder of the run")
     init: str = flag("runs/tiny/sft", "checkpoint to start from")
     problems: str = flag("runs/tiny/data/rl.jsonl", "problems with answers or tests, not in the SFT data")
-    steps: int = flag(14, "batches of groups to learn from")
+    mixture: str = flag("", "domain weights, e.g. math=2,code=1; in stages: math=1; 100: code=1 (after 100 "
+                        "steps); empty: by size")
+    held_out: int = flag(0, "problems kept out of training, spread over the file, to measure accuracy on")
+    steps: int = flag(14, "batches of groups to learn from; a finished run goes on with more")
     prompts: int = flag(16, "groups per update, and prompts per sampling call")
     group: int = flag(16, "traces per prompt, the paper's G")
     temperature: float = flag(0.85, "of sampling and of the loss alike")
-    max_new_tokens: int = flag(160, "longest answer, in tokens")
-    lr: float = flag(7e-5, "learning rate after warm-up (the paper's 2e-6 is for 7B)")
-    warmup_steps: int = flag(2, "steps with rising learning rate (the paper: 10)")
+    max_new_tokens: int = flag(160, "longest answer, in tokens; 0: the paper's 49152, or what the model's "
+                               "positions leave")
+    lr: float = flag(7e-5, "learning rate after warm-up")
+    warmup_steps: int = flag(2, "steps with rising learning rate")
     updates: int = flag(1, "passes over a batch, one optimizer step each")
     clip_low: float = flag(0.2, "the gradient ends at ratios below 1 - this")
     clip_high: float = flag(0.28, "the gradient ends at ratios above 1 + this")
@@ -70,7 +78,10 @@ class Args(train_sft.CommonArgs):
     format_penalty: float = flag(0.1, "taken off an answer that is not <think>reasoning</think>answer")
     language_penalty: float = flag(0.1, "times the share of letters in scripts that the prompt does not use")
     code_tests: int = flag(0, "tests to run per program, another random sample in each step; 0: all")
-    judge: str = flag("", "http://host:8000/v1 of a model that compares answers; its key: OPENAI_API_KEY")
+    system: str = flag("", "system prompt: a text or the name of a file")
+    suffix: str = flag("", "instruction to add to every prompt, on a line of its own")
+    judge: str = flag("", "http://host:8000/v1 of a model that compares answers, or several, separated by "
+                      "commas; the key: OPENAI_API_KEY")
     judge_model: str = flag("judge", "its name there")
     judge_cache: str = flag("runs/judge.jsonl", "file of its verdicts")
     unsafe_local_execution: bool = flag(False, "run programs of the model even if they cannot be isolated")
@@ -80,7 +91,12 @@ class Args(train_sft.CommonArgs):
     weight_decay: float = flag(0.0, "AdamW decay of matrices")
     slots: int = flag(0, "traces decoded together; 0: as many as fit into free memory, at most 256")
     save_every: int = flag(5, "steps between checkpoints")
-    eval_every: int = flag(5, "steps between printed samples, one right and one wrong")
+    eval_every: int = flag(5, "steps between held-out accuracies and printed samples, one right, one wrong")
+
+# Any model but the tiny one starts from the paper's values (Table 2), before the flags that are given. The
+# paper does not say how many steps it took.
+PAPER = ("--lr 2e-6 --warmup-steps 10 --steps 200 --prompts 128 --max-new-tokens 0 --pack-tokens 0 "
+         "--held-out 100").split()
 
 # 1. The formulas --------------------------------------------------------------------------------------------
 
@@ -147,10 +163,12 @@ def check_verifier():
 
 @dataclass
 class Rollout:
-    """One scored trace, in the form that data.pack takes (ids, mask, weight), with what the loss needs."""
-    ids: list  # of the prompt and of the n sampled tokens
+    """One scored trace, in the form that data.pack takes (ids, mask, weight), with what the loss needs.
+    Every rank holds those of the whole batch, so tokens are arrays: 8 bytes each, where Python's numbers take
+    70. At 128 prompts, 16 traces and 20,000 tokens that is 0.3 GB per rank, not 3."""
+    ids: np.ndarray  # int32, of the prompt and of the n sampled tokens; lists become arrays
     prompt: int  # tokens of the prompt
-    sampler: list  # log-probabilities of the n sampled tokens under the sampler
+    sampler: np.ndarray  # (n,) float32: log-probabilities of the sampled tokens under the sampler
     score: float  # None: unknown
     correct: bool
     logged: dict  # what step_metrics and print_samples want to know
@@ -158,16 +176,55 @@ class Rollout:
     token_weight: float = 0.0
     weight: float = 1.0
 
+    def __post_init__(self):
+        self.ids = np.asarray(self.ids, np.int32)
+        self.sampler = np.asarray(self.sampler, np.float32)
+
     @property
     def mask(self):
         """(prompt + n,) bool, True on the sampled tokens, the stop token included."""
         return np.arange(len(self.ids)) >= self.prompt
 
-def take_prompts(prompts, seed, position, count):
-    """Prompts number position, position + 1, ... of an endless stream that is shuffled anew each epoch."""
-    places = [divmod(n, len(prompts)) for n in range(position, position + count)]
-    orders = {epoch: train_sft.permutation(len(prompts), seed, epoch) for epoch in {e for e, _ in places}}
-    return [prompts[orders[epoch][i]] for epoch, i in places]
+def parse_stages(text, domains):
+    """The stages of --mixture, a list of (first step, domain weights): for the domains math and code
+    "math=1; 100: math=1,code=2" is [(0, {"math": 1.0, "code": 0}), (100, {"math": 1.0, "code": 2.0})].
+    Empty: one stage with weights None, by size. ValueError unless the stages name just these domains."""
+    if not text:
+        return [(0, None)]
+    stages = []
+    for part in text.split(";"):
+        start, colon, weights = part.rpartition(":")
+        later = bool(stages)
+        right = start.strip().isdecimal() if later else not colon
+        check(right and weights.strip(), f"--mixture {text!r}: expected WEIGHTS; STEP: WEIGHTS; ...")
+        stages.append((int(start) if later else 0, train_sft.parse_mixture(weights)))
+    starts = [start for start, _ in stages]
+    check(starts == sorted(set(starts)), f"--mixture {text!r}: its steps do not rise")
+    named = {domain for _, weights in stages for domain in weights}
+    check(named == set(domains), f"--mixture {text!r}: the problems have the domains {', '.join(domains)}")
+    return [(start, {domain: weights.get(domain, 0) for domain in domains}) for start, weights in stages]
+
+def open_stages(args, prompts):
+    """([(first step, Loader of numbers of prompts)], the held-out prompts, spread over the file)."""
+    held_out = np.linspace(0, len(prompts) - 1, args.held_out, dtype=int)
+    rows = {domain: [] for domain in sorted({problem.domain for problem, _ in prompts})}
+    for i in np.setdiff1d(np.arange(len(prompts)), held_out):
+        rows[prompts[i][0].domain].append(i)
+    stages = parse_stages(args.mixture, rows)
+    last = stages[-1][0]
+    check(last < args.steps, f"--mixture: its stage from step {last} on is beyond --steps {args.steps}")
+    loaders = [(start, train_sft.Loader(rows, args.prompts, args.seed + i, weights))  # each shuffles anew
+               for i, (start, weights) in enumerate(stages)]
+    return loaders, [prompts[i] for i in held_out]
+
+def next_prompts(prompts, stages, step):
+    """The next batch of prompts, in the proportions of the stage that `step` belongs to."""
+    loader = [loader for start, loader in stages if start <= step][-1]
+    return [prompts[i] for i in next(loader)]
+
+def drawn_so_far(stages):
+    """Prompts that the run has drawn, in all stages."""
+    return sum(sum(loader.drawn.values()) for _, loader in stages)
 
 def new_rollout(trace, problem, prompt, tokenizer, verifier, args):
     """Score a Trace -> its Rollout. prompt: the ids before it."""
@@ -185,13 +242,14 @@ def new_rollout(trace, problem, prompt, tokenizer, verifier, args):
 
 def sample_groups(sampler, tokenizer, verifier, args, ranks, stats, prompts, seed):
     """Sample and score args.group traces per prompt, a (problem, ids); verifier(text, problem) -> Verdict.
-    Every rank samples its share of the prompts. Returns all groups on every rank, in the order of prompts:
-    lists of Rollout, without those of unknown verdict."""
+    Every rank samples its share of each prompt's traces. Returns all groups on every rank, in the order of
+    prompts: lists of Rollout, without those of unknown verdict."""
     start = time.time()
     pool = ThreadPoolExecutor(2 * (os.cpu_count() or 1))
-    # Rank r samples prompts r, r + world, ... A trace depends on its own number, not on who samples it.
+    # Trace k goes to rank k % world. The traces of one prompt are about equally long, other prompts' are not:
+    # sharing out each prompt keeps all ranks busy. A trace depends on its number, not on who samples it.
     def admit(i, sample):
-        return "go" if i % ranks.world == ranks.rank else "done"
+        return "go" if (i * args.group + sample) % ranks.world == ranks.rank else "skip"
     # Programs and judges take their time, so finished traces are scored in threads while others are sampled.
     def on_trace(trace):
         problem, prompt = prompts[trace.prompt_index]
@@ -199,24 +257,26 @@ def sample_groups(sampler, tokenizer, verifier, args, ranks, stats, prompts, see
     try:
         traces = generate(sampler, [ids for _, ids in prompts], samples=args.group, seed=seed,
                           temperature=args.temperature, max_new_tokens=args.max_new_tokens,
-                          stop_ids=tokenizer.stop_ids, slots=args.slots, admit=admit, on_trace=on_trace)
-        stats["t_sample"] += time.time() - start
+                          stop_ids=tokenizer.stop_ids, vocab_size=tokenizer.vocab_size,
+                          slots=args.slots, admit=admit, on_trace=on_trace)
+        seconds = ranks.all_values(time.time() - start)
+        stats["t_sample"] += max(seconds)
+        stats["t_idle"] += max(seconds) - min(seconds)
         # Wait for the verdicts that are still missing.
         start = time.time()
-        groups = [[] for _ in prompts]
-        for trace in traces:
-            groups[trace.prompt_index].append(trace.judged.result())
+        rollouts = [trace.judged.result() for trace in traces]
     finally:
         pool.shutdown(cancel_futures=True)  # an error or Ctrl-C does not wait for hundreds of verdicts
     stats["t_score"] += time.time() - start
-    # Now every rank learns the groups of all others: the update needs the whole batch.
-    groups = ranks.gather(groups[ranks.rank :: ranks.world])
-    stats["samples"] += [r.logged for group in groups for r in group]
+    # Now every rank learns the rollouts of all others: the update needs the whole batch.
+    rollouts = ranks.gather(rollouts)
+    stats["samples"] += [r.logged for r in rollouts]
+    groups = [rollouts[i : i + args.group] for i in range(0, len(rollouts), args.group)]
     return [[r for r in group if r.score is not None] for group in groups]
 
-def collect(sample, prompts, cache, step, position, args, stats):
+def collect(sample, draw, cache, step, args, stats):
     """Groups with signal for one update: from the cache, then from as many calls as it takes (backfill).
-    sample(prompts, seed) -> groups. A call takes the next args.prompts of `prompts`, from `position` on.
+    sample(prompts, seed) -> groups. draw() -> the next args.prompts prompts.
     Surplus groups go into the cache, first in, first out, as (step, group); their log-probabilities stay."""
     # From the cache, unless the policy has moved on for too long.
     young = [(sampled, group) for sampled, group in cache if step - sampled <= args.cache_age]
@@ -226,9 +286,8 @@ def collect(sample, prompts, cache, step, position, args, stats):
     # Backfill: a group without signal gives no gradient, so sample further prompts instead.
     while len(chosen) < args.prompts and stats["calls"] < args.max_calls:
         seed = args.seed * 1_000_003 + step * 1_009 + stats["calls"]  # a stream for every call of the run
-        taken = take_prompts(prompts, args.seed, position + stats["calls"] * args.prompts, args.prompts)
         stats["calls"] += 1
-        for group in sample(taken, seed):
+        for group in sample(draw(), seed):
             values = advantages([r.score for r in group])
             stats["groups"] += 1
             if values is not None:
@@ -260,7 +319,9 @@ def grpo_loss(model, row, args, positives, old=None):
         sum of token_weight * TIS * clipped_policy_loss - mu * sum over correct answers of log p / positives
 
     positives: tokens of all correct answers of the batch. old (t,): the log-probabilities before the first
-    update, None then."""
+    update, None then. Both terms are at the sampler's temperature T: with T = 1 the cross-entropy would have
+    to compute the head, the largest product, twice, and it would fit another distribution than the policy
+    term. The difference is small: the gradient in the logits is (onehot - p_T) / T in place of onehot - p."""
     names = ("sampler", "advantage", "token_weight", "correct")
     values = [train_sft.local_tokens(model, pack_values(row, name)) for name in names]
     sampler, advantage, weight, correct = to_device(values, next(model.parameters()).device)
@@ -310,7 +371,7 @@ def train_step(model, optimizer, groups, args, lr, ranks, stats):
 
 # 5. The log -------------------------------------------------------------------------------------------------
 
-SHOWN = "reward correct entropy mismatch length calls cached grad_norm t_sample t_update".split()
+SHOWN = "reward correct held_out entropy mismatch length calls cached grad_norm t_sample t_update".split()
 
 def new_stats():
     """What a step gathers: a dict per reply, sums over tokens, and counts and seconds, by name, from 0 on."""
@@ -320,6 +381,24 @@ def mean(values):
     """The mean of numbers, 0 if there are none."""
     return float(np.mean(list(values) or [0]))
 
+def domain_means(name, samples, field):
+    """{name_DOMAIN: mean of the samples' field}, by domain; {} if there is only one."""
+    values = defaultdict(list)
+    for x in samples:
+        values[x["domain"]].append(x[field])
+    return {f"{name}_{domain}": mean(values[domain]) for domain in sorted(values)} if len(values) > 1 else {}
+
+def evaluate(sampler, tokenizer, verifier, held_out, args, ranks, step):
+    """Every --eval-every steps and at the end {"held_out": accuracy}, and by domain; {} in other steps.
+    The seed stays the same, so that differences between steps come from the policy."""
+    if not held_out or (step < args.steps and step % args.eval_every):
+        return {}
+    stats = new_stats()
+    sample_groups(sampler, tokenizer, verifier, replace(args, group=1), ranks, stats, held_out, args.seed)
+    known = [x for x in stats["samples"] if x["correct"] is not None]
+    accuracy = {"held_out": mean(x["correct"] for x in known)} if known else {}
+    return accuracy | domain_means("held_out", known, "correct")
+
 def step_metrics(stats, loss, norm, lr, ranks):
     """The log's fields, see the top, from what a step gathered."""
     samples = stats["samples"]
@@ -327,13 +406,12 @@ def step_metrics(stats, loss, norm, lr, ranks):
     scores = [x["score"] for x in known]
     metrics = {"loss": loss, "grad_norm": norm, "lr": lr, "reward": mean(scores),
                "reward_std": float(np.std(scores or [0])), "correct": mean(x["correct"] for x in known)}
-    domains = sorted({x["domain"] for x in samples})
-    for domain in domains if len(domains) > 1 else ():
-        metrics[f"reward_{domain}"] = mean(x["score"] for x in known if x["domain"] == domain)
+    metrics |= domain_means("reward", known, "score")
     # Groups and calls, seconds.
     metrics |= {name: stats[name] / max(1, stats["groups"]) for name in ("all_right", "all_wrong")}
     metrics |= {name: round(stats[name], 3) for name in ("t_sample", "t_score", "t_update")}
     metrics |= {name: stats[name] for name in ("calls", "cached", "age")}
+    metrics["idle"] = stats["t_idle"] / max(1e-9, stats["t_sample"])
     # Means over the sampled tokens of the update, on all ranks: of entropy, clip_frac_low, clip_frac_high,
     # kl, mismatch and capped.
     totals = ranks.all_sum(torch.stack(list(stats["sums"].values())))
@@ -362,29 +440,51 @@ def print_samples(samples):
 
 def check_args(args):
     """ValueError for flags that make no sense."""
-    train_sft.check_numbers(args, "steps", "prompts", "max_new_tokens", "updates", "max_calls", "save_every",
-                            "eval_every")
+    train_sft.check_numbers(args, "steps", "prompts", "updates", "max_calls", "save_every", "eval_every")
     check(args.group >= 2, f"--group {args.group}: one answer has nothing to be compared with")
-    check(args.temperature > 0, f"--temperature {args.temperature}: at 0 all answers are the same")
+    # Close to 0 all answers are the same, and logits over it overflow; far above 1 they are noise.
+    check(0.01 <= args.temperature <= 100, f"--temperature {args.temperature}: must be between 0.01 and 100")
+    check(args.tis_cap > 0, f"--tis-cap {args.tis_cap}: at 0 nothing is learned")
+    check(args.warmup_steps <= args.steps,
+          f"--warmup-steps {args.warmup_steps}: --steps {args.steps} would end before --lr is reached")
     token_weights([1], args.normalise)
+    args.system = data.text_or_file(args.system)  # run.json holds the text
     check(args.format_penalty + args.language_penalty < SIGNAL,
           f"--format-penalty plus --language-penalty must be below {SIGNAL}, or style could beat being right")
+
+def check_lengths(args, prompts, config):
+    """Replace zeros of --max-new-tokens and --pack-tokens, by what no prompt makes too long. ValueError if a
+    trace could not be sampled or learned from."""
+    prompt = max(len(ids) for _, ids in prompts)
+    room = config.max_position_embeddings
+    check(prompt < room, f"{args.problems}: a prompt of {prompt} tokens fills max_position_embeddings {room}")
+    args.max_new_tokens = args.max_new_tokens or min(49152, room - prompt)
+    longest = prompt + args.max_new_tokens
+    what = f"--max-new-tokens {args.max_new_tokens}: with the longest prompt, {prompt} tokens, it exceeds"
+    check(longest <= room, f"{what} max_position_embeddings {room}")
+    args.pack_tokens = args.pack_tokens or max(4096, longest)
+    check(longest <= args.pack_tokens, f"{what} --pack-tokens {args.pack_tokens}")
 
 def open_prompts(args, tokenizer, ranks):
     """The prompts of --problems, a list of (problem, ids), the same on all ranks, and their checksum."""
     problems = data.read_problems(args.problems, args.limit, partial(check_scorable, judge=args.judge))
     checksum = zlib.crc32(json.dumps([problem.record() for problem in problems]).encode())
     ranks.check_same_on_all("the problems' checksum", checksum)
+    train_sft.check_enough(args.problems, len(problems), args.held_out, args.prompts, quiet=ranks.rank > 0)
     check_code(problems, args.problems, args.unsafe_local_execution, quiet=ranks.rank > 0)
-    prompts = []
-    for problem in problems:
-        chat = [{"role": "user", "content": problem.prompt}]
-        prompts.append((problem, data.render_chat(chat, tokenizer, generation_prompt=True)[0]))
-    return prompts, checksum
+    return list(zip(problems, data.prompts_of(problems, args, tokenizer))), checksum
+
+def read_args():
+    """The flags, checked, and the configuration of the model in --init."""
+    args = data.parse_args(Args, __doc__.partition("\n\n")[0])
+    config = train_sft.load_config(args.init)
+    if config != PRESETS["tiny"]:
+        args = data.parse_args(Args, "", [*PAPER, *sys.argv[1:]])
+    check_args(args)
+    return args, config
 
 def main():
-    args = data.parse_args(Args, __doc__.partition("\n\n")[0])
-    check_args(args)
+    args, config = read_args()
     check_verifier()
     ranks = train_sft.start_ranks(args.device, args.cp, args.replicas)
     ranks.check_same_on_all("the arguments", asdict(args))
@@ -392,62 +492,74 @@ def main():
     # Bad input must cost nothing: read everything before Run() deletes what --fresh replaces.
     tokenizer = data.load_tokenizer(args.init)
     prompts, checksum = open_prompts(args, tokenizer, ranks)
+    check_lengths(args, prompts, config)
+    stages, held_out = open_stages(args, prompts)
     verifier = partial(verify, judge=open_judge(args), limit=args.code_tests,
                        unsafe=args.unsafe_local_execution)
     model = train_sft.shard(train_sft.load_model(args.init), ranks, args.checkpoint_activations, args.compile)
 
     # Continue after the last checkpoint, if there is one.
-    run = train_sft.Run(args, ranks, tokenizer, checksum, volatile=("judge", "judge_cache"))
+    run = train_sft.Run(args, ranks, tokenizer, checksum, volatile=("judge", "judge_cache", "steps"))
     optimizer = train_sft.make_optimizer(model, args.lr, args.weight_decay)
-    state = {"position": 0, "cache": [], "unknown": {}} | run.resume(model, optimizer)
-    position = state["position"]
+    state = {"drawn": [], "cache": [], "unknown": {}} | run.resume(model, optimizer)
+    for (_, loader), drawn in zip(stages, state["drawn"]):
+        loader.drawn = drawn
     cache = [(sampled, [Rollout(**r) for r in group]) for sampled, group in state["cache"]]
     unknown = Counter(state["unknown"])  # unknown verdicts of the run, by reason
     sampler = train_sft.unsharded_copy(model)
+    evaluation = partial(evaluate, sampler, tokenizer, verifier, held_out, args, ranks)
     with run:
         if not state["logged"]:  # the run was killed between saving and logging
-            run.write(state["step"], state["record"], SHOWN)
+            run.write(state["step"], state["record"] | evaluation(state["step"]), SHOWN)
         for step in range(state["step"], args.steps):
             start = time.time()
             done = step + 1
+            lr = args.lr * min(1, done / max(1, args.warmup_steps))
             stats = new_stats()
             # Sample until enough groups carry signal, then learn from them. Errors name the prompts.
-            lr = args.lr * min(1, done / max(1, args.warmup_steps))
             verify_step = partial(verifier, seed=args.seed * 1_000_003 + step)  # picks the --code-tests
+            sample = partial(sample_groups, sampler, tokenizer, verify_step, args, ranks, stats)
+            position = drawn_so_far(stages)
             try:
-                sample = partial(sample_groups, sampler, tokenizer, verify_step, args, ranks, stats)
-                groups = collect(sample, prompts, cache, step, position, args, stats)
+                draw = partial(next_prompts, prompts, stages, step)
+                groups = collect(sample, draw, cache, step, args, stats)
                 unknown = unknown + Counter(x["reason"] for x in stats["samples"] if x["unknown"])
-                verdicts = (position + stats["calls"] * args.prompts) * args.group  # of the whole run
+                verdicts = drawn_so_far(stages) * args.group  # of the whole run
                 check_signal(groups, stats, unknown, verdicts, done == args.steps, ranks)
                 before = time.time()
                 loss, norm = train_step(model, optimizer, groups, args, lr, ranks, stats)
             except ValueError as e:
-                last = position + stats["calls"] * args.prompts - 1
-                what = f"prompts {position} to {last} of the stream: {e}"
+                what = f"prompts {position} to {drawn_so_far(stages) - 1} of the stream: {e}"
                 raise ValueError(f"step {done}, {what}; {run.trainer} holds what was saved before") from None
-            # The next step samples other prompts, from the new weights.
-            position += stats["calls"] * args.prompts
-            sampler = train_sft.unsharded_copy(model, sampler)
+            train_sft.unsharded_copy(model, sampler)  # the next step samples from the new weights
             stats["t_update"] = time.time() - before
             record = step_metrics(stats, loss, norm, lr, ranks)
             record["seconds"] = round(time.time() - start, 3)
-            # What a resumed run continues from: the next prompt, the surplus groups, the verdicts so far.
+
+            # Save before evaluating: what happens there must not cost the run its last steps.
             if done == args.steps or done % args.save_every == 0:
-                kept = [(sampled, [asdict(r) for r in group]) for sampled, group in cache]
-                saved = {"position": position, "cache": kept, "unknown": unknown, "record": record}
-                run.save(done, model, optimizer, saved)
+                run.save(done, model, optimizer, run_state(stages, cache, unknown, record))
             if ranks.rank == 0 and done % args.eval_every == 0:
                 print_samples(stats["samples"])
-            run.write(done, record, SHOWN)
+            run.write(done, record | evaluation(done), SHOWN)
+
+def run_state(stages, cache, unknown, record):
+    """What a resumed run continues from: copies, as a thread writes them while training goes on."""
+    # Numbers of float32 keep their bits as JSON.
+    kept = [(sampled, [vars(r) | {"ids": r.ids.tolist(), "sampler": r.sampler.tolist()} for r in group])
+            for sampled, group in cache]
+    drawn = [dict(loader.drawn) for _, loader in stages]
+    return {"drawn": drawn, "cache": kept, "unknown": unknown, "record": record}
 
 def check_signal(groups, stats, unknown, verdicts, last, ranks):
     """ValueError if too many of the run's verdicts are unknown, no group carries signal, or the verifier does
-    not work any more. Prints a hint if no reply of the step is right."""
+    not work any more. Prints a warning for a domain without a right reply in this step."""
     check_verifier()
-    if {x["correct"] for x in stats["samples"]} - {None} == {False} and ranks.rank == 0:
-        tqdm.write(f"none of {len(stats['samples'])} replies is right; look at them (--eval-every 1) and at "
-                   "the problems (eval.py --check FILE)", file=sys.stdout)
+    replies = Counter(x["domain"] for x in stats["samples"] if x["correct"] is not None)
+    right = Counter(x["domain"] for x in stats["samples"] if x["correct"])
+    for domain in sorted(replies.keys() - right.keys()) if ranks.rank == 0 else ():
+        tqdm.write(f"warning: none of {replies[domain]} replies in {domain} is right; look at them "
+                   "(--eval-every 1) and at the problems (eval.py --check FILE)", file=sys.stdout)
     if last or verdicts >= 100:  # 1 of the first 10 says little
         data.check_unknown("the run so far", unknown, verdicts)
     check(groups, f"none of {stats['groups']} groups carries any signal ({stats['all_right']} all right, "

@@ -20,8 +20,9 @@ and positions.
 
 Deviations from the paper: the samples of a batch are packed (the paper does not say); a sample's difficulty
 weight enters the loss and its normalisation alike, so a batch of hard samples takes no larger step; the tiny
-run's learning rate and batch are its own. To copy this file, also take model.py, decode.py, ssm_scan.py and
-data.py. Sections 1 to 5 are the method; the others also serve train_rl.py.
+run's learning rate and batch are its own; other models start from the paper's. To copy this file, also take
+model.py, decode.py, ssm_scan.py and data.py. Sections 1 to 5 are the method; the others also serve
+train_rl.py.
 """
 
 import glob
@@ -52,7 +53,7 @@ from tqdm import tqdm
 
 import data
 from data import flag
-from model import PRESETS, FalconH1, check, generate
+from model import PRESETS, FalconH1, FalconH1Config, check, generate
 from ssm_scan import to_device
 
 # 1. Arguments -----------------------------------------------------------------------------------------------
@@ -60,8 +61,8 @@ from ssm_scan import to_device
 @dataclass
 class CommonArgs:
     """The flags of both trainers."""
-    pack_tokens: int = flag(4096, "longest row, in tokens: bounds memory, does not change the result")
-    clip: float = flag(1.0, "largest norm of the whole gradient")
+    pack_tokens: int = flag(4096, "longest row, in tokens: bounds memory only; 0: fits any sample")
+    clip: float = flag(1.0, "largest norm of the whole gradient; 0: no clipping")
     seed: int = flag(0, "of weights, data order and sampling")
     limit: int = flag(0, "use the first samples or problems only; 0: all")
     cp: int = flag(1, "context-parallel size: ranks that share each row's tokens; divides ranks and heads")
@@ -77,11 +78,11 @@ class Args(CommonArgs):
     data: str = flag("runs/tiny/data/sft.jsonl", "files of samples: a, b or *.jsonl; the default one is made")
     init: str = flag("", "checkpoint folder to start from; empty: --preset, random weights and byte tokens")
     preset: str = flag("tiny", "model size if --init is empty")
-    steps: int = flag(2000, "optimizer steps")
+    steps: int = flag(2000, "optimizer steps; 0: three epochs, as in the paper")
     batch: int = flag(16, "samples per global batch")
-    context: int = flag(1024, "longest sample, in tokens")
+    context: int = flag(1024, "longest sample, in tokens; 0: the paper's 36864, or all the model's positions")
     trim: bool = flag(False, "cut longer samples on the right instead of refusing them; logs how many")
-    lr: float = flag(4e-3, "peak learning rate (the paper's 1.024e-3 is for published multipliers)")
+    lr: float = flag(4e-3, "peak learning rate")
     warmup: float = flag(0.04, "share of steps with rising learning rate; it then falls linearly to 0")
     weight_decay: float = flag(0.01, "AdamW decay of matrices; vectors have none")
     mixture: str = flag("", "domain weights, e.g. math=0.6,code=0.4; empty: by size")
@@ -89,12 +90,18 @@ class Args(CommonArgs):
     eval_every: int = flag(300, "steps between evaluations: held-out loss and a sample text")
     save_every: int = flag(300, "steps between checkpoints")
 
+# The defaults above are those of the tiny run, from random weights. Its learning rate harms trained weights
+# (pass@1 of its own checkpoint falls from 37 to 28% in 50 steps), its sizes fit no other model. So instead
+# the paper's values (Table 1) come first on the command line, where flags that are given replace them.
+PAPER_LR = "--lr 1.024e-3".split()  # for trained weights and other shapes
+PAPER_SIZES = "--batch 512 --steps 0 --context 0 --pack-tokens 0".split()  # for other shapes
+
 def check_numbers(args, *counts):
-    """Check that no number is negative, and that those named in `counts` are at least 1."""
+    """Check that no number is negative or infinite, and that those named in `counts` are at least 1."""
     for name, value in asdict(args).items():
         least = int(name in counts)
-        valid = isinstance(value, str) or value >= least
-        check(valid, f"--{name.replace('_', '-')} {value}: must be at least {least}")
+        valid = isinstance(value, str) or least <= value < math.inf
+        check(valid, f"--{name.replace('_', '-')} {value}: must be at least {least}, and finite")
 
 # 2. The loss ------------------------------------------------------------------------------------------------
 
@@ -161,19 +168,16 @@ def train_step(model, optimizer, packs, lr, clip, ranks):
 # 4. Training ------------------------------------------------------------------------------------------------
 
 def main():
-    args = data.parse_args(Args, __doc__.partition("\n\n")[0])
-    check_numbers(args, "steps", "batch", "context", "eval_every", "save_every")
-    check(args.preset in PRESETS, f"--preset {args.preset}: not one of {', '.join(PRESETS)}")
+    args, config = read_args()
     ranks = start_ranks(args.device, args.cp, args.replicas)
     ranks.check_same_on_all("the arguments", asdict(args))
 
     # Bad input must cost nothing: read everything before Run() deletes what --fresh replaces.
     tokenizer = data.load_tokenizer(args.init) if args.init else data.Tokenizer.byte_level()
     samples, loader, held_out = open_samples(args, tokenizer, ranks)
+    args.steps = args.steps or math.ceil(3 * len(samples) / args.batch)
     torch.manual_seed(args.seed)
-    model = load_model(args.init) if args.init else FalconH1(PRESETS[args.preset])
-    longest = model.config.max_position_embeddings
-    check(args.context <= longest, f"--context {args.context} exceeds max_position_embeddings {longest}")
+    model = load_model(args.init) if args.init else FalconH1(config)
     model = shard(model, ranks, args.checkpoint_activations, args.compile)
 
     # Continue after the last checkpoint, if there is one.
@@ -210,27 +214,58 @@ def main():
                 run.save(done, model, optimizer, {"drawn": dict(loader.drawn), "record": record})
             run.write(done, record | evaluation(done))
 
+def read_args():
+    """The flags, checked, and the configuration of the model. Zeros of --context and --pack-tokens are
+    replaced."""
+    args = data.parse_args(Args, __doc__.partition("\n\n")[0])
+    check(args.preset in PRESETS, f"--preset {args.preset}: not one of {', '.join(PRESETS)}")
+    config = load_config(args.init) if args.init else PRESETS[args.preset]
+    other = config != PRESETS["tiny"]
+    paper = PAPER_LR * bool(args.init or other) + PAPER_SIZES * other
+    args = data.parse_args(Args, "", [*paper, *sys.argv[1:]])
+    check_numbers(args, "batch", "eval_every", "save_every")
+    check(args.warmup <= 1, f"--warmup {args.warmup:g}: it is a share of the steps, at most 1")
+    longest = config.max_position_embeddings
+    args.context = args.context or min(36864, longest)
+    args.pack_tokens = args.pack_tokens or max(4096, args.context)
+    check(args.context <= longest, f"--context {args.context} exceeds max_position_embeddings {longest}")
+    check(args.pack_tokens >= args.context, f"--pack-tokens must be at least --context, {args.context}")
+    return args, config
+
 def open_samples(args, tokenizer, ranks):
     """SftFiles, a Loader of the samples to train on, and the list of held-out ones, spread over the files."""
-    check(args.pack_tokens >= args.context, f"--pack-tokens must be at least --context, {args.context}")
     if args.data == Args.data and not Path(args.data).exists() and ranks.rank == 0:
         data.main(["make", "--out", str(Path(args.data).parent)])
     ranks.all_values(None)  # wait for rank 0
     samples = SftFiles(args.data, tokenizer, args.context, args.trim, args.limit, quiet=ranks.rank > 0)
     ranks.check_same_on_all("the data", samples.checksum)
-    check(len(samples) > args.held_out, f"{args.data}: has {len(samples)} samples, --held-out keeps them all")
+    check_enough(args.data, len(samples), args.held_out, args.batch, quiet=ranks.rank > 0)
     held_out = np.linspace(0, len(samples) - 1, args.held_out, dtype=int)
     rows = {domain: np.setdiff1d(numbers, held_out) for domain, numbers in samples.rows.items()}
     loader = Loader(rows, args.batch, args.seed, parse_mixture(args.mixture))
     return samples, loader, ranks.share_out(samples.__getitem__, held_out)
 
+def check_enough(path, rows, held_out, batch, quiet):
+    """ValueError if --held-out leaves no row of a file to learn from; a warning if fewer than a batch."""
+    left = rows - held_out
+    check(left > 0, f"{path}: has {rows} rows, --held-out {held_out} keeps them all; hold out fewer")
+    if left < batch and not quiet:
+        print(f"warning: {path}: {left} rows to learn from; a batch of {batch} draws them more than once")
+
 def parse_mixture(text):
     """ "math=0.6,code=0.4" -> {"math": 0.6, "code": 0.4}; "" -> None."""
     try:
         pairs = [part.split("=") for part in text.split(",")] if text else []
-        return {domain.strip(): float(weight) for domain, weight in pairs} or None
+        mixture = {domain.strip(): float(weight) for domain, weight in pairs}
     except ValueError:
         raise ValueError(f"--mixture {text!r}: expected domain=weight,domain=weight") from None
+    check(len(mixture) == len(pairs), f"--mixture {text!r}: it names a domain twice")
+    return mixture or None
+
+def load_config(folder):
+    """The configuration of a checkpoint's model; it takes no time, whatever the size of the model."""
+    data.check_exists(data.model_folder(folder))
+    return FalconH1Config.from_json(data.model_folder(folder) / "config.json")
 
 def load_model(folder):
     """A checkpoint's model, float32. With several ranks its tensors stay in their file until shard()."""
@@ -249,10 +284,11 @@ def evaluate(model, tokenizer, held_out, args, ranks, step):
 
     sampler = unsharded_copy(model)  # every rank takes part; freed when this function returns
     sample = held_out[step % len(held_out)]
-    if ranks.rank == 0 and sample.mask.any():  # not if --trim left the prompt alone
+    if ranks.rank == 0:
         prompt = sample.ids[: int(sample.mask.argmax())].tolist()
         room = min(200, model.config.max_position_embeddings - len(prompt))
-        trace, = generate(sampler, [prompt], max_new_tokens=room, temperature=0, stop_ids=tokenizer.stop_ids)
+        trace, = generate(sampler, [prompt], max_new_tokens=room, temperature=0, stop_ids=tokenizer.stop_ids,
+                          vocab_size=tokenizer.vocab_size)
         text = tokenizer.decode(prompt) + " >>> " + tokenizer.decode(trace.tokens)
         tqdm.write("sample: " + " ".join(text.split()), file=sys.stdout)
     return {"held_out": float(ranks.all_sum(loss))}
@@ -265,54 +301,59 @@ class SftFiles:
     Every line is read and checked once at the start, so that no bad line can end a run after days. A sample
     is tokenized when it is asked for, and its line read again. One of more than max_tokens is an error, as
     its answer would silently never be learned; or with `trim` it is cut on the right and marked, as the paper
-    does above 36K tokens. pattern: names and globs, separated by commas. limit: samples to take, 0 for all;
-    the lines beyond are checked, too. quiet: show no progress bar.
-    Attributes: rows (dict from domain to an array of its sample numbers), checksum (of all bytes)."""
+    does above 36K tokens, and skipped if nothing to learn is left. pattern: names and globs, separated by
+    commas. limit: samples to take, 0 for all; the lines beyond are checked, too. quiet: print nothing.
+    Attributes: rows (dict from domain to an array of sample numbers), checksum (of all lines), skipped (how
+    many samples)."""
 
     def __init__(self, pattern, tokenizer, max_tokens, trim=False, limit=0, quiet=False):
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
         self.trim = trim
         self.checksum = 0
+        self.skipped = 0
         self.paths = files_of(pattern)
-        self.index = array("q")  # of each sample: the numbers of its file and line, the byte it begins at
+        self.index = array("q")  # of each sample: the numbers of its file and line, first byte, bytes
         rows = {}
         size = sum(map(os.path.getsize, self.paths))
         with tqdm(None, f"reading {pattern}", size, unit="B", unit_scale=True, delay=2, disable=quiet) as bar:
             for i, path in enumerate(self.paths):
-                offset = samples = 0
-                for number, raw in enumerate(open(path, "rb"), 1):
+                check(not path.endswith(".gz"), f"{path}: unpack it, as samples are read in random order")
+                for where, offset, raw in data.read_rows(path):
                     self.checksum = zlib.crc32(raw, self.checksum)
-                    if raw.strip():
-                        samples += 1
-                        domain = self._check(raw, f"{path}, line {number}")
-                        if not limit or len(self) < limit:
-                            rows.setdefault(domain, array("q")).append(len(self))
-                            self.index.extend((i, number, offset))
-                    offset += len(raw)
+                    domain = self._check(raw, where)
+                    self.skipped += domain is None
+                    if domain and (not limit or len(self) < limit):
+                        rows.setdefault(domain, array("q")).append(len(self))
+                        self.index.extend((i, int(where.rpartition(" ")[2]), offset, len(raw)))
                     bar.update(len(raw))
-                check(samples > 0, f"{path}: empty; expected one JSON object per line")
         self.rows = {domain: np.array(numbers) for domain, numbers in sorted(rows.items())}
+        why = f"--trim to {max_tokens} tokens leaves nothing to learn"
+        check(len(self), f"{pattern}: {why} of {self.skipped} samples")
+        if self.skipped and not quiet:
+            print(f"{pattern}: skipped {self.skipped} samples: {why}")
 
     def _check(self, raw, where):
-        """The domain of the sample in a line. ValueError if it holds none, or one that is too long."""
+        """The domain of the sample in a line, or None if trimming leaves nothing to learn. ValueError if the
+        line holds no sample, or one that is too long."""
         record = data.parse_json(raw, where)
-        domain, _ = data.check_sft(record, where)
-        # A sample has fewer tokens than its line has bytes: only long lines need the tokenizer.
-        if len(raw) > self.max_tokens and not self.trim:
-            data.parse_sft(record, self.tokenizer, where, self.max_tokens)
-        return domain
+        row, (text, *_) = data.check_sft(record, self.tokenizer, where)
+        # A sample has at most as many tokens as bytes: only long ones need the tokenizer.
+        if len(text.encode()) <= self.max_tokens:
+            return row["domain"]
+        sample = data.parse_sft(record, self.tokenizer, where, self.max_tokens, self.trim)
+        return row["domain"] if sample.mask[1:].any() else None
 
     def __len__(self):
-        return len(self.index) // 3
+        return len(self.index) // 4
 
     def __getitem__(self, i):
         """Sample number i. ValueError if its file has changed and the line holds no sample any more."""
-        file, number, offset = (self.index[3 * i + k] for k in range(3))
+        file, number, offset, size = (self.index[4 * i + k] for k in range(4))
         where = f"{self.paths[file]}, line {number}"
         with open(self.paths[file], "rb") as lines:
             lines.seek(offset)
-            record = data.parse_json(lines.readline(), where)
+            record = data.parse_json(lines.read(size), where)
         return data.parse_sft(record, self.tokenizer, where, self.max_tokens, self.trim)
 
 def files_of(pattern):
@@ -455,9 +496,18 @@ def start_ranks(device, cp=1, replicas=1):
     return Ranks(rank, world, device, cp, replicas)
 
 def run_main(body):
-    """data.run_main on every rank: user errors print one line. Returns the exit status."""
+    """data.run_main on every rank: user errors, too little memory included, print one line. Returns the exit
+    status."""
     warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a single process is not a mistake
-    status = data.run_main(body)
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nobody writes into it
+    def in_memory():
+        try:
+            body()
+        except torch.OutOfMemoryError as error:
+            what = ". ".join(str(error).split(". ")[:2])
+            raise ValueError(f"{what}: take --checkpoint-activations, more GPUs, --cp or a smaller "
+                             "--pack-tokens; `python -m tests.bench sizes` tells what models need") from None
+    status = data.run_main(in_memory)
     if dist.is_initialized() and dist.get_world_size() > 1:
         if status == 0:
             dist.barrier()  # rank 0 may host the rendezvous, so nobody leaves before the others
@@ -617,9 +667,9 @@ def make_optimizer(model, lr, weight_decay):
     return torch.optim.AdamW(groups, lr=lr, fused=True)
 
 def optimizer_step(model, optimizer, loss, lr, clip):
-    """Clip, step, clear. Returns the loss and the gradient norm before clipping, over all ranks.
+    """Clip (0: not at all), step, clear. Returns the loss and the gradient norm before it, over all ranks.
     Both are read here at once: nowhere else in a step does the host wait for a GPU."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     loss, norm = torch.stack([loss, norm.double()]).tolist()
     check(math.isfinite(loss + norm), f"the loss is {loss}, the gradient's norm {norm}")
@@ -647,6 +697,9 @@ class Run:
         self.out = Path(args.out)
         self.log = self.out / "log.jsonl"
         self.trainer = self.out / "trainer"
+        # --fresh would delete the model to start from, and checkpoints would take its name.
+        own = args.init and data.model_folder(args.init).resolve().is_relative_to(self.out.resolve())
+        check(not own, f"--out {args.out} holds the model of --init {args.init}: choose another --out")
         if ranks.rank == 0:
             identity = asdict(args) | {"data of checksum": checksum}
             identity = {k: v for k, v in identity.items() if k not in (*VOLATILE, *volatile)}

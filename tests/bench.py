@@ -126,11 +126,28 @@ def training_bytes(c, tokens, gpus):
             "gathered": (2 + 2) * (outer + two_blocks),
             "activations": inputs + max(one_block, loss_bytes(c, tokens))}
 
+def sampling_bytes(c, traces, length, gpus=0):
+    """{part: bytes} per GPU to decode `traces` traces of `length` tokens at a time.
+
+        weights    all of them, in bfloat16
+        trainer    in RL on `gpus` GPUs: this GPU's part of weights and moments, 4 and 8 bytes per parameter
+        cache      of all traces; growth: half of the keys again, those of the shorter cache before it grew
+        drawing    the logits twice in float32
+
+    The sampler sets traces aside where memory is short, so this is what lets none of them wait."""
+    total = sum(parameters(c).values())
+    cache = cache_bytes(c, traces, length, torch.bfloat16)
+    return {"weights": 2 * total, "trainer": 12 * total / gpus if gpus else 0, "cache": sum(cache.values()),
+            "growth": cache["kv"] / 2, "drawing": 2 * 4 * traces * c.vocab_size}
+
 def sizes(tokens=32768):
     """Print the table of presets. Every number is in millions, of parameters, FLOPs or bytes."""
     print(f"Millions: parameters; FLOPs per token, forward and training, mean of {tokens:,}; bytes of")
-    print("weights and cache per slot, bfloat16; bytes per GPU to train on one such row per GPU.\n")
-    columns = ("params", "forward", "train", "weights", "cache 1k", "cache 32k", "1 GPU", "8 GPUs", "64 GPUs")
+    print("weights and cache per slot, bfloat16; bytes per GPU to train on one such row per GPU; to sample 8")
+    print("traces of 49,152 tokens and to update on rows of 53,248 with --cp 2, in RL on 8 GPUs; to evaluate")
+    print("8 traces of 65,536. Samplers start more, as traces begin short, and set some aside if need be.\n")
+    columns = ("params", "forward", "train", "weights", "cache 1k", "cache 32k", "1 GPU", "8 GPUs", "64 GPUs",
+               "RL sample", "RL update", "eval")
     print(f"{'preset':10s}", *(f"{column:>10s}" for column in columns))
     for name, c in PRESETS.items():
         total = sum(parameters(c).values())
@@ -139,6 +156,9 @@ def sizes(tokens=32768):
         cells = [total, forward, 3 * forward, 2 * total]
         cells += [sum(cache_bytes(c, 1, length, torch.bfloat16).values()) for length in (1024, 32768)]
         cells += [sum(training_bytes(c, tokens, gpus).values()) for gpus in (1, 8, 64)]
+        update = sum(training_bytes(c, 53248 // 2, 8).values()) + 2 * total  # the sampler's weights stay
+        cells += [sum(sampling_bytes(c, 8, 49152, 8).values()), update]
+        cells.append(sum(sampling_bytes(c, 8, 65536).values()))
         print(f"{name:10s}", *(f"{cell / 1e6:10,.1f}" for cell in cells))
 
 # 2. Measuring -----------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ import torch._dynamo  # noqa: F401  (seconds, too)
 import torch.distributed as dist
 
 import data
+import tokenizer
 import train_rl  # noqa: F401  (the server imports it for its children)
 import train_sft
 from model import check
@@ -81,7 +82,7 @@ def die_at(script, moment, rank=0):
         return inner
 
     train_sft.Run.write = dying(train_sft.Run.write, lambda run, step, *rest: f"log of step {step}")
-    data.write_text = dying(data.write_text, lambda path, text: str(path))
+    data.write_text = tokenizer.write_text = dying(data.write_text, lambda path, text: str(path))
     importlib.import_module(script).main()
 
 def altered(how):

@@ -32,6 +32,17 @@ def test_sizes_are_the_published_ones(capsys):
     rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines() if line}
     assert rows.keys() >= PRESETS.keys()
     assert rows["7b"][0] == "7,585.6" and rows["7b"][3] == "15,171.3"  # 2 bytes per weight
+    of_7b = [float(cell.replace(",", "")) for cell in rows["7b"]]
+    assert len(of_7b) == 12 and max(of_7b[-3:]) < 80_000  # RL on 8 GPUs and evaluation: 80 GB are enough
+
+def test_bytes_of_sampling_by_hand():
+    total = sum(bench.parameters(TINY).values())
+    kv = 5 * 2 * 2 * 2 * 6 * 8 * 2  # traces, layers, keys and values, heads, their size, tokens, bytes
+    other = bench.cache_bytes(TINY, 5, 8, torch.bfloat16)
+    assert bench.sampling_bytes(TINY, 5, 8, gpus=4) == {
+        "weights": 2 * total, "trainer": 3 * total, "cache": kv + other["conv"] + other["ssm"],
+        "growth": kv / 2, "drawing": 2 * 4 * 5 * 37}
+    assert bench.sampling_bytes(TINY, 5, 8)["trainer"] == 0
 
 def test_flops_by_hand():
     assert bench.scan_flops(h=1, p=2, g=1, n=3, chunk=4) == 4 * 3 + 4 * 2 + 2 * 2 * 3 + 2 * 2 * 3

@@ -397,6 +397,31 @@ def test_an_endpoint_that_is_down_or_none(server, judge, tmp_path):
     with pytest.raises(ValueError, match="cache holds no verdicts"):
         rewards.Judge(server.url, "m", tmp_path / "cache", **QUICK)
 
+@pytest.mark.parametrize("first", [True, False])
+def test_of_several_endpoints_one_that_is_down_is_named_at_the_start(server, tmp_path, first):
+    down = "http://127.0.0.1:9/v1"  # nobody listens on the discard port
+    urls = f"{down},{server.url}" if first else f"{server.url}, {down}"
+    with pytest.raises(ValueError, match=f"--judge  ?{down}: .*refused".replace("  ?", " +")):
+        rewards.Judge(urls, "m", **QUICK)
+
+def test_several_endpoints_share_the_questions_and_stand_in_for_each_other(server, tmp_path):
+    judge = rewards.Judge(f"{server.url},{server.url}/", "m", tmp_path / "cache", **QUICK)
+    asked, post = [], judge.post
+    def noted(url, body):
+        asked.append(url)
+        return post(url, body)
+    judge.post = noted
+    for i in range(40):
+        assert judge.verdict(f"q{i}", "a", "a") == "right"
+    assert 5 < asked.count(server.url) < 35 and len(asked) == 40
+    judge.url = f"{server.url},http://127.0.0.1:9/v1"  # one goes down later: the other answers for it
+    asked.clear()
+    assert {judge.verdict(f"p{i}", "a", "a") for i in range(20)} == {"right"}
+    assert asked.count("http://127.0.0.1:9/v1") == 1  # a hanging one must not cost a time-out per question
+    judge.rests.clear()  # ten minutes later it is tried again
+    assert {judge.verdict(f"r{i}", "a", "a") for i in range(20)} == {"right"}
+    assert asked.count("http://127.0.0.1:9/v1") == 2
+
 def test_a_judge_that_always_agrees_is_found_out(server, monkeypatch):
     monkeypatch.setattr(rewards, "parse_verdict", lambda text: "right")
     with pytest.raises(ValueError, match="m says right of 2 . 2 = 5"):

@@ -5,10 +5,12 @@ import json
 import math
 import shutil
 from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
+from itertools import count
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from tests import ranks as processes
@@ -16,6 +18,8 @@ from tests.ranks import launch
 from tests.test_train_sft import assert_same_run, model_of_a_gpu, read_log, refused, traffic_of
 
 import data
+from tokenizer import ask, render_chat
+import decode
 import rewards
 import sandbox
 import train_rl as r
@@ -114,7 +118,7 @@ def rollout(ids, prompt, sampler, score, **fields):
 def collected(groups, **settings):
     """collect() from one call that gives these groups: the groups chosen, and the stats."""
     stats, args = r.new_stats(), r.Args(prompts=len(groups), max_calls=1, **settings)
-    return r.collect(lambda *_: groups, [None], [], 0, 0, args, stats), stats
+    return r.collect(lambda *_: groups, lambda: None, [], 0, args, stats), stats
 
 @pytest.fixture(scope="module")
 def setting():
@@ -150,7 +154,7 @@ def test_the_gradient_is_the_formula(setting, normalise):
     positives = sum(len(x.sampler) for x in rollouts if x.correct)
     expected = 0
     for x in rollouts:  # at one update per batch the policy loss's gradient is that of -A log p
-        ids = torch.tensor([x.ids])
+        ids = torch.tensor(x.ids[None])
         logp = (model(ids)[0, :-1] / 0.85).log_softmax(-1).gather(1, ids[0, 1:, None])[x.mask[1:], 0]
         tis = torch.exp(logp.detach() - torch.tensor(x.sampler)).clamp(max=2)
         per_token = 1 / (len(rollouts) * len(x.sampler)) if normalise == "sequence" else 1 / tokens
@@ -187,7 +191,15 @@ def test_the_stop_token_is_learned_and_the_prompt_is_not(setting):
     values = r.pack_values(data.pack([x], 100)[0], "sampler")
     assert values[x.prompt - 1 : -1].tolist() == pytest.approx(x.sampler) and values[-1] == 0
     assert (values[: x.prompt - 1] == 0).all()
-    assert r.Rollout(**json.loads(json.dumps(asdict(x)))) == x  # as the cache is saved
+
+def test_the_cache_is_saved_bit_for_bit_in_few_bytes_a_token(setting):
+    (x, *_), _ = groups = setting[1]
+    assert x.ids.dtype == np.int32 and x.sampler.dtype == np.float32
+    saved = json.loads(json.dumps(r.run_state([], [(3, group) for group in groups], Counter(), {})))["cache"]
+    assert [sampled for sampled, _ in saved] == [3, 3]
+    again = r.Rollout(**saved[0][1][0])
+    for name, value in vars(x).items():
+        assert np.array_equal(getattr(again, name), value), name
 
 # 3. Groups --------------------------------------------------------------------------------------------------
 
@@ -241,30 +253,117 @@ def test_many_unknown_verdicts_end_the_run():
         after(201, down=3, full=2)
 
 @pytest.mark.parametrize(
-    ("correct", "told"), [([False, None], True), ([False, True], False), ([None], False)])
-def test_a_step_without_a_right_reply_says_so(correct, told, capsys):
+    ("correct", "told"), [([False, False, None], True), ([False, True], False), ([None], False)])
+def test_a_step_without_a_right_reply_warns(correct, told, capsys):
     stats = r.new_stats()
-    stats["samples"] += [{"correct": verdict} for verdict in correct]
+    stats["samples"] += [{"correct": verdict, "domain": "code"} for verdict in correct]
+    stats["samples"].append({"correct": True, "domain": "math"})  # which code must not hide behind
     r.check_signal([1], stats, Counter(), 2, False, train_sft.Ranks())
-    assert (f"none of {len(correct)} replies is right" in capsys.readouterr().out) == told
+    assert ("warning: none of 2 replies in code is right; " in capsys.readouterr().out) == told
 
-def test_prompts_are_shuffled_anew_each_epoch():
-    epochs = [r.take_prompts(range(5), seed=0, position=n, count=5) for n in (0, 5, 10)]
-    assert all(sorted(epoch) == [0, 1, 2, 3, 4] for epoch in epochs) and epochs[0] != epochs[1] != epochs[2]
-    assert r.take_prompts(range(5), 0, 3, 4) == [*epochs[0][3:], *epochs[1][:2]]
+def problems_of(**sizes):
+    """Pairs as from open_prompts: so many problems per domain, one domain after the other."""
+    numbers = [(domain, i) for domain, n in sizes.items() for i in range(n)]
+    return [(data.Problem(f"{domain}{i}", domain, "q", "1"), [1]) for domain, i in numbers]
 
-def test_backfill_and_the_bounded_cache(monkeypatch):
+def test_system_prompt_and_suffix_come_with_every_prompt(tmp_path):
+    data.write_jsonl(tmp_path / "p.jsonl", [{"id": "1", "domain": "math", "prompt": "1+1?", "answer": "2"}])
+    (tmp_path / "system.txt").write_text("Be brief.\n")
+    args = r.Args(problems=str(tmp_path / "p.jsonl"), system=str(tmp_path / "system.txt"), suffix="Box it.")
+    r.check_args(args)
+    assert args.system == "Be brief."  # what run.json will hold
+    ranks = SimpleNamespace(rank=0, check_same_on_all=lambda what, value: None)
+    tokenizer = data.Tokenizer.byte_level()
+    ((_, ids),), _ = r.open_prompts(args, tokenizer, ranks)
+    chat = ask("1+1?", "Be brief.", "Box it.")
+    assert ids == render_chat(chat, tokenizer, generation_prompt=True)[0]
+
+def test_domains_have_their_weights_in_every_stage():
+    prompts = problems_of(code=30, math=60, science=30)
+    args = r.Args(prompts=12, steps=9, held_out=12, mixture="math=1; 2:math=2, code=1 ;4: science=0.5")
+    stages, held_out = r.open_stages(args, prompts)
+    assert len({problem.id for problem, _ in held_out}) == 12
+    assert {problem.domain for problem, _ in held_out} == {"code", "math", "science"}
+    drawn = [r.next_prompts(prompts, stages, step) for step in range(6)]
+    counts = [Counter(problem.domain for problem, _ in batch) for batch in drawn]
+    assert counts == 2 * [{"math": 12}] + 2 * [{"math": 8, "code": 4}] + 2 * [{"science": 12}]
+    assert not any(pair in held_out for batch in drawn for pair in batch)
+    assert r.drawn_so_far(stages) == 72
+    # As a resumed run goes on: from the counts alone.
+    again, _ = r.open_stages(args, prompts)
+    for (_, loader), (_, before) in zip(again, stages):
+        loader.drawn = json.loads(json.dumps(before.drawn))
+    assert r.next_prompts(prompts, again, 3) == r.next_prompts(prompts, stages, 3)
+
+def test_prompts_of_one_domain_are_shuffled_anew_each_epoch():
+    """In the order that the tiny run's figures depend on."""
+    prompts = problems_of(math=5)
+    stages, held_out = r.open_stages(r.Args(prompts=5, seed=3), prompts)
+    for epoch in range(3):
+        order = train_sft.permutation(5, 3, epoch)
+        assert r.next_prompts(prompts, stages, 9) == [prompts[i] for i in order] and held_out == []
+
+@pytest.mark.parametrize(("mixture", "error"), [
+    ("math=1", "the problems have the domains code, math"), ("math=1,maths=1", "have the domains code, math"),
+    ("math=1,code=1; 20: math=1", "its stage from step 20 on is beyond --steps 14"),
+    ("math=1; 3: code=1; 3: math=1", "its steps do not rise"), ("math=1; 0: code=1", "its steps do not rise"),
+    ("math=1; code=1", "expected WEIGHTS; STEP: WEIGHTS"), ("1: math=1,code=1", "expected WEIGHTS; STEP"),
+    ("math=1,code=1;", "expected WEIGHTS; STEP"), ("math=1; x: code=1", "expected WEIGHTS; STEP"),
+    ("math=1,code=1; 2:", "expected WEIGHTS; STEP"), ("math=1,code=1,code=2", "it names a domain twice"),
+    ("math=0,code=0", "weights must be 0 or more, and not all 0")])
+def test_stages_that_make_no_sense(mixture, error):
+    with pytest.raises(ValueError, match=error):
+        r.open_stages(r.Args(mixture=mixture), problems_of(code=2, math=2))
+
+@pytest.mark.parametrize("lengths", [
+    lambda i, j: (40, 80, 160)[i], lambda i, j: 40 + 120 * ((i * 16 + j) * 37 % 48) // 47])
+@pytest.mark.parametrize("slots", [4, 24])
+def test_traces_are_dealt_so_that_no_rank_idles(lengths, slots, monkeypatch):
+    """Three prompts, 16 traces each, lengths 1 : 4 by prompt or at random; steps of the real sampler. Either
+    rank waits for less than 10% of the steps; dealt by prompt, one would wait for half."""
+    model, tokenizer = FalconH1(PRESETS["tiny"]), data.Tokenizer.byte_level()
+    prompts, held = [(data.Problem("1", "math", "q", "1"), [1, 2])] * 3, {}
+
+    def sampled_by(rank):
+        steps, step = [], decode.Sampler.step
+        def counted(self):
+            steps.append(step(self))
+            return steps[-1]
+        def finish(self, *_):
+            for slot, running in enumerate(self.slots):
+                if running and len(running.trace.tokens) == lengths(*index(running.trace)):
+                    running.trace.stop, self.slots[slot] = "stop", None
+                    yield running.trace
+        def index(trace):
+            return trace.prompt_index, trace.sample_index
+        monkeypatch.setattr(decode.Sampler, "step", counted)
+        monkeypatch.setattr(decode.Sampler, "finish", finish)
+        ranks = SimpleNamespace(rank=rank, world=2, all_values=lambda x: [x, x], gather=lambda items: items)
+        args, stats = r.Args(group=16, max_new_tokens=160, slots=slots), r.new_stats()
+        r.sample_groups(model, tokenizer, lambda *_: RIGHT, args, ranks, stats, prompts, 0)
+        monkeypatch.undo()
+        held[rank] = sorted(x["length"] for x in stats["samples"])
+        return len(steps)
+
+    steps = [sampled_by(rank) for rank in range(2)]
+    assert sorted(held[0] + held[1]) == sorted(lengths(i, j) for i in range(3) for j in range(16))
+    assert min(steps) > 0.9 * max(steps), steps
+
+def test_backfill_and_the_bounded_cache():
     """Every third group has signal: three calls of 5 prompts give 5 groups. Then some are from the cache."""
     def sample(taken, seed):
         return [[rollout([1, 2], 1, [0.0], float(i % 3 == 0 and j)) for j in range(2)] for i in taken]
-    monkeypatch.setattr(r, "take_prompts", lambda prompts, seed, position, n: range(position, position + n))
+    calls = count()
+    def draw():
+        first = next(calls) * 5
+        return range(first, first + args.prompts)
     args, cache, stats = r.Args(prompts=5, group=2, cache=3, cache_age=1), [], r.new_stats()
-    chosen = r.collect(sample, None, cache, 0, 0, args, stats)
+    chosen = r.collect(sample, draw, cache, 0, args, stats)
     assert len(chosen) == 5 and stats["calls"] == 3 and stats["groups"] == 15 and stats["all_wrong"] == 10
     assert not cache
     args.prompts, stats = 4, r.new_stats()
     cache.extend((step, chosen[0]) for step in (0, 1, 1))
-    assert len(r.collect(sample, None, cache, 2, 15, args, stats)) == 4
+    assert len(r.collect(sample, draw, cache, 2, args, stats)) == 4
     assert stats["cached"] == 2 and stats["age"] == 1  # the one of step 0 is too old
     assert len(cache) <= 3
 
@@ -300,19 +399,58 @@ def start(tmp_path_factory):
 def rl_args(start):
     return ("--init", start / "sft", "--problems", start / "rl.jsonl", "--steps", 4, "--prompts", 4,
             "--group", 6, "--max-new-tokens", 24, "--save-every", 2, "--eval-every", 1, "--cache", 4,
-            "--temperature", 1.5)
+            "--temperature", 1.5, "--held-out", 2)
 
 @pytest.fixture(scope="module")
 def whole_run(start):
     assert "wrong: " in launch(r.main, *rl_args(start), "--out", start / "whole").out
     return start / "whole"
 
-@pytest.mark.parametrize("moment", ["log of step 3", "step-000000004.tmp/state.json"])
+@pytest.mark.parametrize("moment", ["log of step 3", "step-000000004.tmp/state.json", "log of step 4"])
 def test_a_killed_run_ends_like_one_that_was_not(start, tmp_path, whole_run, moment):
     args = (*rl_args(start), "--out", tmp_path / "run")
     launch(partial(processes.die_at, "train_rl", moment), *args, status=-9)
     launch(r.main, *args)
     assert_same_run(whole_run, tmp_path / "run")
+
+def test_a_finished_run_goes_on_with_more_steps(start, tmp_path, whole_run):
+    args = (*rl_args(start), "--out", tmp_path / "run")
+    launch(r.main, *args, "--steps", 3)
+    assert "continuing after step 3" in launch(r.main, *args).out
+    assert_same_run(whole_run, tmp_path / "run")
+
+def test_held_out_accuracy_by_domain(monkeypatch):
+    """Of known verdicts, one reply to each problem, with the same seed each time; at its steps only."""
+    verdicts, calls = {"a": RIGHT, "b": WRONG, "c": UNKNOWN, "d": RIGHT}, []
+    domains = ["math"] * 3 + ["code"]
+    held_out = [(data.Problem(text, domain, text, ""), [1]) for text, domain in zip("abcd", domains)]
+    def generate(model, prompts, *, samples, seed, on_trace, **_):
+        calls.append((samples, seed))
+        tokenizer = data.Tokenizer.byte_level()
+        traces = [Trace(i, 0, tokenizer.encode("abcd"[i]), [], stop="length") for i in range(4)]
+        return [on_trace(x) for x in traces] and traces
+    monkeypatch.setattr(r, "generate", generate)
+    args, ranks = r.Args(steps=7, eval_every=3, seed=5), train_sft.Ranks()
+    evaluation = partial(r.evaluate, None, data.Tokenizer.byte_level(), lambda text, _: verdicts[text])
+    logged = [evaluation(held_out, args, ranks, step) for step in range(1, 8)]
+    assert logged[2] == {"held_out": pytest.approx(2 / 3), "held_out_math": 0.5, "held_out_code": 1}
+    assert [bool(x) for x in logged] == [False, False, True, False, False, True, True]
+    assert calls == [(1, 5)] * 3 and evaluation([], args, ranks, 3) == {}
+
+def test_other_shapes_start_from_the_papers_values(tmp_path, monkeypatch):
+    FalconH1(replace(PRESETS["tiny"], vocab_size=300)).save_pretrained(tmp_path)
+    monkeypatch.setattr("sys.argv", ["script", "--init", str(tmp_path), "--prompts", "5"])
+    args, _ = r.read_args()
+    assert (args.lr, args.warmup_steps, args.max_new_tokens, args.prompts) == (2e-6, 10, 0, 5)
+    prompts = [(None, [1] * 7), (None, [1] * 9)]
+    for model, longest, row in (("7b", 49152, 49161), ("0.5b", 16384 - 9, 16384)):
+        filled = replace(args)
+        r.check_lengths(filled, prompts, PRESETS[model])
+        assert (filled.max_new_tokens, filled.pack_tokens) == (longest, row)
+    with pytest.raises(ValueError, match="--max-new-tokens 49152: .* max_position_embeddings 16384"):
+        r.check_lengths(replace(args, max_new_tokens=49152), prompts, PRESETS["0.5b"])
+    with pytest.raises(ValueError, match="a prompt of 16384 tokens fills max_position_embeddings 16384"):
+        r.check_lengths(args, [(None, [1] * 16384)], PRESETS["0.5b"])
 
 def test_the_log_has_what_it_promises(whole_run):
     records = [json.loads(line) for line in open(whole_run / "log.jsonl")]
@@ -334,7 +472,7 @@ def test_ranks_sample_and_reward_like_one(start, tmp_path, whole_run):
         results = launch(body, *rl_args(start), "--out", tmp_path / str(ranks), *flags, ranks=ranks)
         assert all("made 1 copies" in x.out for x in results)  # refreshed in place after each step
         log = read_log(tmp_path / str(ranks))
-        for name in ("reward", "correct", "all_right", "all_wrong", "length", "calls", "tokens"):
+        for name in ("reward", "correct", "held_out", "all_right", "all_wrong", "length", "calls", "tokens"):
             assert log[0][name] == one[0][name], name
         for name in ("loss", "grad_norm", "entropy", "mismatch"):
             assert log[0][name] == pytest.approx(one[0][name], rel=1e-4, abs=1e-6), name
@@ -360,10 +498,12 @@ def test_counts_of_verdicts_and_samples_of_tests_survive_a_resume(start, tmp_pat
         return UNKNOWN if first or step in down else rewards.verify(text, problem)
 
     def state(step):
-        return json.loads((tmp_path / f"run/trainer/step-00000000{step}/state.json").read_text())
+        found = json.loads((tmp_path / f"run/trainer/step-00000000{step}/state.json").read_text())
+        return found | {"position": sum(found["drawn"][0].values())}
 
     monkeypatch.setattr(r, "verify", verify)
-    args = (*rl_args(start), "--seed", 5, "--code-tests", 7, "--max-calls", 12, "--out", tmp_path / "run")
+    args = (*rl_args(start), "--seed", 5, "--code-tests", 7, "--max-calls", 12, "--held-out", 0,
+            "--out", tmp_path / "run")
     error = refused(r.main, args, monkeypatch, capsys)
     for part in ("step 3, prompts", "the run so far: ", "holds what was saved before"):
         assert part in error
@@ -380,6 +520,14 @@ def test_counts_of_verdicts_and_samples_of_tests_survive_a_resume(start, tmp_pat
 
 @pytest.mark.parametrize(("args", "message"), [
     (("--group", 1), "--group 1"), (("--temperature", 0), "--temperature 0"),
+    (("--temperature", "1e-40"), "--temperature 1e-40: must be between 0.01 and 100"),
+    (("--temperature", "1e40"), "must be between 0.01 and 100"),
+    (("--lr", "inf"), "--lr inf: must be at least 0, and finite"),
+    (("--tis-cap", 0), "--tis-cap 0.0"), (("--warmup-steps", 200), "--warmup-steps 200: --steps 4 would end"),
+    (("--mixture", "math=1,math=2"), "it names a domain twice"), (("--mixture", "maths=1"), "domains math"),
+    (("--held-out", 10), "has 10 rows, --held-out 10 keeps them all"),
+    (("--max-new-tokens", 9000), "it exceeds max_position_embeddings 8192"),
+    (("--max-new-tokens", 5000), "it exceeds --pack-tokens 4096"),
     (("--normalise", "x"), "--normalise x: expected sequence or token"),
     (("--slots", -1), "--slots -1: must be at least 0"),
     (("--init", "nowhere", "--problems", "nowhere.jsonl"), "error: nowhere is missing\n"),
@@ -390,7 +538,8 @@ def test_counts_of_verdicts_and_samples_of_tests_survive_a_resume(start, tmp_pat
     (("--problems", "{hard}"), "carries any signal (0 all right, 4 all wrong)"),
     (("--format-penalty", 0.3, "--language-penalty", 0.2), "plus --language-penalty must be below 0.5"),
     (("--lr", 1e30, "--max-calls", 6), "step 2, prompts "),
-    (("--init", "{small}"), "the model room for 271 only")])
+    (("--init", "{small}"), "--warmup-steps 10: --steps 4 would end before"),  # the paper's 10
+    (("--init", "{small}", "--warmup-steps", 0), "the model room for 271 only")])
 def test_bad_input_is_one_line(start, tmp_path, args, message, monkeypatch, capsys):
     problem = {"id": "1", "domain": "math", "prompt": "1?"}
     data.write_jsonl(tmp_path / "bad.jsonl", [problem | {"answer": ""}])
@@ -400,5 +549,6 @@ def test_bad_input_is_one_line(start, tmp_path, args, message, monkeypatch, caps
     paths = {path.stem: path for path in tmp_path.iterdir()}
     monkeypatch.chdir(tmp_path)
     given = [str(a).format(**paths) for a in args]
-    args = (*rl_args(start), "--format-penalty", 0, "--max-calls", 1, *given, "--out", tmp_path / "run")
+    args = (*rl_args(start), "--format-penalty", 0, "--max-calls", 1, "--held-out", 0, *given,
+            "--out", tmp_path / "run")
     assert message in refused(r.main, args, monkeypatch, capsys)

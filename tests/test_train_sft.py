@@ -22,13 +22,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import data
+from tokenizer import CHAT_TEMPLATE, render_chat
 import model
 import ssm_scan
 import train_sft as t
 from model import PRESETS, FalconH1, read_safetensors
 
 ROOT = Path(__file__).parent.parent
-TIMES = ("seconds", "t_sample", "t_score", "t_update", "t_verify")
+TIMES = ("seconds", "idle", "t_sample", "t_score", "t_update", "t_verify")
 TOKENIZER = data.Tokenizer.byte_level()
 SMALL_RUN = ("--batch", 6, "--held-out", 4, "--steps", 6, "--eval-every", 100, "--save-every", 2)
 
@@ -143,6 +144,7 @@ class Traffic(TorchDispatchMode):
 def traffic_of(step, monkeypatch):
     """Of a step, when the tables of its rows have been made. Operators are a GPU's; "meta" runs no kernel."""
     monkeypatch.setattr(ssm_scan, "_backend", lambda name, x: "triton")
+    monkeypatch.setattr(ssm_scan, "_launch", lambda *args, **options: None)
     for _ in range(2):
         with Traffic() as traffic:
             step()
@@ -348,21 +350,42 @@ def test_ctrl_c_is_no_traceback(capsys):
         raise KeyboardInterrupt
     assert t.run_main(body) == 130 and capsys.readouterr().err == "interrupted\n"
 
+def test_too_little_memory_is_one_line(capsys):
+    def body():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total ...")
+    assert t.run_main(body) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: CUDA out of memory. Tried to allocate 2.00 GiB: take --checkpoint-activ")
+    assert error.count("\n") == 1
+
+def test_fewer_rows_than_a_batch_are_named(capsys):
+    t.check_enough("a.jsonl", 12, 2, 10, quiet=False)
+    t.check_enough("a.jsonl", 12, 3, 10, quiet=True)
+    assert not capsys.readouterr().out
+    t.check_enough("a.jsonl", 12, 3, 10, quiet=False)
+    assert "warning: a.jsonl: 9 rows to learn from; a batch of 10 draws" in capsys.readouterr().out
+
 @pytest.mark.parametrize(("args", "message"), [
     (("--steps", 7), "holds another run, with --steps 6"),
-    (("--init", "{init}"), "holds another run, with --init ''"),
+    (("--init", "{init}", "--pack-tokens", 4096, "--context", 1024), "holds another run, with --init ''"),
     (("--fresh", "--data", "{bad}"), "bad.jsonl, line 2"),
+    (("--fresh", "--init", "{out}"), "holds the model of --init"),
     (("--fresh", "--data", "{empty}"), "empty.jsonl"),
     (("--fresh", "--data", "nowhere.jsonl"), "nowhere.jsonl"),
     (("--fresh", "--context", 50), "the limit is 50"),
     (("--fresh", "--init", "nowhere", "--data", "nowhere.jsonl"), "error: nowhere"),
     (("--fresh", "--preset", "huge"), "--preset huge"),
     (("--fresh", "--mixture", "math"), "--mixture 'math'"),
+    (("--fresh", "--mixture", "math=1, math=2"), "it names a domain twice"),
     (("--fresh", "--mixture", "math=1,code=1", "--data", "{rare}"), "no sample of code is left to draw from"),
-    (("--fresh", "--held-out", 60), "has 60 samples, --held-out keeps them all"),
+    (("--fresh", "--held-out", 60), "has 60 rows, --held-out 60 keeps them all"),
     (("--fresh", "--save-every", 0), "--save-every 0: must be at least 1"),
     (("--fresh", "--limit", -1), "--limit -1: must be at least 0"),
     (("--fresh", "--lr", "nan"), "--lr nan: must be at least 0"),
+    (("--fresh", "--clip", "inf"), "--clip inf: must be at least 0, and finite"),
+    (("--fresh", "--warmup", 200), "--warmup 200: it is a share of the steps, at most 1"),
+    (("--fresh", "--context", 8193), "--context 8193 exceeds max_position_embeddings 8192"),
+    (("--fresh", "--context", 900, "--pack-tokens", 800), "--pack-tokens must be at least --context, 900"),
     (("--fresh", "--device", "cuda"), "no GPU"),
     (("--fresh", "--device", "cuda:3"), "--device cuda:3: expected cpu or cuda"),
     (("--stpes", 3), "unrecognized arguments: --stpes 3; see --help"),
@@ -376,7 +399,7 @@ def test_bad_input_costs_nothing(sft_file, small_run, tmp_path, whole_run, small
     (tmp_path / "bad.jsonl").write_text(json.dumps(rows[0]) + "\n{\n")
     (tmp_path / "empty.jsonl").write_text("")
     data.write_jsonl(tmp_path / "rare.jsonl", [rows[0] | {"domain": "code"}, *rows[1:]])  # which is held out
-    paths = {"init": small_models[0]} | {path.stem: path for path in tmp_path.iterdir()}
+    paths = {"init": small_models[0], "out": whole_run} | {path.stem: path for path in tmp_path.iterdir()}
     before = {p: p.stat().st_mtime_ns for p in whole_run.rglob("*") if p.is_file()}
     args = (*small_run, "--out", whole_run, *[str(a).format(**paths) for a in args])
     assert message in refused(t.main, args, monkeypatch, capsys)
@@ -399,7 +422,8 @@ def test_a_checkpoint_of_another_model(small_run, tmp_path, whole_run, small_mod
     about = json.loads((out / "run.json").read_text())
     about["identity"]["init"] = str(small_models[0])
     (out / "run.json").write_text(json.dumps(about))
-    err = refused(t.main, (*small_run, "--init", small_models[0]), monkeypatch, capsys)
+    same = ("--pack-tokens", 4096, "--context", 1024, "--lr", 4e-3)  # the tiny run's defaults
+    err = refused(t.main, (*small_run, "--init", small_models[0], *same), monkeypatch, capsys)
     assert "step-000000006: a checkpoint of another model: " in err
 
 def test_a_file_with_brackets_in_its_name(tmp_path, monkeypatch):
@@ -421,13 +445,41 @@ def test_compiled_blocks_train_alike(small_run, tmp_path, small_models):
     plain, compiled = (read_log(tmp_path / out)[0] for out in ("plain", "compiled"))
     assert compiled == pytest.approx(plain, rel=1e-5)
 
+def test_only_the_tiny_run_has_the_tiny_runs_defaults(tmp_path, small_models, monkeypatch):
+    """Trained weights start from the paper's learning rate, other shapes from its sizes, too."""
+    FalconH1(PRESETS["tiny"]).save_pretrained(tmp_path)
+    fields = ("lr", "batch", "steps", "context", "pack_tokens")
+    for flags, expected in {
+        (): (4e-3, 16, 2000, 1024, 4096), ("--init", tmp_path): (1.024e-3, 16, 2000, 1024, 4096),
+        ("--init", small_models[0]): (1.024e-3, 512, 0, 8192, 8192),
+        ("--preset", "7b"): (1.024e-3, 512, 0, 36864, 36864),
+        ("--preset", "7b", "--lr", 1, "--steps", 9, "--context", 50): (1, 512, 9, 50, 4096),
+    }.items():
+        monkeypatch.setattr(sys, "argv", ["script", *map(str, flags)])
+        args, _ = t.read_args()
+        assert tuple(getattr(args, name) for name in fields) == expected, flags
+
+def test_no_steps_are_three_epochs(small_run, tmp_path, small_models):
+    flags = ("--steps", 0, "--batch", 25, "--limit", 20, "--held-out", 0)
+    launch(t.main, *small_run, "--init", small_models[0], *flags)
+    assert len(read_log(tmp_path / "run")) == 3  # 60 samples in batches of 25
+
+def test_clip_0_is_no_clipping():
+    for clip, expected in ((0, [3.0, 4.0]), (10, [3.0, 4.0]), (1, [0.6, 0.8])):
+        weights = torch.nn.Parameter(torch.zeros(2))
+        weights.grad = torch.tensor([3.0, 4.0])
+        module = torch.nn.ParameterList([weights])
+        loss = torch.zeros((), dtype=torch.float64)
+        _, norm = t.optimizer_step(module, torch.optim.SGD([weights]), loss, 1.0, clip)
+        assert norm == 5 and weights.tolist() == pytest.approx([-x for x in expected], rel=1e-5)
+
 # 5. Files of samples ----------------------------------------------------------------------------------------
 
 def turns(*contents):
     return [{"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(contents)]
 
 SFT = {"messages": turns("q", "<think>r</think>a"), "domain": "math", "weight": 1.5}
-IDS, MASK = data.render_chat(SFT["messages"], TOKENIZER)
+IDS, MASK = render_chat(SFT["messages"], TOKENIZER)
 
 def sft_files(path, max_tokens=999, **options):
     return t.SftFiles(str(path), TOKENIZER, max_tokens, **options)
@@ -443,13 +495,44 @@ def test_long_samples_are_refused_or_trimmed_and_marked(path):
     data.write_jsonl(path, [SFT, SFT | {"messages": turns("q" * 50, "<think>r</think>a")}])
     with pytest.raises(ValueError, match=rf"s\.jsonl, line 2: .*{size + 49} tokens, the limit is {size}"):
         sft_files(path, size)
-    one, two = sft_files(path, size, trim=True)
-    assert one.ids.tolist() == IDS and not one.trimmed
-    assert len(two.ids) == len(two.mask) == size and two.trimmed and not two.mask.any()
-    one, _ = sft_files(path, size - 2, trim=True)
+    assert [sample.ids.tolist() for sample in sft_files(path, size, trim=True)] == [IDS]
+    one, = sft_files(path, size - 2, trim=True)
     assert one.ids.tolist() == IDS[:-2] and one.mask.tolist() == MASK[:-2] and one.trimmed
 
+def test_samples_that_trimming_leaves_nothing_to_learn_are_skipped_and_counted(path, capsys):
+    """To learn: from the end of the prompt's header on. One token of the reply is enough."""
+    prompt = MASK.index(True)
+    rows = [SFT | {"messages": turns("q" * n, "<think>r</think>a")} for n in (3, 1, 2, 5)]
+    data.write_jsonl(path, rows)
+    samples = sft_files(path, prompt + 2, trim=True)
+    assert [sample.mask.sum() for sample in samples] == [2, 1] and samples.skipped == 2
+    assert samples[0].ids[prompt - 1] == IDS[prompt - 1] and samples.rows["math"].tolist() == [0, 1]
+    assert "skipped 2 samples: --trim to" in capsys.readouterr().out
+    assert len(sft_files(path, prompt + 2, trim=True, limit=1, quiet=True)) == 1
+    assert not capsys.readouterr().out
+    with pytest.raises(ValueError, match="--trim to 3 tokens leaves nothing to learn of 4 samples"):
+        sft_files(path, 3, trim=True)
+
+def test_a_run_trains_and_evaluates_without_samples_that_are_skipped(sft_file, tmp_path):
+    long = SFT | {"messages": turns("q" * 200, "<think>r</think>a")}
+    rows = [json.loads(line) for line in sft_file.read_text().splitlines()][:10]
+    data.write_jsonl(tmp_path / "s.jsonl", [long, *rows, long])  # the first and the last: held out otherwise
+    args = ("--data", tmp_path / "s.jsonl", *SMALL_RUN, "--context", 100, "--trim", "--held-out", 2)
+    result = launch(t.main, *args, "--batch", 1, "--out", tmp_path / "run")
+    assert "skipped 2 samples" in result.out
+    *_, last = log = read_log(tmp_path / "run")
+    assert len(log) == 6 and last["held_out"] > 0
+
+def test_what_the_template_adds_counts_as_length(path):
+    tokenizer = data.Tokenizer(TOKENIZER.files | {"chat_template.jinja": "x" * 999 + CHAT_TEMPLATE})
+    with pytest.raises(ValueError, match=r"s\.jsonl, line 1: .* tokens, the limit is 999"):
+        t.SftFiles(str(path), tokenizer, 999)
+
 @pytest.mark.parametrize(("line", "error"), [
+    (SFT | {"tools": 3}, "field tools: must be a list"),
+    (SFT | {"tools": "f"}, "field tools: malformed JSON"),
+    (SFT | {"messages": [*SFT["messages"], {"role": "user", "content": "x", "tool": "y"}]},
+     r"field messages\[2\].tool: the chat template drops"),
     (SFT | {"messages": None}, "field messages: must be a list"), (SFT | {"domain": ""}, "field domain"),
     (SFT | {"weight": 0}, "field weight"), (SFT | {"messages": turns("q")}, "field messages: holds no"),
     (b"{}", "{} is not a JSON object with fields"), (b"[1]", r"\[1\] is not"),
@@ -459,6 +542,23 @@ def test_sft_files_name_file_line_and_field(path, line, error):
     path.write_bytes(path.read_bytes() + b"\n" + line)
     with pytest.raises(ValueError, match=rf"s\.jsonl, line 4: {error}"):
         sft_files(path)
+
+def test_arrays_and_conversations_are_the_same_samples(path):
+    chat = [{"from": "human", "value": "é?"}, {"from": "gpt", "value": "<think>r</think>ü"}]
+    rows = [SFT, {"conversations": chat}, {"messages": turns("q", "<think>r</think>a")}]
+    data.write_jsonl(path, rows)
+    array = path.with_name("array.json")
+    array.write_text(json.dumps(rows, indent=1, ensure_ascii=False), "utf-8")
+    lines, items = sft_files(path), sft_files(array)
+    assert [sample.ids.tolist() for sample in lines] == [sample.ids.tolist() for sample in items]
+    assert [(s.domain, s.weight) for s in items] == [("math", 1.5), ("other", 1.0), ("other", 1.0)]
+    assert {name: numbers.tolist() for name, numbers in items.rows.items()} == {"math": [0], "other": [1, 2]}
+    array.write_text(json.dumps([SFT, {"conversations": chat, "messages": turns("q", "b")}]))
+    with pytest.raises(ValueError,
+                       match="array.json, item 2: field conversations contradicts field messages"):
+        sft_files(array)
+    with pytest.raises(ValueError, match="s.jsonl.gz: unpack it"):
+        sft_files(path.rename(path.with_name("s.jsonl.gz")))
 
 @pytest.mark.parametrize(("files", "error"), [
     ("{0}/*.jsonl", r"empty\.jsonl: empty"), ("{0}/s.jsonl, {0}/t.jsonl", r"t\.jsonl is missing")])
@@ -494,10 +594,10 @@ def test_what_is_read(tmp_path_factory, sizes):
     samples = sft_files(",".join(f"{folder}/{i}.jsonl" for i in range(len(sizes))))
     assert sft_files(f"{folder}/*.jsonl").checksum == samples.checksum
     for sample, (record, *_) in zip(samples, expected, strict=True):
-        assert (sample.ids.tolist(), sample.mask.tolist()) == data.render_chat(record["messages"], TOKENIZER)
+        assert (sample.ids.tolist(), sample.mask.tolist()) == render_chat(record["messages"], TOKENIZER)
         assert (sample.ids.dtype, sample.mask.dtype, sample.trimmed) == (np.int32, bool, False)
         assert (sample.weight, sample.domain) == (record["weight"], record["domain"])
-    places = [(samples.paths[i], line) for i, line in zip(samples.index[::3], samples.index[1::3])]
+    places = [(samples.paths[i], line) for i, line in zip(samples.index[::4], samples.index[1::4])]
     assert places == [where[1:] for where in expected]
     assert sum(map(len, samples.rows.values())) == len(samples)
     for name, rows in samples.rows.items():
