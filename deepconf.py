@@ -22,7 +22,8 @@ Choices that the paper leaves open
     no voter       The paper's algorithm would return nothing. Here, if no warm-up trace has an answer, no
                    trace is stopped and all vote; if all voters have confidence 0, each has one vote.
 
-To copy this, take this file alone; it needs numpy. The command above also takes data.py and rewards.py.
+To copy this, take this file alone; it needs numpy. The command above also takes data.py, tokenizer.py and
+rewards.py.
 """
 
 import math
@@ -83,16 +84,21 @@ def mean(conf):
     """Mean over all tokens."""
     return float(_finite(conf, "conf").mean())
 
+MEASURES = {"lowest": lowest_group, "bottom": bottom_groups, "tail": tail, "mean": lambda conf, _: mean(conf)}
+
 # 2. Votes and filters ---------------------------------------------------------------------------------------
 
-TIE = 1e-6  # nats; far below any meaningful difference, far above the rounding error of a mean
+# Nats. Far below any meaningful difference; above what a confidence changes by in float32 when a trace is
+# sampled in another batch, as after an interruption (8e-6 at 12 nats, on a CPU).
+TIE = 1e-5
 
 def vote(answers, weights=None, same=None):
     """Weighted vote -> (answer, its share of all weight); (None, 0.0) when nobody votes.
 
     answers: None abstains. weights: not negative; 1 each if None, or if every voter's weight is 0.
     same(a, b): whether two answers are equivalent (default ==); need not be symmetric or transitive. Answers
-    join the first group whose first member they match; that member names the group. Ties: the first wins."""
+    join the first group whose first member they match; that member names the group. Ties, up to TIE: the
+    first group wins, whatever order the weights were added in."""
     weights = np.ones(len(answers)) if weights is None else np.asarray(weights, np.float64)
     if weights.shape != (len(answers),) or not (np.isfinite(weights) & (weights >= 0)).all():
         raise ValueError(f"weights: {weights}, expected {len(answers)} finite numbers that are not negative")
@@ -106,7 +112,8 @@ def vote(answers, weights=None, same=None):
     for answer, weight in votes:
         group = next((first for first in sums if first == answer or same and same(answer, first)), answer)
         sums[group] = sums.get(group, 0.0) + weight
-    best = max(sums, key=sums.get)
+    most = max(sums.values())
+    best = next(answer for answer, total in sums.items() if total >= most - TIE)
     return best, sums[best] / sum(sums.values())
 
 def stop_threshold(lowest, eta):
@@ -119,21 +126,28 @@ def keep_top(conf, eta):
     """conf (traces,) -> mask (traces,) of the traces at or above the percentile; ties are kept."""
     return np.asarray(conf, np.float64) >= stop_threshold(conf, eta) - TIE
 
-def offline(traces, *, eta=10, window=2048, measure=lowest_group, same=None):
-    """Keep the eta percent most confident traces; these vote, weighted by confidence -> (answer, share).
+def filtered_vote(answers, conf, eta=10, same=None):
+    """Of the answered traces the eta percent most confident vote, weighted by confidence -> (answer, share).
 
-    Only traces with an answer are ranked; without any, nobody votes: (None, 0.0).
-    traces: objects with .answer and .confidences. measure(conf, window) -> float."""
-    answered = [t for t in traces if t.answer is not None]
-    if not answered:
+    answers: None for a trace without one; it is not ranked. Without any answer nobody votes: (None, 0.0).
+    conf (traces,): a confidence of each trace. eta 100 filters nothing."""
+    answered = np.array([answer is not None for answer in answers], bool)
+    if not answered.any():
         return None, 0.0
-    conf = np.array([measure(t.confidences, window) for t in answered])
-    keep = keep_top(conf, eta)
-    return vote([t.answer for t, k in zip(answered, keep) if k], conf[keep], same)
+    conf = np.asarray(conf, np.float64)
+    keep = np.flatnonzero(answered)[keep_top(conf[answered], eta)]
+    return vote([answers[i] for i in keep], conf[keep], same)
+
+def offline(traces, *, eta=10, window=2048, measure=lowest_group, same=None):
+    """filtered_vote of objects with .answer and .confidences. measure(conf, window) -> float."""
+    conf = [measure(t.confidences, window) if t.answer is not None else 0.0 for t in traces]
+    return filtered_vote([t.answer for t in traces], conf, eta, same)
 
 def majority_at(traces, tokens, same=None):
-    """Unweighted vote of the first traces that fit a token budget, at least one -> (answer, tokens)."""
-    used = np.cumsum([len(t.confidences) for t in traces])
+    """Unweighted vote of the first traces that fit a token budget, at least one -> (answer, tokens).
+
+    traces: objects with .answer and .tokens, the number of tokens."""
+    used = np.cumsum([t.tokens for t in traces])
     voters = max(1, int(np.searchsorted(used, tokens, side="right")))
     return vote([t.answer for t in traces[:voters]], same=same)[0], int(used[voters - 1])
 
@@ -185,7 +199,7 @@ class Online:
             if not all(trace.ended for trace in self.traces[:index]):
                 return WAIT
             answer, share = self.result()
-            self.finished = self.tau is not None and answer is not None and share >= self.tau
+            self.finished = self.tau is not None and answer is not None and share >= self.tau - TIE
         return DONE if self.finished else GO
 
     def on_token(self, index, confidence):
@@ -209,6 +223,7 @@ class Online:
             raise ValueError(f"trace {index}: it ended without a token; on_token must see each token first")
         if trace.tokens < self.window:  # short: one group
             trace.lowest = trace.total / trace.tokens
+        trace.last.clear()  # a window of 2048 numbers takes 80 KB, for each of thousands of traces
         trace.ended = True
         trace.answer = answer
         # The last warm-up trace to end sets s.
@@ -216,6 +231,13 @@ class Online:
         if self.threshold is None and all(t.ended for t in warm_up):
             lowest = [t.lowest for t in warm_up if t.answer is not None]
             self.threshold = stop_threshold(lowest, self.eta) if lowest else -math.inf
+
+    def record(self, index, confidences, answer):
+        """Take a recorded trace, up to where it would be stopped."""
+        # Python's float64 numbers: sums of NumPy's float32 would stay float32.
+        confidences = np.asarray(confidences, np.float64).tolist()
+        stopped = any(self.on_token(index, confidence) for confidence in confidences)
+        self.finish(index, None if stopped else answer)
 
     def result(self):
         """(answer, share): ended traces that reach s vote with their lowest group; (None, 0.0) in warm-up."""
@@ -244,11 +266,14 @@ def online(sample, budget, **settings):
 
 def replay(traces, **settings):
     """`online` on recorded complete traces: each is cut where it would have been stopped."""
-    def sample(index, stop):
-        return None if any(map(stop, traces[index].confidences)) else traces[index].answer
-    return online(sample, len(traces), **settings)
+    machine = Online(len(traces), **settings)
+    for index, trace in enumerate(traces):
+        if machine.admit(index) == DONE:
+            break
+        machine.record(index, trace.confidences, trace.answer)
+    return machine
 
-# 4. Every method on recorded traces: python deepconf.py traces.jsonl ----------------------------------------
+# 4. Scores --------------------------------------------------------------------------------------------------
 
 def is_right(answer, traces, same=None):
     """Whether a voted answer is right: whether any trace that gave it is; None if none of those is judged.
@@ -275,12 +300,13 @@ def mean_and_stderr(scores):
 def _mean(values):
     return float(np.mean(values)) if len(values) else math.nan
 
-def calibration_sentence(traces, window):
+def calibration_sentence(pairs):
     """Whether confidence separates right traces from wrong ones; if not, no vote weighted by it can gain.
 
-    AUROC: the chance that a right trace's lowest group is above a wrong one's; ties count half."""
-    right = np.array([lowest_group(t.confidences, window) for t in traces if t.correct is True])
-    wrong = np.array([lowest_group(t.confidences, window) for t in traces if t.correct is False])
+    pairs: (correct, lowest group) per trace. AUROC: the chance that a right trace's group is above a wrong
+    one's; ties count half."""
+    right = np.array([lowest for correct, lowest in pairs if correct is True])
+    wrong = [lowest for correct, lowest in pairs if correct is False]
     auroc = _mean([_mean(right > w) + _mean(right == w) / 2 for w in wrong])
     return (f"lowest group against correctness: AUROC {auroc:.3f}, "
             f"mean of right traces {_mean(right):.3f}, of wrong ones {_mean(wrong):.3f}")
@@ -288,27 +314,38 @@ def calibration_sentence(traces, window):
 def percent(share):
     return "-" if share is None else f"{100 * share:.1f}"
 
+# 5. Every method on recorded traces: python deepconf.py traces.jsonl ----------------------------------------
+
 FIELDS = {"problem": str, "sample": int, "answer": str | None, "correct": bool | None, "confidences": list}
 
-def to_traces(records):
-    """{problem: its traces in sample order} from the lines of a traces.jsonl.
+def check_trace(record, where, fields=FIELDS):
+    """Raise ValueError, naming line and field, unless a record has these fields and finite confidences."""
+    for name, kind in fields.items():
+        if not isinstance(record.get(name, ...), kind):
+            raise ValueError(f"{where}: field {name}: missing or not {getattr(kind, '__name__', kind)}")
+    _finite(record["confidences"], f"{where}: field confidences")
 
-    records: (where, dict) pairs as data.read_records yields them. Raises ValueError naming line and field."""
+def to_trace(record):
+    """A record as an object, as the votes above take it."""
+    return SimpleNamespace(**record | {"tokens": len(record["confidences"])})
+
+def to_traces(records, make=to_trace):
+    """{problem: its traces in sample order} from the lines of a traces.jsonl, of complete traces.
+
+    records: (where, dict) pairs as data.read_records yields them. make: dict -> trace."""
     problems = {}
     for where, record in records:
-        for name, kind in FIELDS.items():
-            if name not in record or not isinstance(record[name], kind):
-                raise ValueError(f"{where}: field {name}: missing or not {getattr(kind, '__name__', kind)}")
-        _finite(record["confidences"], f"{where}: field confidences")
-        problems.setdefault(record["problem"], []).append(SimpleNamespace(**record))
-    return {name: sorted(traces, key=lambda t: t.sample) for name, traces in problems.items()}
-
-MEASURES = {"lowest": lowest_group, "bottom 10%": bottom_groups, "tail": tail, "mean": lambda c, _: mean(c)}
+        check_trace(record, where)
+        traces = problems.setdefault(record["problem"], {})
+        if record.get("stop") == "deepconf" or record["sample"] in traces:
+            raise ValueError(f"{where}: fields problem, sample, stop: expected complete traces, each once")
+        traces[record["sample"]] = make(record)
+    return {name: [traces[i] for i in sorted(traces)] for name, traces in problems.items()}
 
 def compare(traces, window, same):
     """Yield (method, answer, tokens) for every method on the traces of one problem."""
-    everything = sum(len(t.confidences) for t in traces)
-    yield "majority", vote([t.answer for t in traces], same=same)[0], everything
+    everything = sum(t.tokens for t in traces)
+    yield "majority", *majority_at(traces, everything, same)
     for eta in (10, 90):
         for name, measure in MEASURES.items():
             answer, _ = offline(traces, eta=eta, window=window, measure=measure, same=same)
@@ -333,7 +370,8 @@ def show(problems, window, same):
         cost = sum(tokens for _, tokens in result) / whole
         unknown = verdicts.count(None)
         print(f"| {method} | {accuracy} | {stderr} | {cost:.2f} | {len(result) - unknown} | {unknown} |")
-    print("\n" + calibration_sentence([t for traces in problems.values() for t in traces], window))
+    pairs = [(t.correct, lowest_group(t.confidences, window)) for traces in problems.values() for t in traces]
+    print("\n" + calibration_sentence(pairs))
 
 def main(argv=None):
     from data import Flags, read_records, run_main

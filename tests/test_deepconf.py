@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import deepconf as d
 
 def trace(answer, *conf, correct=None):
-    return SimpleNamespace(answer=answer, confidences=list(conf), correct=correct)
+    return SimpleNamespace(answer=answer, confidences=list(conf), correct=correct, tokens=len(conf))
 
 def test_formulas_by_hand():
     assert d.token_confidence([[-1, -3], [0, -1]]).tolist() == [2, 0.5]
@@ -32,11 +32,10 @@ def test_formulas_by_hand():
 
 def test_calibration_by_hand():
     # Lowest groups of right traces: 2, 3, of wrong ones: 1, 3. Of four pairs two are in order, one ties.
-    right = [trace("a", 2, 4, correct=True), trace("a", 3, correct=True)]
-    wrong = [trace("b", 1, correct=False), trace("b", 3, correct=False)]
-    assert d.calibration_sentence([*right, *wrong, trace("c", 9)], 1).startswith(
+    assert d.calibration_sentence([(True, 2), (False, 1), (None, 9), (True, 3), (False, 3)]).startswith(
         "lowest group against correctness: AUROC 0.625, mean of right traces 2.500, of wrong ones 2.000")
-    assert "AUROC nan, mean of right traces 2.500, of wrong ones nan" in d.calibration_sentence(right, 1)
+    one_sided = d.calibration_sentence([(True, 2), (True, 3)])
+    assert "AUROC nan, mean of right traces 2.500, of wrong ones nan" in one_sided
 
 def test_votes_by_hand():
     assert d.vote(["a", "b", "a"]) == ("a", pytest.approx(2 / 3))
@@ -49,6 +48,11 @@ def test_votes_by_hand():
     assert kept == ("right", 1)
     assert d.majority_at([trace("a", 1, 1), trace("b", 1), trace("b", 1)], 3) == ("a", 3)
     assert d.majority_at([trace("a", 1, 1)], 1) == ("a", 2)  # at least one
+    # Unfiltered, a wins by numbers; of the most confident tenth only b is left; None is not ranked.
+    for eta, expected in ((100, ("a", pytest.approx(4 / 7))), (10, ("b", 1))):
+        assert d.filtered_vote(["a", None, "b", "a"], [2, 9, 3, 2], eta) == expected
+    assert d.filtered_vote([None], [1]) == (None, 0)
+    assert d.vote(["a", "b", "b", "b"], [0.3, 0.1, 0.1, 0.1 + 1e-9])[0] == "a"  # a tie but for rounding
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_confidence_that_is_not_finite(bad):
@@ -132,10 +136,9 @@ def test_votes_and_verdicts_survive_an_equality_that_is_none():
     assert d.vote(["a", "b", "c"], same=lopsided) == ("a", pytest.approx(2 / 3))
     assert d.vote(["c", "b", "a"], same=lopsided) == ("c", pytest.approx(1 / 3))
     traces = [trace("a", 1, correct=False), trace("b", 1, correct=True), trace(None, 1, correct=False)]
-    methods = [*d.compare(traces, 2, lopsided)]
-    assert len(methods) == 15
-    for name, answer, _ in methods:
-        assert d.is_right(answer, traces, lopsided) in (True, False), name
+    votes = [d.offline(traces, eta=eta, window=2, same=lopsided) for eta in (10, 90)]
+    for answer, _ in [*votes, d.replay(traces, window=2, n_init=2, same=lopsided).result()]:
+        assert d.is_right(answer, traces, lopsided) in (True, False)
 
 @pytest.mark.parametrize(("answer", "rows", "expected"), [
     ("1/2", [("1/2", True)], True),
@@ -198,8 +201,8 @@ def test_running_sums_do_not_drift():
     confidences = np.random.default_rng(0).uniform(0, 50, 65536).astype(np.float32).tolist()
     for confidence in confidences:
         m.on_token(0, confidence)
-    assert abs(m.traces[0].total / 3 - math.fsum(confidences[-3:]) / 3) < d.TIE / 1000
-    assert abs(m.traces[0].lowest - d.lowest_group(confidences, 3)) < d.TIE / 1000
+    assert abs(m.traces[0].total / 3 - math.fsum(confidences[-3:]) / 3) < 1e-9
+    assert abs(m.traces[0].lowest - d.lowest_group(confidences, 3)) < 1e-9
 
 A, B, C = ("1/2", True, 1.0), ("0.5", None, 1.0), ("7", None, 1.0)  # 0.5 is 1/2, which is known to be right
 
@@ -224,6 +227,8 @@ LINE = '{"problem":"p","sample":0,"answer":"1","correct":true,"confidences":[1]}
     ("3", "line 1: 3 is not"),
     (LINE + '\n{"problem": "p"}', "line 2: field sample"),
     (LINE.replace("true", "1"), "line 1: field correct"),
+    (LINE + "\n" + LINE, "line 2: fields problem, sample, stop"),  # twice
+    (LINE.replace("{", '{"stop":"deepconf",'), "line 1: fields problem, sample, stop: expected complete"),
     (LINE.replace("[1]", "[NaN]"), "line 1: field confidences: value 0 is nan"),
     (LINE.replace("[1]", "[]"), "line 1: field confidences: shape (0,)"),
     (LINE.replace("[1]", "[{}]"), "line 1: field confidences: expected a list of numbers"),

@@ -1,12 +1,16 @@
 """Estimators and methods by hand; whole evaluations with a stand-in for the model, a real one, two ranks."""
 
+import contextlib
 import itertools
 import json
 import math
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tracemalloc
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -17,7 +21,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
-import deepconf
 import eval as ev
 import rewards
 import sandbox
@@ -43,17 +46,20 @@ def test_pass_at_k_by_hand():
         with pytest.raises(ValueError, match="0 <= c <= n"):
             ev.pass_at_k(*bad)
 
-def samples_of(*verdicts, answers=None, same=rewards.is_equivalent):
+def samples_of(*verdicts, answers=None, same=rewards.is_equivalent, domain="math"):
     """Samples of one problem: a reply of 5 tokens and 2 seconds per verdict (True, False, None)."""
-    replies = [SimpleNamespace(answer=answer, correct=verdict, tokens=5, confidences=[1.0] * 5)
+    replies = [ev.Reply(5, answer, verdict, "", "stop", 0.0, {"lowest": 1.0})
                for answer, verdict in zip(answers or verdicts, verdicts)]
-    return ev.Samples([(replies, same)], len(replies), 5 * len(replies), 2.0 * len(replies))
+    return ev.Samples([ev.Ballot(domain, replies, same)], len(replies), 2.0 * len(replies))
 
 def test_pass_at_1_is_the_mean_over_known_samples():
-    row = ev.pass_at_1(samples_of(True, False, None, True))
+    row = ev.report_row(ev.pass_at(samples_of(True, False, None, True), 1))
     assert row["accuracy"] == pytest.approx(2 / 3) and (row["problems"], row["unknown"]) == (1, 0)
     assert (row["tokens"], row["seconds"]) == (5, 2.0)  # an unknown sample costs as much
-    assert ev.pass_at_1(samples_of(None, None))["unknown"] == 1
+    assert ev.pass_at(samples_of(None, None), 1).scores == [None]
+    row = ev.report_row(ev.pass_at(samples_of(True, False, None, True), 2))
+    assert (row["method"], row["accuracy"], row["tokens"]) == ("pass@2", 1, 10)  # one of two is right
+    assert ev.pass_at(samples_of(True, None), 2).scores == [None]  # of two samples one is known
 
 @pytest.mark.parametrize(("answers", "verdicts", "same", "expected"), [
     (["2", r"\frac12", "0.5", "1"], [False, True, True, False], rewards.is_equivalent, 1),  # one answer
@@ -64,24 +70,33 @@ def test_pass_at_1_is_the_mean_over_known_samples():
     (["1", "1.0", "1.0"], [False, True, True], None, 1),  # programs are the same only word for word
 ])
 def test_majority_by_hand(answers, verdicts, same, expected):
-    row = ev.majority(samples_of(*verdicts, answers=answers, same=same))
-    assert row["accuracy"] == expected and row["method"] == f"majority@{len(answers)}"
+    outcome = ev.majority(samples_of(*verdicts, answers=answers, same=same))
+    assert outcome.scores == [expected] and outcome.method == f"majority@{len(answers)}"
 
 def test_majority_at_equal_tokens_pays_what_low_took():
     samples = samples_of(True, True, False, False, answers=["1", "1", "2", "2"])
-    row = ev.majority_at_equal_tokens(samples, low=samples_of(True, True, True))
+    row = ev.report_row(ev.majority(samples, low=samples_of(True, True, True)))
+    assert row["method"] == "majority@equal-tokens"
     assert (row["accuracy"], row["tokens"], row["seconds"]) == (1, 15, 6.0)
 
 def test_majority_curve_by_hand():
     samples = samples_of(True, True, False, answers=["1", "1", "2"])  # of two replies there is one run
     assert ev.majority_curve(samples) == [(5, pytest.approx(2 / 3)), (10, 1)]
 
-def test_a_row_leaves_out_and_counts_what_is_unknown():
-    row = ev.report_row("m", samples_of(True), [1, None, 0, None], 10)
+def test_rows_by_domain_and_what_is_unknown_or_cut_off():
+    samples = ev.Samples([*samples_of(True).ballots, *samples_of(None, domain="code").ballots], 1, 2.0)
+    samples.ballots[0].replies[0].stop = "length"
+    rows = ev.report_rows("rl", samples, [ev.Outcome("m", samples, [0.5, None], [5, 5])])
+    names = ("domain", "accuracy", "tokens", "seconds", "problems", "unknown", "cut_off")
+    assert [[row[name] for name in names] for row in rows] == [
+        ["all", 0.5, 10, 2.0, 1, 1, 0.5], ["code", None, 5, 1.0, 0, 1, 0], ["math", 0.5, 5, 1.0, 1, 0, 1]]
+    table = ev.table(rows)
+    assert "|          - |      - |" in table and "|      50.0 | all " in table
+    plain = ev.table([rows[0] | {"cut_off": 0}])  # one domain, nothing cut off
+    assert "cut off" in table and "cut off" not in plain and "domain" not in plain
+    four = ev.Outcome("m", ev.Samples(samples_of(True).ballots * 4, 1, 2.0), [1, None, 0, None], [1] * 4)
+    row = ev.report_row(four)
     assert (row["accuracy"], row["stderr"], row["problems"], row["unknown"]) == (0.5, 0.5, 2, 2)
-    row = ev.report_row("m", samples_of(True), [None], 10)
-    assert (row["accuracy"], row["stderr"], row["problems"], row["unknown"]) == (None, None, 0, 1)
-    assert "|          - |      - |" in ev.table([{"checkpoint": "rl", **row}])
 
 # 2. A whole evaluation --------------------------------------------------------------------------------------
 # The stand-in for the model answers each problem by a script, so that every number of the report is known.
@@ -100,8 +115,11 @@ def scripted_generate(model, prompts, *, samples=1, stop_ids, admit=None, on_tok
         name = next(name for name in SCRIPT if name in tokenizer.decode(prompt))
         for index in range(samples):
             # One trace after the other: there is never anything to wait for.
-            if admit and {"go": False, "done": True}[admit(prompt_index, index)]:
+            verdict = admit(prompt_index, index) if admit else "go"
+            if verdict == "done":
                 break
+            if verdict == "skip":
+                continue
             answer, confidence = SCRIPT[name](index)
             trace = Trace(prompt_index, index, stop="stop")
             for token in [*tokenizer.encode("." * LENGTH + rf"\boxed{{{answer}}}"), stop_ids[0]]:
@@ -137,8 +155,9 @@ def place(tmp_path, monkeypatch):
 ARGV = ["--model", "runs/x/rl/model", "--problems", "problems.jsonl", "--out", "out", "--window", "4"]
 
 def report(out="out"):
-    """The rows of a report.json, by method."""
-    return {row["method"]: row for row in json.loads(Path(out, "report.json").read_text())["rows"]}
+    """The rows of a report.json over all domains, by method."""
+    rows = json.loads(Path(out, "report.json").read_text())["rows"]
+    return {row["method"]: row for row in rows if row["domain"] == "all"}
 
 def traces_of(path="out/traces.jsonl"):
     return [trace for _, trace in data.read_records(path)]
@@ -166,8 +185,9 @@ def test_report_of_the_script(place, capsys):
     assert traces[0] == {
         "problem": "p0", "domain": "math", "gold": "5", "sample": 0, "seed": 0, "tokens": each, "answer": "5",
         "text": "." * LENGTH + r"\boxed{5}", "correct": True, "reason": "right", "stop": "stop",
-        "confidences": [3.0] * each,
+        "confidences": [3.0] * each, "run": traces[95]["run"], "seconds": traces[0]["seconds"],
     }
+    assert not [*Path("out").glob("*part*")]
     table = ev.table(rows.values())
     for text in (Path("out/report.md").read_text(), capsys.readouterr().out):
         assert table in text and "AUROC 1.000" in text
@@ -198,8 +218,8 @@ def test_few_unknown_verdicts_are_left_out_and_counted(place, capsys, monkeypatc
     assert right["correct"] is True and unknown["correct"] is None
     assert unknown["reason"] == "unknown: no memory" and unknown["answer"] == "8"
 
-    # The command of deepconf.py and curation read such traces as well.
-    assert deepconf.main(["out/traces.jsonl", "--window", "4"]) == 0
+    # --traces and curation read such traces as well.
+    assert ev.main(["--traces", "out/traces.jsonl", "--window", "4"]) == 0
     assert data.main(["curate", "out/traces.jsonl", "--problems", "problems.jsonl", "--out", "kept"]) == 0
     assert [problem.prompt for problem in data.read_problems("kept")] == ["split"]
 
@@ -211,6 +231,159 @@ def test_many_unknown_verdicts_end_the_evaluation_after_its_traces_are_written(p
     correct = [trace["correct"] for trace in traces_of()]
     assert correct[:4] == [None, None, True, None] and len(correct) == 96
     assert not Path("out/report.json").exists()
+
+    # Given again, the command samples nothing and judges these three again.
+    monkeypatch.setattr(ev, "verify", Mock(side_effect=rewards.verify))
+    sampled = count_samples(monkeypatch)
+    assert ev.main([*ARGV, "--methods", "pass@1,majority,offline,online"]) == 0
+    assert sampled["traces.part0.jsonl"] == 0 and all(trace["correct"] is not None for trace in traces_of())
+
+def count_samples(monkeypatch, die_after=None):
+    """Counter of the traces that end, by the file they are appended to; after so many a kill."""
+    counts = Counter()
+    append = ev.append
+
+    def counted(path, record):
+        if counts.total() == die_after:
+            raise Killed
+        append(path, record)
+        counts[path.name] += 1
+    monkeypatch.setattr(ev, "append", counted)
+    return counts
+
+class Killed(BaseException):
+    """No handler sees it, as with SIGKILL."""
+
+@pytest.mark.parametrize("moments", [(0, 1, 95), (96, 40, 17), (30, 66, 60)])
+def test_a_killed_evaluation_goes_on_and_samples_no_trace_twice(place, monkeypatch, moments):
+    assert ev.main([*ARGV[:-4], "--out", "whole", *ARGV[-2:]]) == 0
+    whole, total = report("whole"), Counter()
+    for moment in [*moments, None]:
+        with monkeypatch.context() as patched:
+            counts = count_samples(patched, moment)
+            with contextlib.nullcontext() if moment is None else pytest.raises(Killed):
+                assert ev.main(ARGV) == 0
+        total += counts
+        for part in Path("out").glob("*.part0.jsonl"):
+            with open(part, "a") as file:  # half a line; it is cut off
+                file.write('{"problem": "p0", "sam')
+        if moment is not None:
+            Path("out/traces-low.part7.jsonl").touch()  # killed before its first line
+    assert total == {f"{name}.part0.jsonl": len(traces_of(f"out/{name}.jsonl"))
+                     for name in ("traces", "traces-low", "traces-high")}
+    for row in [*whole.values(), *report().values()]:
+        del row["seconds"]
+    assert report_without_seconds("out") == report_without_seconds("whole")
+    assert not [*Path("out").glob("*part*")]
+    for file in ("traces.jsonl", "traces-low.jsonl", "traces-high.jsonl"):
+        one, other = (traces_of(f"{out}/{file}") for out in ("whole", "out"))
+        for trace in [*one, *other]:
+            del trace["seconds"]
+        assert one == other
+
+def report_without_seconds(out):
+    return [{name: row[name] for name in row if name != "seconds"} for row in report(out).values()]
+
+def test_command_line(place, capsys):
+    """--traces: the rows of the live run again, and all others."""
+    assert ev.main(ARGV) == 0
+    live = report_without_seconds("out")
+    samples, outcomes = ev.replay("out/traces.jsonl", checked(["--window", "4"]))
+    again = ev.report_rows("rl", samples, outcomes)
+    assert [{name: row[name] for name in row if name != "seconds"} for row in again] == live
+    capsys.readouterr()
+    methods = "pass@2,weighted,offline-bottom,offline-tail,offline-mean,online"
+    flags = ["--window", "4", "--methods", methods, "--eta", "50", "--tau", "0", "--warm-up", "8"]
+    assert ev.main(["--traces", "out/traces.jsonl", *flags, "--batch", "1"]) == 0
+    out = capsys.readouterr().out
+    each = LENGTH + len(r"\boxed{5}") + 1
+    # Of split the 12 wrong ones after the warm-up are stopped, at their 4th token. Of easy and hard none is:
+    # no confidence is below those before.
+    stopped = f"{(32 * 3 - 12) * each + 12 * 4:,}"
+    for text in ("pass@2 ", "weighted@32", "deepconf-offline-mean-eta50@32", "deepconf-eta50@32", stopped):
+        assert text in out, out
+
+def test_a_folder_that_not_all_ranks_see_is_named(place):
+    """Rank 1 has judged a trace that rank 0 does not find."""
+    problems = data.read_problems("problems.jsonl")
+    with pytest.raises(ValueError, match="not all ranks write to this folder; --out must be shared"):
+        ev.merge(Path("traces.jsonl"), {(1, 0): {"correct": True}}, problems, checked([]))
+
+def test_recorded_traces_on_two_ranks_are_reported_once(place, monkeypatch, capsys):
+    Path("traces.jsonl").write_text(LINE)
+    for rank, tables in (0, 1), (1, 0):
+        monkeypatch.setattr(ev, "RANK", rank)
+        assert ev.main(["--traces", "traces.jsonl"]) == 0
+        assert capsys.readouterr().out.count("| traces     | pass@1 ") == tables
+
+def test_a_running_evaluation_can_be_looked_at(place, monkeypatch, capsys):
+    count_samples(monkeypatch, 40)
+    with pytest.raises(Killed):
+        ev.main(ARGV)
+    capsys.readouterr()
+    assert ev.main(["--traces", "out/traces.part0.jsonl"]) == 0
+    assert "40 of 40 verdicts unknown: 40 x not judged yet." in capsys.readouterr().out
+
+def checked(argv):
+    args = data.parse_args(ev.Args, "", [*argv, "--traces", "x"])
+    ev.check_args(args)
+    return args
+
+LINE = ('{"problem":"p","domain":"math","gold":"1","sample":0,"answer":"1","stop":"stop","correct":true,'
+        '"confidences":[1]}')
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("", "empty"), ("{\n", "line 1: malformed JSON"), ("3\n", "line 1: 3 is not"),
+    (LINE + '\n{"problem": "p"}', "line 2: field domain"),
+    (LINE.replace("true", "1"), "line 1: field correct"),
+    (LINE.replace("[1]", "[NaN]"), "line 1: field confidences: value 0 is nan"),
+    (LINE.replace("[1]", "[]"), "line 1: field confidences: shape (0,)"),
+    (LINE.replace("[1]", "[{}]"), "line 1: field confidences: expected a list of numbers"),
+    (LINE + "\n" + LINE, "line 2: fields problem, sample"),  # twice
+    (LINE.replace('"stop":"stop"', '"stop":"deepconf"'), "complete"),
+    (LINE.replace('"correct":true,', ""), "line 1: field correct: missing"),
+    (LINE + '\n{"prob', "line 2: malformed JSON"),
+    (LINE + "\n" + LINE.replace("0", "1").replace("{", '{"run": "ab",'), "line 2: field run: ab, expected"),
+])
+def test_malformed_traces(tmp_path, capsys, text, message):
+    path = tmp_path / "traces.jsonl"
+    path.write_text(text)
+    assert ev.main(["--traces", str(path)]) == 1
+    assert message in capsys.readouterr().err
+
+def test_traces_of_another_model_or_setting_are_named_before_any_work(place, capsys):
+    """A file that was put there, and another model at the old place."""
+    assert ev.main([*ARGV, "--samples", "17"]) == 0
+    shutil.copytree("out", "other")
+    argv = [*ARGV, "--samples", "17", "--seed", "1"]
+    assert ev.main([*argv, "--fresh"]) == 0
+    shutil.copy("other/traces-low.jsonl", "out/traces-low.part3.jsonl")
+    capsys.readouterr()
+    assert ev.main(argv) == 1
+    assert "error: out/traces-low.part3.jsonl, line 1: field run: " in capsys.readouterr().err
+    Path("out/traces-low.part3.jsonl").unlink()
+    data.write_text(Path("runs/x/rl/model/config.json"), json.dumps({"vocab_size": 513}))
+    assert ev.main(argv) == 1
+    assert "with a checksum of runs/x/rl/model of " in capsys.readouterr().err
+
+def test_memory_does_not_grow_with_recorded_tokens(place, monkeypatch):
+    """2 x 10^6 tokens cost less than 20 MB: 400 MB for 10^7 would be 80 MB."""
+    write_problems(("easy", "5"))
+    def generate(*_, on_trace, samples, **__):
+        traces = []
+        for i in range(samples):
+            confidences = [i + n / 8 for n in range(20000)]
+            traces.append(Trace(0, i, [65] * 20000, [-float(i)] * 20000, confidences, "stop"))
+            on_trace(traces[-1])
+        held, _ = tracemalloc.get_traced_memory()
+        assert held < 2e6
+        return traces
+    monkeypatch.setattr(ev, "generate", generate)
+    tracemalloc.start()
+    assert ev.main([*ARGV, "--samples", "100", "--methods", "majority"]) == 0
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 20e6 and len(traces_of()) == 100
 
 def test_two_spellings_of_one_answer_are_one_vote_and_one_verdict(place, monkeypatch):
     """1/2 comes first but is less confident: DeepConf votes for 0.5, whose group plain voting calls 1/2."""
@@ -250,8 +423,15 @@ def test_another_evaluation_is_not_overwritten(place, capsys):
 @pytest.mark.parametrize(("argv", "message"), [
     ("--sam 4", "--sam"), ("--temperature -1", "--temperature"), ("--top-p 0", "--top-p"),
     ("--samples 0", "--samples 0: must be at least 1"), ("--limit -1", "--limit -1: must be at least 0"),
-    ("--device gpu", "--device gpu: expected cuda or" if torch.cuda.is_available() else "expected cpu"),
-    ("--dtype float16", "--dtype float16: expected auto or float32 or bfloat16"),
+    ("--device gpu", "--device gpu: expected cuda or" if torch.cuda.is_available() else "expected cpu here"),
+    ("--temperature 1e-9", "--temperature"),
+    ("--traces x", "--traces with --model"), ("--tau 2", "--tau 2.0"), ("--eta 0", "--eta [0.0]: eta: 0.0"),
+    ("--eta x", "--eta x"), ("--warm-up 0", "--warm-up 0"), ("--batch 0", "--batch 0"),
+    ("--slots -1", "--slots -1"), ("--methods pass@0", "pass@0: K must"),
+    ("--methods online --samples 16", "--methods online: needs more samples per problem than --warm-up 16"),
+    ("--methods best", "--methods 'best': expected pass@K, majority"),
+    ("--methods pass@33", "--methods pass@33: K must be from 1 to the 32"),
+    ("--dtype float16", "--dtype float16: expected auto or float32 or bfloat16 here"),
     ("--model nothing", "nothing is missing"), ("--model small", "room for 271 only"),
     ("--problems missing.jsonl", "missing.jsonl"), ("--problems broken.jsonl", "broken.jsonl, line 2"),
     ("--problems unreadable.jsonl", r"line 1: field answer: the answer '\\frac{1}{' can"),
@@ -279,6 +459,23 @@ def test_chat_streams_and_keeps_history(place, monkeypatch, capsys):
     assert capsys.readouterr().out == f"{reply}\n{reply}\n\n"
     _, prompt = [data.Tokenizer.byte_level().decode(call.args[1][0]) for call in generate.call_args_list]
     assert reply in prompt and "easy?" in prompt
+
+def test_system_prompt_and_suffix_come_with_every_question(place, monkeypatch, capsys):
+    Path("system.txt").write_text("Be brief.\n")
+    generate = Mock(side_effect=ev.generate)
+    monkeypatch.setattr(ev, "generate", generate)
+    monkeypatch.setattr("builtins.input", Mock(side_effect=["easy?", "easy!", EOFError]))
+    flags = [*ARGV, "--samples", "1", "--system", "system.txt", "--suffix", "Box it."]
+    assert ev.main(flags) == 0 and ev.main([*flags, "--chat"]) == 0
+    one, *_ = generate.call_args_list[0].args[1]
+    last = generate.call_args.args[1][0]
+    one, last = map(data.Tokenizer.byte_level().decode, (one, last))
+    assert "system\nBe brief.<|im_end|>\n<|im_start|>user\neasy\nBox it.<|im_end|>\n" in one
+    assert last.count("Be brief.") == 1 and last.count("\nBox it.") == 2
+    identity = json.loads(Path("out/run.json").read_text())["identity"]
+    assert (identity["system"], identity["suffix"]) == ("Be brief.", "Box it.")
+    assert ev.main([*ARGV, "--system", "none.txt"]) == 1
+    assert capsys.readouterr().err.endswith("error: none.txt is missing\n")
 
 def test_plot(place, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
@@ -355,6 +552,8 @@ def test_two_ranks_evaluate_like_one(babbler, two_ranks, monkeypatch):
     assert out.count("seed=0") == out.count("majority@20") == 1 and not silence
     for file in ("traces", "traces-low", "traces-high"):
         one, two = (traces_of(f"{folder}/{file}.jsonl") for folder in ("one", "two"))
+        for trace in [*one, *two]:
+            del trace["seconds"], trace["run"]  # the runs differ in --device
         for trace in two:  # batches of another size round otherwise
             trace["confidences"] = pytest.approx(trace["confidences"], abs=2e-4)
         assert one == two
@@ -371,6 +570,17 @@ def test_two_ranks_evaluate_like_one(babbler, two_ranks, monkeypatch):
     for t in low:
         assert t["tokens"] == len(t["confidences"])
         assert t["confidences"] == pytest.approx(whole[t["problem"], t["sample"]][: t["tokens"]], abs=1e-3)
+
+def test_what_is_skipped_changes_no_other_trace(babbler):
+    model = FalconH1.from_pretrained(babbler / "run/model")
+    skipped = {(0, 0), (0, 1), (1, 2), (2, 0), (2, 1), (2, 2)}
+    def admit(*place):
+        return "skip" if place in skipped else "go"
+
+    whole, some = (ev.generate(model, [[1], [2], [3]], max_new_tokens=4, samples=3, slots=2, admit=given)
+                   for given in (None, admit))
+    whole, some = ({(t.prompt_index, t.sample_index): t.tokens for t in traces} for traces in (whole, some))
+    assert some == {place: tokens for place, tokens in whole.items() if place not in skipped}
 
 @pytest.mark.parametrize("where", ["load", "generate"])
 def test_an_error_on_one_rank_ends_all_and_deletes_nothing(two_ranks, where):
