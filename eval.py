@@ -739,7 +739,7 @@ def check_methods(args):
         if method not in VOTES and not k:
             raise ValueError(f"--methods {method!r}: expected pass@K, {', '.join(VOTES)}")
         if k and not 1 <= int(k[1]) <= args.samples:
-            raise ValueError(f"--methods {method}: K must be from 1 to the {args.samples} samples a problem")
+            raise ValueError(f"--methods {method}: K must be 1 to {args.samples}, the samples per problem")
     if {*args.methods} == {"online"} and args.samples <= args.warm_up:
         # With other methods beside it, there is something to report: online is left out.
         raise ValueError(f"--methods online: needs more samples per problem than --warm-up {args.warm_up}")

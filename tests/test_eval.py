@@ -430,7 +430,7 @@ def test_another_evaluation_is_not_overwritten(place, capsys):
     ("--slots -1", "--slots -1"), ("--methods pass@0", "pass@0: K must"),
     ("--methods online --samples 16", "--methods online: needs more samples per problem than --warm-up 16"),
     ("--methods best", "--methods 'best': expected pass@K, majority"),
-    ("--methods pass@33", "--methods pass@33: K must be from 1 to the 32"),
+    ("--methods pass@33", "--methods pass@33: K must be 1 to 32"),
     ("--dtype float16", "--dtype float16: expected auto or float32 or bfloat16 here"),
     ("--model nothing", "nothing is missing"), ("--model small", "room for 271 only"),
     ("--problems missing.jsonl", "missing.jsonl"), ("--problems broken.jsonl", "broken.jsonl, line 2"),
