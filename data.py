@@ -46,7 +46,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tokenizer import (  # some only for who imports data
+from tokenizer import (
     Tokenizer, ask, check_exists, encode_chat, render_chat, render_text, shorten, write_text)
 
 # 1. Problems and samples ------------------------------------------------------------------------------------
@@ -103,7 +103,10 @@ def check_sft(record, tokenizer, where):
 
 def parse_sft(record, tokenizer, where, max_tokens=None, trim=False):
     """The Sample of a record. One of more than max_tokens is a ValueError, or trimmed if trim is set."""
-    row, rendered = check_sft(record, tokenizer, where)
+    return to_sample(*check_sft(record, tokenizer, where), tokenizer, where, max_tokens, trim)
+
+def to_sample(row, rendered, tokenizer, where, max_tokens=None, trim=False):
+    """parse_sft of what check_sft returned."""
     weight, domain = row["weight"], row["domain"]
     ids, mask = encode_chat(rendered, tokenizer)
     trimmed = max_tokens is not None and len(ids) > max_tokens

@@ -337,11 +337,14 @@ class SftFiles:
         """The domain of the sample in a line, or None if trimming leaves nothing to learn. ValueError if the
         line holds no sample, or one that is too long."""
         record = data.parse_json(raw, where)
-        row, (text, *_) = data.check_sft(record, self.tokenizer, where)
-        # A sample has at most as many tokens as bytes: only long ones need the tokenizer.
-        if len(text.encode()) <= self.max_tokens:
+        row, rendered = data.check_sft(record, self.tokenizer, where)
+        text, _, spans = rendered
+        # A text has at most as many tokens as bytes: only a long one needs the tokenizer. If it may be cut,
+        # only one with a long prompt: what is to be learned begins with a token within the limit otherwise.
+        bytes_needed = len(text[: spans[0][0]].encode()) + 1 if self.trim else len(text.encode())
+        if bytes_needed <= self.max_tokens:
             return row["domain"]
-        sample = data.parse_sft(record, self.tokenizer, where, self.max_tokens, self.trim)
+        sample = data.to_sample(row, rendered, self.tokenizer, where, self.max_tokens, self.trim)
         return row["domain"] if sample.mask[1:].any() else None
 
     def __len__(self):

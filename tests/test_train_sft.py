@@ -513,6 +513,17 @@ def test_samples_that_trimming_leaves_nothing_to_learn_are_skipped_and_counted(p
     with pytest.raises(ValueError, match="--trim to 3 tokens leaves nothing to learn of 4 samples"):
         sft_files(path, 3, trim=True)
 
+def test_a_sample_is_kept_at_every_limit_that_leaves_something_to_learn(path):
+    """Also where the bytes of the prompt tell it, without the tokenizer."""
+    messages = turns("q é", "<think>r</think>é" + "a" * 99)
+    data.write_jsonl(path, [SFT | {"messages": messages}, SFT])
+    _, mask = render_chat(messages, TOKENIZER)
+    _, other = render_chat(SFT["messages"], TOKENIZER)
+    for limit in range(other.index(True) + 1, len(mask) + 2):
+        kept = [any(learned[1:limit]) for learned in (mask, other)]
+        assert len(sft_files(path, limit, trim=True, quiet=True)) == sum(kept)
+    assert not any(mask[: other.index(True) + 1])  # at first only the shorter prompt leaves something
+
 def test_a_run_trains_and_evaluates_without_samples_that_are_skipped(sft_file, tmp_path):
     long = SFT | {"messages": turns("q" * 200, "<think>r</think>a")}
     rows = [json.loads(line) for line in sft_file.read_text().splitlines()][:10]
