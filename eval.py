@@ -122,10 +122,10 @@ def reply_to(prompts, model, tokenizer, args, **more):
                     top_p=args.top_p, seed=args.seed, stop_ids=tokenizer.stop_ids,
                     vocab_size=tokenizer.vocab_size, **more)
 
-def sample(model, tokenizer, problems, args, judge, mark, n, file, settings=None):
+def sample(model, tokenizer, prompts, problems, args, judge, mark, n, file, settings=None):
     """Sample n replies to every problem, judge them, and write them to `file` in --out -> Samples on rank 0.
 
-    Each rank samples and judges its share of the problems; mark: see open_out.
+    Each rank samples and judges its share of the problems. prompts: their token ids; mark: see open_out.
     settings: of deepconf.Online, which decides during generation which traces start and which stop early; up
     to its stop a trace is the same as without. None: n complete replies.
     Raises ValueError if too many verdicts are unknown, after the file is written."""
@@ -133,16 +133,18 @@ def sample(model, tokenizer, problems, args, judge, mark, n, file, settings=None
     online = []  # per problem
     if settings is not None:
         online = [deepconf.Online(n, same=same_of(problem), **settings) for problem in problems]
-    sample_share(path, model, tokenizer, problems, args, f"{mark} {path.stem}", n, online)
+    sample_share(path, model, tokenizer, prompts, problems, args, f"{mark} {path.stem}", n, online)
     with together():
-        verdicts = judge_share(path, problems, args, judge)
+        # Of every trace: where it is, and the verdict of an earlier process.
+        found = {key: (place, record["correct"]) for key, place, record in recorded(path, problems)}
+        verdicts = judge_share(found, problems, args, judge)
     # Rank 0 merges what all ranks have written, and makes the report.
     verdicts = ChainMap(*gather(verdicts))
     votes = gather([machine.result() for machine in online])
     samples = None
     with together():
         if RANK == 0:
-            ballots = merge(path, verdicts, problems, args)
+            ballots = merge(path, found, verdicts, problems, args)
             replies = [reply for ballot in ballots for reply in ballot.replies]
             # Write before checking: samples are expensive and must not be lost.
             data.check_unknown(f"{path} holds every reply, but", unknown_reasons(replies), len(replies))
@@ -151,7 +153,7 @@ def sample(model, tokenizer, problems, args, judge, mark, n, file, settings=None
             samples = Samples(ballots, n, max(reply.seconds for reply in replies), votes)
     return samples
 
-def sample_share(path, model, tokenizer, problems, args, run, n, online):
+def sample_share(path, model, tokenizer, prompts, problems, args, run, n, online):
     """Sample this rank's problems; each trace is appended to the rank's part of `path` as soon as it ends.
 
     What earlier processes have recorded, with whatever number of ranks, is not sampled again. DeepConf online
@@ -197,7 +199,6 @@ def sample_share(path, model, tokenizer, problems, args, run, n, online):
 
     # From here on files grow: all ranks have read what earlier processes left in them.
     with together():
-        prompts = data.prompts_of(problems, args, tokenizer)
         # For the bar an upper bound: DeepConf online may start fewer.
         expected = n * len(problems[RANK::WORLD]) - len(ended) if RANK == 0 else 0
         # Without DeepConf nothing has to be looked at while a trace runs.
@@ -256,12 +257,14 @@ def read_line(path, offset):
         file.seek(offset)
         return json.loads(file.readline())
 
-def judge_share(path, problems, args, judge):
-    """Verify this rank's traces that have no verdict -> {(index of the problem, sample): fields to set}."""
+def judge_share(found, problems, args, judge):
+    """Verify this rank's traces that have no verdict -> {(index of the problem, sample): fields to set}.
+
+    found: (index of the problem, sample) -> (place, verdict)."""
     # Texts stay in the files until their turn. A part has no verdicts: they may take long, and an ended trace
     # is written at once. After an interruption what a judge has said before comes from its cache.
-    waiting = {key: place for key, place, record in recorded(path, problems)
-               if key[0] % WORLD == RANK and record["correct"] is None}
+    waiting = {key: place for key, (place, verdict) in found.items()
+               if key[0] % WORLD == RANK and verdict is None}
     settings = {"limit": args.code_tests, "seed": args.seed, "unsafe": args.unsafe_local_execution}
     def judge_one(key):
         verdict = verify(read_line(*waiting[key])["text"], problems[key[0]], judge=judge, **settings)
@@ -276,18 +279,20 @@ def judge_share(path, problems, args, judge):
     finally:
         pool.shutdown(cancel_futures=True)  # an error or Ctrl-C does not wait for thousands
 
-def merge(path, verdicts, problems, args):
-    """Put the traces of all parts into `path`, in order and with verdicts; delete the parts -> Ballots."""
-    places = {key: place for key, place, _ in recorded(path, problems)}
+def merge(path, found, verdicts, problems, args):
+    """Put the traces of all parts into `path`, in order and with verdicts; delete the parts -> Ballots.
+
+    found: as for judge_share."""
     # Another node may have written to a disk of its own.
-    if not verdicts.keys() <= places.keys():
+    if not verdicts.keys() <= found.keys():
         raise ValueError(f"{path.parent}: not all ranks write to this folder; --out must be shared")
     ballots = [Ballot(problem.domain, [], same_of(problem)) for problem in problems]
     # Lines are copied one by one, as all of them may not fit into memory.
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "w") as out:
-        for key in sorted(places):
-            record = read_line(*places[key]) | verdicts.get(key, {})
+        for key in sorted(found):
+            place, _ = found[key]
+            record = read_line(*place) | verdicts.get(key, {})
             out.write(json.dumps(record) + "\n")
             ballots[key[0]].replies.append(to_reply(record, args.window))
     os.replace(temporary, path)  # from here on the parts are not needed
@@ -759,8 +764,7 @@ def run(args):
         problems = data.read_problems(args.problems, args.limit, partial(check_scorable, judge=args.judge))
         check_code(problems, args.problems, args.unsafe_local_execution, quiet=RANK > 0)
         loaded = [load(folder, args.device, args.dtype) for folder in folders]
-        for _, tokenizer in loaded:
-            data.prompts_of(problems, args, tokenizer)  # refuses what the chat template does
+        prompts = [data.prompts_of(problems, args, tokenizer) for _, tokenizer in loaded]
     # Every rank has what it needs: only now may --fresh delete anything.
     # All ranks need the mark of the traces, which only rank 0 computes: it reads the weights once more.
     mark = ""
@@ -772,10 +776,10 @@ def run(args):
     # The last checkpoint gets all methods. The SFT checkpoint before it gets pass@1 from 4 samples, enough
     # to show what RL gains.
     rows = []
-    for folder, checkpoint in zip(folders, loaded):
+    for folder, checkpoint, asked in zip(folders, loaded, prompts):
         path = Path(folder).resolve()
         name = path.parent.name if path.name == "model" else path.name  # "rl" also for runs/tiny/rl/model
-        sample_it = partial(sample, *checkpoint, problems, args, judge, mark)
+        sample_it = partial(sample, *checkpoint, asked, problems, args, judge, mark)
         if folder == folders[-1]:
             results = evaluate(partial(sample_it, args.samples), args)
         else:

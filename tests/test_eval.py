@@ -307,7 +307,7 @@ def test_a_folder_that_not_all_ranks_see_is_named(place):
     """Rank 1 has judged a trace that rank 0 does not find."""
     problems = data.read_problems("problems.jsonl")
     with pytest.raises(ValueError, match="not all ranks write to this folder; --out must be shared"):
-        ev.merge(Path("traces.jsonl"), {(1, 0): {"correct": True}}, problems, checked([]))
+        ev.merge(Path("traces.jsonl"), {}, {(1, 0): {"correct": True}}, problems, checked([]))
 
 def test_recorded_traces_on_two_ranks_are_reported_once(place, monkeypatch, capsys):
     Path("traces.jsonl").write_text(LINE)
