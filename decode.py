@@ -67,8 +67,8 @@ def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_p=1.0, seed
         slots: traces that decode together; None or 0: as many as fit into free memory.
         vocab_size: of the tokenizer. The model's may be padded, and ids from here on are never sampled.
         admit: called as admit(prompt_index, sample_index), in sample order, before a trace starts. Answers
-            "go", "wait" (ask again after the next step), "skip" (not this trace: another rank samples it) or
-            "done" (no further trace of this prompt).
+            "go", "wait" (ask again after the next step), "skip" (not this trace) or "done" (no further trace
+            of this prompt).
         on_token: on_token(trace) after each token; True stops the trace.
         on_trace: on_trace(trace) when a trace has ended.
         progress: traces to expect, for a bar that shows the time left; 0: no bar.

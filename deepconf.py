@@ -266,12 +266,9 @@ def online(sample, budget, **settings):
 
 def replay(traces, **settings):
     """`online` on recorded complete traces: each is cut where it would have been stopped."""
-    machine = Online(len(traces), **settings)
-    for index, trace in enumerate(traces):
-        if machine.admit(index) == DONE:
-            break
-        machine.record(index, trace.confidences, trace.answer)
-    return machine
+    def sample(index, stop):
+        return None if any(map(stop, traces[index].confidences)) else traces[index].answer
+    return online(sample, len(traces), **settings)
 
 # 4. Scores --------------------------------------------------------------------------------------------------
 

@@ -52,6 +52,11 @@ def their_step(theirs, batch, context):
     tokens = torch.randint(theirs.config.vocab_size, (batch, 1), device=DEV)
     return torch.no_grad()(lambda: theirs(tokens, past_key_values=cache, use_cache=True).logits)
 
+def their_decoding(theirs, batch, context):
+    run = their_step(theirs, batch, context)
+    run()
+    put("their decode", batch=batch, context=context, ms=medians([run], DEV)[0])
+
 def same_logits(model, theirs, t):
     ids = torch.randint(model.config.vocab_size, (1, t), device=DEV)
     with torch.no_grad():
@@ -79,12 +84,8 @@ def main():
     theirs = their_model(model)
     if theirs is not None:
         stage("logits against transformers'", same_logits, model, theirs, 32 if DRY else 300)
-    for batch, context in [] if theirs is None else [(2, 32)] if DRY else [(1, 512), (64, 16384)]:
-        def against():
-            run = their_step(theirs, batch, context)
-            run()
-            put("their decode", batch=batch, context=context, ms=medians([run], DEV)[0])
-        stage(f"transformers {batch} x {context}", against)
+        for batch, context in [(2, 32)] if DRY else [(1, 512), (64, 16384)]:
+            stage(f"transformers {batch} x {context}", their_decoding, theirs, batch, context)
     for slots, new in [(1, 8)] if DRY else [(1, 300), (64, 300)]:  # the cache grows once
         stage(f"generate, {slots} slots", whole_generation, model, slots, new)
     for t in (64,) if DRY else (4096, 32768):

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that a GPU has to say, in eight minutes. In the root of the repository, with tests/gpu/whl:
+# Everything that a GPU has to say, in nine minutes. In the root of the repository, with tests/gpu/whl:
 #
 #     BUDGET=540 bash tests/gpu/gpu_day.sh [STAGE ...]      all stages, or these
 #
