@@ -300,6 +300,13 @@ def _products(a, b, i, j, num, s_a, s_b, SIZE: constexpr, BL: constexpr, BK: con
     return acc
 
 @_jit
+def _finished(acc, num):
+    """acc, unchanged, for num > 0. A product's left factor that a loop computes is in registers. A Hopper
+    tensor core may still read them when the next iteration overwrites them: Triton 3.6 does not wait (its
+    issue 9433). It does wait for acc where the loop uses it, as here."""
+    return tl.where(num > 0, acc, 0.0)
+
+@_jit
 def _decays_kernel(step, A, start, left, decays, H: constexpr, L: constexpr, EDGE: constexpr, BH: constexpr):
     """The decays of BH heads in one chunk, from step (tokens, h). c is summed in float64."""
     tile, _, k, token, num = _chunk_program((H + BH - 1) // BH, 1, start, left, L)
@@ -309,6 +316,7 @@ def _decays_kernel(step, A, start, left, decays, H: constexpr, L: constexpr, EDG
     dt = tl.load(step + (token + j) * H + h, mask=in_h & (j < num), other=0.0)  # (BH, L)
     # Padding has dt = 0 and so constant c: the last entry is the chunk's end in any case.
     a = tl.load(A + h, mask=in_h, other=-1.0).to(tl.float64) * 1.4426950408889634  # 1 / ln 2
+    a = tl.where(a < 0, a, float("nan"))  # A >= 0 is an error, but the host must not wait to see it
     c = tl.cumsum(dt.to(tl.float64) * a, 1)
     high = c.to(tl.float32)
     dt = tl.where(dt < 1e-30, 1e-30, dt)
@@ -386,6 +394,7 @@ def _states_kernel(value, key, decays, start, left, first, initial, states, fina
         group_key = key + at * s_key + h // (H // G) * N
         v = _load(head_value, j[None, :], s_value, p[:, None], real[None, :] & in_p[:, None])  # (BP, BK)
         q = _load(group_key, j[:, None], s_key, n[None, :], real[:, None] & in_n[None, :])  # (BK, BN)
+        S = S if PER_CHUNK == 1 else _finished(S, parts)  # storing S has waited for it
         S = tl.dot((v.to(tl.float32) * weight[None, :]).to(v.dtype), q, S, input_precision="ieee")
     if final is not None:
         tl.store(final + (s * H + h) * P * N + place, S, mask=inside)
@@ -393,7 +402,7 @@ def _states_kernel(value, key, decays, start, left, first, initial, states, fina
 @_jit
 def _scan_kernel(value, query, cb, states, decays, D, start, left, out, s_value, s_query,
                  H: constexpr, G: constexpr, P: constexpr, N: constexpr, L: constexpr, EDGE: constexpr,
-                 BL: constexpr, BP: constexpr, BK: constexpr, REVERSED: constexpr):
+                 BL: constexpr, BJ: constexpr, BP: constexpr, BK: constexpr, REVERSED: constexpr):
     """Steps 1 and 4, BL rows of one chunk and head per program (the picture above):
     y_i = 2^(c_i) S C_i + sum_{j <= i} W_ij x_j + D x_i.
     REVERSED: dx_j = dt_j 2^(c_l - c_j) R B_j + sum_{i >= j} W_ij dy_i + D dy_j."""
@@ -425,20 +434,23 @@ def _scan_kernel(value, query, cb, states, decays, D, start, left, out, s_value,
     # Step 1 below the diagonal: cb, weighted by column before the product and by row after the last one.
     begin, end = ((tile + 1) * BL, num) if REVERSED else (0, tile * BL)
     by_row, by_column = (before, after) if REVERSED else (after, before)
-    for l0 in range(begin, end, BL):
-        j = l0 + tl.arange(0, BL)
+    for l0 in range(begin, end, BJ):
+        j = l0 + tl.arange(0, BJ)
         later, sooner = (j[None, :], i[:, None]) if REVERSED else (i[:, None], j[None, :])
         W = tl.load(cb + later * L + sooner).to(tl.float32) * tl.load(by_column + edge + j)[None, :]
-        v = _load(value, j[:, None], s_value, p, (j < num)[:, None] & in_p)  # (BL, BP)
-        acc = tl.dot(W.to(v.dtype), v, acc, input_precision="ieee")
+        v = _load(value, j[:, None], s_value, p, (j < num)[:, None] & in_p)  # (BJ, BP)
+        acc = tl.dot(W.to(v.dtype), v, _finished(acc, num), input_precision="ieee")
     acc *= tl.load(by_row + edge + i)[:, None]
 
     # Step 1 on the diagonal, where every entry has its own decay.
-    later, sooner = (i[None, :], i[:, None]) if REVERSED else (i[:, None], i[None, :])
-    W = tl.load(cb + later * L + sooner).to(tl.float32) * _decay(dt, later, sooner, L)
-    v = _load(value, i[:, None], s_value, p, row & in_p)  # (BL, BP)
-    acc = tl.dot(tl.where(later >= sooner, W, 0.0).to(v.dtype), v, acc, input_precision="ieee")
-    acc += tl.load(D + h) * v.to(tl.float32)
+    for l0 in range(tile * BL, tile * BL + BL, BJ):
+        j = l0 + tl.arange(0, BJ)
+        later, sooner = (j[None, :], i[:, None]) if REVERSED else (i[:, None], j[None, :])
+        W = tl.load(cb + later * L + sooner).to(tl.float32) * _decay(dt, later, sooner, L)
+        v = _load(value, j[:, None], s_value, p, (j < num)[:, None] & in_p)
+        W = tl.where(later >= sooner, W, 0.0)
+        acc = tl.dot(W.to(v.dtype), v, _finished(acc, num), input_precision="ieee")
+    acc += tl.load(D + h) * _load(value, i[:, None], s_value, p, row & in_p).to(tl.float32)
     tl.store(out + (token + i)[:, None] * H * P + h * P + p, acc, mask=row & in_p)
 
 @_jit
@@ -515,7 +527,8 @@ def _dbc_kernel(value, own, other, dcb, states, decays, start, left, out, flow, 
         later, sooner = (j[None, :], i[:, None]) if REVERSED else (i[:, None], j[None, :])
         d = tl.load(dcb + (k * G + g) * L * L + later * L + sooner)
         o = _load(other + token * s_other + g * N, j[:, None], s_other, n, (j < num)[:, None] & in_n)
-        acc = tl.dot(tl.where(later >= sooner, d, 0.0).to(o.dtype), o, acc, input_precision="ieee")
+        d = tl.where(later >= sooner, d, 0.0)
+        acc = tl.dot(d.to(o.dtype), o, _finished(acc, num), input_precision="ieee")
     tl.store(out + (token + i)[:, None] * G * N + g * N + n, acc, mask=row & in_n)
 
 @_jit
@@ -572,12 +585,13 @@ def _launch(kernel, programs, *args, **options):
     with torch.cuda.device_of(tensors[0]):  # Triton launches on the current GPU, wherever the tensors are
         kernel[(programs,)](*args, **options)
 
+@lru_cache(maxsize=16)
 def _tiling(l, p, n, dtype, shared_memory):
     """Tile sizes and launch options of every kernel, for chunks of l tokens. With 16 bits, Hopper (227 KB of
-    shared memory per block) was measured on an H200 (NOTES.md): tiles of 64 rows, so that two blocks share a
-    multiprocessor and one works while the other waits; 128 where a tile's neighbours would be read too often.
-    Ampere, Ada and consumer Blackwell (from 99 KB) take 64. float32 takes 32: its products run on no tensor
-    core and need their registers for themselves."""
+    shared memory per block) was measured on an H200 (NOTES.md): tiles of 64 rows, and no more registers than
+    let two or three blocks share a multiprocessor, so that one works while another waits; 128 rows where a
+    tile's neighbours would be read too often. Ampere, Ada and consumer Blackwell (from 99 KB) take 64.
+    float32 takes 32: its products run on no tensor core and need their registers for themselves."""
     full = dtype.itemsize == 4
     wide = not full and shared_memory >= 200_000 and p <= 128
     small_side = 32 if full else 64
@@ -586,14 +600,15 @@ def _tiling(l, p, n, dtype, shared_memory):
     inner = min(64 if wide else 32, l)
     bp, bn = _power(p), _power(n)
     small = dict(num_warps=4, num_stages=3 if wide else 2)
-    # 8 warps need 128 rows: with 32, Triton 3.6 loads 8 bytes at addresses that are multiples of 4.
+    # 8 warps need 64 rows: with 32, Triton 3.6 loads 8 bytes at addresses that are multiples of 4.
     large = dict(num_warps=8, num_stages=3) if side == 128 else small
+    sums = dict(num_warps=8, num_stages=3, maxnreg=128) if wide and edge == 64 else dict(num_stages=1)
     return dict(
         decays=dict(BH=4, num_warps=4), ddt=dict(num_warps=4),
         cb=dict(BL=side, BK=min(64, bn), **large),
-        states=dict(BP=min(small_side, bp), BN=min(64, bn), BK=min(128 if wide else 32, l), **small),
-        scan=dict(BL=edge, BP=bp, BK=min(inner, bn), **small),
-        dcb=dict(BL=edge, BP=min(32, bp) if full else bp, **small | dict(num_stages=1)),
+        states=dict(BP=min(small_side, bp), BN=min(64, bn), BK=min(256 if wide else 32, l), num_stages=2),
+        scan=dict(BL=edge, BJ=min(32, l), BP=bp, BK=min(inner, bn), maxnreg=168 if wide else None, **small),
+        dcb=dict(BL=edge, BP=min(32, bp) if full else bp, **sums),
         dbc=dict(BL=side, BN=min(128 if wide else 64, bn), BP=bp, BK=inner, **large))
 
 class _Plan:
@@ -623,7 +638,7 @@ class _Plan:
         tiles = self.tiles[name]
         given = self.given | tiles | given
         args = {key: given[key] if key in given else given[key[2:]].stride(0) for key in kernel.arg_names}
-        options = {key: v for key, v in tiles.items() if key not in args}  # num_warps, num_stages
+        options = {key: v for key, v in tiles.items() if key not in args}  # num_warps, num_stages, maxnreg
         _launch(kernel, self.count(name, grid), **args, **options)
 
 def _operator(name, *changed):
@@ -682,7 +697,6 @@ class _Scan(torch.autograd.Function):
         lengths = [end - start for start, end in zip(cu, cu[1:])]
         l = _power(min(chunk_size, 1024, max(lengths)))  # a program of _decays_kernel holds a chunk
         k = sum(_chunks(cu, l))
-        A = torch.where(A < 0, A, torch.nan)  # A >= 0 is an error, but the host must not wait to see it
         inputs = _dense(x), dt.contiguous(), _dense(B), _dense(C), A, D
         y = _empty(x, *x.shape)
         final = _empty(A, len(cu) - 1, h, p, n) if want_final else None
@@ -704,10 +718,10 @@ class _Scan(torch.autograd.Function):
         dfinal = None if dfinal is None else dfinal.contiguous()
         dinitial = _empty(A, len(ctx.cu) - 1, h, p, n) if ctx.needs_input_grad[0] else None
         gradients = [_empty(v, *v.shape) for v in inputs[:4]]
-        gradients += [_empty(A, k, h, dtype=torch.float64) for _ in "AD"]
+        parts = _empty(A, 2, k, h, dtype=torch.float64)  # every chunk's share in those of A and D
+        gradients += parts.unbind()
         _ssd_backward(dy, dfinal, inputs, states, cb, gradients, dinitial, ctx.cu)
-        *direct, dA, dD = gradients
-        return dinitial, None, None, None, *direct, dA.sum(0).float(), dD.sum(0).float()
+        return dinitial, None, None, None, *gradients[:4], *parts.sum(1).float()
 
 # 5. The causal convolution ----------------------------------------------------------------------------------
 

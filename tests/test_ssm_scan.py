@@ -444,6 +444,7 @@ def test_triton_compiles_ahead_of_time(capability, path):
     for row in rows:
         assert row["tensor_core"] >= row["dots"] and row["scalar_products"] == 0, row
         assert row["stack"] <= 32 and row["shared"] <= SHARED[capability] * 1024, row
+        assert row["unfinished"] == 0, row
         assert row["narrow_loads"] == 0 or row["kernel"].split()[0] not in ("scan", "dcb", "dbc"), row
 
 def on_a_gpu(t, **more):

@@ -107,9 +107,9 @@ def graphs(net, prompts, new, slots):
     put("graphs", tokens=new, same_tokens=graph == plain, worst_logprob_against_trainer=worst)
 
 def set_aside(net, prompts, new):
-    """Memory in which three traces may outgrow 256 tokens, but not more: others wait and are read again."""
+    """A byte too little for all traces to outgrow 256 tokens: some wait, and are read again."""
     cache = model.Cache(net.config, len(prompts), 256, dtype=net.lm_head.weight.dtype, device="meta")
-    room, waiting, original = cache.bytes_to_grow(3, 512), [], model.Sampler.set_aside
+    room, waiting, original = cache.bytes_to_grow(len(prompts), 512) - 1, [], model.Sampler.set_aside
 
     def counting(sampler, length):
         slots = original(sampler, length)

@@ -82,12 +82,13 @@ stage scan 100 $PY $HERE/scan.py
 stage decoding 130 $PY $HERE/decoding.py
 stage train 70 $PY $HERE/train.py $LAYERS $TOKENS
 stage parts 50 $PY $HERE/parts.py
-stage tune 40 $PY $HERE/tune.py
+stage tune 70 $PY $HERE/tune.py
 stage train_packed 60 $PY $HERE/train.py $LAYERS $TOKENS packed
-stage train_compiled 120 $PY $HERE/train.py $LAYERS $TOKENS compile
+stage train_compiled 130 $PY $HERE/train.py $LAYERS $TOKENS compile
 command -v ncu >/dev/null && stage ncu 50 ncu --clock-control none --csv --log-file "$OUT/ncu.csv" \
-  --kernel-name 'regex:^_.*_kernel$' --launch-skip 4 --launch-count 15 --section SpeedOfLight \
-  --section WarpStateStats --section Occupancy --section LaunchStats $PY $HERE/warm.py ours 32768 24 128 256
+  --kernel-name 'regex:^_(cb|states|scan|dcb|dbc)_kernel$' --launch-count 9 --section SpeedOfLight \
+  --section MemoryWorkloadAnalysis --section WarpStateStats --section SchedulerStats --section Occupancy \
+  --section LaunchStats $PY $HERE/warm.py ours 32768 24 128 256
 
 grep -E '"FAILED"|"kind": "(scan|part|decode|generate|train)"' "$OUT/results.jsonl" | cut -c1-200 | tail -n 45
 echo "all: $(($(date +%s) - START)) s"
