@@ -103,6 +103,37 @@ def ssd_step(state, x, dt, A, B, C, *, D=None, dt_bias=None, dt_softplus=False):
     y = y.view(x.shape) if D is None else torch.addcmul(y.view(x.shape), D.to(dtype)[:, None], x)
     return y.to(x.dtype), state.copy_(new)
 
+def mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size, D=None, z=None, dt_bias=None, initial_states=None,
+                              seq_idx=None, cu_seqlens=None, dt_softplus=False, dt_limit=(0.0, math.inf),
+                              return_final_states=False, return_varlen_states=False):
+    """`ssd_scan` as mamba_ssm calls it. z gates: y silu(z). dt_limit clamps the step size. D may be (h, p).
+    seq_idx (b, t) changes where a row's next document starts (the host waits for a GPU to read it);
+    initial_states (b, h, p, n) enter each row's first document. Returns y, or a tuple of y, each row's final
+    state, and the states at the ends of cu_seqlens ("varlen", b = 1), as the two flags ask for them."""
+    check(x.dim() == 4 and x.shape[1] >= 1, f"x: got {tuple(x.shape)}, expected (b, t, h, p) with t >= 1")
+    (b, t, h, p), (g, n) = x.shape, B.shape[-2:]
+    skip, D = (D, None) if D is not None and D.dim() == 2 else (None, D)  # ssd_scan takes a number per head
+    check_tensors(x, dt=(dt, (b, t, h)), B=(B, (b, t, g, n)), C=(C, B.shape), dt_bias=(dt_bias, (h,)),
+                  D=(skip, (h, p)), z=(z, x.shape), seq_idx=(seq_idx, (b, t)),
+                  initial_states=(initial_states, (b, h, p, n)))
+    dt = _step_size(dt, dt_bias, dt_softplus, torch.promote_types(x.dtype, torch.float32)).clamp(*dt_limit)
+    A = A.to(dt.dtype) - 1e-30 * (A == 0)  # mamba_ssm allows 0, a head that forgets nothing
+    cu = check_cu_seqlens(cu_seqlens if return_varlen_states else None, b, t)
+    if seq_idx is not None:
+        starts = F.pad(seq_idx.diff(), (1, 0), value=1).flatten().nonzero()[:, 0].tolist()
+        check(not return_varlen_states or [*cu[:-1]] == starts, f"seq_idx: got {starts}, expected {cu}")
+        cu = (*starts, b * t)
+    if initial_states is not None and len(cu) > b + 1:  # documents inside a row start with one more, of zeros
+        initial_states = F.pad(initial_states, (0,) * 7 + (1,))[[b if i % t else i // t for i in cu[:-1]]]
+    row, dt, B, C = (v.flatten(0, 1)[None] for v in (x, dt, B.to(x.dtype), C.to(x.dtype)))
+    y, S = ssd_scan(row, dt, A, B, C, D=D, initial_states=initial_states, cu_seqlens=cu,
+                    chunk_size=chunk_size, return_final_states=return_final_states or return_varlen_states)
+    y = y.view_as(x) if skip is None else y.view_as(x) + skip.to(dt.dtype) * x
+    y = y if z is None else y * F.silu(z.to(dt.dtype))
+    final = S if S is None or len(cu) == b + 1 else S[[cu.index(end) - 1 for end in range(t, b * t + 1, t)]]
+    result = y.to(x.dtype), *[final] * return_final_states, *[S] * return_varlen_states
+    return result if len(result) > 1 else result[0]
+
 def _step_size(dt, dt_bias, dt_softplus, dtype):
     """Delta in the dtype of the state: a bfloat16 step would lose the decay's digits."""
     dt = dt.to(dtype) if dt_bias is None else dt.to(dtype) + dt_bias.to(dtype)

@@ -1,10 +1,14 @@
 """The chunked scan, the convolution and their steps against the definition, on every shape with an edge."""
 
+import contextlib
+import importlib
 import itertools
 import json
 import os
 import subprocess
 import sys
+import types
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -306,7 +310,191 @@ def test_triton_compiles_into_one_graph():
     results = (outputs_and_gradients(inputs, scan) for scan in (compiled, layer))
     torch.testing.assert_close(*results, rtol=0, atol=0)
 
-# 3. The convolution -----------------------------------------------------------------------------------------
+# 3. The scan as mamba_ssm calls it --------------------------------------------------------------------------
+
+def mamba_loop(x, dt, A, B, C, D=None, z=None, dt_bias=None, initial_states=None, seq_idx=None,
+               dt_softplus=False, dt_limit=(0.0, torch.inf)):
+    """The oracle, in float64: y and the state after every token, (b, t, h, p, n)."""
+    x, dt, A, B, C, D, z, dt_bias, S = (
+        v if v is None else v.double() for v in (x, dt, A, B, C, D, z, dt_bias, initial_states))
+    dt = dt if dt_bias is None else dt + dt_bias
+    dt = (F.softplus(dt) if dt_softplus else dt).clamp(*dt_limit)
+    B, C = (v.repeat_interleave(x.shape[2] // v.shape[2], 2) for v in (B, C))
+    S = 0 if S is None else S
+    ys, states = [], []
+    for i in range(x.shape[1]):
+        if i and seq_idx is not None:
+            S = S * (seq_idx[:, i] == seq_idx[:, i - 1])[:, None, None, None]
+        written = torch.einsum("bh,bhp,bhn->bhpn", dt[:, i], x[:, i], B[:, i])
+        S = torch.exp(dt[:, i] * A)[..., None, None] * S + written
+        ys.append(torch.einsum("bhpn,bhn->bhp", S, C[:, i]))
+        states.append(S)
+    y = torch.stack(ys, 1)
+    y = y if D is None else y + (D if D.dim() == 2 else D[:, None]) * x
+    return (y if z is None else y * F.silu(z)), torch.stack(states, 1)
+
+STARTS = [0, 9, 18]  # of the first row's documents; the second row is one
+
+def mamba_inputs(without=(), rows=2, **changes):
+    """Two rows of 20 tokens, and all tensors that may be left out."""
+    inputs = small(DEVICE, b=rows, t=20, h=2, p=8, n=8, states=rows)
+    inputs["z"] = inputs["x"].roll(1, 1)
+    inputs["seq_idx"] = (torch.arange(20) // torch.tensor([[9], [20]]))[:rows].int().to(DEVICE)
+    return {k: v for k, v in (inputs | changes).items() if k not in without}
+
+def mamba_results(inputs, scan=s.mamba_chunk_scan_combined, **options):
+    """[y, states ...] and, through the sines of both, {name: gradient}."""
+    leaves = {k: v.clone().requires_grad_(v.is_floating_point()) for k, v in inputs.items()}
+    out = [*scan(**leaves, return_final_states=True, **options)]
+    if "cu_seqlens" not in inputs:  # mamba_ssm has no gradient then
+        sum(v.sin().sum() for v in out).backward()
+    return [v.detach() for v in out], {k: v.grad for k, v in leaves.items() if v.grad is not None}
+
+def check_close(ours, theirs, output, gradient):
+    """The largest difference, relative to the largest number."""
+    (out, gradients), (their_out, their_gradients) = ours, theirs
+    assert len(out) == len(their_out) and gradients.keys() == their_gradients.keys()
+    rows = [(i, a, b, output) for i, (a, b) in enumerate(zip(out, their_out))]
+    rows += [(name, gradients[name], b, gradient) for name, b in their_gradients.items()]
+    for name, a, b, limit in rows:
+        assert a.shape == b.shape and (a - b).abs().max() < limit * b.abs().max(), name
+
+PER_CHANNEL = torch.linspace(-2, 2, 16, device=DEVICE).view(2, 8)
+FORGETS_NOTHING = torch.tensor([-1.0, 0.0], device=DEVICE)
+MAMBA_CASES = {  # what is left out, what differs, options
+    "bare": (("D", "z", "dt_bias", "initial_states", "seq_idx"), {}, {}),
+    "D": (("z", "dt_bias", "initial_states", "seq_idx"), {}, {}),
+    "D per channel": (("z", "seq_idx"), {"D": PER_CHANNEL}, {}),
+    "z": (("D", "seq_idx"), {}, {}),
+    "no softplus": (("z", "seq_idx"), {"dt": torch.randn(2, 20, 2, device=DEVICE)}, {"dt_softplus": False}),
+    "dt_limit": (("z", "seq_idx"), {}, {"dt_limit": [0.1, 0.2]}),
+    "initial_states": (("D", "z", "seq_idx"), {}, {}),
+    "seq_idx": (("D", "z", "initial_states"), {}, {}),
+    "a head that forgets nothing": (("D", "z", "seq_idx"), {"A": FORGETS_NOTHING}, {}),
+    "all": ((), {"A": FORGETS_NOTHING, "D": PER_CHANNEL}, {"dt_limit": (0.1, 0.4)})}
+
+@pytest.mark.parametrize(("backend", "case"), [*itertools.product(["torch"], MAMBA_CASES), ("triton", "all")])
+def test_mamba_scan_is_a_loop(interpreter, monkeypatch, backend, case):
+    monkeypatch.setattr(s, "ssd_scan", partial(s.ssd_scan, backend=backend))
+    without, changes, options = MAMBA_CASES[case]
+    inputs, options = mamba_inputs(without, **changes), {"dt_softplus": True} | options
+
+    def loop(return_final_states, **inputs):
+        y, states = mamba_loop(**inputs)
+        return y, states[:, -1]
+
+    ours = mamba_results(inputs, chunk_size=8, **options)
+    check_close(ours, mamba_results(inputs, loop, **options), 1e-6, 1e-5)
+    assert [v.dtype for v in ours[0]] == [torch.float32] * 2
+    assert torch.equal(s.mamba_chunk_scan_combined(**inputs, chunk_size=8, **options), ours[0][0])
+
+@pytest.mark.parametrize("without", [(), ("seq_idx",)])
+def test_mamba_scan_gives_the_state_at_the_end_of_every_document(without):
+    """cu_seqlens says the same as seq_idx, which may be left out."""
+    inputs = mamba_inputs(rows=1)
+    _, states = mamba_loop(**inputs, dt_softplus=True)
+    inputs = {k: v for k, v in inputs.items() if k not in without}
+    cu = torch.tensor([*STARTS, 20], device=DEVICE)
+    scan = partial(s.mamba_chunk_scan_combined, **inputs, cu_seqlens=cu, chunk_size=8, dt_softplus=True)
+    y, final, varlen = scan(return_varlen_states=True, return_final_states=True)
+    torch.testing.assert_close([final, varlen], [states[:, -1].float(), states[0, [8, 17, 19]].float()])
+    torch.testing.assert_close(scan(return_varlen_states=True), (y, varlen), rtol=0, atol=0)
+
+def test_mamba_scan_ignores_cu_seqlens_that_no_flag_asks_for():
+    scan = partial(s.mamba_chunk_scan_combined, **mamba_inputs(), chunk_size=8)
+    assert torch.equal(scan(), scan(cu_seqlens=[3]))
+
+def test_mamba_scan_takes_its_arguments_by_position():
+    names = ("x", "dt", "A", "B", "C", "chunk_size", "D", "z", "dt_bias", "initial_states", "seq_idx",
+             "cu_seqlens", "dt_softplus", "dt_limit", "return_final_states", "return_varlen_states")
+    values = mamba_inputs() | {
+        "chunk_size": 8, "cu_seqlens": None, "dt_softplus": True, "dt_limit": (0.1, 0.3),
+        "return_final_states": True, "return_varlen_states": False}
+    results = s.mamba_chunk_scan_combined(*(values[k] for k in names)), s.mamba_chunk_scan_combined(**values)
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+def test_mamba_scan_of_mixed_dtypes():
+    """y in x's dtype, states in float32, every gradient in its input's dtype."""
+    dtypes = dict.fromkeys(("x", "C", "D", "initial_states"), torch.bfloat16) | {"dt": torch.float16}
+    inputs = {k: v.to(dtypes.get(k, v.dtype)) for k, v in mamba_inputs().items()}
+    y, states = mamba_loop(**(inputs | {"B": inputs["B"].bfloat16()}), dt_softplus=True)
+    (ours, final), gradients = mamba_results(inputs, chunk_size=8, dt_softplus=True)
+    assert ours.dtype == torch.bfloat16 and final.dtype == torch.float32
+    assert all(gradients[k].dtype == v.dtype for k, v in inputs.items() if k != "seq_idx")
+    assert (ours - y).norm() < 2**-7 * y.norm()
+    assert (final - states[:, -1]).norm() < 1e-6 * final.norm()
+
+VARLEN = {"return_varlen_states": True}
+
+@pytest.mark.parametrize(("change", "named"), [
+    ({"x": zeros(1, 20, 2)}, "x"), ({"x": zeros(1, 0, 2, 8)}, "x"), ({"B": zeros(2, 10, 1, 8)}, "B"),
+    ({"C": zeros(2, 10, 1, 8)}, "C"), ({"dt": zeros(1, 20, 1)}, "dt"), ({"dt_bias": zeros(1)}, "dt_bias"),
+    ({"A": torch.ones(2)}, "A"), ({"D": zeros(2, 1)}, "D"), ({"D": zeros(3)}, "D"),
+    ({"z": zeros(1, 20, 16)}, "z"), ({"initial_states": zeros(3, 2, 8, 8)}, "initial_states"),
+    ({"seq_idx": zeros(20).int()}, "seq_idx"), ({"chunk_size": 0}, "chunk_size"),
+    (VARLEN | {"cu_seqlens": None}, "seq_idx"), (VARLEN | {"cu_seqlens": [0, 20]}, "seq_idx"),
+    (VARLEN | {"cu_seqlens": [0, 9, 18]}, "cu_seqlens"),
+    (VARLEN | mamba_inputs() | {"cu_seqlens": [0, 20]}, "cu_seqlens")])
+def test_bad_mamba_input_is_named(change, named):
+    inputs = mamba_inputs(("z", "initial_states"), rows=1) | {"chunk_size": 8} | change
+    with pytest.raises(ValueError, match=f"^{named}: got .* expected"):
+        s.mamba_chunk_scan_combined(**{k: v.cpu() if torch.is_tensor(v) else v for k, v in inputs.items()})
+
+@pytest.fixture
+def mamba_ssm(monkeypatch):
+    """mamba_ssm's own function in Triton's interpreter, with one configuration per kernel, and without its
+    package's __init__, which imports the compiled extension."""
+    spec = importlib.util.find_spec("mamba_ssm")
+    if spec is None or DEVICE == "cuda":
+        pytest.skip("mamba_ssm is not installed, or would multiply in TF32")
+    package = types.ModuleType("mamba_ssm")
+    package.__path__ = spec.submodule_search_locations
+    monkeypatch.setitem(sys.modules, "mamba_ssm", package)
+    monkeypatch.setenv("MAMBA_DETERMINISTIC", "1")
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
+    one = types.SimpleNamespace(multi_processor_count=1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: one)
+    return importlib.import_module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
+
+@pytest.mark.parametrize("case", ["D", "all", "varlen"])
+def test_mamba_scan_is_that_of_mamba_ssm(mamba_ssm, case):
+    if case == "varlen":
+        inputs = mamba_inputs(("initial_states",), 1, cu_seqlens=torch.tensor([*STARTS, 20]))
+        options = VARLEN
+    else:
+        without, changes, options = MAMBA_CASES[case]
+        inputs = mamba_inputs(without, **changes)
+    options = options | {"chunk_size": 16, "dt_softplus": True}
+    check_close(mamba_results(inputs, **options), mamba_results(inputs, mamba_ssm, **options), 1e-5, 1e-4)
+
+TRANSFORMERS = """
+import torch, ssm_scan
+from transformers import FalconH1Config, FalconH1ForCausalLM
+from transformers.models.falcon_h1 import modeling_falcon_h1 as module
+torch.manual_seed(0)
+model = FalconH1ForCausalLM(FalconH1Config(
+    vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=8, mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=16,
+    mamba_chunk_size=16, mamba_rms_norm=False))
+for p in model.parameters():
+    p.data += 0.2 * torch.randn_like(p)
+scan, calls, results = ssm_scan.ssd_scan, [], []
+ssm_scan.ssd_scan = lambda *args, **options: calls.append(1) or scan(*args, **options)
+for module.mamba2_chunk_scan in (module.mamba2_chunk_scan, module.mamba2_chunk_scan.__wrapped__):
+    logits = model(torch.arange(60).view(2, 30)).logits
+    results.append([logits, *torch.autograd.grad(logits.sin().sum(), list(model.parameters()))])
+assert len(calls) == 2, calls  # one per layer, and none with transformers' own function
+for ours, theirs in zip(*results):
+    assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
+"""
+
+def test_transformers_takes_it_from_a_file_of_one_line(tmp_path):
+    pytest.importorskip("transformers", minversion="5.15")
+    (tmp_path / "mamba_ssm.py").write_text("from ssm_scan import mamba_chunk_scan_combined\n")
+    path = os.pathsep.join([str(tmp_path), str(Path(s.__file__).parent), *sys.path])
+    subprocess.run([sys.executable, "-c", TRANSFORMERS], env=os.environ | {"PYTHONPATH": path}, check=True)
+
+# 4. The convolution -----------------------------------------------------------------------------------------
 
 def conv_inputs(lengths, d, k, without=()):
     torch.manual_seed(0)
@@ -429,7 +617,7 @@ def test_no_second_derivative_goes_missing(interpreter, backend, function):
     with pytest.raises(ValueError, match="create_graph: got True"):
         torch.autograd.grad(y.sum() + v.pow(3).sum(), v, create_graph=True)
 
-# 4. What a GPU will make of the kernels ---------------------------------------------------------------------
+# 5. What a GPU will make of the kernels ---------------------------------------------------------------------
 
 @pytest.mark.parametrize("path", [None, *filter(None, [os.environ.get("TRITON_3_6")])])
 @pytest.mark.parametrize("capability", list(SHARED) if "TRITON_3_6" in os.environ else [90])
