@@ -473,10 +473,10 @@ def _attend_kernel(q, k, v, cos, sin, lengths, keys, values, part, lse, multipli
 @_jit
 def _combine_kernel(part, lse, lengths, y, room, splits, span,
                     HQ: constexpr, HD: constexpr, BS: constexpr, BD: constexpr):
-    """The splits of one slot and query head that hold something, BS at a time."""
-    _, head, slot = _program(1, HQ)
+    """BD channels of one slot and query head: its splits that hold something, BS at a time."""
+    tile, head, slot = _program((HD + BD - 1) // BD, HQ)
     used = tl.minimum(tl.minimum(tl.load(lengths + slot), room).to(tl.int32) // span + 1, splits)
-    i, d = tl.arange(0, BS), tl.arange(0, BD)
+    i, d = tl.arange(0, BS), tile * BD + tl.arange(0, BD)
     own_head = slot * HQ + head
     m = tl.full((1,), float("-inf"), tl.float32)
     total = tl.zeros((1,), tl.float32)
@@ -525,8 +525,9 @@ def attend_step(q, k, v, cos, sin, lengths, keys, values, *, key_multiplier=1.0)
     _launch(_attend_kernel, slots * hkv * splits, q, k, v, cos, sin, lengths, keys, values, part, lse,
             key_multiplier, scale, length, splits, span,
             HKV=hkv, ROWS=hq // hkv, HD=hd, BR=16, BD=bd, BN=bn, num_warps=4, num_stages=2)
-    _launch(_combine_kernel, slots * hq, part, lse, lengths, y, length, splits, span,
-            HQ=hq, HD=hd, BS=128, BD=bd, num_warps=8)  # all splits of 16k tokens at once
+    # All splits of up to 16k tokens at once, and 32 channels: a lone slot has few heads for many processors.
+    _launch(_combine_kernel, triton.cdiv(hd, 32) * hq * slots, part, lse, lengths, y, length, splits, span,
+            HQ=hq, HD=hd, BS=min(128, _power(splits)), BD=32, num_warps=4)
     return y
 
 # 6. Drawing the next token, on any device -------------------------------------------------------------------

@@ -29,8 +29,9 @@ import json
 import math
 import mmap
 import os
+import warnings
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
 
@@ -89,9 +90,14 @@ class FalconH1Config:
     ssm_multipliers: tuple = (1.0, 1.0, 1.0, 1.0, 1.0)  # z, x, B, C, dt
     mlp_multipliers: tuple = (1.0, 1.0)  # gate, down
     time_step_limit: tuple = (0.0, math.inf)
+    # Special tokens, an id or a list of ids, kept in exports for other engines. Nothing here reads them: two
+    # configurations that differ in them only are equal.
+    bos_token_id: object = field(default=None, compare=False)
+    eos_token_id: object = field(default=None, compare=False)
+    pad_token_id: object = field(default=None, compare=False)
 
     def __post_init__(self):
-        for f in fields(self):
+        for f in (f for f in fields(self) if f.compare):
             value = getattr(self, f.name)
             got = f"{f.name} is {value!r}, expected"
             kinds = (int, float) if f.type is float else (f.type,)
@@ -135,15 +141,16 @@ class FalconH1Config:
 
 # Optional: no effect on logits, or a wrong default shows up as a missing or an unexpected tensor.
 _OPTIONAL = {"mamba_chunk_size", "initializer_range", "time_step_limit", "tie_word_embeddings",
-             "attention_bias", "mlp_bias", "projectors_bias", "mamba_proj_bias"}
+             "attention_bias", "mlp_bias", "projectors_bias", "mamba_proj_bias",
+             "bos_token_id", "eos_token_id", "pad_token_id"}
 # Supported with these values only.
 _ONE_VALUE = {"model_type": "falcon_h1", "hidden_act": "silu", "mamba_use_mlp": True, "attention_dropout": 0,
               "rope_scaling": None, "attn_layer_indices": None}
 # Ignored: no effect on logits, or (mamba_expand, mlp_expansion_factor) given by a width that is read.
 _IGNORED = set("""architectures auto_map dtype torch_dtype transformers_version _name_or_path use_cache
-    bos_token_id eos_token_id pad_token_id num_logits_to_keep mlp_expansion_factor mamba_expand time_step_min
-    time_step_max time_step_floor return_dict output_attentions output_hidden_states is_encoder_decoder
-    chunk_size_feed_forward id2label label2id problem_type""".split())
+    num_logits_to_keep mlp_expansion_factor mamba_expand time_step_min time_step_max time_step_floor
+    return_dict output_attentions output_hidden_states is_encoder_decoder chunk_size_feed_forward
+    id2label label2id problem_type""".split())
 
 def _config_fields(raw):
     """The content of a config.json -> arguments of FalconH1Config."""
@@ -246,10 +253,26 @@ def rope_table(positions, head_dim, theta, dtype):
 
 def rotate(x, cos, sin):
     """RoPE on x (b, t, heads, head_dim): channels i and i + head_dim / 2 turn together ("rotate half")."""
-    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
+    return x * cos + torch.cat(x.chunk(2, -1)[::-1], -1) * sin
 
-# cuDNN, torch's choice on an H100, plans for up to a second at every new shape. The others are for float32.
-@sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+# cuDNN's attention is twice as fast as flash's on Hopper, but plans 0.12 s for every new length. So it gets
+# documents of at least LONG tokens, padded to multiples of 1,024: one plan for all lengths in between.
+LONG = 4096
+FLASH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]  # flash has no float32
+
+def causal(q, k, v):
+    """Causal attention of one document: q (b, hq, t, hd), k and v (b, hkv, t, hd) -> as q."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+@sdpa_kernel([SDPBackend.CUDNN_ATTENTION, *FLASH], set_priority=True)
+def causal_of_long(q, k, v):
+    """The same, by cuDNN where it serves the dtype."""
+    t = q.shape[2]
+    if t % 1024:  # no token sees the padding behind it
+        q, k, v = (F.pad(x, (0, 0, 0, -t % 1024)) for x in (q, k, v))
+    return causal(q, k, v)[:, :, :t]
+
+@sdpa_kernel(FLASH)
 def attend(q, k, v, cu):
     """Causal attention, within each document if cu is given (then b = 1): (b, t, hq, hd).
     q (b, t, hq, hd), k and v (b, t, hkv, hd). Query head j reads key head j // (hq / hkv)."""
@@ -257,7 +280,8 @@ def attend(q, k, v, cu):
     lengths = [q.shape[2]] if cu is None else [end - start for start, end in zip(cu, cu[1:])]
     # A loop over views: split's gradient is one concatenation, where slices would add up whole rows.
     documents = zip(*(x.split(lengths, 2) for x in (q, k, v)))
-    y = [F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True) for qkv in documents]
+    kernels = (causal_of_long if q.is_cuda and t >= LONG else causal for t in lengths)
+    y = [kernel(*qkv) for kernel, qkv in zip(kernels, documents)]
     return torch.cat(y, 2).transpose(1, 2)
 
 class Attention(nn.Module):
@@ -469,9 +493,11 @@ class Backbone(nn.Module):
 class FalconH1(nn.Module):
     """The language model. Its parameters have the names and shapes of the published checkpoints."""
     cp = None  # or a train_sft.ContextParallel: input_ids are a share of a row, cu_seqlens the whole row's
+    compile_loss = False  # True: torch.compile what the loss does to logits
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.files = {}  # from_pretrained: {name: content}, see BESIDE
         self.model = Backbone(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
@@ -529,7 +555,8 @@ class FalconH1(nn.Module):
             tensors = to_device(tensors, self.lm_head.weight.device)
         input_ids, wanted, rows = tensors
         h = self.model(input_ids, cu, cache, self.cp).flatten(0, 1)  # (b t, d)
-        values = token_logprobs(h, self.lm_head.weight, wanted, c.lm_head_multiplier / temperature, rows=rows)
+        values = token_logprobs(h, self.lm_head.weight, wanted, c.lm_head_multiplier / temperature, rows=rows,
+                                compiled=self.compile_loss)
         return tuple(v.view(shape) for v in values)
 
     def new_cache(self, slots, length, device=None):
@@ -538,8 +565,10 @@ class FalconH1(nn.Module):
         return Cache(self.config, slots, length, dtype=p.dtype, device=device or p.device)
 
     def save_pretrained(self, folder, read=lambda name, v: v):
-        """Write config.json and model.safetensors. read(name, v) returns the values of a tensor when it is
-        written, for a model that holds none itself (on the meta device) or only shards of them."""
+        """Write config.json and model.safetensors, and for a loaded model the files BESIDE them.
+        read(name, v) returns the values of a tensor when it is written, for a model that holds none itself
+        (on the meta device) or only shards of them."""
+        warn_of_llama_cpp(self.config)
         state = self.state_dict()
         if self.config.tie_word_embeddings:
             del state["lm_head.weight"]
@@ -549,8 +578,10 @@ class FalconH1(nn.Module):
             del config["time_step_limit"]  # the published default; JSON has no word for infinity
         os.makedirs(folder, exist_ok=True)
         write_safetensors(Path(folder) / "model.safetensors", state, read)
-        with _replacing(Path(folder) / "config.json") as file:
-            file.write(json.dumps(config, indent=2).encode() + b"\n")
+        files = self.files | {"config.json": json.dumps(config, indent=2).encode() + b"\n"}
+        for name, content in files.items():
+            with _replacing(Path(folder) / name) as file:
+                file.write(content)
 
     @classmethod
     def from_pretrained(cls, folder, *, dtype=None, device=None, mapped=False):
@@ -582,6 +613,8 @@ class FalconH1(nn.Module):
         model.load_state_dict(state, assign=True)
         if config.tie_word_embeddings:
             model.lm_head.weight = model.model.embed_tokens.weight
+        paths = [path for name in BESIDE if (path := Path(folder) / name).is_file()]
+        model.files = {path.name: path.read_bytes() for path in paths}
         return model
 
 # 4. Loss ----------------------------------------------------------------------------------------------------
@@ -595,23 +628,43 @@ class FalconH1(nn.Module):
 #
 #     dz_j = g ([j = y] - p_j),   dh = scale dz W,   dW = scale dz^T h,   the last summed over chunks
 
+def head_values(logits, targets, scale):
+    """logits (chunk, vocab), targets y (chunk,) -> log p_y, entropy and lse, each (chunk,) float32.
+    In place where it can be: float32 logits are overwritten."""
+    logits = logits.float().mul_(scale)
+    lse = logits.logsumexp(-1)
+    logp = logits.sub_(lse[:, None])
+    return logp.gather(1, targets[:, None])[:, 0], -logp.exp().mul_(logp).sum(-1), lse
+
+def head_gradient(logits, targets, lse, g, scale):
+    """dz (chunk, vocab) in the dtype of logits, for g (chunk,) = scale dL / d log p_y. In place, too."""
+    dtype, y, g = logits.dtype, targets[:, None], g[:, None]
+    logits = logits.float()  # under the same name, so that those in 16 bits are freed
+    p = logits.mul_(scale).sub_(lse[:, None]).exp_()
+    at_target = g - g * p.gather(1, y)
+    return p.mul_(-g).to(dtype).scatter_(1, y, at_target.to(dtype))
+
+@lru_cache(maxsize=2)
+def _head_functions(compiled):
+    """Plain, each line reads and writes all logits once or more; compiled, each function does so once."""
+    functions = head_values, head_gradient
+    return [torch.compile(f) for f in functions] if compiled else functions
+
 class _TokenLogprobs(torch.autograd.Function):
     """h (t, d), W (vocab, d), targets y (t,) -> log p_y and entropy, (t,) float32; 0 outside `rows`.
     No row occurs twice, so dh is copied into place, not added: the same bits on every run."""
     @staticmethod
-    def forward(ctx, h, weight, targets, rows, scale, chunk):
-        logprobs, entropy, lse = (h.new_zeros(len(h), dtype=torch.float32) for _ in range(3))
-        for i in range(0, len(rows), chunk):
+    def forward(ctx, h, weight, targets, rows, scale, chunk, compiled):
+        values, _ = _head_functions(compiled)
+        results = [h.new_zeros(len(h), dtype=torch.float32) for _ in range(3)]
+        for i in range(0, len(rows), chunk):  # rows.split(chunk) would make one chunk of no rows
             part = rows[i : i + chunk]
-            logits = (h.index_select(0, part) @ weight.T).float().mul_(scale)  # (chunk, vocab)
-            lse[part] = logits.logsumexp(-1)
-            logp = logits.sub_(lse[part, None])
-            logprobs[part] = logp.gather(1, targets[part, None])[:, 0]
-            entropy[part] = -logp.exp().mul_(logp).sum(-1)
-            del logits, logp  # before the next chunk's: two would be in memory at once
+            own = values(h.index_select(0, part) @ weight.T, targets[part], scale)  # logits (chunk, vocab)
+            for result, value in zip(results, own):
+                result[part] = value
+        logprobs, entropy, lse = results
         ctx.save_for_backward(h, weight, targets, rows, lse)
-        ctx.scale = scale
-        ctx.chunk = chunk
+        ctx.options = scale, chunk, compiled
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
@@ -619,20 +672,19 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(ctx, dlogprobs, _):
         check_first_order()
         h, weight, targets, rows, lse = ctx.saved_tensors
+        scale, chunk, compiled = ctx.options
+        _, gradient = _head_functions(compiled)
         dh = torch.zeros_like(h)
         dweight = torch.zeros_like(weight, dtype=torch.float32)  # bf16 would lose small chunks in a large sum
-        g = dlogprobs.float() * ctx.scale
-        for i in range(0, len(rows), ctx.chunk):
-            part = rows[i : i + ctx.chunk]
+        g = dlogprobs.float() * scale
+        for i in range(0, len(rows), chunk):
+            part = rows[i : i + chunk]
             x = h.index_select(0, part)  # on a CPU much faster than h[part]
-            logits = (x @ weight.T).float().mul_(ctx.scale)
-            # dz = -g p, in place of the logits, then g more at the target.
-            dz = logits.sub_(lse[part, None]).exp_().mul_(-g[part, None])
-            dz = dz.scatter_add_(1, targets[part, None], g[part, None]).to(h.dtype)
+            dz = gradient(x @ weight.T, targets[part], lse[part], g[part], scale)
             dh.index_copy_(0, part, dz @ weight)
             add_product(dweight, dz.T, x)
-            del logits, dz
-        return dh, dweight.to(weight.dtype), None, None, None, None
+            del dz  # before the next chunk's: two would be in memory at once
+        return dh, dweight.to(weight.dtype), None, None, None, None, None
 
 def add_product(total, a, b):
     """total += a b, total in float32. On a GPU, cuBLAS adds a product in bf16 without rounding it."""
@@ -651,13 +703,13 @@ def tokens_of_chunk(vocab, device):
         return max(1, 2**25 // vocab)
     return min(4096, max(128, 2**28 // vocab // 128 * 128))
 
-def token_logprobs(h, weight, targets, scale=1.0, chunk=None, rows=None):
+def token_logprobs(h, weight, targets, scale=1.0, chunk=None, rows=None, compiled=False):
     """h (t, d), weight (vocab, d), targets (t,) -> log-probabilities (t,) and entropies (t,), float32.
     scale multiplies the logits: lm_head_multiplier / temperature. Entropies have no gradient. rows (k,): the
-    tokens to compute, each once; the others get zeros. None: all."""
+    tokens to compute, each once; the others get zeros. None: all. compiled: with torch.compile."""
     chunk = chunk or tokens_of_chunk(len(weight), weight.device)
     rows = torch.arange(len(h), device=h.device) if rows is None else rows
-    return _TokenLogprobs.apply(h, weight, targets, rows, scale, chunk)
+    return _TokenLogprobs.apply(h, weight, targets, rows, scale, chunk, compiled)
 
 # 5. Cache ---------------------------------------------------------------------------------------------------
 # Attention remembers every token, the mixer a state of fixed size. A slot of the 7B model, in bf16, holds
@@ -752,6 +804,24 @@ class Cache:
 
 # 6. Checkpoints ---------------------------------------------------------------------------------------------
 # safetensors: eight bytes of header length, a JSON header, the tensors' bytes. Nothing in it can run.
+
+# What servers read beside the weights. from_pretrained keeps these files for save_pretrained, unread.
+BESIDE = ("generation_config.json", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json",
+          "special_tokens_map.json")
+
+def warn_of_llama_cpp(c):
+    """Warn, once per process, of configurations that llama.cpp loads but gets wrong: log-probabilities were
+    off by 0.8 to 7 nats in the version of llama-cpp-python 0.3.36. No published model has any of them."""
+    wrong = {
+        # Its file holds one copy of a shared matrix, times embedding_multiplier, and reads it for both uses.
+        "tie_word_embeddings": c.tie_word_embeddings and c.embedding_multiplier != c.lm_head_multiplier,
+        # It scales the biases of q, k and v as if they were weights, and leaves that of o out.
+        "attention_bias": c.attention_bias,
+        # It always gates before the norm, and does not clamp dt.
+        "mamba_norm_before_gate": c.mamba_norm_before_gate and c.mamba_rms_norm,
+        "time_step_limit": c.time_step_limit != (0, math.inf)}
+    if names := ", ".join(name for name, found in wrong.items() if found):
+        warnings.warn(f"llama.cpp would load this model but compute wrong logits: {names}", stacklevel=3)
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
            "I64": torch.int64}

@@ -283,14 +283,17 @@ class Tokenizer:
         """One token per byte (ids 0 to 255), then the special tokens: a vocabulary that needs no training."""
         names = [*CONTROL, *TAGS]
         # GPUs like multiples of 16. The padding is made of real tokens, so that every sampled id decodes.
-        names += [f"<|reserved_{i}|>" for i in range(-(256 + len(names)) % 16)]
+        names += [f"<|reserved_{i}|>" for i in range(-(257 + len(names)) % 16)]
         # TAGS are not "special": servers hide special tokens by default, and reasoning would be unmarked.
         flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
         added = [{"id": i, "content": name, "special": name not in TAGS, **flags}
                  for i, name in enumerate(names, 256)]
         bytewise = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-        vocab = dict(sorted(SPELLING.items(), key=lambda item: item[1]))
-        model = {"type": "BPE", "vocab": vocab, "merges": []}
+        # llama.cpp loads no BPE without merges. This one joins two bytes FF, spelled ÿ, which no text has.
+        # Its token takes the last id. The special tokens are in vocab as well, or transformers would
+        # renumber them.
+        vocab = SPELLING | {name: id for id, name in enumerate([*names, "ÿÿ"], 256)}
+        model = {"type": "BPE", "vocab": vocab, "merges": ["ÿ ÿ"]}
         spec = {"version": "1.0", "added_tokens": added, "normalizer": None, "pre_tokenizer": bytewise,
                 "decoder": bytewise, "model": model}
         config = {
@@ -362,9 +365,15 @@ class Tokenizer:
         """Text of ids, special tokens included. Not UTF-8 becomes U+FFFD; an id without a token, nothing."""
         return b"".join(self.bytes.get(int(i), b"") for i in ids).decode(errors="replace")
 
+    def token_ids(self):
+        """The ids of the tokens called bos, eos and pad, under the names of config.json."""
+        names = [name for name in ("bos_token", "eos_token", "pad_token") if name in self.names]
+        return {f"{name}_id": self.special.get(self.names[name]) for name in names}
+
     def save(self, folder):
         """Write the files of a published tokenizer; generation_config.json says where generation stops."""
-        generation = self._json("generation_config.json") | {"eos_token_id": list(self.stop_ids)}
+        generation = self.token_ids() | self._json("generation_config.json")
+        generation["eos_token_id"] = list(self.stop_ids)
         files = {**self.files, "generation_config.json": json.dumps(generation, indent=1)}
         files.pop("config.json", None)
         for name, text in files.items():

@@ -37,7 +37,7 @@ import warnings
 import zlib
 from array import array
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
@@ -68,7 +68,7 @@ class CommonArgs:
     cp: int = flag(1, "context-parallel size: ranks that share each row's tokens; divides ranks and heads")
     replicas: int = flag(1, "replicas of the sharded model (HSDP); one per node: only gradients leave it")
     checkpoint_activations: bool = flag(False, "recompute activations backward: less memory, more compute")
-    compile: bool = flag(False, "torch.compile the per-token part of each block; takes a minute at the start")
+    compile: bool = flag(False, "torch.compile what blocks and loss do per token; takes minutes at the start")
     device: str = flag("", "cpu or cuda; empty: cuda if available")
     fresh: bool = flag(False, "start over, deleting an earlier run in --out")
 
@@ -526,8 +526,14 @@ def shard(model, ranks, checkpoint_activations=False, compile=False):
     """FSDP2: each rank keeps a slice of every parameter, gathers a block to compute it, averages gradients.
     A GPU computes in bf16 over float32 master weights and float32 reductions; a CPU in float32 throughout."""
     model.model.checkpoint_activations = checkpoint_activations
+    model.compile_loss = compile
     for block in model.model.layers if compile else ():
-        block.forward = torch.compile(block.forward, dynamic=True)  # FSDP's hooks stay outside
+        # Backward needs no output of a block's last product. Outside of compiled graphs it is not recomputed.
+        last = block.feed_forward.down_proj
+        last.forward = torch.compiler.disable(last.forward)
+        # FSDP's hooks stay outside. At the second length torch compiles again, for any number of tokens. With
+        # dynamic=True all sizes, also the model's, would be variables, and the kernels would divide by them.
+        block.forward = torch.compile(block.forward)
     if not dist.is_initialized():
         return model.to(ranks.device)
     if ranks.cp > 1:
@@ -827,8 +833,9 @@ def export(config, tokenizer, checkpoint, folder):
         value = torch.empty(like.shape)
         dcp.load({"model": {name: value}}, storage_reader=reader, no_dist=True)
         return value
+    ids = {name: id for name, id in tokenizer.token_ids().items() if getattr(config, name) is None}
     with torch.device("meta"):
-        model = FalconH1(config)
+        model = FalconH1(replace(config, **ids))  # a folder's own ids come first
     model.save_pretrained(folder, read)
     tokenizer.save(folder)
 

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import struct
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -20,6 +21,7 @@ from model import (PRESETS, Cache, FalconH1, FalconH1Config, add_product, attend
 from tests.make_golden import (BIASES, CHECKPOINTS, GOLDEN, SHAPE, TEXTS, random_checkpoint, tokenizer_kinds,
                                train_tokenizer)
 
+pytestmark = pytest.mark.filterwarnings("ignore:llama.cpp would")  # of random models, which nobody serves
 SMALL = FalconH1Config(
     vocab_size=37, hidden_size=12, intermediate_size=20, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, head_dim=6, mamba_d_ssm=20, mamba_n_heads=4, mamba_d_head=5, mamba_d_state=7,
@@ -99,7 +101,7 @@ def test_ssm_multipliers_by_hand():
     assert ssm_multipliers(some, torch.bfloat16, torch.device("cpu")).tolist() == want
     assert ssm_multipliers(ones, torch.bfloat16, torch.device("cpu")) is None
 
-def test_attention_never_asks_cudnn(monkeypatch):
+def test_short_documents_never_ask_cudnn(monkeypatch):
     seen, allowed = [], torch.backends.cuda
 
     def watched(q, k, v, **kwargs):
@@ -109,15 +111,31 @@ def test_attention_never_asks_cudnn(monkeypatch):
     attend(*(torch.randn(1, 10, heads, 8) for heads in (4, 2, 2)), (0, 3, 10))
     assert seen == [(False, True)] * 2
 
+def test_padding_changes_no_attention():
+    """What a GPU does with long documents, here of 1,030 tokens: padded to 2,048."""
+    leaves = [torch.randn(1, heads, 1030, 4, requires_grad=True) for heads in (2, 1, 1)]
+    values = [function(*leaves) for function in (m.causal_of_long, m.causal)]
+    padded, plain = ((y, *torch.autograd.grad(y.sin().sum(), leaves)) for y in values)
+    torch.testing.assert_close(padded, plain, rtol=1e-4, atol=1e-5)
+
 @pytest.mark.gpu
-def test_attention_is_flash():
-    """Forward and backward, in bf16, with heads that share keys."""
-    leaves = [torch.randn(1, 300, heads, 64, dtype=torch.bfloat16, device="cuda") for heads in (4, 2, 2)]
+def test_kernels_of_attention(monkeypatch):
+    """Short documents use flash, long ones cuDNN, with padding: the same values and gradients, in bf16."""
+    cu = (0, 3, 10, 130, 131, 300, 300 + m.LONG, 301 + 2 * m.LONG)
+    leaves = [torch.randn(1, cu[-1], heads, 128, dtype=torch.bfloat16, device="cuda") for heads in (6, 1, 1)]
     leaves = [v.requires_grad_() for v in leaves]
+
+    def results():
+        y = attend(*leaves, cu)
+        return y, *torch.autograd.grad(y, leaves, torch.ones_like(y))
     with torch.profiler.profile() as profile:
-        attend(*leaves, (0, 3, 10, 130, 131, 300)).sum().backward()
-    flash = "aten::_scaled_dot_product_flash_attention"
-    assert {flash, f"{flash}_backward"} <= {event.key for event in profile.key_averages()}
+        ours = results()
+    kernels = {f"aten::_scaled_dot_product_{name}_attention" for name in ("flash", "cudnn")}
+    kernels |= {f"{name}_backward" for name in kernels}
+    assert kernels <= {event.key for event in profile.key_averages()}
+    monkeypatch.setattr(m, "LONG", cu[-1])
+    for one, other in zip(ours, results()):
+        assert (one - other).norm() < 0.01 * other.norm()
 
 @pytest.mark.parametrize(("ids", "options", "message"), [
     ([[37]], {}, r"input_ids: an id is outside 0\.\.36"), ([[-1]], {}, "an id is outside"),
@@ -221,6 +239,7 @@ def test_transformers_agrees_both_ways(change, tmp_path):
     load = transformers.FalconH1ForCausalLM.from_pretrained
     again, report = load(tmp_path / "ours", output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert (again.generation_config.eos_token_id, again.generation_config.pad_token_id) == ([260, 258], 256)
     assert_close(again(ids).logits, ours(ids))
     # In bf16 (last: .to() changes theirs) ours is as near to the float32 logits as theirs.
     half = FalconH1.from_pretrained(tmp_path / "theirs", dtype=torch.bfloat16)
@@ -279,6 +298,37 @@ def test_a_saved_model_comes_back(tmp_path, change, dtype):
 @pytest.fixture
 def folder(tmp_path):
     return shutil.copytree(GOLDEN / "tied-bf16-shards", tmp_path / "model")
+
+def test_what_servers_read_in_a_loaded_folder_is_saved(folder, tmp_path):
+    ids = {"bos_token_id": 1, "eos_token_id": [11, 228], "pad_token_id": 0}
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | ids))
+    contents = {name: f"\r\n{name} é".encode() for name in m.BESIDE}
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    model = FalconH1.from_pretrained(folder)
+    (folder / "chat_template.jinja").unlink()  # saved from memory: the folder may be gone, or the same one
+    for place in (tmp_path / "saved", folder):
+        model.save_pretrained(place)
+        assert {name: (place / name).read_bytes() for name in contents} == contents
+        assert json.loads((place / "config.json").read_text()).items() >= ids.items()
+    FalconH1(model.config).save_pretrained(tmp_path / "new")  # another model of this shape has no tokenizer
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"config.json", "model.safetensors"}
+
+@pytest.mark.parametrize(("change", "said"), [
+    ({}, None), ({"mlp_bias": True, "mamba_rms_norm": False, "mamba_norm_before_gate": True}, None),
+    ({"tie_word_embeddings": True, "lm_head_multiplier": SMALL.embedding_multiplier}, None),
+    ({"tie_word_embeddings": True}, "tie_word_embeddings"), ({"attention_bias": True}, "attention_bias"),
+    ({"mamba_norm_before_gate": True}, "mamba_norm_before_gate"),
+    ({"time_step_limit": (0, 0.5), "attention_bias": True}, "attention_bias, time_step_limit")])
+def test_what_llama_cpp_computes_otherwise_is_said_once(tmp_path, change, said):
+    model = build(replace(SMALL, **change))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for _ in range(2):
+            model.save_pretrained(tmp_path)
+    expected = [f"llama.cpp would load this model but compute wrong logits: {said}"] if said else []
+    assert [str(warning.message) for warning in caught] == expected
 
 def refuses(folder, message, **arguments):
     with pytest.raises(ValueError, match=message):
@@ -403,6 +453,14 @@ def test_chunks_are_the_whole(device, dtype):
     for ours, expected in zip(sum(results, []), len(results) * whole, strict=True):
         error = (ours.double() - expected.double()).norm() / expected.double().norm()
         assert error < (1e-6 if dtype == torch.float32 else 1e-3)  # sums may round to either of two bf16
+
+def test_rows_without_targets_cost_no_product(monkeypatch):
+    """As a rank's share of a long prompt: torch.compile would compile once more, for logits of no rows."""
+    monkeypatch.setattr(m, "_head_functions", lambda compiled: [pytest.fail] * 2)
+    h, w = torch.randn(5, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True)
+    logprobs, _ = token_logprobs(h, w, torch.arange(5), rows=torch.arange(0))
+    logprobs.mul_(2).sum().backward()  # in place: no result is a view of another
+    assert not any(v.any() for v in (logprobs, h.grad, w.grad))
 
 def test_no_second_derivative_goes_missing():
     h, w = torch.randn(5, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True)

@@ -36,7 +36,8 @@ GOLDEN = Path(__file__).parent / "golden"
 def folder_of(folder, template, *, tokenizer=None, plain=(), **config):
     """A model's folder with a template. plain: added tokens that tokenizer.json does not call special."""
     spec = json.loads(tokenizer.read_text()) if tokenizer else GOOD
-    added, taken = list(spec["added_tokens"]), max(token["id"] for token in spec["added_tokens"])
+    added = list(spec["added_tokens"])
+    taken = max([*spec["model"]["vocab"].values(), *(token["id"] for token in added)])
     names = [*re.findall(r"<\|\w+\|>", template), *plain]
     new = [name for name in dict.fromkeys(names) if name not in {token["content"] for token in added}]
     added += [GOOD["added_tokens"][0] | {"id": taken + i, "content": name, "special": name not in plain}
@@ -293,8 +294,14 @@ def test_prompts_with_a_system_prompt_and_a_suffix(tmp_path):
 # 2. Tokenizer -----------------------------------------------------------------------------------------------
 
 def test_byte_level_ids_are_bytes_and_specials_follow():
-    assert sorted(SPECIAL.values()) == [*range(256, 272)] and TOKENIZER.vocab_size == 272
-    assert TOKENIZER.stop_ids == (SPECIAL["<|im_end|>"], SPECIAL["<|end_of_text|>"])
+    assert sorted(SPECIAL.values()) == [*range(256, 271)] and TOKENIZER.vocab_size == 272
+    assert TOKENIZER.stop_ids == (SPECIAL["<|im_end|>"], SPECIAL["<|end_of_text|>"]) == (260, 258)
+
+def test_byte_level_loads_in_llama_cpp():
+    """It wants a merge, here one that no text has (UTF-8 knows no byte FF), and ids that nobody renumbers."""
+    assert MODEL["merges"] == ["ÿ ÿ"] and TOKENIZER.bytes[271] == b"\xff\xff"
+    assert sorted(MODEL["vocab"].values()) == [*range(272)] and MODEL["vocab"].items() >= SPECIAL.items()
+    assert json.loads(TOKENIZER.files["tokenizer_config.json"])["eos_token"] == "<|im_end|>"
 
 def test_reply_text_is_without_the_token_that_ends_it():
     end = TOKENIZER.stop_ids[0]
@@ -310,7 +317,7 @@ def test_tokenizer_round_trip(text):
 @given(st.lists(st.integers(0, 271)))
 def test_anything_a_model_samples_can_be_decoded(ids):
     names = {i: name for name, i in SPECIAL.items()}
-    raw = b"".join(bytes([i]) if i < 256 else names[i].encode() for i in ids)
+    raw = b"".join(bytes([i]) if i < 256 else names.get(i, "ÿÿ").encode("latin-1") for i in ids)
     assert TOKENIZER.decode(np.array(ids, int)) == raw.decode(errors="replace")
     assert TOKENIZER.decode([*ids, 272, 2**40]) == TOKENIZER.decode(ids)  # a padded vocabulary's
 
@@ -318,6 +325,8 @@ def test_tokenizer_survives_saving(tmp_path):
     TOKENIZER.save(tmp_path)
     again = Tokenizer.from_pretrained(tmp_path)
     assert (again.special, again.bytes, again.stop_ids) == (SPECIAL, TOKENIZER.bytes, TOKENIZER.stop_ids)
+    generation = json.loads((tmp_path / "generation_config.json").read_text())
+    assert generation == {"bos_token_id": 257, "eos_token_id": [260, 258], "pad_token_id": 256}
     assert {path.name for path in tmp_path.iterdir()} == {*TOKENIZER.files, "generation_config.json"}
 
 @given(st.text())
@@ -336,7 +345,7 @@ def test_tokenizers_library_reads_the_same_ids(tmp_path_factory, text):
 
 def test_a_tag_behind_what_is_not_read_is_found():
     added = GOOD["added_tokens"]
-    added = [*added, dict(added[0], content=">>X<<", id=max(token["id"] for token in added) + 1)]
+    added = [*added, dict(added[0], content=">>X<<", id=272)]
     tokenizer = Tokenizer({"tokenizer.json": json.dumps(GOOD | {"added_tokens": added})})
     readable = tokenizer.hide(">>X<<think>", but=TAGS)
     assert tokenizer.encode_as(">>X<<think>", readable)[-1] == tokenizer.special["<think>"]

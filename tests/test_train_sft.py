@@ -319,6 +319,26 @@ def test_exporting_holds_no_more_than_a_tensor(tmp_path, whole_run):
     sizes = [v.nbytes for v in read_safetensors(tmp_path / "model.safetensors").values()]
     assert peak <= 2.1 * max(sizes) < sum(sizes) / 2
 
+def test_exports_hold_what_servers_read(tmp_path, whole_run):
+    """Ids, template and settings of the folder to start from; of a new model, those of its tokenizer."""
+    def exported(name, start):
+        config, tokenizer = t.load_config(start), data.load_tokenizer(start)
+        t.export(config, tokenizer, whole_run / "trainer" / "step-000000006", tmp_path / name)
+        files = {path.name: path.read_text() for path in (tmp_path / name).glob("*[aon]")}  # but for weights
+        return files, *(json.loads(files[f"{kind}config.json"]) for kind in ("", "generation_"))
+    ids = {"bos_token_id": 257, "eos_token_id": 260, "pad_token_id": 256}
+    files, config, generation = exported("first", whole_run)
+    assert config.items() >= ids.items() and generation == ids | {"eos_token_id": [260, 258]}
+    assert files == exported("again", tmp_path / "first")[0]
+    assert t.load_config(tmp_path / "first") == PRESETS["tiny"]  # so train_rl.py takes its defaults
+    for name, change in {"config": {"pad_token_id": 0}, "generation_config": {"top_p": 0.95}}.items():
+        path = tmp_path / "first" / f"{name}.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    (tmp_path / "first" / "chat_template.jinja").write_text(CHAT_TEMPLATE + "é")
+    files, config, generation = exported("last", tmp_path / "first")
+    assert config["pad_token_id"] == 0 and files["chat_template.jinja"] == CHAT_TEMPLATE + "é"
+    assert generation == ids | {"eos_token_id": [260, 258], "top_p": 0.95}
+
 def test_a_full_disk_costs_nothing_but_the_step(small_run, tmp_path, whole_run):
     full = launch(partial(processes.altered, "full disk"), *small_run, status=1)
     assert full.err.startswith(f"error: {tmp_path / 'run'}: step 2 could not be saved"), full.err
@@ -444,6 +464,27 @@ def test_compiled_blocks_train_alike(small_run, tmp_path, small_models):
     launch(partial(processes.altered, "traced"), *args, "--out", tmp_path / "compiled", "--compile")
     plain, compiled = (read_log(tmp_path / out)[0] for out in ("plain", "compiled"))
     assert compiled == pytest.approx(plain, rel=1e-5)
+
+def test_recomputation_ends_in_front_of_the_last_product(monkeypatch):
+    begun, ended = [], []
+
+    def counting(product):
+        def forward(x):
+            begun.append(product)
+            y = product(x)
+            ended.append(product)
+            return y
+        return forward
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    for compile in (False, True):
+        model = FalconH1(PRESETS["tiny"])
+        for block in model.model.layers:
+            block.feed_forward.down_proj.forward = counting(block.feed_forward.down_proj.forward)
+        t.shard(model, t.Ranks(), checkpoint_activations=True, compile=compile)
+        ids = torch.arange(20)[None]
+        model(ids, targets=ids)[0].sum().backward()
+        assert (len(begun), len(ended)) == (6, 3)
+        begun.clear(), ended.clear()
 
 def test_only_the_tiny_run_has_the_tiny_runs_defaults(tmp_path, small_models, monkeypatch):
     """Trained weights start from the paper's learning rate, other shapes from its sizes, too."""
