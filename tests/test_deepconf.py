@@ -1,7 +1,17 @@
-"""DeepConf: each formula by hand, Online against a brute-force reading of the rules, traps of other code."""
+"""DeepConf: each formula by hand, Online against a brute-force reading of the rules, traps of other code, and
+traces from servers that speak every dialect, well and badly."""
 
+import fcntl
+import itertools
 import json
 import math
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import deepconf as d
+from tests.server import DONE, Server, chat, entry, event, reply
 
 def trace(answer, *conf, correct=None):
     return SimpleNamespace(answer=answer, confidences=list(conf), correct=correct, tokens=len(conf))
@@ -238,3 +249,492 @@ def test_malformed_traces(tmp_path, capsys, text, message):
     path.write_text(text)
     assert d.main([str(path)]) == 1
     assert message in capsys.readouterr().err
+
+# From here on: traces from a server, see tests/server.py
+
+HELLO = [{"role": "user", "content": "1+1=?"}]
+
+@pytest.fixture
+def serve():
+    """serve(respond): a started test server."""
+    servers = []
+    def start(respond):
+        servers.append(Server(respond))
+        return servers[-1]
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+def sample(server, prompts=(HELLO,), tokens=9, retries=2, timeout=5.0, **more):
+    """Traces of prompts from a test server, without long pauses."""
+    client = d.Server(server.url, "m", key="secret", retries=retries, timeout=timeout, wait=0.01)
+    return d.generate(client, list(prompts), max_new_tokens=tokens, **more)
+
+def post(confidence):
+    return [{"prob": math.exp(-confidence)}] * 20
+
+PLAIN = "1+1="
+
+def choice_of(*tokens, **more):
+    """The choice of one chunk with all tokens."""
+    return {"delta": {"content": "ab"}, "logprobs": {"content": tokens}, "finish_reason": "stop", **more}
+
+def own(tokens, **more):
+    """An event of llama-server's own /completion."""
+    chunk = {"content": "ab", "completion_probabilities": tokens, **more}
+    return b"data: " + json.dumps(chunk).encode() + b"\n\n"
+
+WHOLE = b"".join(reply("ab", 3, 4))
+TOP = [{str(i): -3 if i < 20 else -9 for i in range(21)}, dict.fromkeys("abcdefghijklmnopqrst", -4)]
+DIALECTS = {
+    "chat": (HELLO, reply("ab", 3, 4)),
+    "several tokens per event": (HELLO, [event(choice_of(entry(3), entry(4)))]),
+    "completions": (PLAIN, [event({"text": "ab", "logprobs": {"top_logprobs": TOP}}), DONE]),
+    "completions of llama-server": (PLAIN, [event(choice_of(entry(3), entry(4), delta=None, text="ab"))]),
+    "llama-server's own": (PLAIN, [own([entry(3)]), own([entry(4)], content="", stop=True, stop_type="eos")]),
+    "post-sampling": (HELLO, [event(choice_of({"prob": 1, "top_probs": post(3)}, {"top_probs": post(4)}))]),
+    "llama-server of 2024": (PLAIN, [own([{"probs": post(3)}, {"probs": post(4)}], stop=True)]),
+    "lines end in CR LF": (HELLO, [WHOLE.replace(b"\n", b"\r\n")]),
+    "comments": (HELLO, [b": keep-alive\n\n", *reply("ab", 3)[:2], b": ping\n\nevent: x\n\n", *reply("", 4)]),
+    "half events": (HELLO, [WHOLE[i : i + 7] for i in range(0, len(WHOLE), 7)]),
+    "counted tokens": (HELLO, [b'data: {"choices": [], "usage": {}}\n\n', *reply("ab", 3, 4)]),
+}
+
+@pytest.mark.parametrize("name", DIALECTS)
+def test_a_dialect(serve, capsys, name):
+    prompt, pieces = DIALECTS[name]
+    server = serve(lambda body, number: pieces)
+    [trace] = sample(server, [prompt])
+    assert trace.text == "ab" and trace.stop == "stop" and (trace.prompt_index, trace.sample_index) == (0, 0)
+    assert trace.confidences == pytest.approx([3, 4], rel=1e-6)
+    path, body = server.requests[-1]
+    assert path == ("/v1/chat/completions" if prompt is HELLO else "/v1/completions")
+    asked = {"messages": HELLO, "logprobs": True, "top_logprobs": 20} if prompt is HELLO else {
+        "prompt": PLAIN, "logprobs": 20}
+    assert body.items() >= {**asked, "model": "m", "stream": True, "max_tokens": 9, "top_k": -1}.items()
+    probabilities = capsys.readouterr().err.count("tempering and cuts")
+    assert probabilities == (name in ("post-sampling", "llama-server of 2024"))
+
+def test_reasoning_that_is_sent_apart_and_characters_that_are_cut(serve):
+    euro = "€".encode()
+    cut = [b'data: {"choices": [{"delta": {"content": "%s"}}]}\n\n' % part for part in (euro[:1], euro[1:])]
+    def thought(name, text):
+        return event({"delta": {name: text}, "logprobs": {"content": [entry(1)]}})
+    replies = [[thought("reasoning_content", "so "), thought("reasoning", "2"), *reply("2", 1)],
+               [thought("reasoning", r"\boxed{1}"), event({"delta": {}, "finish_reason": "length"})],
+               [chat("1 ", 1), *cut, DONE],
+               [chat("1 ", 1) + chat("€", 2, end="stop").decode().encode()]]
+    server = serve(lambda body, number: replies[max(number, 0)])
+    traces = sample(server, samples=4, slots=1)
+    assert [t.text for t in traces] == ["<think>so 2</think>2", r"<think>\boxed{1}", "1 €", "1 €"]
+    assert [t.stop for t in traces] == ["stop", "length", "stop", "stop"]
+
+def test_what_a_server_gives_less_or_lower(serve, capsys):
+    low = entry(1)
+    low["top_logprobs"] = [{"logprob": x} for x in (-1, -9999.0, -3.4e38, -1, -1)]
+    server = serve(lambda body, number: [event({"delta": {"content": "a"}, "logprobs": {"content": [low] * 2},
+                                                "finish_reason": "stop"})])
+    [trace] = sample(server)
+    assert trace.confidences == pytest.approx([203 / 5] * 2)  # log 0 counts as -100
+    assert capsys.readouterr().err == (
+        f"{server.url} sends 5 alternatives per token and not 20: confidence is over these\n")  # once
+
+def test_tempered_log_probabilities_are_noticed(serve, capsys):
+    server = serve(lambda body, number: reply("a", 3 / body["temperature"]))
+    sample(server)
+    assert [body["temperature"] for _, body in server.requests] == [1.0, 0.5, 1.0]
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "--logprobs-mode raw_logprobs" in err
+
+def refuse(status, message, **headers):
+    return status, headers, [json.dumps({"error": {"message": message}}).encode()]
+
+@pytest.mark.parametrize(("message", "left"), [
+    ("Invalid 'top_logprobs': Expected a value <= 5, but got 20 instead.", {"top_logprobs": 5, "top_k": -1}),
+    ("Requested sample logprobs of 20, which is greater than max allowed: 5", {"top_logprobs": 5}),
+    ("Unrecognized request argument supplied: top_k", {"top_logprobs": 20}),
+])
+def test_requests_that_a_server_refuses_are_put_differently(serve, capsys, message, left):
+    def respond(body, number):
+        ok = body["top_logprobs"] == left["top_logprobs"] and ("top_k" in left or "logprob" in message
+                                                               or "top_k" not in body)
+        return reply("a", 3) if ok else refuse(400, message)
+    server = serve(respond)
+    [trace] = sample(server)
+    assert trace.confidences == [3] and server.requests[-1][1].items() >= left.items()
+    assert len(server.requests) == 4  # one refusal
+    assert ("allows 5" in capsys.readouterr().err) == ("logprob" in message)
+
+FAR = "The model `m` does not exist." + "x" * 300
+ERRORS = {
+    "no logprobs": (lambda: [event({"delta": {"content": "2"}, "finish_reason": "stop"})], "--max-logprobs"),
+    "no logprobs, long": (lambda: [event({"delta": {"content": "2" * 300}})] * 9, "transformers serve"),
+    "no alternatives": (lambda: [event(choice_of({"logprob": -1, "top_logprobs": []}))], "--max-logprobs"),
+    "NaN": (lambda: reply("a", math.nan), "missing, NaN or positive"),
+    "positive": (lambda: reply("a", -1.0), "--logprobs-mode raw_logprobs"),
+    "null": (lambda: [event(choice_of({"top_logprobs": [{"logprob": None}]}))], "NoneType"),
+    "no text": (lambda: [event({"delta": "a"})], "str"),
+    "another model": (lambda: refuse(404, FAR), "`m` does not exist.x+ "),
+    "no key": (lambda: refuse(401, "Incorrect API key"), "HTTP 401 .*OPENAI_API_KEY"),
+    "too long": (lambda: refuse(400, "maximum context length is 8 tokens"), "--max-model-len"),
+    "error in a stream": (lambda: [b'error: {"code": 400, "message": "the context"}\n\n'], "server: -c"),
+    "another error": (lambda: [b'data: {"error": {"message": "out of memory"}}\n\n'], "500 .*of memory"),
+    "an error that is a text": (lambda: [b'data: {"error": "no GPU"}\n\n'], "HTTP 500 .*no GPU"),
+    "gave up": (lambda: [chat("a", 1), chat("", end="abort")], "finish_reason abort"),
+    "no JSON": (lambda: [b"data: <html>\n\n"], "Expecting value"),
+    "no object": (lambda: [b"data: 3\n\n"], "int"),
+    "no stream": (lambda: [b'{"choices": []}'], "broke off after .*choices"),
+    "silence": (lambda: [lambda: time.sleep(0.5)], "timed out .*fewer traces"),
+    "comments for ever": (lambda: itertools.repeat(b": ping\n\n"), "no token for 0.2 seconds"),
+    "500": (lambda: refuse(500, "overloaded"), "HTTP 500 .*overloaded"),
+    "503": (lambda: refuse(503, "Loading model"), "HTTP 503 .*wait until it is up"),
+}
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_an_error_names_the_server_and_the_option_that_helps(serve, name):
+    answer, message = ERRORS[name]
+    server = serve(lambda body, number: answer())
+    with pytest.raises(ValueError, match=message) as error:
+        sample(server, timeout=0.2)
+    text = str(error.value)
+    assert text.startswith(server.url) and len(text) < 450 and "\n" not in text and "secret" not in text
+
+def test_a_server_that_is_down_or_no_url(serve):
+    server = serve(None)
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(ValueError, match=f"{server.url}: .*refused .is it up"):
+        sample(server)
+    for url in ("localhost:8000/v1", "ftp://x/v1", "http:///v1", ""):
+        with pytest.raises(ValueError, match="expected http://HOST:PORT/v1"):
+            d.Server(url, "m")
+
+def test_broken_connections_and_busy_servers_are_tried_again(serve):
+    answers = [refuse(429, "slow down", **{"Retry-After": "1"}), [chat("lost", 9, 9)], refuse(503, "loading"),
+               reply("kept", 3, 4)]
+    times = []
+    def respond(body, number):
+        times.append(time.monotonic())
+        return answers[number] if number >= 0 else reply("a", 1)
+    machine = d.Online(1, n_init=1, window=2)
+    asked = []
+    def admit(i, index):
+        asked.append(index)
+        return machine.admit(index)
+    server = serve(respond)
+    [trace] = sample(server, admit=admit, retries=3,
+                        on_token=lambda t: machine.on_token(0, t.confidences[-1]))
+    machine.finish(0, "a")
+    assert (trace.text, trace.confidences, trace.stop) == ("kept", [3, 4], "stop")
+    assert machine.tokens == 2 and machine.threshold == 3.5  # not of the lost tokens
+    assert asked == [0] * 4 and times[3] - times[2] >= 1  # Retry-After
+    assert not sample(serve(lambda body, number: [chat("a", 1)] if number == 0 else reply("a", 1)),
+                      admit=lambda i, n: "go" if asked.append(n) or len(asked) < 6 else "done")
+
+def test_a_stopped_trace_closes_its_connection_and_frees_the_slot(serve):
+    closed = []
+    def endless():
+        try:
+            for number in itertools.count():
+                yield chat("a", 5.0 - number)
+                yield lambda: time.sleep(0.005)
+        finally:
+            closed.append(time.monotonic())
+    server = serve(lambda body, number: reply("a", 5) if number < 0 else endless())
+    stopped = []
+    def on_token(trace):
+        if trace.confidences[-1] < 2:
+            stopped.append(time.monotonic())
+        return trace.confidences[-1] < 2
+    [trace] = sample(server, on_token=on_token, tokens=900)
+    while not closed:
+        time.sleep(0.01)
+    assert trace.stop == "deepconf" and trace.confidences == [5, 4, 3, 2, 1] and trace.text == "aaaaa"
+    assert closed[0] - stopped[0] < 0.5
+    # A server that ignores max_tokens is cut off as well.
+    [trace] = sample(server, tokens=3)
+    assert trace.stop == "length" and trace.confidences == [5, 4, 3]
+
+def test_an_empty_reply_has_one_token_of_no_confidence(serve):
+    [trace] = sample(serve(lambda body, number: [event({"delta": {}, "finish_reason": "stop"}), DONE]))
+    assert (trace.text, trace.confidences, trace.stop) == ("", [0.0], "stop")
+
+def test_admission(serve):
+    server = serve(lambda body, number: reply("a", 1))
+    asked, ended = [], []
+    def admit(i, index):
+        asked.append((i, index))
+        if i == 0:
+            return "skip" if index == 1 else "go"
+        if i == 1:
+            return "go" if index == 0 else "wait" if (1, 0) not in ended else "done"
+        return "done"
+    traces = sample(server, [HELLO] * 3, samples=3, slots=2, admit=admit,
+                       on_trace=lambda t: ended.append((t.prompt_index, t.sample_index)))
+    assert [(t.prompt_index, t.sample_index) for t in traces] == [(0, 0), (0, 2), (1, 0)] == sorted(ended)
+    assert asked.count((2, 0)) == 1 and (1, 2) not in asked
+    with pytest.raises(RuntimeError, match="prompt 0 waits"):
+        sample(server, admit=lambda i, index: "wait")
+    assert sample(server, []) == []
+
+def test_an_error_ends_all_and_nothing_that_has_ended_is_lost(serve):
+    def respond(body, number):
+        if number == 2:
+            return refuse(404, "gone")
+        return reply("a", 1) if number < 2 else itertools.repeat(chat("a", 1))
+    ended = []
+    with pytest.raises(ValueError, match="gone"):
+        sample(serve(respond), samples=9, slots=1, on_trace=ended.append)
+    assert len(ended) == 2
+    def full(trace):
+        raise OSError("disk is full")
+    with pytest.raises(OSError, match="full"):  # an error of a callback is no broken connection
+        sample(serve(lambda body, number: reply("a", 1)), on_token=full)
+    def talks(body, number):
+        return reply("a", 1) if number in (-2, -1, 1) else itertools.repeat(chat("a", 1))
+    server = serve(talks)
+    def interrupt(trace):
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        sample(server, samples=9, slots=4, tokens=10**9, on_trace=interrupt)
+    until = time.monotonic() + 5
+    while server.open and time.monotonic() < until:
+        time.sleep(0.01)
+    assert not server.open  # the others hung up
+
+MANY = r"""
+import re, sys, threading, time, deepconf
+marks = []
+def on_token(trace):
+    marks.append((time.monotonic(), time.process_time()))
+server = deepconf.Server(sys.argv[1], "m")
+traces = deepconf.generate(server, ["1+1="], max_new_tokens=9, samples=64, slots=64, on_token=on_token)
+assert len(traces) == 64 and all(t.confidences == [3, 4] for t in traces)
+idle = max(zip(marks, marks[1:]), key=lambda pair: pair[1][0] - pair[0][0])
+(t0, busy0), (t1, busy1) = idle
+peak = int(re.search("VmHWM:\s*(\d+)", open("/proc/self/status").read())[1]) / 1024
+print(t1 - t0, busy1 - busy0, peak)
+"""
+
+def test_64_traces_take_64_connections_little_memory_and_no_busy_thread(serve):
+    def wait():
+        while server.most < 64:
+            time.sleep(0.02)
+        time.sleep(1)
+    held = [chat("a", 3), wait, chat("b", 4, end="stop")]
+    server = serve(lambda body, number: reply("a", 3) if number < 0 else held)
+    done = subprocess.run([sys.executable, "-c", MANY, server.url], cwd=Path(d.__file__).parent,
+                          capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    seconds, busy, megabytes = map(float, done.stdout.split())
+    assert server.most == 64 and seconds > 0.5 and busy < 0.1 * seconds and megabytes < 200
+
+# The command line: server, files of saved replies, and this file alone
+
+ROWS = [{"id": name, "domain": "math", "prompt": f"{name}=?", "answer": answer}
+        for name, answer in (("1+1", "2"), ("1/2", "0.5"), ("5-2", "3"))]
+
+def respond(body, number):
+    """Right answers are confident, in several spellings; those after the warm-up of four are often not."""
+    question = body["messages"][-1]["content"] if "messages" in body else body["prompt"]
+    right = {"1+1": "2", "1/2": r"\frac12", "5-2": "3"}[question.partition("=")[0][-3:]]
+    if number % 3 == 0:
+        return reply(r"\boxed{7}", *[1.5 + 0.001 * number] * 6)
+    return reply(rf"\boxed{{{right}}}", *[3.0 + 0.0001 * number] * 4)
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """run(*flags): exit status, output and errors of the command in a folder with problems.jsonl."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(d.Server, "wait", 0.01)
+    Path("problems.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    def start(*flags):
+        status = d.main(list(flags))
+        return status, *capsys.readouterr()
+    return start
+
+SETTINGS = [*"--model m --problems problems.jsonl --budget 12 --warm-up 4 --window 2 --tau 0".split(),
+            *"--max-tokens 50 --concurrency 3 --suffix".split(), "Box it.", "--system", "Be brief."]
+
+def lines(path="traces.jsonl"):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+def test_the_command_samples_from_a_server(serve, run):
+    server = serve(respond)
+    status, out, err = run("--server", server.url, *SETTINGS)
+    assert status == 0, err
+    traces = lines()
+    assert sorted((t["problem"], t["sample"]) for t in traces) == sorted(
+        (row["id"], i) for row in ROWS for i in range(12))
+    wrong = [t for t in traces if t["stop"] == "deepconf"]
+    assert wrong and all(t["tokens"] == 2 and t["sample"] >= 4 for t in wrong)  # at the first full window
+    for t in traces:
+        assert t["correct"] == (t["confidences"][0] > 2) and t["tie"] == d.SERVER_TIE
+        assert t["confidences"] == [float(np.float32(c)) for c in t["confidences"]]
+    assert server.requests[-1][1]["messages"][0] == {"role": "system", "content": "Be brief."}
+    assert server.requests[-1][1]["messages"][1]["content"].endswith("=?\nBox it.")
+    assert server.requests[-1][1].items() >= {"temperature": 0.6, "top_p": 0.95, "max_tokens": 50}.items()
+    tokens = sum(t["tokens"] for t in traces)
+    assert f"36 traces, {len(wrong)} of them stopped: {tokens} tokens" in out
+    assert "| DeepConf online | 100.0 |" in out and "groups within 0.01 nats" in out
+    # The file replays as it was decided, and restarting it samples nothing.
+    count = len(server.requests)
+    assert run("--server", server.url, *SETTINGS)[1].splitlines()[:4] == out.splitlines()[:4]
+    assert len(server.requests) == count + 2 and len(lines()) == 36
+    status, _, err = run("--server", server.url, *SETTINGS, "--eta", "90")
+    assert status == 1 and "line 1: field run: no trace, or sampled with other" in err
+
+def test_an_interrupted_command_goes_on(serve, run):
+    down = threading.Event()
+    def dies(body, number):
+        if number == 7 or down.is_set():
+            down.set()
+            return 404, {}, [b"gone"]
+        return respond(body, number)
+    server = serve(dies)
+    status, _, err = run("--server", server.url, *SETTINGS)
+    before = lines()
+    assert status == 1 and "HTTP 404 gone" in err and 3 <= len(before) <= 7
+    with open("traces.jsonl", "a") as file:
+        file.write(f'{{"run": "{before[0]["run"]}", "sec')  # killed while it wrote
+    server.respond = respond
+    assert run("--server", server.url, *SETTINGS)[0] == 0
+    assert lines()[: len(before)] == before and len({(t["problem"], t["sample"]) for t in lines()}) == 36
+    assert max(t["seconds"] for t in lines()[len(before) :]) >= max(t["seconds"] for t in before)
+
+@pytest.mark.parametrize("text", ['{"problem": "1', '{"run": "0"}', "notes\nmore", "\n", '{"id": "a"}\n{'])
+def test_out_that_holds_something_else(serve, run, text):
+    Path("other").write_text(text)
+    server = serve(respond)
+    status, _, err = run("--server", server.url, *SETTINGS, "--out", "other")
+    assert status == 1 and "other, line 1: field run: no trace" in err
+    assert Path("other").read_text() == text and not server.requests
+
+def test_out_that_a_kill_left_with_half_a_line_or_that_is_in_use(serve, run):
+    Path("traces.jsonl").write_text('{"run": ')
+    server = serve(respond)
+    with open("traces.jsonl") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        status, _, err = run("--server", server.url, *SETTINGS)
+        assert status == 1 and "traces.jsonl: another process writes to it" in err and not server.requests
+    assert run("--server", server.url, *SETTINGS)[0] == 0 and len(lines()) == 36
+    Path("traces.jsonl").write_text("\n".join(map(json.dumps, lines() * 2)) + "\n")
+    assert "\n36 traces" in run("--server", server.url, *SETTINGS)[1]  # the first of two counts
+    # Traces are of certain problems, too.
+    Path("problems.jsonl").write_text(Path("problems.jsonl").read_text().replace('"1+1", "d', '"2", "d'))
+    status, _, err = run("--server", server.url, *SETTINGS)
+    assert status == 1 and "sampled with other settings" in err
+
+@pytest.mark.parametrize(("end", "path"), [
+    ("/", "/v1/chat/completions"), ("/chat/completions", "/v1/chat/completions"),
+    ("/completions/", "/v1/completions")])
+def test_urls_that_end_otherwise(serve, run, end, path):
+    server = serve(respond)
+    assert run("--server", server.url + end, *SETTINGS)[0] == 0
+    assert {asked for asked, _ in server.requests} == {path}
+
+def test_consensus_and_plain_completions(serve, run):
+    server = serve(lambda body, number: reply(r"\boxed{2}", 3, 3, 3))
+    status, out, _ = run("--server", server.url + "/completions", *SETTINGS, "--tau", "0.95")
+    assert status == 0 and len(lines()) == 12  # four of each problem, which agree
+    assert "| DeepConf online | 33.3 | 33.3 | 0.33 | 3 | 0 |" in out
+    assert server.requests[-1][0] == "/v1/completions"
+    asked = {f"Be brief.\n\n{row['prompt']}\nBox it." for row in ROWS}
+    assert {body["prompt"] for _, body in server.requests} == asked
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("", "p.jsonl: expected problems"), ("{", "p.jsonl, line 1: expected a JSON object"),
+    ("3", "p.jsonl, line 1: expected a JSON object"), ('{"id": "a", "prompt": "b"}', "line 1: field answer"),
+    (f"{json.dumps(ROWS[0])}\n" * 2, "each with an id of its own")])
+def test_bad_problems_alone(run, monkeypatch, capsys, text, message):
+    monkeypatch.setitem(sys.modules, "data", None)  # cannot be imported
+    Path("p.jsonl").write_text(text)
+    status = d.main(["--server", "http://x/v1", "--problems", "p.jsonl"])
+    assert str(status).startswith("error: ") and message in status
+
+def test_equal_texts_share_their_fate():
+    """Bfloat16 noise around the threshold, which is the confidence of the most confident warm-up trace."""
+    noisy = [trace("a", c, c) for c in (3.0, 3.004, 2.998, 3.002, 2.995, 3.001)] + [trace("b", 2.98, 2.98)]
+    def decide(tie):
+        return d.replay(noisy, n_init=2, eta=10, window=2, tau=None, tie=tie).tokens
+    longer = [trace(t.answer, *t.confidences * 4) for t in noisy]
+    machine = d.replay(longer, n_init=2, eta=10, window=2, tau=None, tie=d.SERVER_TIE)
+    assert [t.tokens for t in machine.traces] == [8] * 6 + [2]
+    machine = d.replay(longer, n_init=2, eta=10, window=2, tau=None)
+    assert [t.tokens for t in machine.traces] == [8, 8, 2, 2, 2, 2, 2]
+    assert d.offline(noisy, window=2, eta=10, tie=d.SERVER_TIE)[1] == 1
+    assert d.keep_top([3.0, 3.004, 2.98], 10, d.SERVER_TIE).tolist() == [True, True, False]
+    assert decide(d.TIE) == decide(d.SERVER_TIE)  # two tokens are one window
+
+SAVED = choice_of(entry(3), entry(4), delta=None, message={"content": r"\boxed{2}"})
+WRONG = SAVED | {"message": {"content": r"\boxed{7}"}}
+OLD = {"text": r"\boxed{0.50}", "logprobs": {"top_logprobs": [{"a": -3, "b": -3}]}, "finish_reason": "length"}
+VLLM = {"text": r"\boxed{3}", "logprobs": [{"17": {"logprob": -3.0, "rank": 1}}]}
+
+BATCH = [{"custom_id": name, "response": {"body": {"choices": [choice, WRONG, choice]}}}
+         for name, choice in (("5-2", VLLM), ("1+1", SAVED), ("1/2", OLD))]
+
+@pytest.mark.parametrize(("records", "expected"), [
+    ([{"choices": [SAVED, SAVED, WRONG]}, {"choices": [OLD]}, {"choices": [VLLM]}], "100.0 | 0.0 | 1.00 | 3"),
+    (BATCH, "100.0 | 0.0 | 1.00 | 3"),
+    ([choice | {"problem": name} for name, choice in (("1+1", SAVED), ("5-2", WRONG), ("1+1", SAVED))],
+     "50.0 | 50.0 | 1.00 | 2"),
+])
+def test_saved_replies(run, records, expected):
+    for text in ("\n".join(map(json.dumps, records)), json.dumps(records, indent=1)):
+        Path("saved.json").write_text(text)
+        status, out, err = run("saved.json", "--problems", "problems.jsonl", "--window", "2")
+        assert status == 0, err
+        assert out.count("\n| ") == 16 and "within 0.01 nats" in out
+        assert f"| majority | {expected} | 0 |" in out
+
+@pytest.mark.parametrize(("record", "message"), [
+    (SAVED, "line 1: fields problem, custom_id: None is no problem of --problems"),
+    ({"custom_id": "x", "choices": [SAVED]}, "line 1: fields problem, custom_id: x is no problem"),
+    ({"choices": [SAVED | {"logprobs": None}]}, "line 1: field confidences"),
+    ({"choices": [SAVED | {"logprobs": {"content": [entry(math.nan)]}}]}, "field choices or logprobs: .*NaN"),
+    ({"choices": 3}, "line 1: field choices or logprobs"),
+])
+def test_bad_saved_replies(run, record, message):
+    Path("saved.jsonl").write_text(json.dumps(record))
+    status, _, err = run("saved.jsonl", "--problems", "problems.jsonl")
+    assert status == 1 and re.search(message, err) and err.count("\n") == 1
+    status, _, err = run("saved.jsonl")
+    assert status == 1 and re.search("None is no problem of --problems|x is no|logprobs", err)
+
+@pytest.mark.parametrize(("flags", "message"), [
+    ("", "expected a file of traces, or --server"),
+    ("traces.jsonl --server http://x/v1", "expected a file of traces, or --server"),
+    ("--server http://x/v1", "expected a file of traces, or --server and --problems"),
+    ("--server x --problems problems.jsonl", "expected http://HOST:PORT/v1"),
+    ("--server http://x/v1 --problems problems.jsonl --eta 0", "eta: 0.0, expected"),
+    ("--server http://x/v1 --problems problems.jsonl --tau 95", "tau: 95.0, expected a share"),
+    ("--server http://x/v1 --problems problems.jsonl --warm-up 0", "n_init: 0, expected"),
+    ("--server http://x/v1 --problems problems.jsonl --concurrency 0", "batch: 0, expected"),
+    ("--server http://x/v1 --problems problems.jsonl --max-tokens 0", "max_new_tokens 0 is below 1"),
+    ("--server http://x/v1 --problems problems.jsonl --top-logprobs 0", "top_logprobs above 0"),
+    ("--server http://x/v1 --problems tests.jsonl", "line 1: tests decide"),
+    ("--server http://x/v1 --problems none.jsonl", "none.jsonl"),
+    ("--serve http://x/v1", "--serve"),
+])
+def test_flags_that_make_no_sense(run, flags, message):
+    code = {"id": "c", "domain": "code", "prompt": "f", "tests": [{"input": "1", "output": "1"}]}
+    Path("tests.jsonl").write_text(json.dumps(code))
+    status, _, err = run(*flags.split())
+    assert status == 1 and message in err and err.count("\n") == 1
+
+def test_alone_it_samples_and_compares_word_for_word(serve, run, tmp_path):
+    shutil.copy(d.__file__, tmp_path)
+    server = serve(respond)
+    def alone(*flags):
+        start = "import sys; sys.path.insert(0, '.'); import deepconf; sys.exit(deepconf.main())"
+        return subprocess.run([sys.executable, "-I", "-c", start, *flags], capture_output=True, text=True)
+    done = alone("--server", server.url, *SETTINGS)
+    assert done.returncode == 0, done.stderr
+    assert "| DeepConf online | 66.7 |" in done.stdout  # \frac12 is not 0.5, word for word
+    done = alone("traces.jsonl")
+    assert done.returncode == 1 and "expected complete traces" in done.stderr
+    Path("saved.jsonl").write_text(json.dumps({"choices": [SAVED, SAVED, WRONG]}))
+    done = alone("saved.jsonl", "--problems", "problems.jsonl", "--window", "2")
+    assert "| majority | 100.0 | - | 1.00 | 1 | 0 |" in done.stdout
