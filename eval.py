@@ -4,6 +4,7 @@ r"""Evaluation: sample replies, judge them, vote on their answers, and report ac
     python eval.py --model FOLDER --problems FILE --out FOLDER --fresh --temperature 0.6 --top-p 0.95 \
         --samples 512 --max-new-tokens 65536 --window 2048      # the paper's setting (section 5)
     torchrun --nproc-per-node 8 eval.py --model FOLDER   # problems shared out; the same traces up to rounding
+    python eval.py --server http://localhost:8000/v1 --server-model NAME --problems FILE   # vLLM, SGLang, ...
     python eval.py --traces FILE        # every vote and filter again on recorded traces, without a model
     python eval.py --check FILE         # can these problems be scored? Tries their own solutions
     python eval.py --chat --model FOLDER                 # talk to a checkpoint; Ctrl-D ends
@@ -29,6 +30,9 @@ Methods (rows of the report), n samples per problem; the names for --methods on 
                              measured: after 16 warm-up traces, one is stopped when its confidence falls below
                              the top 10% (LOW) or 90% (HIGH) of theirs, and all sampling stops when 95% of the
                              votes agree
+
+A server is given no seed, so there DeepConf online samples traces of its own, not the beginnings of others. A
+token counts if the server sends its log-probabilities.
 
 With several domains rows of each follow; replies cut off at --max-new-tokens are counted.
 
@@ -89,6 +93,7 @@ class Reply:
     reason: str  # of the verdict
     stop: str
     seconds: float  # of generation, when it ended
+    tie: float  # nats below a threshold that still reach it: rounding here, or the noise of a server
     measures: dict  # its confidence by the names of deepconf.MEASURES
     confidences: object = None  # of its tokens, float32 (tokens,), only where replay() needs them
 
@@ -103,31 +108,54 @@ class Samples(NamedTuple):
     ballots: list  # per problem
     n: int  # replies per problem, at most
     seconds: float  # wall time of generation, on the slowest rank
-    votes: list = ()  # per problem (answer, share), what DeepConf online decided
+    voted: list = ()  # per problem, the answer that DeepConf online decided for
+
+    def tie(self):
+        """That of the noisiest reply, see Reply."""
+        return max(reply.tie for ballot in self.ballots for reply in ballot.replies)
 
     def tokens(self):
         """Tokens of all replies, per problem. Those of stopped traces count, as they were generated."""
         return [sum(reply.tokens for reply in ballot.replies) for ballot in self.ballots]
 
-def load(folder, device, dtype="auto"):
-    """(model, tokenizer) of a checkpoint. dtype auto: bfloat16 on a GPU, on a CPU the stored one."""
+def load(folder, args):
+    """(model, tokenizer) of a checkpoint. --dtype auto: bfloat16 on a GPU, on a CPU the stored one."""
     tokenizer = data.load_tokenizer(folder)
-    if dtype == "auto" and device.startswith("cuda"):
-        dtype = "bfloat16"
-    return FalconH1.from_pretrained(data.model_folder(folder), dtype=DTYPES[dtype], device=device), tokenizer
+    dtype = torch.bfloat16 if args.device == "cuda" and args.dtype == "auto" else DTYPES[args.dtype]
+    return FalconH1.from_pretrained(data.model_folder(folder), dtype=dtype, device=args.device), tokenizer
+
+def open_checkpoint(folder, problems, args):
+    """(name in the report, model, tokenizer, prompts) of a checkpoint. Prompts are lists of token ids."""
+    # "rl" for runs/tiny/rl and for runs/tiny/rl/model
+    name = Path(folder).resolve().as_posix().removesuffix("/model").rpartition("/")[2]
+    model, tokenizer = load(folder, args)
+    return name, model, tokenizer, data.prompts_of(problems, args, tokenizer)
+
+def open_server(problems, args):
+    """The same of a server: a deepconf.Server, no tokenizer, and prompts that are lists of messages.
+
+    Asks the longest problem for one token: what is wrong with server, name, key or length shows here, before
+    any work."""
+    server = deepconf.Server(args.server, args.server_model)
+    chats = [ask(problem.prompt, args.system, args.suffix) for problem in problems]
+    longest = max(chats, key=lambda chat: len(chat[-1]["content"]))
+    reply_to([longest], server, None, args, on_token=lambda trace: True)
+    return args.server_model, server, None, chats
 
 def reply_to(prompts, model, tokenizer, args, **more):
-    """Traces of replies to prompts, which are lists of token ids. more: for model.generate."""
-    return generate(model, prompts, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
-                    top_p=args.top_p, seed=args.seed, stop_ids=tokenizer.stop_ids,
-                    vocab_size=tokenizer.vocab_size, **more)
+    """Traces of replies to prompts, by a model here or by a server. more: for model.generate."""
+    settings = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_p": args.top_p}
+    if tokenizer is None:
+        return deepconf.generate(model, prompts, **settings, **more)
+    return generate(model, prompts, seed=args.seed, stop_ids=tokenizer.stop_ids,
+                    vocab_size=tokenizer.vocab_size, **settings, **more)
 
 def sample(model, tokenizer, prompts, problems, args, judge, mark, n, file, settings=None):
     """Sample n replies to every problem, judge them, and write them to `file` in --out -> Samples on rank 0.
 
-    Each rank samples and judges its share of the problems. prompts: their token ids; mark: see open_out.
+    Each rank samples and judges its share of the problems. prompts: see reply_to; mark: see open_out.
     settings: of deepconf.Online, which decides during generation which traces start and which stop early; up
-    to its stop a trace is the same as without. None: n complete replies.
+    to its stop a trace is the same as without, but for a server's. None: n complete replies.
     Raises ValueError if too many verdicts are unknown, after the file is written."""
     path = Path(args.out) / file
     online = []  # per problem
@@ -140,7 +168,7 @@ def sample(model, tokenizer, prompts, problems, args, judge, mark, n, file, sett
         verdicts = judge_share(found, problems, args, judge)
     # Rank 0 merges what all ranks have written, and makes the report.
     verdicts = ChainMap(*gather(verdicts))
-    votes = gather([machine.result() for machine in online])
+    votes = gather([machine.result()[0] for machine in online])
     samples = None
     with together():
         if RANK == 0:
@@ -149,8 +177,8 @@ def sample(model, tokenizer, prompts, problems, args, judge, mark, n, file, sett
             # Write before checking: samples are expensive and must not be lost.
             data.check_unknown(f"{path} holds every reply, but", unknown_reasons(replies), len(replies))
             # Only the rank that sampled problem i knows the result of its vote.
-            votes = [votes[i % WORLD][i] for i in range(len(online))]
-            samples = Samples(ballots, n, max(reply.seconds for reply in replies), votes)
+            voted = [votes[i % WORLD][i] for i in range(len(online))]
+            samples = Samples(ballots, n, max(reply.seconds for reply in replies), voted)
     return samples
 
 def sample_share(path, model, tokenizer, prompts, problems, args, run, n, online):
@@ -183,17 +211,18 @@ def sample_share(path, model, tokenizer, prompts, problems, args, run, n, online
 
     def on_trace(trace):  # it has ended
         problem = problems[trace.prompt_index]
-        text = data.reply_text(trace.tokens, tokenizer)
+        text = data.reply_text(trace.tokens, tokenizer) if tokenizer else trace.text
         answer = answer_of(text, problem)
         append(path.with_suffix(f".part{RANK}.jsonl"), {
             "problem": problem.id, "domain": problem.domain, "sample": trace.sample_index, "run": run,
             "gold": "" if decided_by_tests(problem) else problem.answer, "seed": args.seed,
-            "seconds": round(time.perf_counter() - begun, 2), "text": text, "tokens": len(trace.tokens),
-            "answer": answer, "correct": None, "reason": "not judged yet", "stop": trace.stop,
+            "seconds": round(time.perf_counter() - begun, 2), "text": text,
+            "tokens": len(trace.confidences), "answer": answer, "correct": None, "reason": "not judged yet",
+            "stop": trace.stop, "tie": deepconf.SERVER_TIE if args.server else deepconf.TIE,
             # 9 digits identify a float32, so that a replay decides as the live run did.
             "confidences": [float(f"{confidence:.9g}") for confidence in trace.confidences]})
-        # generate() returns all traces that ended; only the file is to hold their tokens.
-        trace.tokens = trace.logprobs = trace.confidences = ()
+        # generate() returns all traces that ended; only the file is to hold what is in them.
+        trace.tokens = trace.text = trace.logprobs = trace.confidences = ()
         if online:
             online[trace.prompt_index].finish(trace.sample_index, answer)  # it may vote
 
@@ -211,21 +240,22 @@ def sample_share(path, model, tokenizer, prompts, problems, args, run, n, online
 # or, after the merge and before the deletion, in two; the first one counts. Files are read a line at a time:
 # a trace of 65536 tokens takes 1 MB as text and a few MB as Python's numbers.
 
-# What every line must have; see sample_share for all fields.
-FIELDS = {"domain": str, "gold": str, "stop": str, **deepconf.FIELDS}
+# What every line must have, and what files of earlier versions lack; see sample_share for all fields.
+EARLIER = {"run": "none", "reason": "", "seconds": 0.0, "tie": deepconf.TIE}
+FIELDS = {**dict.fromkeys(("domain", "gold", "stop", "reason"), str), "seconds": float, "tie": float,
+          **deepconf.FIELDS}
 
 def read_traces(path, run=None):
     """Yield (where, offset of the line, record) of a traces file, one line in memory at a time.
 
     run: what the field `run` must be; None: the same in all lines. ValueError names line and field."""
     for where, offset, line in data.read_rows(path):
-        record = data.parse_json(line, where)
+        record = EARLIER | data.parse_json(line, where)
         deepconf.check_trace(record, where, FIELDS)
-        mark = record.get("run", "none")  # files of earlier versions have none
-        run = run or mark
-        if mark != run:
-            raise ValueError(f"{where}: field run: {mark}, expected {run}: this trace is of another model or "
-                             "file, or was sampled with other settings")
+        run = run or record["run"]
+        if record["run"] != run:
+            raise ValueError(f"{where}: field run: {record['run']}, expected {run}: this trace is of another "
+                             "model or file, or was sampled with other settings")
         yield where, offset, record
 
 def parts(path):
@@ -304,9 +334,8 @@ def to_reply(record, window, keep=False):
     """The Reply of a record. keep: with the confidences of its tokens."""
     confidences = np.float32(record["confidences"])  # as the sampler computed them
     measures = {name: measure(confidences, window) for name, measure in deepconf.MEASURES.items()}
-    # Files of earlier versions have no seconds.
-    return Reply(len(confidences), record["answer"], record["correct"], record.get("reason", ""),
-                 record["stop"], record.get("seconds", 0.0), measures, confidences if keep else None)
+    return Reply(len(confidences), record["answer"], record["correct"], record["reason"], record["stop"],
+                 record["seconds"], record["tie"], measures, confidences if keep else None)
 
 def checksum(folder):
     """CRC-32 of the files of a model."""
@@ -401,17 +430,17 @@ def majority_curve(samples):
 def filtered(method, samples, measure, eta):
     """Of all replies the eta percent most confident vote, weighted by that confidence."""
     answers = []
+    tie = samples.tie()
     for _, replies, same in samples.ballots:
         conf = [reply.measures[measure] for reply in replies]
-        answers.append(deepconf.filtered_vote([r.answer for r in replies], conf, eta, same)[0])
+        answers.append(deepconf.filtered_vote([r.answer for r in replies], conf, eta, same, tie)[0])
     return by_vote(f"{method}@{samples.n}", samples, answers, samples.tokens())
 
 def deepconf_online(level, samples):
     """Traces were stopped while they were sampled. The tokens of stopped traces count.
 
     Seconds fall less than tokens, as the last batches are small. level: see level_of."""
-    answers = [answer for answer, _ in samples.votes]
-    return by_vote(f"deepconf-{level}@{samples.n}", samples, answers, samples.tokens())
+    return by_vote(f"deepconf-{level}@{samples.n}", samples, samples.voted, samples.tokens())
 
 def level_of(eta):
     """The name of DeepConf online with a percentage kept; the authors call two of them low and high."""
@@ -422,14 +451,14 @@ def evaluate(sample, args):
 
     sample(file, settings=None): sample() for it."""
     samples = sample("traces.jsonl")
+    settings = {"n_init": args.warm_up, "window": args.window, "tau": args.tau or None, "batch": args.batch,
+                "tie": samples.tie() if samples else deepconf.TIE}
     online = {}  # level: Samples
     # With too few samples it would never stop a trace.
     useful = "online" in args.methods and args.samples > args.warm_up
     for eta in args.eta if useful else []:
-        settings = {"n_init": args.warm_up, "eta": eta, "window": args.window, "tau": args.tau or None,
-                    "batch": args.batch}
         # The same seeds: up to its stop a trace is that of traces.jsonl. What is measured is the cost.
-        online[level_of(eta)] = sample(f"traces-{level_of(eta)}.jsonl", settings)
+        online[level_of(eta)] = sample(f"traces-{level_of(eta)}.jsonl", settings | {"eta": eta})
     if RANK > 0:
         return None
 
@@ -470,8 +499,8 @@ def replay(path, args):
         if settings is None:
             return whole
         machines = [deepconf.replay(b.replies, same=b.same, **settings) for b in ballots]
-        votes = [machine.result() for machine in machines]
-        samples = Samples([*map(stopped, ballots, machines)], whole.n, seconds, votes)
+        voted = [machine.result()[0] for machine in machines]
+        samples = Samples([*map(stopped, ballots, machines)], whole.n, seconds, voted)
         # Nothing is generated here: seconds are a share of those of the recorded run.
         return samples._replace(seconds=seconds * sum(samples.tokens()) / sum(whole.tokens()))
     return evaluate(again, args)
@@ -490,11 +519,11 @@ def report_row(outcome, domain="all"):
     # Indices of problems
     chosen = [i for i, ballot in enumerate(samples.ballots) if domain in ("all", ballot.domain)]
     scores = [outcome.scores[i] for i in chosen]
+    unknown = scores.count(None)
     accuracy, stderr = deepconf.mean_and_stderr(scores)
     tokens = sum(outcome.tokens[i] for i in chosen)
     seconds = samples.seconds * tokens / sum(samples.tokens())  # the method's share of the sampling time
     stops = [reply.stop for i in chosen for reply in samples.ballots[i].replies]
-    unknown = scores.count(None)
     return {"method": outcome.method, "domain": domain, "accuracy": accuracy, "stderr": stderr,
             "tokens": round(tokens), "seconds": round(seconds, 2), "problems": len(scores) - unknown,
             "unknown": unknown, "cut_off": stops.count("length") / len(stops)}
@@ -519,8 +548,9 @@ def table(rows):
         accuracy, stderr, cut_off = map(deepconf.percent, (r["accuracy"], r["stderr"], r["cut_off"]))
         cells.append((r["checkpoint"], r["method"], accuracy, stderr, f"{r['tokens']:,}",
                       f"{r['seconds']:.1f}", r["problems"], r["unknown"], cut_off, r["domain"]))
+    first = max(10, *(len(r["checkpoint"]) for r in rows))
     width = max(21, *(len(r["method"]) for r in rows))
-    form = f"| {{:10}} | {{:{width}}} | {{:>10}} | {{:>6}} | {{:>10}} | {{:>7}} | {{:>8}} | {{:>7}} |"
+    form = f"| {{:{first}}} | {{:{width}}} | {{:>10}} | {{:>6}} | {{:>10}} | {{:>7}} | {{:>8}} | {{:>7}} |"
     # The last two say nothing in the small run, which has one domain and cuts nothing off.
     if any(r["cut_off"] or r["domain"] != "all" for r in rows):
         form += " {:>9} | {:10} |"
@@ -531,6 +561,8 @@ def report_text(rows, samples):
     replies = [reply for ballot in samples.ballots for reply in ballot.replies]
     calibration = deepconf.calibration_sentence([(r.correct, r.measures["lowest"]) for r in replies])
     report = f"{table(rows)}\n\n{calibration}\n"
+    if samples.tie() > deepconf.TIE:
+        report += f"Traces of a server: groups within {samples.tie():g} nats of a threshold reach it.\n"
     if reasons := unknown_reasons(replies):
         report += f"{reasons.total()} of {len(replies)} verdicts unknown: {data.describe(reasons)}.\n"
     return report
@@ -617,7 +649,7 @@ def chat(args):
     """Talk to a checkpoint; replies are printed while they are generated.
 
     The model sees the whole conversation, except for the reasoning in its earlier replies."""
-    model, tokenizer = load(args.model or SMALL_RUN[-1], args.device, args.dtype)
+    model, tokenizer = load(args.model or SMALL_RUN[-1], args)
     messages = []
     shown = ""  # of the reply so far
     def stream(trace):
@@ -672,6 +704,8 @@ OUTPUTS = ("traces*.jsonl", "report.*", "accuracy.png")
 @dataclass
 class Args:
     model: str = flag("", "folder of a run or of a model; empty: runs/tiny/rl, and pass@1 of runs/tiny/sft")
+    server: str = flag("", "URL of an endpoint that samples in place of --model; gets OPENAI_API_KEY")
+    server_model: str = flag("", "name of the model there")
     problems: str = flag("runs/tiny/data/heldout.jsonl", "file of problems, in any shape that data.py reads")
     out: str = flag("runs/tiny/eval", "folder to write")
     limit: int = flag(None, "problems to take, 0: all; None: 200 of the small run's file, all of another")
@@ -688,7 +722,7 @@ class Args:
     tau: float = flag(0.95, "share of the votes that ends DeepConf online; 0: none, all --samples are taken")
     warm_up: int = flag(16, "traces that DeepConf online completes before it stops any")
     batch: int = flag(4, "traces that it then starts together; one by one would halve throughput")
-    slots: int = flag(0, "traces that decode at a time; 0: as many as fit into memory")
+    slots: int = flag(0, "traces that decode at a time; 0: as many as fit into memory, of a server 16")
     seed: int = flag(0, "of sampling")
     device: str = flag("", "cpu or cuda; empty: cuda where there is one")
     dtype: str = flag("auto", "float32, bfloat16, or auto: bfloat16 on a GPU, as in RL; on a CPU as stored")
@@ -696,7 +730,7 @@ class Args:
     traces: str = flag("", "only report on all traces of this file, by --methods, --eta, --window, ...")
     check: str = flag("", "only check that the verifier accepts the solutions in this file of problems")
     code_tests: int = flag(0, "tests to run per code problem, a random sample; 0: all")
-    judge: str = flag("", "URL of a chat endpoint that compares answers in words; its key: OPENAI_API_KEY")
+    judge: str = flag("", "URL of a chat endpoint that compares answers in words; gets the same key")
     judge_model: str = flag("judge", "name of the model there")
     judge_cache: str = flag("runs/judge.jsonl", "file of its verdicts")
     unsafe_local_execution: bool = flag(False, "run the model's programs even where they cannot be isolated")
@@ -729,6 +763,10 @@ def check_args(args):
     except ValueError as error:
         raise ValueError(f"--eta {args.eta}: {error}") from None
     check_methods(args)
+    if args.server or args.server_model:
+        if not (args.server and args.server_model) or WORLD > 1 or args.model or args.chat:
+            raise ValueError("--server and --server-model need each other and one rank, no --model or --chat")
+        args.slots = args.slots or 16
     args.system = data.text_or_file(args.system)  # run.json holds the text
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     args.device = args.device or devices[0]
@@ -757,14 +795,16 @@ def run(args):
         dist.init_process_group("gloo", timeout=timedelta(days=7))  # ranks wait for the slowest one
     # The user's mistakes show here, the cheap checks before the weights are read.
     folders = [args.model] if args.model else SMALL_RUN
+    folders = [] if args.server else folders  # its weights are elsewhere
     with together():
         for folder in folders:
             data.check_exists(folder)
         judge = open_judge(args)
         problems = data.read_problems(args.problems, args.limit, partial(check_scorable, judge=args.judge))
         check_code(problems, args.problems, args.unsafe_local_execution, quiet=RANK > 0)
-        loaded = [load(folder, args.device, args.dtype) for folder in folders]
-        prompts = [data.prompts_of(problems, args, tokenizer) for _, tokenizer in loaded]
+        checkpoints = [open_checkpoint(folder, problems, args) for folder in folders]
+        if args.server:
+            checkpoints = [open_server(problems, args)]
     # Every rank has what it needs: only now may --fresh delete anything.
     # All ranks need the mark of the traces, which only rank 0 computes: it reads the weights once more.
     mark = ""
@@ -776,11 +816,10 @@ def run(args):
     # The last checkpoint gets all methods. The SFT checkpoint before it gets pass@1 from 4 samples, enough
     # to show what RL gains.
     rows = []
-    for folder, checkpoint, asked in zip(folders, loaded, prompts):
-        path = Path(folder).resolve()
-        name = path.parent.name if path.name == "model" else path.name  # "rl" also for runs/tiny/rl/model
-        sample_it = partial(sample, *checkpoint, asked, problems, args, judge, mark)
-        if folder == folders[-1]:
+    last = checkpoints[-1][0]
+    for name, *checkpoint in checkpoints:
+        sample_it = partial(sample, *checkpoint, problems, args, judge, mark)
+        if name == last:
             results = evaluate(partial(sample_it, args.samples), args)
         else:
             few = sample_it(min(4, args.samples), f"traces-{name}.jsonl")
@@ -796,7 +835,8 @@ def open_out(args, folders, problems):
 
     mark: 8 hex digits, which stand for all that the traces depend on."""
     flags = vars(args)
-    apart = ("out", "fresh", "chat", "check", "traces", "slots")  # nothing that is sampled depends on these
+    # Nothing that is sampled depends on these; a server may move.
+    apart = ("out", "fresh", "chat", "check", "traces", "slots", "server")
     identity = {name: flags[name] for name in flags if name not in apart}
     # A model may have been trained on, and a file of problems edited, in its old place.
     identity |= {f"a checksum of {folder} of": checksum(folder) for folder in folders}
@@ -825,8 +865,8 @@ def main(argv=None):
         args = data.parse_args(Args, __doc__.partition("\n")[0], argv)
         if args.check:
             return check_file(args.check, args.unsafe_local_execution)
-        if args.traces and args.model:
-            raise ValueError("--traces with --model: recorded traces are of the model that wrote them")
+        if args.traces and (args.model or args.server):
+            raise ValueError("--traces takes no --model or --server: traces are of the model that wrote them")
         if args.traces:
             args.samples = math.inf  # until the file is read
         check_args(args)

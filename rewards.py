@@ -50,16 +50,14 @@ def check(ok, why):
 # 1. The verdict ---------------------------------------------------------------------------------------------
 
 def verify(text, problem, *, judge=None, **settings):
-    """Score a reply by the problem's tests, choices or answer.
+    """Score a reply by the problem's tests, choices or answer -> a Verdict (score, reason, seconds).
 
     Args:
         text: the reply, without the token that ends it.
         judge: a Judge or None. It decides only about answers that differ from the reference where that is
             not mathematics or cannot be read.
         settings: those of sandbox.run_code.
-    Returns: a Verdict (score, reason, seconds).
-    Raises: ValueError if tests cannot be read or programs cannot be isolated; check_code() finds both early.
-    """
+    Raises: ValueError if tests cannot be read or programs not isolated; check_code() finds both early."""
     start = time.perf_counter()
     try:
         if decided_by_tests(problem):
@@ -94,7 +92,8 @@ def decided_by_tests(problem):
 def check_scorable(problem, judge=None):
     """Raise ValueError, saying why, if no tests, choices, judge or answer can score a problem."""
     if not (judge or decided_by_tests(problem) or problem.extra.get("choices")):
-        check_gold(problem.answer)
+        why = why_unreadable(problem.answer)
+        check(not why, why)
 
 # 2. The answer in a reply -----------------------------------------------------------------------------------
 
@@ -111,18 +110,15 @@ def extract_answer(text):
     The content of the last balanced `\boxed{}`, the inner one if they are nested. Without a box, the rest of
     the line after the last `####`, as in GSM8K. Linear in the length of the text."""
     reply = after_reasoning(text)
-    answer = ""
-    last = -1  # where the answer starts
+    box = (0, 0)  # where its content starts and ends; no box starts at 0
     starts = []  # for each open brace: where its box starts, -1 if it opens no box
     for brace in BRACE.finditer(reply):
         if brace["open"]:
             starts.append(brace.end() if brace["box"] else -1)
         elif brace["close"] and starts:
-            start = starts.pop()
-            if start > last:
-                last = start
-                answer = reply[start : brace.start()]
-    if last < 0 and "####" in reply:
+            box = max(box, (starts.pop(), brace.start()))
+    answer = reply[slice(*box)]
+    if box == (0, 0) and "####" in reply:
         answer = reply.rpartition("####")[2].partition("\n")[0]
     return answer.strip() or None
 
@@ -217,10 +213,9 @@ def check_code(problems, where, unsafe, quiet=False):
     for problem in code:
         place = f"{where}: problem {problem.id}: field tests"
         check_tests(problem.extra.get("tests"), place, problem.extra.get("entry_point", ""))
-    if code:
-        layers = require_sandbox(unsafe)
-        if not quiet:
-            print("sandbox:", ", ".join(f"{name}: {state}" for name, state in layers.items()))
+    layers = require_sandbox(unsafe) if code else {}
+    if layers and not quiet:
+        print("sandbox:", ", ".join(f"{name}: {state}" for name, state in layers.items()))
 
 # 5. A judge -------------------------------------------------------------------------------------------------
 
@@ -236,8 +231,8 @@ Student's answer: {}
 You may think first. Your last line must be `VERDICT: RIGHT` or `VERDICT: WRONG`."""
 MAX_JUDGED = 4000  # characters of an answer, some 600 words
 MAX_RESPONSE = 1 << 20  # bytes; 2048 tokens are some 10 KB
-# The endpoint is down or slow; it does not speak HTTP; it returns no chat completion.
-REQUEST_ERRORS = (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, RecursionError)
+# The endpoint is down or slow; it does not speak HTTP; it refuses, or returns no chat completion.
+REQUEST_ERRORS = (OSError, http.client.HTTPException, ValueError)
 
 def parse_verdict(text):
     """"right" or "wrong" if the last line says so and no line the opposite, else "unknown: " and why."""
@@ -250,9 +245,9 @@ def parse_verdict(text):
 class Judge:
     """A language model that compares answers in words, behind an OpenAI-style chat completions endpoint.
 
-    It answers at temperature 0; its clear verdicts are cached. If all endpoints are down, slow or return
-    nonsense, the verdict is unknown: a silent zero would pass for a wrong answer. Threads may share a Judge.
-    Raises ValueError, naming it, if an endpoint cannot tell 2 + 2 = 4 from 2 + 2 = 5."""
+    It answers at temperature 0 where the server takes it; its clear verdicts are cached. If all endpoints are
+    down, slow or return nonsense, the verdict is unknown: a silent zero would pass for a wrong answer.
+    Threads may share a Judge. ValueError names an endpoint that cannot tell 2 + 2 = 4 from 2 + 2 = 5."""
     url: str  # up to its version, http://localhost:8000/v1; several, separated by commas, share the questions
     model: str
     cache: str = ""  # file of verdicts, created and appended to; "" is none
@@ -264,9 +259,10 @@ class Judge:
     def __post_init__(self):
         self.known = read_verdicts(self.cache) if self.cache else {}
         self.rests = {}  # url that has failed: until when others are asked first
+        self.refused = set()  # (url, field of a request that this server does not take)
         for url, (answer, truth) in itertools.product(self.url.split(","), (("4", "right"), ("5", "wrong"))):
             verdict = self.ask(JUDGE_PROMPT.format('"What is 2 + 2?"', '"4"', f'"{answer}"'), [url])
-            check(verdict == truth, f"--judge {url}: {self.model} says {verdict} of 2 + 2 = {answer}")
+            check(verdict == truth, f"--judge {url}: asked if 2 + 2 is {answer}, {self.model} says {verdict}")
 
     def verdict(self, question, gold, answer):
         """"right", "wrong" or "unknown: " and why. No answer, or one that is too long, is wrong."""
@@ -296,23 +292,40 @@ class Judge:
                 return parse_verdict(self.post(url, body))
             except REQUEST_ERRORS as error:
                 self.rests[url] = time.monotonic() + 600
-                why = f"{type(error).__name__}: {error}"
+                why = str(error) or type(error).__name__
         return f"unknown: {why}"
 
     def post(self, url, body):
-        """The text of the completion; a TypeError if there is none."""
+        """The text of the completion. A ValueError shows what the server answers instead. A field that its
+        error names is left out and, if that helps, never sent again: OpenAI's reasoning models refuse
+        max_tokens and temperature 0."""
+        body = {name: value for name, value in body.items() if (url, name) not in self.refused}
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"}
         address = url.strip().rstrip("/") + "/chat/completions"
         request = urllib.request.Request(address, json.dumps(body).encode(), headers)
         # urlopen's timeout is per read: a server that trickles bytes must not outlast the deadline.
         deadline = time.monotonic() + self.timeout
         response = b""
-        with urllib.request.urlopen(request, timeout=self.timeout) as connection:
+        try:
+            connection = urllib.request.urlopen(request, timeout=self.timeout)
+        except urllib.request.HTTPError as error:
+            connection = error  # a response like any other: its body says what is wrong
+        with connection:
             while len(response) < MAX_RESPONSE and (chunk := connection.read1(1 << 16)):
                 response += chunk
-                if time.monotonic() > deadline:
-                    raise TimeoutError("timed out")
-        return "" + json.loads(response)["choices"][0]["message"]["content"]
+                check(time.monotonic() < deadline, "timed out")
+        text = response.decode(errors="replace")
+        said = f"it answered {' '.join(text[:200].split())!r}"
+        named = {name for name in ("max_tokens", "temperature") if name in body and name in text}
+        if connection.status in (400, 422) and named:
+            reply = self.post(url, {name: value for name, value in body.items() if name not in named})
+            self.refused |= {(url, name) for name in named}
+            return reply
+        check(connection.status == 200, f"HTTP {connection.status} {connection.reason}: {said}")
+        try:
+            return "" + json.loads(text)["choices"][0]["message"]["content"]
+        except (ValueError, LookupError, TypeError, RecursionError):
+            raise ValueError(f"no chat completion: {said}") from None
 
 def read_verdicts(path):
     """The verdicts in a Judge's file, key -> verdict. A line that a crash cut short does not count."""
@@ -372,7 +385,6 @@ def mixed_scripts(reply, prompt):
     return foreign / letters if letters else 0.0
 
 # 7. The same answer: overview -------------------------------------------------------------------------------
-#
 # An answer goes through three stages. Take the prediction `$x = 1\,000\text{ cm}$` against the gold `10^3`:
 #
 #     plain       x = 1000 "cm"       section 8: one notation, by a table of rewrites; words stand in quotes
@@ -405,14 +417,11 @@ def is_equivalent(prediction, gold):
     """
     if prediction is None or gold is None or max(len(prediction), len(gold)) > MAX_CHARS:
         return False
-    a = plain(prediction)
-    b = plain(gold)
+    a, b = map(plain, (prediction, gold))
     # As text: all that the grammar does not know, words above all.
     texts = [bare(a), bare(b)]
-    if "" in texts:
-        return False
-    if texts[0] == texts[1]:
-        return True
+    if "" in texts or texts[0] == texts[1]:
+        return "" not in texts
     if all(re.fullmatch("(?=.*[eiou]|[A-Z][A-Za-z])[A-Za-z]{3,}", text) for text in texts):
         return False  # words or an order: as products dog and god, ABC and CAB would be the same
     # By value, first with names, so that x = 1, y = 2 is not x = 2, y = 1; then without.
@@ -436,11 +445,6 @@ def why_unreadable(answer):
         except UNREADABLE as error:
             return f"the answer {answer!r} cannot be checked: {error}"
     return ""
-
-def check_gold(answer):
-    """Raise ValueError, saying why, if no prediction could be compared with a reference answer."""
-    why = why_unreadable(answer)
-    check(not why, why)
 
 def bare(text):
     """A plain text without quotes and most spaces: `4 2` is not 42, nor is `now here` nowhere."""
@@ -492,8 +496,7 @@ UNITS = """millimeter mm millimetre; centimeter cm centimetre; meter m metre; ki
     rad; / per"""
 UNITS = {spelling: line.split()[0] for line in UNITS.split(";") for spelling in line.split()}
 UNIT = f"(?:{'|'.join(sorted(UNITS, key=len, reverse=True))})"
-SCALES = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9,
-          "trillion": 10**12}
+SCALES = dict(dozen=12, hundred=100, thousand=1000, million=10**6, billion=10**9, trillion=10**12)
 # Names that are written as words: theta, sin x.
 GREEK = """alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta kappa lambda mu nu xi rho sigma
     tau phi varphi chi psi omega Gamma Delta Theta Lambda Sigma Phi Psi Omega ell""".split()
@@ -624,7 +627,6 @@ def plain(answer):
     return answer
 
 # 9. Numbers and their values --------------------------------------------------------------------------------
-#
 # A number is a Fraction as long as it is rational, else a Decimal of 50 digits; after \sin a float, with i
 # complex. A sum that cancels to less than its rounding is an exact 0: sqrt(2) - sqrt(2) is 0, and e^{-40} is
 # not. ArithmeticError, ValueError and (a function that takes no complex numbers) TypeError mean: no value.
@@ -668,8 +670,7 @@ def divide(x, y):
 def power(x, y):
     """x ** y, exact for an integer y; an odd root of a negative number is the real one."""
     if type(x) is type(y) is Fraction and y.denominator == 1:
-        if abs(y) * max(abs(x.numerator), x.denominator).bit_length() > 2 * MAX_BITS:
-            raise OverflowError
+        check(abs(y) * max(abs(x.numerator), x.denominator).bit_length() <= 2 * MAX_BITS, "too many bits")
         return x**y.numerator
     if type(x) is not complex and x < 0 and type(y) is Fraction and y.denominator % 2 == 1 < y.denominator:
         return (-1) ** y.numerator * power(-x, y)
@@ -702,9 +703,8 @@ def binomial(n, k):
 
 FUNCTIONS = {
     "arcsin": math.asin, "arccos": math.acos, "arctan": math.atan, "sin": math.sin, "cos": math.cos,
-    "tan": math.tan, "cot": lambda x: 1 / math.tan(x), "sec": lambda x: 1 / math.cos(x),
-    "csc": lambda x: 1 / math.sin(x), "exp": lambda x: power(CONSTANTS["e"], x), "ln": logarithm,
-    "log": logarithm,
+    "tan": math.tan, "cot": lambda x: 1 / math.tan(x), "sec": lambda x: 1 / math.cos(x), "ln": logarithm,
+    "csc": lambda x: 1 / math.sin(x), "exp": lambda x: power(CONSTANTS["e"], x), "log": logarithm,
 }
 
 def apply(name, x):

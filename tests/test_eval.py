@@ -1,6 +1,7 @@
 """Estimators and methods by hand; whole evaluations with a stand-in for the model, a real one, two ranks."""
 
 import contextlib
+import gc
 import itertools
 import json
 import math
@@ -25,6 +26,7 @@ import eval as ev
 import rewards
 import sandbox
 from model import PRESETS, FalconH1, Trace
+from tests.server import Server, chat, event
 
 ROOT = Path(__file__).parent.parent
 MISSING = [f"{name}: {why}" for name, why in sandbox.sandbox_walls().items() if why != "on"]
@@ -48,7 +50,7 @@ def test_pass_at_k_by_hand():
 
 def samples_of(*verdicts, answers=None, same=rewards.is_equivalent, domain="math"):
     """Samples of one problem: a reply of 5 tokens and 2 seconds per verdict (True, False, None)."""
-    replies = [ev.Reply(5, answer, verdict, "", "stop", 0.0, {"lowest": 1.0})
+    replies = [ev.Reply(5, answer, verdict, "", "stop", 0.0, 0.0, {"lowest": 1.0})
                for answer, verdict in zip(answers or verdicts, verdicts)]
     return ev.Samples([ev.Ballot(domain, replies, same)], len(replies), 2.0 * len(replies))
 
@@ -185,7 +187,7 @@ def test_report_of_the_script(place, capsys):
     assert traces[0] == {
         "problem": "p0", "domain": "math", "gold": "5", "sample": 0, "seed": 0, "tokens": each, "answer": "5",
         "text": "." * LENGTH + r"\boxed{5}", "correct": True, "reason": "right", "stop": "stop",
-        "confidences": [3.0] * each, "run": traces[95]["run"], "seconds": traces[0]["seconds"],
+        "confidences": [3.0] * each, "run": traces[95]["run"], "seconds": traces[0]["seconds"], "tie": 1e-5,
     }
     assert not [*Path("out").glob("*part*")]
     table = ev.table(rows.values())
@@ -340,6 +342,9 @@ LINE = ('{"problem":"p","domain":"math","gold":"1","sample":0,"answer":"1","stop
     (LINE.replace("[1]", "[]"), "line 1: field confidences: shape (0,)"),
     (LINE.replace("[1]", "[{}]"), "line 1: field confidences: expected a list of numbers"),
     (LINE + "\n" + LINE, "line 2: fields problem, sample"),  # twice
+    (LINE.replace("{", '{"tie": null,', 1), "line 1: field tie: missing or not float"),
+    (LINE.replace("{", '{"seconds": "1",', 1), "line 1: field seconds"),
+    (LINE.replace("{", '{"reason": 3,', 1), "line 1: field reason"),
     (LINE.replace('"stop":"stop"', '"stop":"deepconf"'), "complete"),
     (LINE.replace('"correct":true,', ""), "line 1: field correct: missing"),
     (LINE + '\n{"prob', "line 2: malformed JSON"),
@@ -367,7 +372,7 @@ def test_traces_of_another_model_or_setting_are_named_before_any_work(place, cap
     assert "with a checksum of runs/x/rl/model of " in capsys.readouterr().err
 
 def test_memory_does_not_grow_with_recorded_tokens(place, monkeypatch):
-    """2 x 10^6 tokens cost less than 20 MB: 400 MB for 10^7 would be 80 MB."""
+    """500,000 tokens cost less than 4 MB beside the 4 MB of one line: held as numbers, they would take 16."""
     write_problems(("easy", "5"))
     def generate(*_, on_trace, samples, **__):
         traces = []
@@ -379,11 +384,12 @@ def test_memory_does_not_grow_with_recorded_tokens(place, monkeypatch):
         assert held < 2e6
         return traces
     monkeypatch.setattr(ev, "generate", generate)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # its import would count
     tracemalloc.start()
-    assert ev.main([*ARGV, "--samples", "100", "--methods", "majority"]) == 0
+    assert ev.main([*ARGV, "--samples", "25", "--methods", "majority"]) == 0
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < 20e6 and len(traces_of()) == 100
+    assert peak < 8e6 and len(traces_of()) == 25
 
 def test_two_spellings_of_one_answer_are_one_vote_and_one_verdict(place, monkeypatch):
     """1/2 comes first but is less confident: DeepConf votes for 0.5, whose group plain voting calls 1/2."""
@@ -425,7 +431,7 @@ def test_another_evaluation_is_not_overwritten(place, capsys):
     ("--samples 0", "--samples 0: must be at least 1"), ("--limit -1", "--limit -1: must be at least 0"),
     ("--device gpu", "--device gpu: expected cuda or" if torch.cuda.is_available() else "expected cpu here"),
     ("--temperature 1e-9", "--temperature"),
-    ("--traces x", "--traces with --model"), ("--tau 2", "--tau 2.0"), ("--eta 0", "--eta [0.0]: eta: 0.0"),
+    ("--traces x", "--traces takes"), ("--tau 2", "--tau 2.0"), ("--eta 0", "--eta [0.0]: eta: 0.0"),
     ("--eta x", "--eta x"), ("--warm-up 0", "--warm-up 0"), ("--batch 0", "--batch 0"),
     ("--slots -1", "--slots -1"), ("--methods pass@0", "pass@0: K must"),
     ("--methods online --samples 16", "--methods online: needs more samples per problem than --warm-up 16"),
@@ -592,12 +598,15 @@ def test_an_error_on_one_rank_ends_all_and_deletes_nothing(two_ranks, where):
 # 4. Code, and --check ---------------------------------------------------------------------------------------
 
 @needs_sandbox
-def test_an_evaluation_with_code(place, monkeypatch, capsys):
+@pytest.mark.parametrize("away", [False, True])
+def test_an_evaluation_with_code(server, monkeypatch, capsys, away):
+    """Here, or from a server, which is asked one question more about the longest problem."""
     programs = ["print(input())", "print(7)", "print(input())"]  # by sample: right, wrong, right, right, ...
     monkeypatch.setitem(SCRIPT, "program", lambda i: (f"\n```python\n{programs[i % 3]}\n```\n", 1.0))
     code = {"prompt": "program", "domain": "code", "tests": [{"input": "1", "output": "1"}]}
-    write_problems(("easy", "5"), code)
-    assert ev.main([*ARGV, "--samples", "17"]) == 0
+    write_problems(("an easy one", "5"), code)
+    argv = from_server(server, "--slots", "1") if away else ARGV
+    assert ev.main([*argv, "--samples", "17"]) == 0
     assert "sandbox: no rights: on, " in capsys.readouterr().out
     accuracy = {method: row["accuracy"] for method, row in report().items()}
     assert accuracy["pass@1"] == pytest.approx((1 + 11 / 17) / 2)
@@ -637,3 +646,123 @@ def test_an_unreadable_answer_is_refused_only_if_no_tests_decide(place, capsys):
     assert ev.main(["--check", "problems.jsonl"]) == 1
     out = capsys.readouterr().out
     assert "problems.jsonl, line 1: p0: " in out and "frac{1}{" in out
+
+# 5. A server ------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def server(place):
+    """A server that replies as the stand-in does, to each prompt in the order of its requests, 20 a file.
+
+    Its `refusal` (status, body), if any, is for requests that are no probe for one token."""
+    def respond(body, _):
+        bodies = [body for _, body in server.requests if body["max_tokens"] > 1]
+        if server.refusal and body["max_tokens"] > 1:
+            status, said = server.refusal
+            return status, {}, [said]
+        prompt = body["messages"][-1]["content"]
+        name = next(name for name in SCRIPT if name in prompt)
+        asked = [other["messages"][-1]["content"] for other in bodies].count(prompt)
+        # The longest prompt, split, is also tried before all others.
+        answer, confidence = SCRIPT[name]((asked - 1 - (name == "split")) % 20)
+        text = "." * LENGTH + rf"\boxed{{{answer}}}"
+        return [*(chat(character, confidence) for character in text), chat("", confidence, end="stop")]
+    server = Server(respond)
+    server.handle_error = lambda *_: None  # who asked has hung up
+    server.refusal = None
+    yield server
+    server.shutdown()
+    server.server_close()
+
+def from_server(server, *flags):
+    return ["--server", server.url, "--server-model", "org/name", *ARGV[2:], *flags]
+
+def test_a_server_gets_the_report_of_the_same_model_here(server, monkeypatch, capsys):
+    """Also where traces are stopped; without its folder, and with messages in place of token ids."""
+    flags = ["--tau", "0", "--samples", "20", "--slots", "1", "--temperature", "0.6", "--top-p", "0.9"]
+    assert ev.main([*ARGV, *flags]) == 0
+    here = report_without_seconds("out"), traces_of(), traces_of("out/traces-low.jsonl")
+    assert "deepconf" in {trace["stop"] for trace in here[2]}
+    shutil.rmtree("runs")
+    monkeypatch.setattr(ev, "generate", None)
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    ask = ["--system", "Be brief.", "--suffix", "Box it."]
+    assert ev.main(from_server(server, *flags, *ask, "--fresh")) == 0
+    there = report_without_seconds("out"), traces_of(), traces_of("out/traces-low.jsonl")
+    assert {row.pop("checkpoint") for row in here[0]} == {"rl"}
+    assert {row.pop("checkpoint") for row in there[0]} == {"org/name"} and here[0] == there[0]
+    for one, other in zip([*here[1], *here[2]], [*there[1], *there[2]], strict=True):
+        for name in ("seconds", "run"):
+            del one[name], other[name]
+        assert (one.pop("tie"), other.pop("tie")) == (1e-5, 0.01)
+        one["confidences"] = pytest.approx(one["confidences"])
+        assert one == other
+    wanted = {"model": "org/name", "temperature": 0.6, "top_p": 0.9, "max_tokens": 256, "messages": [
+        {"role": "system", "content": "Be brief."}, {"role": "user", "content": "hard\nBox it."}]}
+    path, body = server.requests[-1]
+    assert path == "/v1/chat/completions" and body | wanted == body
+    assert "secret" not in Path("out/run.json").read_text() + capsys.readouterr().out
+
+def test_noise_of_a_server_stops_nothing_live_nor_in_a_replay(server, monkeypatch, capsys):
+    monkeypatch.setitem(SCRIPT, "easy", lambda i: ("5", 3.0 if i < 16 else 2.995))
+    flags = ["--tau", "0", "--samples", "20", "--slots", "1"]
+    stops = []
+    for argv in ([*ARGV, *flags], from_server(server, *flags, "--fresh")):
+        assert ev.main(argv) == 0
+        stops.append([t["stop"] for t in traces_of("out/traces-low.jsonl")[:20]].count("deepconf"))
+    assert stops == [4, 0]
+    live = report_without_seconds("out")
+    samples, outcomes = ev.replay("out/traces.jsonl", checked(["--window", "4", "--tau", "0"]))
+    again = ev.report_rows("org/name", samples, outcomes)
+    assert [{name: row[name] for name in row if name != "seconds"} for row in again] == live
+    assert "server: groups within 0.01 nats of a threshold reach it" in Path("out/report.md").read_text()
+
+def test_a_killed_evaluation_of_a_server_goes_on(server, monkeypatch, capsys):
+    """Killed in traces.jsonl, and in the middle of LOW's warm-up, with 16 traces under way.
+
+    The server moves meanwhile."""
+    argv = from_server(server, "--samples", "20")
+    total = Counter()
+    for die_after in (25, 45, None):
+        with monkeypatch.context() as patched:
+            counts = count_samples(patched, die_after)
+            with contextlib.nullcontext() if die_after is None else pytest.raises(Killed):
+                assert ev.main(argv) == 0
+        total += counts
+        gc.collect()  # closes the file that locks --out, as the end of the process would
+        argv[1] = server.url.replace("127.0.0.1", "localhost")
+    assert total == {f"{name}.part0.jsonl": len(traces_of(f"out/{name}.jsonl"))
+                     for name in ("traces", "traces-low", "traces-high")}
+    assert total["traces.part0.jsonl"] == 60 and " slots=16 " in capsys.readouterr().out  # 0 would be none
+    assert {row["problems"] for row in report().values()} == {3}
+
+def test_what_a_server_refuses_is_one_line_and_deletes_nothing(server, monkeypatch, capsys):
+    assert ev.main(from_server(server, "--samples", "1")) == 0
+    before = {path: path.read_bytes() for path in Path("out").iterdir()}
+    capsys.readouterr()
+    unlogged = event({"delta": {"content": "Well"}, "finish_reason": "stop"})
+    for refusal, message in {
+            (404, b"The model `org/name` does not exist."): "does not exist. (--server ends in /v1",
+            (400, b"maximum context length is 99 tokens"): "99 tokens (vLLM: --max-model-len",
+            (401, b"no key"): "HTTP 401 no key", (200, unlogged): "no logprobs"}.items():
+        server.refusal = refusal
+        assert ev.main(from_server(server, "--samples", "1", "--fresh")) == 1
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {server.url}: ") and message in error and error.count("\n") == 1
+    server.url = "http://127.0.0.1:9/v1"  # nobody listens on the discard port
+    assert ev.main(from_server(server, "--samples", "1", "--fresh")) == 1
+    assert "refused" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in Path("out").iterdir()} == before
+
+@pytest.mark.parametrize(("argv", "message"), [
+    ("--server http://x/v1", "need each other"), ("--server-model x", "need each other"),
+    ("--server http://x/v1 --server-model x --model y", "no --model"),
+    ("--server http://x/v1 --server-model x --chat", "--model or --chat"),
+    ("--server http://x/v1 --server-model x --traces y", "--traces takes no --model or --server"),
+    ("--server x/v1 --server-model x", "server x/v1: expected http://HOST:PORT/v1"),
+])
+def test_flags_that_contradict_a_server(place, monkeypatch, capsys, argv, message):
+    assert ev.main([*argv.split(), *ARGV[2:]]) == 1
+    assert message in capsys.readouterr().err and not Path("out").exists()
+    monkeypatch.setattr(ev, "WORLD", 2)
+    assert ev.main(["--server", "http://x/v1", "--server-model", "x", *ARGV[2:]]) == 1
+    assert "one rank" in capsys.readouterr().err
