@@ -925,8 +925,10 @@ class Alone:
     def read_problems(path, check):
         """Only problems of the project's own shape: lines with id, prompt and answer."""
         for where, row in Alone.read_records(path):
-            check_trace(row, where, {"id": str, "prompt": str, "answer": str})
-            yield SimpleNamespace(**{"domain": "math", "extra": {}} | row, where=where)
+            row = {"domain": "math", "extra": {}} | row
+            check_trace(row, where, {"id": str, "prompt": str, "answer": str, "extra": dict})
+            row["extra"].pop("choices", None)  # the letter of a choice is compared as a word
+            yield SimpleNamespace(**row, where=where)
 
     def run_main(body):
         """Errors of the user's are one line; others keep their traceback."""

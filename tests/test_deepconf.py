@@ -738,3 +738,9 @@ def test_alone_it_samples_and_compares_word_for_word(serve, run, tmp_path):
     Path("saved.jsonl").write_text(json.dumps({"choices": [SAVED, SAVED, WRONG]}))
     done = alone("saved.jsonl", "--problems", "problems.jsonl", "--window", "2")
     assert "| majority | 100.0 | - | 1.00 | 1 | 0 |" in done.stdout
+    choice = {"id": "c", "prompt": "x or y?", "answer": "B", "extra": {"choices": ["x", "y"]}}
+    Path("problems.jsonl").write_text(json.dumps(choice))
+    letter = SAVED | {"message": {"content": r"\boxed{B}"}}
+    Path("saved.jsonl").write_text(json.dumps({"choices": [letter, letter, WRONG]}))
+    done = alone("saved.jsonl", "--problems", "problems.jsonl", "--window", "2")
+    assert "| majority | 100.0 | - | 1.00 | 1 | 0 |" in done.stdout, done.stderr
