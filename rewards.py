@@ -421,7 +421,7 @@ def is_equivalent(prediction, gold):
     # As text: all that the grammar does not know, words above all.
     texts = [bare(a), bare(b)]
     if "" in texts or texts[0] == texts[1]:
-        return "" not in texts
+        return "" not in texts  # what is empty equals nothing
     if all(re.fullmatch("(?=.*[eiou]|[A-Z][A-Za-z])[A-Za-z]{3,}", text) for text in texts):
         return False  # words or an order: as products dog and god, ABC and CAB would be the same
     # By value, first with names, so that x = 1, y = 2 is not x = 2, y = 1; then without.

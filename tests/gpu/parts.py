@@ -7,10 +7,9 @@ from dataclasses import replace
 from stages import DEV, DRY, error, put, put_kernels, seconds, stage
 
 import torch
-import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from model import PRESETS, FalconH1, draw
+from model import PRESETS, FalconH1, causal, draw
 from ssm_scan import causal_conv1d
 from tests.bench import floors, milliseconds, parameters, passes
 from train_sft import make_optimizer
@@ -55,7 +54,7 @@ def attention(c, backend, t):
 
     def attend(*qkv):
         with sdpa_kernel([backend]):
-            return F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True)
+            return causal(*qkv)
 
     def both():
         y = attend(*qkv)
