@@ -31,7 +31,7 @@ import mmap
 import os
 import warnings
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -90,6 +90,7 @@ class FalconH1Config:
     ssm_multipliers: tuple = (1.0, 1.0, 1.0, 1.0, 1.0)  # z, x, B, C, dt
     mlp_multipliers: tuple = (1.0, 1.0)  # gate, down
     time_step_limit: tuple = (0.0, math.inf)
+    mixers: str = "both"  # or "attention" or "mamba" alone, in every block; published models have both
     # Special tokens, an id or a list of ids, kept in exports for other engines. Nothing here reads them: two
     # configurations that differ in them only are equal.
     bos_token_id: object = field(default=None, compare=False)
@@ -97,7 +98,9 @@ class FalconH1Config:
     pad_token_id: object = field(default=None, compare=False)
 
     def __post_init__(self):
-        for f in (f for f in fields(self) if f.compare):
+        known = self.mixers in ("both", "attention", "mamba")
+        check(known, f"mixers is {self.mixers!r}, expected 'both', 'attention' or 'mamba'")
+        for f in (f for f in fields(self) if f.type in (int, float, bool, tuple)):
             value = getattr(self, f.name)
             got = f"{f.name} is {value!r}, expected"
             kinds = (int, float) if f.type is float else (f.type,)
@@ -140,11 +143,11 @@ class FalconH1Config:
             raise ValueError(f"{path}: {e}") from None
 
 # Optional: no effect on logits, or a wrong default shows up as a missing or an unexpected tensor.
-_OPTIONAL = {"mamba_chunk_size", "initializer_range", "time_step_limit", "tie_word_embeddings",
+_OPTIONAL = {"mamba_chunk_size", "initializer_range", "time_step_limit", "tie_word_embeddings", "mixers",
              "attention_bias", "mlp_bias", "projectors_bias", "mamba_proj_bias",
              "bos_token_id", "eos_token_id", "pad_token_id"}
 # Supported with these values only.
-_ONE_VALUE = {"model_type": "falcon_h1", "hidden_act": "silu", "mamba_use_mlp": True, "attention_dropout": 0,
+_ONE_VALUE = {"hidden_act": "silu", "mamba_use_mlp": True, "attention_dropout": 0,
               "rope_scaling": None, "attn_layer_indices": None}
 # Ignored: no effect on logits, or (mamba_expand, mlp_expansion_factor) given by a width that is read.
 _IGNORED = set("""architectures auto_map dtype torch_dtype transformers_version _name_or_path use_cache
@@ -152,9 +155,21 @@ _IGNORED = set("""architectures auto_map dtype torch_dtype transformers_version 
     return_dict output_attentions output_hidden_states is_encoder_decoder chunk_size_feed_forward
     id2label label2id problem_type""".split())
 
+def _kind(mixers):
+    """The fields that tell an engine which model this is. For a single mixer these are names that no other
+    engine knows: under the published ones, transformers would fill in the missing mixer at random."""
+    if mixers == "both":
+        return {"architectures": ["FalconH1ForCausalLM"], "model_type": "falcon_h1"}
+    return {"architectures": ["FalconH1SingleForCausalLM"], "model_type": "falcon_h1_single"}
+
 def _config_fields(raw):
     """The content of a config.json -> arguments of FalconH1Config."""
     raw = {name: tuple(v) if isinstance(v, list) else v for name, v in raw.items() if v is not None}
+    mixers = raw.get("mixers", "both")
+    expected = _kind(mixers)["model_type"]
+    found = raw.pop("model_type", "falcon_h1")
+    why = f"only {expected!r} is supported with mixers {mixers!r}"
+    check(found == expected, f"model_type is {found!r}; {why}")
     for name, only in _ONE_VALUE.items():
         value = raw.pop(name, only)
         check(value == only, f"{name} is {value!r}; only {only!r} is supported")
@@ -196,6 +211,15 @@ def _published(*, vocab, hidden, layers, heads, mlp, ssm_heads, ssm_dim=128, kv=
         ssm_multipliers=(8**-0.5, 0.25, 32 * 2**0.5 / state, 0.5, 8**-0.5),
         mlp_multipliers=(0.78125**0.5 / w, 1200 / (w * mlp)), **other)
 
+def single_mixer(c, mixers):
+    """c with "attention" or "mamba" alone and as many parameters, within 1%: the MLP widens by what the other
+    mixer frees. Every matrix of a block is hidden_size by some width, so it is enough to count these widths;
+    the MLP's counts three times. It grows by a multiple of 8, which suits a GPU."""
+    attention = 2 * (c.num_attention_heads + c.num_key_value_heads) * c.head_dim  # q, o; k, v
+    mamba = sum(c.mamba_widths) + c.mamba_d_ssm  # in_proj, out_proj
+    freed = mamba if mixers == "attention" else attention
+    return replace(c, mixers=mixers, intermediate_size=c.intermediate_size + 8 * math.ceil(freed / 24))
+
 _SMALL = dict(vocab=32784, head_dim=64, ssm_dim=64, state=128, context=16384, mamba_rms_norm=False)
 PRESETS = {
     # Trains in minutes on two CPU cores. rope_theta 1e11 is for 256k tokens of context; with 16 frequencies
@@ -215,6 +239,9 @@ PRESETS = {
     "34b": _published(vocab=261120, hidden=5120, layers=72, heads=20, mlp=21504, ssm_heads=32, context=262144,
                       kv=4, mamba_n_groups=2),
 }
+# "tiny" with one mixer alone, to see what each contributes. The trainers treat these as other models: flags
+# that are not given take the paper's values, not the small run's.
+PRESETS |= {f"tiny-{mixers}": single_mixer(PRESETS["tiny"], mixers) for mixers in ("attention", "mamba")}
 
 # 2. Block ---------------------------------------------------------------------------------------------------
 # Tokens interact only inside `mix`, or in decode.py's kernels; everything else is per token.
@@ -439,18 +466,20 @@ class MLP(nn.Module):
         return scaled(self.down_proj(self.up_proj(x) * gate), self.multipliers[1])
 
 class Block(nn.Module):
-    """The diagram at the top: h + Mamba(n) + Attention(n), n = norm(h), then h + MLP(norm(h))."""
+    """The diagram at the top: h + Mamba(n) + Attention(n), n = norm(h), then h + MLP(norm(h)). One of the two
+    mixers is None if the configuration asks for the other alone."""
     def __init__(self, c):
         super().__init__()
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.mamba = Mamba(c)
-        self.self_attn = Attention(c)
+        self.mamba = None if c.mixers == "attention" else Mamba(c)
+        self.self_attn = None if c.mixers == "mamba" else Attention(c)
         self.pre_ff_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.feed_forward = MLP(c)
 
     def forward(self, h, context, layer=0):
         n = self.input_layernorm(h)  # one norm feeds both branches
-        h = h + (self.mamba(n, context, layer) + self.self_attn(n, context, layer))
+        mixed = [mixer(n, context, layer) for mixer in (self.mamba, self.self_attn) if mixer]
+        h = h + sum(mixed[1:], mixed[0])  # sum(mixed) would add to a 0 first: one operator more
         return h + self.feed_forward(self.pre_ff_layernorm(h))
 
 # 3. Model ---------------------------------------------------------------------------------------------------
@@ -568,14 +597,16 @@ class FalconH1(nn.Module):
         """Write config.json and model.safetensors, and for a loaded model the files BESIDE them.
         read(name, v) returns the values of a tensor when it is written, for a model that holds none itself
         (on the meta device) or only shards of them."""
-        warn_of_llama_cpp(self.config)
         state = self.state_dict()
         if self.config.tie_word_embeddings:
             del state["lm_head.weight"]
-        config = {"architectures": ["FalconH1ForCausalLM"], "model_type": "falcon_h1", "hidden_act": "silu",
+        config = {**_kind(self.config.mixers), "hidden_act": "silu",
                   "torch_dtype": str(self.lm_head.weight.dtype).removeprefix("torch."), **asdict(self.config)}
         if self.config.time_step_limit == (0, math.inf):
             del config["time_step_limit"]  # the published default; JSON has no word for infinity
+        if self.config.mixers == "both":
+            del config["mixers"]  # no field of the published format
+            warn_of_llama_cpp(self.config)  # it refuses single mixers
         os.makedirs(folder, exist_ok=True)
         write_safetensors(Path(folder) / "model.safetensors", state, read)
         files = self.files | {"config.json": json.dumps(config, indent=2).encode() + b"\n"}
@@ -727,18 +758,21 @@ class Cache:
     k, v     (layers, slots, hkv, length, hd)        keys and values of every token, in the model's dtype
     conv     (layers, slots, channels, d_conv - 1)   last inputs of the convolution, in the model's dtype
     ssm      (layers, slots, h, p, n)                states of the scan, always float32
+             (A mixer that the model lacks has 0 heads and 0 channels here, so no bytes.)
     lengths  (slots,)                                tokens in each slot
     used     upper bound of the lengths, kept on the host so that no step waits for the GPU: attention reads
              as many positions. A `fused` step, one token per slot in kernels, reads `lengths` instead. It
              cannot raise: a slot without room appends nothing and answers nonsense."""
     def __init__(self, config, slots, length, *, dtype=torch.float32, device=None):
         c, n = config, config.num_hidden_layers
-        self.k = torch.zeros(n, slots, c.num_key_value_heads, length, c.head_dim, dtype=dtype, device=device)
+        hkv = 0 if c.mixers == "mamba" else c.num_key_value_heads
+        channels = 0 if c.mixers == "attention" else sum(c.mamba_widths[1:4])  # x, B, C
+        h = 0 if c.mixers == "attention" else c.mamba_n_heads
+        self.k = torch.zeros(n, slots, hkv, length, c.head_dim, dtype=dtype, device=device)
         self.v = torch.zeros_like(self.k)
         with torch.enable_grad():  # a view made without gradients could not be written to with them
-            self.conv = self.k.new_zeros(n, slots, c.mamba_d_conv - 1, sum(c.mamba_widths[1:4])).mT
-        states = n, slots, c.mamba_n_heads, c.mamba_d_head, c.mamba_d_state
-        self.ssm = self.k.new_zeros(states, dtype=torch.float32)
+            self.conv = self.k.new_zeros(n, slots, c.mamba_d_conv - 1, channels).mT
+        self.ssm = self.k.new_zeros(n, slots, h, c.mamba_d_head, c.mamba_d_state, dtype=torch.float32)
         self.lengths = torch.zeros(slots, dtype=torch.long, device=device)
         self.used = 0
         # Of the forward pass under way, see extend.
@@ -779,7 +813,7 @@ class Cache:
         self.fused = t == 1 and kernels_serve(self.k)
         end = self.used + t
         check(self.fused or end <= length, f"cache: {end} tokens do not fit a length of {length}")
-        if not self.fused:
+        if self.k.nbytes and not self.fused:
             # at: where scatter_ writes k and v. mask: which of the first `used` positions a token may see. A
             # slot may hold fewer: positions behind its own tokens are masked, as the future is.
             at = positions[:, None, :, None]

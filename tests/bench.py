@@ -8,6 +8,10 @@
                                    installed; on a GPU of the 7B shape. About 30 s on two idle CPU cores, with
                                    transformers 2 minutes.
     python -m tests.bench sizes    a table of the presets: parameters, FLOPs, bytes. About 4 s.
+    python -m tests.bench mixers   tokens per second of decoding, by batch and context, and bytes of cache, of
+                                   the hybrid, attention alone and SSM alone at equal parameters. Measured on
+                                   a small model, modelled for the 7B shape next to Qwen3-8B's. About 2
+                                   minutes on two CPU cores, 10 GB. --figure FILE draws what was measured.
 
 --device cpu or cuda; without it, a GPU if there is one. Not timed on a GPU yet. Functions that are compared
 take turns, so that background load affects all alike. FLOPs count a multiply-add as two.
@@ -19,11 +23,14 @@ import os
 import statistics
 import time
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from model import CHUNK, PRESETS, FalconH1, FalconH1Config, generate, prefill, tokens_of_chunk
+from decode import free_bytes
+from model import (
+    CHUNK, PRESETS, Decoder, FalconH1, FalconH1Config, generate, prefill, single_mixer, tokens_of_chunk)
 from ssm_scan import ssd_scan
 from tests.peers import peers, their_model
 
@@ -43,6 +50,10 @@ def parameters(c):
         counts[next(part for key, part in part_of.items() if key in name)] += p.numel()
     return counts
 
+def has(c, mixer):
+    """Whether the blocks of c have this mixer, "attention" or "mamba": 0 or 1 times its cost."""
+    return c.mixers in ("both", mixer)
+
 def scan_flops(h, p, g, n, chunk=CHUNK):
     """FLOPs per token of the chunked scan with chunks of l tokens; the triangles' zeros do not count.
 
@@ -61,20 +72,22 @@ def flops_per_token(c, context):
     Training costs three times the sum: the backward pass has two products for each of the forward's. Norms,
     gates and the convolution do not count (0.1% at 7B), nor does what the backward pass recomputes."""
     d, hd = c.hidden_size, c.head_dim
-    attention = d * hd * (2 * c.num_attention_heads + 2 * c.num_key_value_heads)  # q, o; k, v
-    mamba = d * sum(c.mamba_widths) + c.mamba_d_ssm * d  # in_proj, out_proj
+    heads = 2 * c.num_attention_heads + 2 * c.num_key_value_heads  # q, o; k, v
+    attention = has(c, "attention") * d * hd * heads
+    mamba = has(c, "mamba") * d * (sum(c.mamba_widths) + c.mamba_d_ssm)  # in_proj, out_proj
     mlp = 3 * d * c.intermediate_size
     scan = scan_flops(c.mamba_n_heads, c.mamba_d_head, c.mamba_n_groups, c.mamba_d_state, min(CHUNK, context))
     n = c.num_hidden_layers
     return {"blocks": n * 2 * (attention + mamba + mlp), "head": 2 * d * c.vocab_size,
-            "attention": n * 2 * c.num_attention_heads * hd * context, "scan": n * scan}
+            "attention": has(c, "attention") * n * 2 * c.num_attention_heads * hd * context,
+            "scan": has(c, "mamba") * n * scan}
 
 def cache_bytes(c, slots, length, dtype):
     """{part: bytes} of a Cache: keys, values and the convolution's inputs in dtype, SSM states in float32."""
-    rows = c.num_hidden_layers * slots
-    return {"kv": dtype.itemsize * rows * 2 * c.num_key_value_heads * c.head_dim * length,
-            "conv": dtype.itemsize * rows * sum(c.mamba_widths[1:4]) * (c.mamba_d_conv - 1),
-            "ssm": 4 * rows * c.mamba_d_ssm * c.mamba_d_state}
+    attention, mamba = (c.num_hidden_layers * slots * has(c, mixer) for mixer in ("attention", "mamba"))
+    return {"kv": dtype.itemsize * attention * 2 * c.num_key_value_heads * c.head_dim * length,
+            "conv": dtype.itemsize * mamba * sum(c.mamba_widths[1:4]) * (c.mamba_d_conv - 1),
+            "ssm": 4 * mamba * c.mamba_d_ssm * c.mamba_d_state}
 
 def decoding_floor(c, batch, context, dtype, bandwidth, rate):
     """The least seconds of a decoding step of `batch` sequences with `context` tokens each: the larger of
@@ -92,14 +105,15 @@ def block_bytes(c):
     gn = c.mamba_n_groups * c.mamba_d_state
     norms = 2 * (4 + 2) * d  # two: input in float32, output
     # The inputs of in_proj and of q k v, one tensor if no multiplier tells them apart; of the MLP.
-    shared = c.attention_in_multiplier == c.ssm_in_multiplier == 1
+    shared = c.mixers != "both" or c.attention_in_multiplier == c.ssm_in_multiplier == 1
     projections = 2 * d * (2 if shared else 3)
     attention = 2 * c.head_dim * (3 * c.num_attention_heads + 2 * c.num_key_value_heads)  # q, k, v; y twice
     mamba = 2 * (3 * I + 4 * gn + c.mamba_n_heads)  # z, x, B, C, dt; x, B, C after the convolution
     gated_norm = (22 if c.mamba_rms_norm else 6) * I  # y, z in both dtypes, gate, product, normalised
     mlp = 2 * 4 * ff  # gate, silu(gate), up, their product
     scan = 2 * (I * c.mamba_d_state // CHUNK + CHUNK * c.mamba_n_groups)  # states before chunks; C B^T
-    return norms + projections + attention + mamba + gated_norm + mlp + scan
+    return (norms + projections + mlp + has(c, "attention") * attention
+            + has(c, "mamba") * (mamba + gated_norm + scan))
 
 def loss_bytes(c, tokens):
     """Peak bytes of model.token_logprobs in bfloat16: 8 per logit of a chunk of tokens; in the backward pass
@@ -383,14 +397,171 @@ def model_speed(c, device, batch, length, decoding, rounds=3):
             lambda: generate(model, prompts.tolist(), max_new_tokens=new, temperature=0, slots=slots),
             lambda: theirs.generate(prompts, attention_mask=torch.ones_like(prompts), **options))
 
+# 5. The mixers ----------------------------------------------------------------------------------------------
+
+# A small model with 7B's ratios of widths, whose decoding time still depends on keys and states: a slot's
+# states take as many bytes as the keys and values of 1,536 tokens (3,072 at 7B). 256 x 32,768 tokens: 4 GB.
+TRIO = FalconH1Config(
+    vocab_size=512, hidden_size=384, intermediate_size=1536, num_hidden_layers=2, num_attention_heads=6,
+    num_key_value_heads=1, head_dim=32, mamba_d_ssm=384, mamba_n_heads=6, mamba_d_head=64, mamba_d_state=256)
+# The shape of Qwen3-8B, which the paper compares with. That it also normalises q and k costs next to nothing.
+# It has attention alone, so its mamba_ fields have no meaning.
+QWEN3_8B = FalconH1Config(
+    vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36,
+    num_attention_heads=32, num_key_value_heads=8, head_dim=128, mixers="attention",
+    mamba_d_ssm=1, mamba_n_heads=1, mamba_d_head=1, mamba_d_state=1)
+GPUS = {"H100": (3.35e12, 989e12, 80e9), "H200": (4.8e12, 989e12, 141e9)}  # bytes/s, FLOP/s in bf16, bytes
+STYLES = {"both": dict(label="hybrid", color="#08306b", linestyle="-", marker="o"),
+          "attention": dict(label="attention only", color="#d95f02", linestyle="--", marker="s"),
+          "mamba": dict(label="SSM only", color="#66a61e", linestyle=":", marker="^")}
+BATCHES = (1, 16, 256)
+CONTEXTS = (512, 4096, 32768)
+
+def three_forms(c):
+    """{mixers: configuration}: c, and each mixer alone with as many parameters."""
+    return {"both": c, **{mixers: single_mixer(c, mixers) for mixers in ("attention", "mamba")}}
+
+def decoding_step(model, batch, context):
+    """run() -> logits of a step of `batch` sequences with `context` tokens each, whose cache holds noise.
+    The contents do not change the time, so nothing has to be prefilled."""
+    cache = model.new_cache(batch, context + 1)
+    for part in (cache.k, cache.v, cache.conv, cache.ssm):
+        part.copy_(torch.randn_like(part[:, :1]))  # the same in every slot: random numbers take a while
+    tokens = torch.randint(model.config.vocab_size, (batch,), device=cache.lengths.device)
+    step = Decoder(model, cache)
+
+    @torch.no_grad()
+    def run():
+        cache.used = context  # the same step again
+        cache.lengths.fill_(context)
+        return step(tokens)
+    return run
+
+def measure_mixers(device, batches, contexts):
+    """Print and return {(batch, context): tokens per second of the three forms, which take turns}.
+    Caches that do not fit into free memory are left out, with a line that says so."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        models = [FalconH1(c).to(DTYPE[device]) for c in three_forms(TRIO).values()]
+    results = {}
+    for batch, context in itertools.product(batches, contexts):
+        row = f"  {batch:6,d} {context:8,d}"
+        caches = [cache_bytes(model.config, batch, context, DTYPE[device]) for model in models]
+        needed = sum(sum(cache.values()) for cache in caches)
+        if needed > free_bytes(device):
+            print(f"{row}   not measured: the three caches need {needed / 1e9:.1f} GB")
+            continue
+        runs = [decoding_step(model, batch, context) for model in models]
+        for run in runs * (1 if device == "cpu" else 2):  # a GPU compiles, then records
+            run()
+        times = medians(runs, device, rounds=3 if batch * context > 2**20 else 15)
+        results[batch, context] = [1e3 * batch / ms for ms in times]
+        print(row, *(f"{speed:14,.1f}" for speed in results[batch, context]), flush=True)
+    return results
+
+def modelled_speed(c, gpu, batch, context):
+    """Tokens per second at decoding_floor in bfloat16, and how many of the batch decode at a time: those
+    whose caches fit beside the weights into nine tenths of the memory, as vLLM has it. The others wait."""
+    bandwidth, rate, memory = GPUS[gpu]
+    slot = sum(cache_bytes(c, 1, context, torch.bfloat16).values())
+    fit = int((0.9 * memory - 2 * sum(parameters(c).values())) // slot)
+    slots = min(batch, fit)
+    return slots / decoding_floor(c, slots, context, torch.bfloat16, bandwidth, rate), slots
+
+def print_cache_bytes(forms, dtype):
+    """What the forms hold: parameters; keys and values, which grow with the text; states, which do not."""
+    for name, c in forms.items():
+        size = cache_bytes(c, 1, 1, dtype)
+        slot = size["conv"] + size["ssm"]
+        print(f"  {name:10s} {sum(parameters(c).values()):15,d} parameters; "
+              f"cache: {size['kv']:8,d} bytes per token, {slot:12,d} per slot")
+
+def print_modelled_mixers():
+    """The 7B shape and Qwen3-8B's at the floor of an H100 and an H200, and the paper's comparison."""
+    forms = three_forms(PRESETS["7b"]) | {"Qwen3-8B": QWEN3_8B}
+    print("\nMODELLED, not measured, for the 7B shape in bfloat16: the least time for bytes and FLOPs.")
+    print_cache_bytes(forms, torch.bfloat16)
+    print("Tokens per second; in parentheses, how many fit into memory at a time where not all do.")
+    print(f"  GPU   {'batch':>6s} {'context':>8s}", *(f"{name:>9s}      " for name in forms))
+    for gpu, batch, context in itertools.product(GPUS, BATCHES, CONTEXTS):
+        row = f"  {gpu}  {batch:6,d} {context:8,d}"
+        for c in forms.values():
+            speed, slots = modelled_speed(c, gpu, batch, context)
+            waiting = f"({slots})" if slots < batch else ""
+            row += f" {speed:9,.0f} {waiting:5s}"
+        print(row.rstrip())
+    print_gain_over_qwen(forms["both"])
+
+def print_gain_over_qwen(hybrid):
+    """Tokens per second of the 7B shape over Qwen3-8B's, for the lengths of the paper's figure 8."""
+    print("\nHybrid against Qwen3-8B. MODELLED: decoding of 32K tokens after 512, and of 16K after 8K, at")
+    print("the mean context. The paper (appendix B, figure 8) measured with vLLM on an H100, mean of the two")
+    print("tasks: +20% to +100% at batch 2 to 128, growing with batch and output.")
+    tasks = {"512 -> 32K": 512 + 32768 // 2, "8K -> 16K": 8192 + 16384 // 2}  # a step's time grows linearly
+    print("  batch", *(f"{gpu + ' ' + task:>16s}" for gpu in GPUS for task in tasks))
+    for batch in (2, 4, 8, 16, 32, 64, 128):
+        row = f"  {batch:5d}"
+        for gpu, context in itertools.product(GPUS, tasks.values()):
+            ours, theirs = (modelled_speed(c, gpu, batch, context)[0] for c in (hybrid, QWEN3_8B))
+            row += f" {ours / theirs - 1:16.0%}"
+        print(row)
+
+def save_figure(figure, path):
+    """As a PNG of 64 colours: a quarter of the bytes, and no difference to see."""
+    from PIL import Image  # comes with matplotlib
+    figure.savefig(path, dpi=100)
+    with Image.open(path) as image:
+        image.convert("RGB").quantize(64).save(path, optimize=True)
+
+def draw_mixers(path, results, title):
+    """Throughput against context, a panel per batch. results: as measure_mixers returns it."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    batches = sorted({batch for batch, _ in results})
+    panels = figure.subplots(1, len(batches), squeeze=False, sharey=True)[0]
+    for axes, batch in zip(panels, batches):
+        cells = sorted((context, speeds) for (other, context), speeds in results.items() if other == batch)
+        contexts, speeds = zip(*cells)
+        for style, values in zip(STYLES.values(), zip(*speeds)):
+            axes.plot(contexts, values, **style)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(contexts, [f"{context:,}" for context in contexts], minor=False)
+        axes.set(yscale="log", title=f"batch {batch}", xlabel="context, tokens")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("decoding, tokens per second")
+    panels[0].legend()
+    figure.suptitle(title, fontsize="medium")
+    save_figure(figure, path)
+
+def mixers_speed(device, figure="", batches=BATCHES, contexts=CONTEXTS):
+    """What each mixer contributes to decoding: measured on TRIO, modelled for 7B."""
+    forms = three_forms(TRIO)
+    print_machine(device)
+    print_cache_bytes(forms, DTYPE[device])
+    print("Measured: tokens per second of a decoding step, whatever has filled the caches.")
+    print(f"  {'batch':>6s} {'context':>8s}", *(f"{name:>14s}" for name in forms))
+    results = measure_mixers(device, batches, contexts)
+    print_modelled_mixers()
+    if figure and results:
+        total = sum(parameters(TRIO).values()) / 1e6
+        draw_mixers(figure, results, f"{total:.1f}M parameters, {str(DTYPE[device])[6:]}, {device}")
+        print(f"\n{figure}: throughput by batch and context")
+
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m tests.bench", allow_abbrev=False)
-    parser.add_argument("command", choices=("scan", "model", "sizes"))
+    parser.add_argument("command", choices=("scan", "model", "sizes", "mixers"))
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
+    parser.add_argument("--figure", default="", metavar="FILE", help="mixers: a picture, such as mixers.png")
     args = parser.parse_args(argv)
+    if args.figure and args.command != "mixers":
+        parser.error("--figure: only the command mixers draws one")
+    if args.figure and not Path(args.figure).absolute().parent.is_dir():
+        parser.error(f"--figure {args.figure}: its folder does not exist")
     if args.command == "sizes":
         sizes()
+    elif args.command == "mixers":
+        mixers_speed(args.device, args.figure)
     elif args.command == "scan":
         scan_speed(args.device)
     elif args.device == "cpu":

@@ -49,32 +49,47 @@ def test_flops_by_hand():
     assert bench.flops_per_token(TINY, 10) == {
         "blocks": 2 * 2 * BLOCK, "head": 2 * 12 * 37, "attention": 2 * 2 * 4 * 6 * 10,
         "scan": 2 * (4 * (10 * 5 + 4 * 5 * 7) + 2 * 10 * 7)}
+    # One mixer alone: of BLOCK, the other one's matrices go.
+    attention = bench.flops_per_token(replace(TINY, mixers="attention"), 10)
+    mamba = bench.flops_per_token(replace(TINY, mixers="mamba"), 10)
+    assert (attention["blocks"], attention["scan"]) == (4 * (BLOCK - 12 * 72 - 20 * 12), 0)
+    assert (mamba["blocks"], mamba["attention"]) == (4 * (BLOCK - 12 * 6 * 12), 0)
+    assert (attention["attention"], mamba["scan"]) == (2 * 2 * 4 * 6 * 10, 2 * (4 * 190 + 140))
 
-def test_flops_are_those_that_torch_counts(monkeypatch):
+@pytest.mark.parametrize("mixers", ["both", "attention", "mamba"])
+def test_flops_are_those_that_torch_counts(monkeypatch, mixers):
+    c = replace(TINY, mixers=mixers)
     monkeypatch.setattr(model, "attend", model.attend.__wrapped__)  # the kernel is chosen here
-    flops, mm, bmm = bench.flops_per_token(TINY, 64), torch.ops.aten.mm, torch.ops.aten.bmm
+    flops, mm, bmm = bench.flops_per_token(c, 64), torch.ops.aten.mm, torch.ops.aten.bmm
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        logits = FalconH1(TINY)(torch.randint(37, (1, 64)))
+        logits = FalconH1(c)(torch.randint(37, (1, 64)))
         forward = dict(counter.flop_counts["Global"])
         logits.sum().backward()
     # A CPU computes the zero half of every triangle too, and takes chunks of 16 tokens at this size.
-    scan = 2 * bench.scan_flops(4, 5, 2, 7, chunk=2 * 16)
+    scan = bench.has(c, "mamba") * 2 * bench.scan_flops(4, 5, 2, 7, chunk=2 * 16)
     assert forward == {mm: 64 * (flops["blocks"] + flops["head"]), bmm: 64 * (scan + 2 * flops["attention"])}
     assert counter.flop_counts["Global"] == {mm: 3 * forward[mm], bmm: 3 * forward[bmm]}
 
-def test_bytes_of_decoding():
-    cache = Cache(TINY, 5, 8, dtype=torch.bfloat16)
+@pytest.mark.parametrize(("mixers", "block", "kv", "conv", "ssm"), [
+    ("both", BLOCK, 1, 1, 1), ("attention", BLOCK - 1104, 1, 0, 0), ("mamba", BLOCK - 864, 0, 1, 1)])
+def test_bytes_of_decoding(mixers, block, kv, conv, ssm):
+    """By hand: 2 layers, 5 slots; 8 tokens of k and v; 3 inputs of 48 channels; states of 4 x 5 x 7."""
+    c = replace(TINY, mixers=mixers)
+    cache = Cache(c, 5, 8, dtype=torch.bfloat16)
     size = {"kv": cache.k.nbytes + cache.v.nbytes, "conv": cache.conv.nbytes, "ssm": cache.ssm.nbytes}
-    assert bench.cache_bytes(TINY, 5, 8, torch.bfloat16) == size
-    weights = 2 * BLOCK + 12 * 37
+    assert size == {"kv": kv * 10 * 2 * 2 * 6 * 8 * 2, "conv": conv * 10 * 48 * 3 * 2,
+                    "ssm": ssm * 10 * 140 * 4}
+    assert bench.cache_bytes(c, 5, 8, torch.bfloat16) == size
+    weights = 2 * block + 12 * 37
     moved = 2 * weights + size["kv"] + 2 * size["conv"] + 2 * size["ssm"]
     for bandwidth, rate, seconds in ((100, 1e30, moved / 100), (1e30, 100, 5 * 2 * weights / 100)):
-        floor = bench.decoding_floor(TINY, 5, 8, torch.bfloat16, bandwidth, rate)
+        floor = bench.decoding_floor(c, 5, 8, torch.bfloat16, bandwidth, rate)
         assert floor == pytest.approx(seconds)
 
 @interpreter
-@pytest.mark.parametrize("norm", [True, False])
-def test_bytes_of_a_block_are_what_autograd_saves(norm, monkeypatch):
+@pytest.mark.parametrize(("norm", "mixers"), [
+    (True, "both"), (False, "both"), (True, "attention"), (True, "mamba")])
+def test_bytes_of_a_block_are_what_autograd_saves(norm, mixers, monkeypatch):
     """In bfloat16 with the Triton kernels, one chunk, every storage once, without weights and tables."""
     t = 256
     for module in (model, bench):
@@ -83,7 +98,7 @@ def test_bytes_of_a_block_are_what_autograd_saves(norm, monkeypatch):
         monkeypatch.setattr(model, name, partial(getattr(ssm_scan, name), backend="triton"))
     c = replace(PRESETS["7b"], vocab_size=64, hidden_size=96, intermediate_size=384, num_attention_heads=4,
                 head_dim=16, mamba_d_ssm=96, mamba_n_heads=3, mamba_d_head=32, mamba_d_state=32,
-                num_hidden_layers=1, mamba_rms_norm=norm)
+                num_hidden_layers=1, mamba_rms_norm=norm, mixers=mixers)
     m = FalconH1(c).to(torch.bfloat16)
     rope = rope_table(torch.arange(t)[None], c.head_dim, c.rope_theta, torch.bfloat16)
     mup = torch.ones(sum(c.mamba_widths), dtype=torch.bfloat16)
@@ -140,6 +155,54 @@ def test_tables_of_speed(capsys, monkeypatch):
     bench.model_speed(PRESETS["tiny"], "cpu", batch=2, length=8, decoding=((2, 3),), rounds=1)
     rows = [line.split()[0] for line in capsys.readouterr().out.splitlines() if "%" in line]
     assert rows == 4 * ["small"] + ["training,", "prefill,", "decoding,"]
+
+def test_modelled_speed_by_hand(monkeypatch):
+    """80 bytes of memory beside the weights, 30 a slot: two of five slots decode at a time, in 1 / 50 s."""
+    weights = 2 * sum(bench.parameters(TINY).values())
+    monkeypatch.setitem(bench.GPUS, "toy", (1, 1, (weights + 80) / 0.9 + 1e-6))
+    monkeypatch.setattr(bench, "cache_bytes", lambda c, slots, *rest: {"kv": 20 * slots, "ssm": 10 * slots})
+    monkeypatch.setattr(bench, "decoding_floor", lambda c, slots, *rest: 0.02)
+    assert bench.modelled_speed(TINY, "toy", 5, 100) == (pytest.approx(100), 2)
+    assert bench.modelled_speed(TINY, "toy", 1, 100) == (pytest.approx(50), 1)
+
+def test_qwen3_8b_has_its_size():
+    """8.19 billion parameters, and 144 KiB of keys and values per token: 36 x 2 x 8 x 128 x 2 bytes."""
+    assert sum(bench.parameters(bench.QWEN3_8B).values()) == pytest.approx(8.19e9, rel=1e-3)
+    assert bench.cache_bytes(bench.QWEN3_8B, 1, 1, torch.bfloat16) == {"kv": 147456, "conv": 0, "ssm": 0}
+
+def test_a_step_adds_to_the_noise_of_a_full_cache():
+    """Each call is the same step: it reads `context` tokens and writes one behind them."""
+    for c in bench.three_forms(TINY).values():
+        run = bench.decoding_step(FalconH1(c), 3, 20)
+        first = run()
+        assert first.shape == (3, 37) and run().isfinite().all()
+        assert c.mixers != "attention" or torch.equal(run(), first)
+
+def test_tables_of_the_mixers(capsys, monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(bench, "floors", lambda device: (1e10, 1e11))
+    monkeypatch.setattr(bench, "TRIO", TINY)
+    bench.mixers_speed("cpu", tmp_path / "speed.png", batches=(1, 2), contexts=(4, 8))
+    out = capsys.readouterr().out
+    measured, modelled = out.split("MODELLED, not measured")
+    rows = [line.split() for line in measured.partition("attention          mamba\n")[2].splitlines() if line]
+    assert [row[:2] for row in rows] == [["1", "4"], ["1", "8"], ["2", "4"], ["2", "8"]]
+    assert all(len(row) == 5 and min(float(cell.replace(",", "")) for cell in row[2:]) > 0 for row in rows)
+    rows = [line.split() for line in modelled.splitlines()]
+    # 15.2 GB of weights less the embedding, states read and written, keys of 512 tokens, at 3.35 TB/s.
+    assert ["H100", "1", "512", "228", "233", "229", "220"] in rows
+    assert ["2", "22%", "22%", "22%", "22%"] in rows  # the paper: +20% at batch 2
+    assert 0 < (tmp_path / "speed.png").stat().st_size < 60_000
+    monkeypatch.setattr(bench, "free_bytes", lambda device: 10_000)
+    assert bench.measure_mixers("cpu", (16,), (4096,)) == {}
+    kv, states = 16 * 2 * 2 * 2 * 6 * 4096 * 4, 16 * 2 * (48 * 3 + 140) * 4
+    assert f"need {2 * (kv + states) / 1e9:.1f} GB" in capsys.readouterr().out
+
+@pytest.mark.parametrize("flags", [["sizes", "--figure", "x.png"], ["mixers", "--figure", "no/such/x.png"]])
+def test_a_figure_that_cannot_be_drawn_is_refused_at_once(flags, capsys):
+    with pytest.raises(SystemExit):
+        bench.main(flags)
+    assert "error: --figure" in capsys.readouterr().err
 
 @pytest.mark.parametrize("script", ["stages", "check", "decoding", "parts", "scan", "train", "warm"])
 def test_gpu_scripts_can_be_imported(script, monkeypatch):

@@ -88,8 +88,10 @@ def sizes(monkeypatch):
         seen.append((len(slots), length)), grow(self, slots, length)))
     return seen
 
-def test_the_cache_grows_with_the_longest_trace(sizes, monkeypatch):
-    model, kind = build(), dict(max_new_tokens=40, samples=2, seed=3, stop_ids=[0, 1])
+@pytest.mark.parametrize("mixers", ["both", "attention", "mamba"])
+def test_the_cache_grows_with_the_longest_trace(sizes, monkeypatch, mixers):
+    model = build(replace(SMALL, mixers=mixers))
+    kind = dict(max_new_tokens=40, samples=2, seed=3, stop_ids=[0, 1])
     traces = [generate(model, PROMPTS, slots=slots, **kind) for slots in (3, 8)]
     assert {length for _, length in sizes} == {16, 32, 7 + 40 - 1}  # no step appends the last token
     monkeypatch.setattr(Sampler, "first_length", 64)
@@ -121,7 +123,7 @@ def test_where_memory_is_short_the_youngest_traces_wait(sizes, monkeypatch):
     grown, read = m.Cache(SMALL, 6, 8).bytes_to_grow, []
     assert grown(6, 16) == 6 * 16 * 192 and grown(2, 32) == 2 * (32 * 192 + 2272)
     monkeypatch.setattr(decode, "free_bytes", lambda device: 6 * 16 * 192)
-    monkeypatch.setattr(decode, "prefill", lambda model, ids: read.extend(ids) or prefill(model, ids))
+    monkeypatch.setattr(decode, "prefill", lambda *a: read.extend(map(list, a[1])) or prefill(*a))
     assert_same_traces(run(), expected)
     assert sizes == [(6, 16), (2, 32), (1, 64)]
     assert any(ids not in PROMPTS for ids in read)  # some were read again in their middle
@@ -129,12 +131,14 @@ def test_where_memory_is_short_the_youngest_traces_wait(sizes, monkeypatch):
     with pytest.raises(ValueError, match="a trace of 16 tokens does not fit into 3071 free bytes"):
         generate(model, [[1]], max_new_tokens=40)
 
-def test_as_many_slots_as_fit(monkeypatch):
+@pytest.mark.parametrize(("mixers", "one"), [
+    ("both", 16 * 192 + 2272 + 8), ("attention", 16 * 192 + 8), ("mamba", 2272 + 8)])
+def test_as_many_slots_as_fit(monkeypatch, mixers, one):
     """One of 16 tokens has 192 bytes a token and 2,272 of states; and 8 of its length."""
-    one = 16 * 192 + 2272 + 8
+    model = build(replace(SMALL, mixers=mixers))
     for free, slots in ((0, 1), (2 * one, 1), (20 * one - 1, 9), (20 * one, 10), (2**40, 256)):
         monkeypatch.setattr(decode, "free_bytes", lambda device: free)
-        assert decode.max_batch_size(build(), 16) == slots
+        assert decode.max_batch_size(model, 16) == slots
 
 class Launches(TorchDispatchMode):
     """Counts what would launch a kernel on a GPU, and refuses what would wait for one."""
@@ -201,6 +205,18 @@ def test_no_prefilled_prompt_is_kept_for_nothing(monkeypatch):
     generate(build(), [[1, 2], [3, 4], [5, 6]], max_new_tokens=4, samples=3, slots=4,
              admit=lambda i, j: "done" if (i, j) == (0, 2) else "go")
     assert seen[-1] == (0, 0) and all(kept <= waiting for kept, waiting in seen)
+
+@pytest.mark.parametrize("mixers", ["attention", "mamba"])
+def test_one_mixer_alone_waits_for_memory_only_where_keys_need_it(sizes, monkeypatch, mixers):
+    model, kind = build(replace(SMALL, mixers=mixers)), dict(max_new_tokens=60, samples=3, seed=3, slots=6)
+    expected, read = generate(model, PROMPTS, **kind), []
+    monkeypatch.setattr(decode, "free_bytes", lambda device: 6 * 16 * 192)
+    monkeypatch.setattr(decode, "prefill", lambda *a: read.extend(map(list, a[1])) or prefill(*a))
+    assert_same_traces(generate(model, PROMPTS, **kind), expected)
+    assert any(ids not in PROMPTS for ids in read) == (mixers == "attention")
+    bytes_of = model.new_cache(6, 8).bytes_to_grow
+    assert (bytes_of(6, 16), bytes_of(2, 32)) == {
+        "attention": (6 * 16 * 192, 2 * 32 * 192), "mamba": (0, 2 * 2272)}[mixers]
 
 @pytest.mark.parametrize("kind", [np.array, torch.tensor, tuple])
 def test_prompts_may_be_arrays(kind):
@@ -401,7 +417,8 @@ def forward_pass(model, ids, steps=2):
 @pytest.mark.parametrize("change", [
     {"num_hidden_layers": 2}, {"mamba_rms_norm": False, "mamba_n_groups": 1, "time_step_limit": (0.2, 1.5)},
     {"num_attention_heads": 6, "num_key_value_heads": 1, "head_dim": 32, "mamba_norm_before_gate": True},
-    {"mamba_conv_bias": False, "mamba_proj_bias": True, "projectors_bias": True, "attention_bias": True}])
+    {"mamba_conv_bias": False, "mamba_proj_bias": True, "projectors_bias": True, "attention_bias": True},
+    {"mixers": "attention"}, {"mixers": "mamba"}])
 def test_steps_are_the_forward_pass(kernels, change):
     model = build(replace(SMALL, **{"num_hidden_layers": 1} | change)).to(DEVICE)
     ids = torch.randint(37, (3, 140), device=DEVICE)

@@ -6,6 +6,7 @@ import shutil
 import struct
 import warnings
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,10 +15,12 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import data
 import model as m
 from data import Tokenizer
 from model import (PRESETS, Cache, FalconH1, FalconH1Config, add_product, attend, generate, read_safetensors,
                    ssm_multipliers, token_logprobs, tokens_of_chunk, write_safetensors)
+from tests import ranks as processes
 from tests.make_golden import (BIASES, CHECKPOINTS, GOLDEN, SHAPE, TEXTS, random_checkpoint, tokenizer_kinds,
                                train_tokenizer)
 
@@ -38,6 +41,10 @@ def build(config=SMALL, seed=0):
             if p.dim() == 1:
                 p.add_(0.3 * torch.randn_like(p))
     return model
+
+@pytest.fixture(params=["both", "attention", "mamba"])
+def model(request):
+    return build(replace(SMALL, mixers=request.param))
 
 def assert_close(a, b):
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
@@ -62,8 +69,38 @@ def test_presets_are_the_published_models():
             (large.key_multiplier, 0.011048543456039804)):
         assert ours == pytest.approx(published, rel=1e-14)
 
-def test_packed_documents_are_separate():
-    model, ids, cu = build(), torch.randint(37, (1, 60)), [0, 1, 20, 43, 60]
+def test_each_mixer_alone_has_as_many_parameters():
+    """SMALL by hand. Attention's matrices have 2 x 6 x 6 = 72 columns of 12, Mamba's 72 + 20. The MLP gets a
+    third of them, in multiples of 8: 24 and 32. Beside them Mamba has 240 + 12 + 20 small ones."""
+    counts = {}
+    for mixers in ("attention", "mamba"):
+        c = m.single_mixer(SMALL, mixers)
+        assert replace(c, mixers="both", intermediate_size=20) == SMALL
+        block = FalconH1(c).model.layers[0]
+        assert (block.mamba is None, block.self_attn is None) == (mixers == "attention", mixers == "mamba")
+        counts[mixers] = sum(p.numel() for p in block.parameters())
+    assert counts == {"attention": 24 + 12 * 72 + 3 * 12 * 52, "mamba": 24 + 12 * 92 + 272 + 3 * 12 * 44}
+    of_7b = [PRESETS["7b"], *(m.single_mixer(PRESETS["7b"], mixers) for mixers in counts)]
+    for forms in ([PRESETS["tiny"], PRESETS["tiny-attention"], PRESETS["tiny-mamba"]], of_7b):
+        assert [c.mixers for c in forms] == ["both", *counts]
+        with torch.device("meta"):
+            hybrid, *alone = [sum(p.numel() for p in FalconH1(c).parameters()) for c in forms]
+        assert alone == pytest.approx([hybrid] * 2, rel=0.01)
+
+def test_the_branches_add_up():
+    """A block of both, with either branch's last matrix at 0, is the block of the other one alone."""
+    ids, both = torch.randint(37, (2, 30)), build()
+    for mixers, other in (("attention", "mamba.out_proj"), ("mamba", "self_attn.o_proj")):
+        alone = FalconH1(replace(SMALL, mixers=mixers))
+        state = {name: v * (other not in name) for name, v in both.state_dict().items()}
+        hybrid = FalconH1(SMALL)
+        hybrid.load_state_dict(state)
+        report = alone.load_state_dict(state, strict=False)
+        assert not report.missing_keys and all(other.split(".")[0] in name for name in report.unexpected_keys)
+        assert torch.equal(alone(ids), hybrid(ids))
+
+def test_packed_documents_are_separate(model):
+    ids, cu = torch.randint(37, (1, 60)), [0, 1, 20, 43, 60]
     packed = model(ids, cu_seqlens=torch.tensor(cu))
     for same in (np.array(cu), np.array(cu, np.int32), [*np.array(cu)], [*torch.tensor(cu)]):
         assert torch.equal(model(ids, cu_seqlens=same), packed)
@@ -74,10 +111,12 @@ def test_packed_documents_are_separate():
         same = model(other, cu_seqlens=cu)[0] == packed[0]  # to the last bit
         assert same[:start].all() and same[end:].all() and not same[start:end].all()
 
-def test_packed_gradients_are_the_sum_of_separate_ones():
-    model, ids, cu = build(), torch.randint(37, (1, 30)), [0, 11, 12, 30]
+def test_packed_gradients_are_the_sum_of_separate_ones(model):
+    """And recomputing activations changes nothing."""
+    ids, cu = torch.randint(37, (1, 30)), [0, 11, 12, 30]
     grads = []
-    for parts in ([(ids, cu)], [(ids[:, a:b], None) for a, b in zip(cu, cu[1:])]):
+    packed, separate = [(ids, cu)], [(ids[:, a:b], None) for a, b in zip(cu, cu[1:])]
+    for model.model.checkpoint_activations, parts in ((True, packed), (False, separate)):
         model.zero_grad()
         for part, bounds in parts:
             model(part, cu_seqlens=bounds).square().sum().backward()
@@ -156,9 +195,9 @@ def test_training_after_inference_mode():
 
 @torch.no_grad()
 @pytest.mark.parametrize("cuts", [range(1, 40), [1], [39], [7, 8, 25], [17, 30]])
-def test_cache_continues_anywhere(cuts):
-    model, ids, cuts = build(), torch.randint(37, (2, 40)), list(cuts)
-    cache = Cache(SMALL, 2, 40)
+def test_cache_continues_anywhere(model, cuts):
+    ids, cuts = torch.randint(37, (2, 40)), list(cuts)
+    cache = model.new_cache(2, 40)
     parts = [model(ids[:, a:b], cache=cache) for a, b in zip([0, *cuts], [*cuts, 40])]
     full = model(ids)
     assert (torch.cat(parts, 1) - full).norm() < 1e-5 * full.norm()
@@ -174,8 +213,8 @@ def test_a_refused_forward_leaves_the_cache_as_it_was():
 
 @pytest.mark.parametrize("checkpoint_activations", [False, True])
 @pytest.mark.parametrize("cuts", [[8], [5, 8], [1, 2, 3, 4, 5, 6, 7, 8], [3, 7, 8]])
-def test_a_cache_has_the_gradients_of_the_whole(cuts, checkpoint_activations):
-    model, ids, cache = build(), torch.arange(8)[None], Cache(SMALL, 1, 8)
+def test_a_cache_has_the_gradients_of_the_whole(model, cuts, checkpoint_activations):
+    ids, cache = torch.arange(8)[None], model.new_cache(1, 8)
     model.model.checkpoint_activations = checkpoint_activations
     parts = torch.cat([model(ids[:, a:b], cache=cache) for a, b in zip([0, *cuts], cuts)], 1)
     weights = [*model.parameters()]
@@ -183,9 +222,9 @@ def test_a_cache_has_the_gradients_of_the_whole(cuts, checkpoint_activations):
     for ours, whole in zip(*results):
         assert (ours - whole).norm() < 1e-5 * whole.norm()
 
-def test_a_cache_may_grow_and_be_filled_without_gradients_before_they_are_asked_for():
+def test_a_cache_may_grow_and_be_filled_without_gradients_before_they_are_asked_for(model):
     """Both used to end in an error of torch about views."""
-    model, ids = build(), torch.arange(8)[None]
+    ids = torch.arange(8)[None]
     with torch.no_grad():
         cache = model.new_cache(1, 3)
         model(ids[:, :3], cache=cache)
@@ -195,6 +234,16 @@ def test_a_cache_may_grow_and_be_filled_without_gradients_before_they_are_asked_
     weight = model.lm_head.weight  # nothing before it depends on the past's gradient
     ours, whole = (torch.autograd.grad(y.square().sum(), weight)[0] for y in (parts, model(ids)[:, 3:]))
     assert (ours - whole).norm() < 1e-5 * whole.norm()
+
+@pytest.mark.parametrize("mixers", ["attention", "mamba"])
+def test_two_ranks_share_a_row_of_one_mixer(tmp_path, mixers):
+    """As of the hybrid in test_train_sft.py: with --cp 2 they compute loss and gradient of one process."""
+    data.main(["make", "--out", str(tmp_path), "--sft", "12", "--rl", "2", "--heldout", "2"])
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "mamba_n_heads": 4,
+             "mamba_d_head": 24}
+    build(replace(PRESETS["tiny"], num_hidden_layers=2, mixers=mixers, **heads)).save_pretrained(tmp_path)
+    body = partial(processes.compare_gradients, [tmp_path], str(tmp_path / "sft.jsonl"), [(2, 1, 4096)])
+    assert processes.launch(body, ranks=2)[0].out.count("loss off by") == 1
 
 # 3. Checkpoints ---------------------------------------------------------------------------------------------
 
@@ -278,7 +327,8 @@ def both(tmp_path_factory):
         pairs.append((theirs, Tokenizer.from_pretrained(folder)))
     return pairs
 
-@pytest.mark.parametrize("change", [{}, {"tie_word_embeddings": True}, {"mamba_rms_norm": False}])
+@pytest.mark.parametrize("change", [{}, {"tie_word_embeddings": True}, {"mamba_rms_norm": False},
+                                    {"mixers": "attention"}, {"mixers": "mamba"}])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_a_saved_model_comes_back(tmp_path, change, dtype):
     model = build(replace(SMALL, **change)).to(dtype)
@@ -294,6 +344,20 @@ def test_a_saved_model_comes_back(tmp_path, change, dtype):
     with torch.no_grad():
         mapped.model.embed_tokens.weight.zero_()  # a private copy of the page, not the file
     assert (tmp_path / "model.safetensors").read_bytes() == before
+
+@pytest.mark.parametrize("mixers", ["attention", "mamba"])
+def test_other_engines_refuse_a_single_mixer(tmp_path, mixers):
+    """Both of its names: transformers goes by model_type, vLLM and llama.cpp's converter by architectures."""
+    for config in (SMALL, replace(SMALL, mixers=mixers)):
+        build(config).save_pretrained(tmp_path / config.mixers)
+    published, raw = (json.loads((tmp_path / x / "config.json").read_text()) for x in ("both", mixers))
+    assert raw == published | {"mixers": mixers, "model_type": "falcon_h1_single",
+                               "architectures": ["FalconH1SingleForCausalLM"]}
+    assert (published["model_type"], published["architectures"]) == ("falcon_h1", ["FalconH1ForCausalLM"])
+    assert "mixers" not in published
+    transformers = pytest.importorskip("transformers")
+    with pytest.raises(ValueError, match="falcon_h1_single.* does not recognize"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / mixers)
 
 @pytest.fixture
 def folder(tmp_path):
@@ -330,12 +394,15 @@ def test_what_llama_cpp_computes_otherwise_is_said_once(tmp_path, change, said):
     expected = [f"llama.cpp would load this model but compute wrong logits: {said}"] if said else []
     assert [str(warning.message) for warning in caught] == expected
 
+MAMBA = {"mixers": "mamba"}
+SINGLE = {"model_type": "falcon_h1_single", **MAMBA}
+
 def refuses(folder, message, **arguments):
     with pytest.raises(ValueError, match=message):
         FalconH1.from_pretrained(folder, **arguments)
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"model_type": "llama"}, "model_type is 'llama'; only 'falcon_h1'"), ({"hidden_act": 3}, "hidden_act"),
+    ({"model_type": "llama"}, "'llama'; only 'falcon_h1' is supported"), ({"hidden_act": 3}, "hidden_act"),
     ({"rope_scaling": {}}, "rope_scaling is {}"), ({"rope_theta": 1e4}, "rope_theta 10000.0 contradicts"),
     ({"rope_parameters": {"rope_type": "yarn"}}, "yarn"), ({"mamba_n_groups": 3}, "not a multiple of"),
     ({"rope_parameters": {"rope_theta": 1e4, "factor": 2}}, "only a rope_theta"), ({"head_dim": 5}, "is odd"),
@@ -345,6 +412,12 @@ def refuses(folder, message, **arguments):
     ({"mamba_rms_norm": 1}, "mamba_rms_norm is 1, expected bool"), ({"hidden_size": True}, "size is True"),
     ({"num_hidden_layers": 3}, "layers.2.* is missing"), ({"mlp_multipliers": 3}, "mlp_multipliers is 3"),
     ({"num_hidden_layers": 1}, "layers.1.* not part"), ({"tie_word_embeddings": False}, "lm_head.* missing"),
+    (MAMBA, "is 'falcon_h1'; only 'falcon_h1_single' is supported with mixers 'mamba'"),
+    ({"model_type": "falcon_h1_single"}, "'falcon_h1_single'; only 'falcon_h1' is supported"),
+    (SINGLE | {"mixers": "both"}, "with mixers 'both'"), (SINGLE | {"mixers": None}, "with mixers 'both'"),
+    (SINGLE | {"mixers": "ssm"}, "mixers is 'ssm', expected 'both', 'attention' or 'mamba'"),
+    (SINGLE | {"mixers": ["mamba"]}, "mixers is "), (SINGLE | {"mixers": {}}, "mixers is {}"),
+    (SINGLE, "self_attn.* is not part of this model"), ({"model_type": None, **MAMBA}, "mixers 'mamba'"),
     ({"surprise": 1}, "field surprise is unknown; it may"), ({"vocab_size": 10**30}, "a number above 0 and"),
     ({"rms_norm_eps": math.nan}, "is nan, .* finite"), ({"time_step_limit": [1, 0]}, "its lower end"),
     ({"time_step_limit": [math.nan, 1]}, "its lower"), ({"mlp_multipliers": [1, math.inf]}, "finite"),

@@ -1,37 +1,27 @@
 """Decoding at the 7B shape: a step against the bytes it must move and against transformers', its kernels;
-generate(); prefill. python tests/gpu/decoding.py"""
+generate(); prefill; then steps of each mixer alone. python tests/gpu/decoding.py"""
+
+import gc
+import itertools
 
 from stages import DEV, DRY, error, put, put_kernels, seconds, stage
 
 import torch
 
 from kernels import step_kernel_bytes
-from model import PRESETS, Cache, Decoder, FalconH1, generate, prefill
-from tests.bench import decoding_floor, floors, flops_per_token, medians, milliseconds
+from model import PRESETS, FalconH1, generate, prefill
+from tests.bench import (
+    BATCHES, CONTEXTS, decoding_floor, decoding_step, floors, flops_per_token, medians, milliseconds,
+    modelled_speed, three_forms)
 from tests.peers import their_model
-
-def decoding_step(model, batch, context):
-    """run() -> logits of a step of `batch` sequences with `context` tokens each, whose cache holds noise."""
-    cache = Cache(model.config, batch, context + 1, dtype=torch.bfloat16, device=DEV)
-    for part in (cache.k, cache.v, cache.conv, cache.ssm):
-        part.normal_()
-    tokens = torch.randint(model.config.vocab_size, (batch,), device=DEV)
-    step = Decoder(model, cache)
-
-    @torch.no_grad()
-    def run():
-        cache.used = context  # the same step again
-        cache.lengths.fill_(context)
-        return step(tokens)
-    return run
 
 def one_step(model, batch, context, limits, detail):
     run = decoding_step(model, batch, context)
     first, second = seconds(run)[0], seconds(run)[0]  # compiles; is recorded
     took = milliseconds(run, DEV)
     floor = decoding_floor(model.config, batch, context, torch.bfloat16, *limits) * 1e3
-    put("decode", batch=batch, context=context, ms=took, floor_ms=floor, share=floor / took,
-        tokens_s=batch / took * 1e3, first_s=first, second_s=second)
+    put("decode", mixers=model.config.mixers, batch=batch, context=context, ms=took, floor_ms=floor,
+        share=floor / took, tokens_s=batch / took * 1e3, first_s=first, second_s=second)
     if detail:
         sizes = step_kernel_bytes(model.config, batch, context, torch.bfloat16)
         put_kernels("decode kernel", run, limits[0], sizes, batch=batch, context=context)
@@ -72,11 +62,27 @@ def reading(model, t, rate):
     took, _ = seconds(lambda: prefill(model, [[1] * t]))
     put("prefill", tokens=t, seconds=took, share=t * flops_per_token(model.config, t)["blocks"] / rate / took)
 
-def main():
-    torch.manual_seed(0)
+def build(c):
     with torch.device(DEV):
-        model = FalconH1(PRESETS["tiny" if DRY else "7b"]).to(torch.bfloat16)
-    limits = floors(DEV)
+        return FalconH1(c).to(torch.bfloat16)
+
+def one_form(c, shapes, limits):
+    """Steps of the hybrid or of one mixer alone. The model goes when this ends: memory holds one."""
+    model = build(c)
+    for batch, context in shapes:
+        stage(f"{c.mixers} {batch} x {context}", one_step, model, batch, context, limits, False)
+
+def three_mixers(c, limits):
+    """What `python -m tests.bench mixers` models, where it fits into memory."""
+    for form in three_forms(c).values():
+        gc.collect()  # the model before may be part of a cycle
+        cells = itertools.product(BATCHES, CONTEXTS)
+        fit = [cell for cell in cells if modelled_speed(form, "H100", *cell)[1] == cell[0]]
+        stage(f"mixers {form.mixers}", one_form, form, [(2, 32)] if DRY else fit, limits)
+
+def hybrid(c, limits):
+    """The published model, alone and next to transformers'."""
+    model = build(c)
     shapes = [(1, 512), (64, 512), (256, 512), (1, 16384), (16, 16384), (64, 16384)]
     for batch, context in [(2, 32)] if DRY else shapes:
         detail = DRY or (batch, context) in ((1, 512), (1, 16384), (64, 16384))
@@ -90,6 +96,13 @@ def main():
         stage(f"generate, {slots} slots", whole_generation, model, slots, new)
     for t in (64,) if DRY else (4096, 32768):
         stage(f"prefill {t}", reading, model, t, limits[1])
+
+def main():
+    torch.manual_seed(0)
+    c = PRESETS["tiny" if DRY else "7b"]
+    limits = floors(DEV)
+    hybrid(c, limits)
+    three_mixers(c, limits)  # last, as gpu_day.sh may stop this script here
 
 if __name__ == "__main__":
     main()
