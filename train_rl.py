@@ -11,6 +11,7 @@ What is logged, by name
     reward, reward_std      mean and spread of known rewards, before groups are chosen; correct: its main part
     all_right, all_wrong    share of sampled groups without signal for that reason
     calls, cached, age      sampling calls of the step, groups taken from the cache, their mean age in steps
+    learned                 groups of the update, each counted once
     entropy                 of the trainer's distribution, from the logits, nats per token
     clip_frac_low, clip_frac_high   share of tokens whose clipped term is active (0 at one update per batch)
     kl                      mean k3 estimate of KL(old || new), nats per token
@@ -33,6 +34,7 @@ other scripts but eval.py.
 """
 
 import json
+import math
 import os
 import sys
 import time
@@ -41,6 +43,7 @@ from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import cycle, islice
 
 import numpy as np
 import torch
@@ -72,7 +75,8 @@ class Args(train_sft.CommonArgs):
     updates: int = flag(1, "passes over a batch, one optimizer step each")
     clip_low: float = flag(0.2, "the gradient ends at ratios below 1 - this")
     clip_high: float = flag(0.28, "the gradient ends at ratios above 1 + this")
-    tis_cap: float = flag(2.0, "cap of the importance weight between sampler and trainer")
+    tis_cap: float = flag(2.0, "cap of the importance weight between sampler and trainer; 0: no such weight")
+    advantage: str = flag("std", "(reward - mean) / std in a group (paper); mean: reward - mean (Dr. GRPO)")
     positive_weight: float = flag(0.1, "mu, weight of the cross-entropy on correct samples")
     normalise: str = flag("sequence", "mean per answer, then over answers (paper); token: over all tokens")
     format_penalty: float = flag(0.1, "taken off an answer that is not <think>reasoning</think>answer")
@@ -85,6 +89,8 @@ class Args(train_sft.CommonArgs):
     judge_model: str = flag("judge", "its name there")
     judge_cache: str = flag("runs/judge.jsonl", "file of its verdicts")
     unsafe_local_execution: bool = flag(False, "run programs of the model even if they cannot be isolated")
+    backfill: str = flag("sample", "fill the batch by more calls (paper); after one call, reject: go on with "
+                         "fewer groups, duplicate: repeat them")
     max_calls: int = flag(6, "sampling calls per step before it goes on with fewer groups")
     cache: int = flag(32, "surplus groups kept for later steps")
     cache_age: int = flag(2, "steps after which a kept group is dropped")
@@ -104,14 +110,16 @@ PAPER = ("--lr 2e-6 --warmup-steps 10 --steps 200 --prompts 128 --max-new-tokens
 # one without, and a group's rewards span this much if and only if some are right and some are wrong.
 SIGNAL = 0.5
 
-def advantages(rewards):
+def advantages(rewards, kind="std"):
     """A_i = (R_i - mean) / (std + 1e-6) over the G rewards of one prompt, with the population std.
+    "mean": R_i - mean, as in Dr. GRPO: dividing by the std favours prompts that are very hard or very easy.
     Returns (G,) float64, or None if they span less than SIGNAL: differences of style, or of rounding, would
     be blown up to advantages of size one."""
     r = np.asarray(rewards, np.float64)
     if len(r) < 2 or r.max() - r.min() < SIGNAL:
         return None
-    return (r - r.mean()) / (r.std() + 1e-6)
+    centred = r - r.mean()
+    return centred if kind == "mean" else centred / (r.std() + 1e-6)
 
 def clipped_policy_loss(new, old, advantage, clip_low, clip_high):
     """-min(rho A, clip(rho, 1 - low, 1 + high) A) per token, rho = exp(new - old); two bounds as in DAPO."""
@@ -119,7 +127,10 @@ def clipped_policy_loss(new, old, advantage, clip_low, clip_high):
     return -torch.minimum(rho * advantage, rho.clamp(1 - clip_low, 1 + clip_high) * advantage)
 
 def tis_weight(old, sampler, cap):
-    """min(exp(old - sampler), cap) without gradient: the trainer's probability over the sampler's."""
+    """min(exp(old - sampler), cap) without gradient: the trainer's probability over the sampler's.
+    cap 0: always 1, as if the trainer itself had sampled."""
+    if cap == 0:
+        return torch.ones_like(old)
     return torch.exp((old - sampler).detach()).clamp(max=cap)
 
 def k3(new, old):
@@ -130,7 +141,6 @@ def k3(new, old):
 def token_weights(lengths, normalise):
     """Weight of each token of answers with these lengths, summing to 1 over the batch; one number per answer.
     "sequence" (the paper): 1 / (answers * length).  "token" (DAPO): 1 / (all tokens)."""
-    check(normalise in ("sequence", "token"), f"--normalise {normalise}: expected sequence or token")
     if normalise == "token":
         return [1 / sum(lengths)] * len(lengths)
     return [1 / (len(lengths) * length) for length in lengths]
@@ -277,18 +287,22 @@ def sample_groups(sampler, tokenizer, verifier, args, ranks, stats, prompts, see
 def collect(sample, draw, cache, step, args, stats):
     """Groups with signal for one update: from the cache, then from as many calls as it takes (backfill).
     sample(prompts, seed) -> groups. draw() -> the next args.prompts prompts.
-    Surplus groups go into the cache, first in, first out, as (step, group); their log-probabilities stay."""
+    Surplus groups go into the cache, first in, first out, as (step, group); their log-probabilities stay.
+    The alternatives that the paper tried make one call, which leaves no surplus. --backfill reject learns
+    from the groups with signal, however few. duplicate repeats them, in order, up to args.prompts; means over
+    the batch change only if this repeats some groups more often than others."""
     # From the cache, unless the policy has moved on for too long.
     young = [(sampled, group) for sampled, group in cache if step - sampled <= args.cache_age]
     chosen = young[: args.prompts]
     stats["cached"] = len(chosen)
     stats["age"] = mean(step - sampled for sampled, _ in chosen)
     # Backfill: a group without signal gives no gradient, so sample further prompts instead.
-    while len(chosen) < args.prompts and stats["calls"] < args.max_calls:
+    max_calls = args.max_calls if args.backfill == "sample" else 1
+    while len(chosen) < args.prompts and stats["calls"] < max_calls:
         seed = args.seed * 1_000_003 + step * 1_009 + stats["calls"]  # a stream for every call of the run
         stats["calls"] += 1
         for group in sample(draw(), seed):
-            values = advantages([r.score for r in group])
+            values = advantages([r.score for r in group], args.advantage)
             stats["groups"] += 1
             if values is not None:
                 chosen.append((step, group))
@@ -299,7 +313,10 @@ def collect(sample, draw, cache, step, args, stats):
     # What is left over waits for a later step; the oldest make room.
     surplus = young[args.prompts :] + chosen[args.prompts :]
     cache[:] = surplus[max(0, len(surplus) - args.cache) :]
-    return [group for _, group in chosen[: args.prompts]]
+    groups = [group for _, group in chosen[: args.prompts]]
+    stats["learned"] = len(groups)
+    # A repeated group is the same object again; it counts again in all means over the batch.
+    return list(islice(cycle(groups), args.prompts)) if args.backfill == "duplicate" else groups
 
 # 4. The update ----------------------------------------------------------------------------------------------
 
@@ -345,7 +362,7 @@ def token_stats(args, new, old, entropy, sampler, advantage, sampled):
         "clip_frac_high": sampled & (rho > 1 + args.clip_high) & (advantage > 0),
         "kl": k3(new, old) * sampled,
         "mismatch": (old.exp() - sampler.exp()).abs() * sampled,
-        "capped": sampled & (torch.exp(old - sampler) > args.tis_cap),
+        "capped": sampled & (torch.exp(old - sampler) > (args.tis_cap or math.inf)),
     }
 
 def train_step(model, optimizer, groups, args, lr, ranks, stats):
@@ -410,7 +427,7 @@ def step_metrics(stats, loss, norm, lr, ranks):
     # Groups and calls, seconds.
     metrics |= {name: stats[name] / max(1, stats["groups"]) for name in ("all_right", "all_wrong")}
     metrics |= {name: round(stats[name], 3) for name in ("t_sample", "t_score", "t_update")}
-    metrics |= {name: stats[name] for name in ("calls", "cached", "age")}
+    metrics |= {name: stats[name] for name in ("calls", "cached", "age", "learned")}
     metrics["idle"] = stats["t_idle"] / max(1e-9, stats["t_sample"])
     # Means over the sampled tokens of the update, on all ranks: of entropy, clip_frac_low, clip_frac_high,
     # kl, mismatch and capped.
@@ -444,10 +461,11 @@ def check_args(args):
     check(args.group >= 2, f"--group {args.group}: one answer has nothing to be compared with")
     # Close to 0 all answers are the same, and logits over it overflow; far above 1 they are noise.
     check(0.01 <= args.temperature <= 100, f"--temperature {args.temperature}: must be between 0.01 and 100")
-    check(args.tis_cap > 0, f"--tis-cap {args.tis_cap}: at 0 nothing is learned")
     check(args.warmup_steps <= args.steps,
           f"--warmup-steps {args.warmup_steps}: --steps {args.steps} would end before --lr is reached")
-    token_weights([1], args.normalise)
+    train_sft.check_choice(args, "normalise", "sequence", "token")
+    train_sft.check_choice(args, "advantage", "std", "mean")
+    train_sft.check_choice(args, "backfill", "sample", "duplicate", "reject")
     args.system = data.text_or_file(args.system)  # run.json holds the text
     check(args.format_penalty + args.language_penalty < SIGNAL,
           f"--format-penalty plus --language-penalty must be below {SIGNAL}, or style could beat being right")

@@ -8,7 +8,7 @@
 A step draws one global batch of samples, packs them into rows of at most --pack-tokens tokens, and deals the
 rows out to the ranks. Every rank knows the whole batch, so the loss is divided by the weight of *all* its
 tokens before any gradient is computed: each token weighs the same, whatever its rank and row (the paper's
-"balanced data-parallel token normalisation"). Ranks and --pack-tokens change the result by rounding only.
+"balanced data-parallel token normalisation", --normalise batch). Ranks and rows then change rounding only.
 
 An interrupted run continues when the same command is given again, on a CPU bit for bit. (On a GPU flash
 attention's backward pass adds with atomics, so any two runs differ in rounding.) No random generator keeps a
@@ -21,8 +21,7 @@ and positions.
 Deviations from the paper: the samples of a batch are packed (the paper does not say); a sample's difficulty
 weight enters the loss and its normalisation alike, so a batch of hard samples takes no larger step; the tiny
 run's learning rate and batch are its own; other models start from the paper's. To copy this file, also take
-model.py, decode.py, ssm_scan.py and data.py. Sections 1 to 5 are the method; the others also serve
-train_rl.py.
+model.py, decode.py, ssm_scan.py and data.py. Sections 1 to 5 are the method; train_rl.py uses the rest.
 """
 
 import glob
@@ -85,13 +84,14 @@ class Args(CommonArgs):
     lr: float = flag(4e-3, "peak learning rate")
     warmup: float = flag(0.04, "share of steps with rising learning rate; it then falls linearly to 0")
     weight_decay: float = flag(0.01, "AdamW decay of matrices; vectors have none")
+    normalise: str = flag("batch", "mean over the batch's tokens (paper); rank: per rank, then over ranks")
     mixture: str = flag("", "domain weights, e.g. math=0.6,code=0.4; empty: by size")
     held_out: int = flag(100, "samples kept out of training, spread over the files; 0: no evaluation")
     eval_every: int = flag(300, "steps between evaluations: held-out loss and a sample text")
     save_every: int = flag(300, "steps between checkpoints")
 
 # The defaults above are those of the tiny run, from random weights. Its learning rate harms trained weights
-# (pass@1 of its own checkpoint falls from 37 to 28% in 50 steps), its sizes fit no other model. So instead
+# (pass@1 of a similar checkpoint fell from 37 to 28% in 50 steps), its sizes fit no other model. So instead
 # the paper's values (Table 1) come first on the command line, where flags that are given replace them.
 PAPER_LR = "--lr 1.024e-3".split()  # for trained weights and other shapes
 PAPER_SIZES = "--batch 512 --steps 0 --context 0 --pack-tokens 0".split()  # for other shapes
@@ -102,6 +102,11 @@ def check_numbers(args, *counts):
         least = int(name in counts)
         valid = isinstance(value, str) or least <= value < math.inf
         check(valid, f"--{name.replace('_', '-')} {value}: must be at least {least}, and finite")
+
+def check_choice(args, name, *choices):
+    """Check that a flag has one of these values."""
+    value = getattr(args, name)
+    check(value in choices, f"--{name} {value}: expected {' or '.join(choices)}")
 
 # 2. The loss ------------------------------------------------------------------------------------------------
 
@@ -125,17 +130,29 @@ def pack_logprobs(model, row, temperature=1.0):
 
 def sft_loss(model, row, total_weight):
     """-sum_i w_i log p(target_i) / total_weight over this rank's tokens of a Pack.
-    w_i is the loss mask times the sample's weight, total_weight their sum over the *global* batch. This is
-        L_r = R * sum_i(l_i m_i) / (eps + sum over all ranks of sum_i m_i)
-    of the paper without its factor R, the number of ranks: accumulate_gradients applies it."""
+    w_i: the loss mask times the sample's weight. total_weight: what loss_divisor returns."""
     weights, = to_device([local_tokens(model, row.weights)], next(model.parameters()).device)
     return -(weights * pack_logprobs(model, row)[0]).sum() / total_weight
 
 def total_loss_weight(packs):
-    """The divisor of a global batch's loss: the summed weights of all tokens to predict, on all ranks."""
+    """The summed weights of all tokens that a global batch predicts, on all ranks."""
     total = float(sum(row.weights.sum() for row in packs))
     check(total > 0, "no token to learn from in the batch: --context has cut them all off")
     return total
+
+def loss_divisor(packs, ranks, normalise="batch"):
+    """What sft_loss divides by on this rank, so that the sum of all ranks' losses is the global batch's loss.
+    W_r: the sum of w_i over the rows of rank r, one of R. Ranks that share rows (--cp) count as one.
+        "batch"  W_1 + ... + W_R: every token weighs the same. This is the paper's
+                 L_r = R * sum_i(l_i m_i) / (eps + sum over all ranks of sum_i m_i)
+                 without its factor R, which accumulate_gradients applies.
+        "rank"   R W_r: the mean over each rank's tokens, then over ranks. A token of rank r weighs
+                 (W_1 + ... + W_R) / (R W_r) times as much as above: more if its rank has few tokens."""
+    total = total_loss_weight(packs)
+    if normalise == "batch":
+        return total
+    own = float(sum(row.weights.sum() for row in ranks.local_rows(packs)))
+    return ranks.dp_size * own or 1.0  # a rank that has dummy rows only adds 0 / 1, not 0 / 0
 
 # 3. One step ------------------------------------------------------------------------------------------------
 
@@ -159,9 +176,9 @@ def accumulate_gradients(model, packs, ranks, loss_of):
         total += loss.detach().double()
     return total
 
-def train_step(model, optimizer, packs, lr, clip, ranks):
+def train_step(model, optimizer, packs, lr, clip, ranks, normalise="batch"):
     """One update on a global batch of packs. Returns its loss and the gradient norm before clipping."""
-    total = total_loss_weight(packs)
+    total = loss_divisor(packs, ranks, normalise)
     loss = accumulate_gradients(model, packs, ranks, lambda row: sft_loss(model, row, total))
     return optimizer_step(model, optimizer, ranks.all_sum(loss), lr, clip)
 
@@ -184,9 +201,8 @@ def main():
     optimizer = make_optimizer(model, args.lr, args.weight_decay)
     run = Run(args, ranks, tokenizer, samples.checksum)
     evaluation = partial(evaluate, model, tokenizer, held_out, args, ranks)
-    state = run.resume(model, optimizer)
-    if state["step"] > 0:
-        loader.drawn = state["drawn"]
+    state = {"drawn": loader.drawn} | run.resume(model, optimizer)
+    loader.drawn = state["drawn"]
     with run:
         if not state["logged"]:  # of the checkpoint's own step
             run.write(state["step"], state["record"] | evaluation(state["step"]))
@@ -199,7 +215,7 @@ def main():
             # One update. An error, such as a loss that is not finite, names the samples.
             try:
                 lr = learning_rate(step, args.steps, args.lr, args.warmup)
-                loss, norm = train_step(model, optimizer, packs, lr, args.clip, ranks)
+                loss, norm = train_step(model, optimizer, packs, lr, args.clip, ranks, args.normalise)
             except ValueError as e:
                 what = f"samples {step * args.batch} to {done * args.batch - 1} of the stream: {e}"
                 raise ValueError(f"step {done}, {what}; {run.trainer} holds what was saved before") from None
@@ -224,6 +240,7 @@ def read_args():
     paper = PAPER_LR * bool(args.init or other) + PAPER_SIZES * other
     args = data.parse_args(Args, "", [*paper, *sys.argv[1:]])
     check_numbers(args, "batch", "eval_every", "save_every")
+    check_choice(args, "normalise", "batch", "rank")
     check(args.warmup <= 1, f"--warmup {args.warmup:g}: it is a share of the steps, at most 1")
     longest = config.max_position_embeddings
     args.context = args.context or min(36864, longest)

@@ -140,8 +140,34 @@ def compare_gradients(folders, file, settings):
             print(f"cp {cp}, replicas {replicas}: loss off by {off[0]:.1e}, gradient by {off[1]:.1e}")
             check(max(off) < 1e-6, "the ranks do not compute what one process does")
 
-def _gradient(model, packs, ranks):
-    total = train_sft.total_loss_weight(packs)
+def compare_normalisations(folder, file):
+    """--normalise rank on two ranks, against shares of the batch's gradient that one process computes."""
+    samples = [*train_sft.SftFiles(file, data.Tokenizer.byte_level(), 512, limit=7)]
+    ranks = train_sft.start_ranks("cpu")
+    for some, capacity in ((samples, 250), (samples[:1], 512)):  # uneven rows; one row and a dummy
+        packs = data.pack(some, capacity, 2)
+        weights = [float(sum(row.weights.sum() for row in packs[r::2])) for r in range(2)]
+        model = train_sft.load_model(folder)
+        whole = expected = expected_loss = 0
+        for r in range(2):
+            model.zero_grad()
+            share = sum(train_sft.sft_loss(model, row, sum(weights)) for row in packs[r::2])
+            share.backward()
+            grad = torch.cat([p.grad.flatten() for p in model.parameters()])
+            whole = whole + grad
+            if weights[r]:
+                factor = sum(weights) / (2 * weights[r])
+                expected = expected + factor * grad
+                expected_loss += factor * float(share.detach())
+        loss, grad = _gradient(train_sft.shard(model, ranks), packs, ranks, "rank")
+        check(abs(loss / expected_loss - 1) < 1e-6, f"the loss is {loss}, expected {expected_loss}")
+        check((grad - expected).norm() / expected.norm() < 1e-6, "not the known factors")
+        differs = float((grad - whole).norm() / whole.norm())
+        check(differs > 0.05, "the rows are too even to tell")
+        print(f"a mean per rank: {weights}, off the batch's gradient by {differs:.2f}")
+
+def _gradient(model, packs, ranks, normalise="batch"):
+    total = train_sft.loss_divisor(packs, ranks, normalise)
     begun = []
 
     def loss_of(row):

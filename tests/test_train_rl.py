@@ -36,8 +36,9 @@ ONE_RIGHT = [math.sqrt(3)] + [-1 / math.sqrt(3)] * 3
 def test_advantages_by_hand():
     assert r.advantages([1, 0, 0, 1]) == pytest.approx([1, -1, -1, 1], abs=1e-5)
     assert r.advantages([1, 0, 0, 0]) == pytest.approx(ONE_RIGHT, abs=1e-5)
+    assert r.advantages([1, 0, 0, 0], "mean") == pytest.approx([0.75, -0.25, -0.25, -0.25])
     for scores in ([1, 1, 1], [0.3, 0.3 + 1e-9], [0.5], [1.0], []):  # rounding; too few
-        assert r.advantages(scores) is None
+        assert r.advantages(scores) is r.advantages(scores, "mean") is None
 
 def test_style_alone_is_no_signal_and_one_right_answer_is():
     # Penalties of 0.3 and 0.15: below 0.5 together. All right, from none of them to both: 1, 0.7, 0.55.
@@ -59,6 +60,7 @@ def test_clipped_policy_loss_by_hand():
 def test_other_formulas_by_hand():
     w = r.tis_weight(torch.tensor([0.0, -1.0, 3.0], requires_grad=True), torch.zeros(3), 2)
     assert w.tolist() == pytest.approx([1, math.exp(-1), 2]) and not w.requires_grad
+    assert r.tis_weight(torch.tensor([0.0, -1.0, 3.0]), torch.zeros(3), 0).tolist() == [1, 1, 1]
     k3 = r.k3(torch.tensor([0.0, 1.0, -1.0]), torch.zeros(3))
     assert k3.tolist() == pytest.approx([0, math.e - 2, 1 / math.e])
     assert r.token_weights([1, 4], "sequence") == [0.5, 0.125]
@@ -72,12 +74,15 @@ def test_token_stats_by_hand():
     rho = torch.tensor([0.5, 2.0, 2.0, 2.0])
     old, sampler = torch.full((4,), 0.5).log(), torch.tensor([0.5, 0.2, 0.25, 0.1]).log()
     advantage, sampled = torch.tensor([-1.0, 1, -1, 1]), torch.tensor([True, True, True, False])
-    stats = r.token_stats(r.Args(), old + rho.log(), old, torch.ones(4), sampler, advantage, sampled)
-    sums = {name: float(v.sum()) for name, v in stats.items()}
+    def sums_of(args):
+        stats = r.token_stats(args, old + rho.log(), old, torch.ones(4), sampler, advantage, sampled)
+        return {name: float(v.sum()) for name, v in stats.items()}
+    sums = sums_of(r.Args())
     k3 = math.log(2) - 0.5 + 2 * (1 - math.log(2))  # rho - 1 - log rho
     assert sums == pytest.approx({
         "tokens": 3, "entropy": 3, "clip_frac_low": 1, "clip_frac_high": 1, "kl": k3, "mismatch": 0.55,
         "capped": 1}, rel=1e-5)  # 0.5 / 0.2 is above 2
+    assert sums_of(r.Args(tis_cap=0)) == sums | {"capped": 0}
 
 @pytest.mark.parametrize(("text", "ended", "correct", "well_formed"), [
     ("<think>x</think>\\boxed{42}", True, True, True),
@@ -169,6 +174,35 @@ def test_the_gradient_is_the_formula(setting, normalise):
     assert max(stats["mismatch_max"]) < 1e-5  # the recurrent sampler and the chunked trainer are one model
     _, split, _ = gradient(model, groups, normalise=normalise, pack_tokens=25)
     assert (grad - split).norm() / grad.norm() < 1e-6  # rows change nothing
+
+def test_without_importance_weights_the_samplers_probabilities_do_not_matter(setting):
+    model, groups = setting
+    other = [[replace(x, sampler=x.sampler - 0.5) for x in group] for group in groups]
+    plain, shifted = (gradient(model, some, tis_cap=0)[1] for some in (groups, other))
+    assert torch.equal(plain, shifted)
+    weighted, scaled = (gradient(model, some, positive_weight=0.0)[1] for some in (groups, other))
+    assert torch.allclose(scaled, weighted * math.exp(0.5), rtol=1e-3, atol=1e-7)
+    assert not torch.allclose(plain, gradient(model, other)[1], rtol=1e-2)
+
+@pytest.mark.parametrize("normalise", ["sequence", "token"])
+def test_a_repeated_group_counts_again(setting, normalise):
+    """As copies of it would, in one update and in the second of two."""
+    model, (first, second) = setting
+    repeated, copies = [first, second, first], [first, second, copy.deepcopy(first)]
+    for pack_tokens in (4096, 25):
+        changes = {"normalise": normalise, "pack_tokens": pack_tokens}
+        (loss, grad, stats), theirs = (gradient(model, some, **changes) for some in (repeated, copies))
+        assert loss == theirs[0] and torch.equal(grad, theirs[1])
+        assert stats["sums"]["tokens"] == sum(len(x.sampler) for group in repeated for x in group)
+    once, twice = (gradient(model, some, normalise=normalise)[1] for some in ([first], [first] * 2))
+    assert (once - twice).norm() / once.norm() < 1e-6  # means do not change
+    ends = []
+    for groups in (repeated, copies):
+        trained = copy.deepcopy(model)
+        optimizer = torch.optim.SGD(trained.parameters())
+        r.train_step(trained, optimizer, groups, r.Args(updates=2), 1.0, train_sft.Ranks(), r.new_stats())
+        ends.append(torch.cat([p.flatten() for p in trained.parameters()]))
+    assert torch.equal(*ends)
 
 def test_a_second_update_has_a_ratio(setting):
     model, stats = copy.deepcopy(setting[0]), r.new_stats()
@@ -359,13 +393,28 @@ def test_backfill_and_the_bounded_cache():
         return range(first, first + args.prompts)
     args, cache, stats = r.Args(prompts=5, group=2, cache=3, cache_age=1), [], r.new_stats()
     chosen = r.collect(sample, draw, cache, 0, args, stats)
-    assert len(chosen) == 5 and stats["calls"] == 3 and stats["groups"] == 15 and stats["all_wrong"] == 10
+    assert len(chosen) == stats["learned"] == 5 and stats["calls"] == 3
+    assert stats["groups"] == 15 and stats["all_wrong"] == 10
     assert not cache
     args.prompts, stats = 4, r.new_stats()
     cache.extend((step, chosen[0]) for step in (0, 1, 1))
     assert len(r.collect(sample, draw, cache, 2, args, stats)) == 4
     assert stats["cached"] == 2 and stats["age"] == 1  # the one of step 0 is too old
     assert len(cache) <= 3
+
+@pytest.mark.parametrize(("backfill", "signal", "numbers"), [
+    ("reject", [0, 2, 3], [0, 2, 3]), ("duplicate", [0, 2, 3], [0, 2, 3, 0, 2]),
+    ("duplicate", [4], [4] * 5), ("duplicate", range(5), range(5)),
+    ("reject", [], []), ("duplicate", [], [])])
+def test_one_call_is_all_that_rejection_and_duplication_make(backfill, signal, numbers):
+    """Numbers: of the prompts whose groups are learned from. Nothing is left for later steps."""
+    groups = [[rollout([i], 0, [0.0], float(i in signal and j)) for j in range(2)] for i in range(5)]
+    args, stats, cache = r.Args(prompts=5, group=2, backfill=backfill, advantage="mean"), r.new_stats(), []
+    chosen = r.collect(lambda *_: groups, lambda: None, cache, 0, args, stats)
+    assert [int(group[0].ids[0]) for group in chosen] == list(numbers) and not cache
+    assert [x.advantage for group in chosen for x in group] == [-0.5, 0.5] * len(chosen)
+    assert (stats["calls"], stats["cached"], stats["learned"]) == (1, 0, len(signal))
+    assert (stats["groups"], stats["all_wrong"]) == (5, 5 - len(signal))
 
 MISSING = [f"{name}: {why}" for name, why in sandbox.sandbox_walls().items() if why != "on"]
 
@@ -484,6 +533,18 @@ def test_ranks_sample_and_reward_like_one(start, tmp_path, whole_run):
     assert [x["step"] for x in again] == [1, 2, 3, 4]
     assert [x["reward"] for x in again] == pytest.approx([x["reward"] for x in one], abs=0.1)
 
+def test_what_the_paper_compared_resumes_too(start, tmp_path):
+    """On two ranks: one that is killed when step 3 is to be logged ends like one that was not."""
+    killed = partial(processes.die_at, "train_rl", "log of step 3")
+    flags = ("--backfill", "duplicate", "--advantage", "mean", "--tis-cap", 0, "--group", 4, "--steps", 3,
+             "--held-out", 0)
+    for out, body, status in (("whole", r.main, 0), ("run", killed, None), ("run", r.main, 0)):
+        launch(body, *rl_args(start), *flags, "--out", tmp_path / out, ranks=2, status=status)
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    log = read_log(tmp_path / "run")
+    assert {(x["calls"], x["cached"], x["capped"]) for x in log} == {(1, 0, 0)}
+    assert any(x["learned"] < 4 for x in log)  # so that groups were repeated
+
 def test_counts_of_verdicts_and_samples_of_tests_survive_a_resume(start, tmp_path, monkeypatch, capsys):
     """One verdict of step 1 is unknown, then all of step 3: the run stops. Resumed, it knows of the one, and
     takes step 3's tests again."""
@@ -523,12 +584,15 @@ def test_counts_of_verdicts_and_samples_of_tests_survive_a_resume(start, tmp_pat
     (("--temperature", "1e-40"), "--temperature 1e-40: must be between 0.01 and 100"),
     (("--temperature", "1e40"), "must be between 0.01 and 100"),
     (("--lr", "inf"), "--lr inf: must be at least 0, and finite"),
-    (("--tis-cap", 0), "--tis-cap 0.0"), (("--warmup-steps", 200), "--warmup-steps 200: --steps 4 would end"),
+    (("--tis-cap", -1), "--tis-cap -1.0: must be at least 0"),
+    (("--warmup-steps", 200), "--warmup-steps 200: --steps 4 would end"),
     (("--mixture", "math=1,math=2"), "it names a domain twice"), (("--mixture", "maths=1"), "domains math"),
     (("--held-out", 10), "has 10 rows, --held-out 10 keeps them all"),
     (("--max-new-tokens", 9000), "it exceeds max_position_embeddings 8192"),
     (("--max-new-tokens", 5000), "it exceeds --pack-tokens 4096"),
     (("--normalise", "x"), "--normalise x: expected sequence or token"),
+    (("--advantage", "none"), "--advantage none: expected std or mean"),
+    (("--backfill", "cache"), "--backfill cache: expected sample or duplicate or reject"),
     (("--slots", -1), "--slots -1: must be at least 0"),
     (("--init", "nowhere", "--problems", "nowhere.jsonl"), "error: nowhere is missing\n"),
     (("--problems", "nowhere.jsonl"), "nowhere.jsonl is missing\n"),

@@ -92,6 +92,19 @@ def test_learning_rate_by_hand():
     assert rates == pytest.approx([0.5, 1.0, 1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125])
     assert t.learning_rate(0, 1, 1.0, 0.04) == 1.0
 
+def test_loss_divisors_by_hand():
+    """Rows of weight 6, 1 and 2, then a dummy: dealt out in turn, ranks 0 and 1 of two get 6 + 2 and 1."""
+    packs = [data.Pack(None, None, np.array(w, np.float32), None, []) for w in ([1.5, 4.5], [0, 1], [2], [0])]
+    def divisors(normalise, world, **kinds):
+        return [t.loss_divisor(packs, t.Ranks(rank, world, **kinds), normalise) for rank in range(world)]
+    assert divisors("batch", 1) == divisors("rank", 1) == [9] and divisors("batch", 2) == [9, 9]
+    assert divisors("rank", 2) == [2 * 8, 2 * 1]
+    assert divisors("rank", 4, cp=2) == [16, 16, 2, 2]  # ranks that share their rows are one
+    assert divisors("rank", 2, replicas=2) == [16, 2]
+    assert divisors("rank", 4) == [24, 4, 8, 1]  # the rank with the dummy: 0 / 1 is no NaN
+    with pytest.raises(ValueError, match="no token to learn from"):
+        t.loss_divisor(packs[3:], t.Ranks(), "rank")
+
 def test_vectors_do_not_decay():
     model = FalconH1(PRESETS["tiny"])
     matrices, vectors = t.make_optimizer(model, 1.0, 0.01).param_groups
@@ -216,6 +229,12 @@ def test_the_split_into_rows_changes_nothing(sft_file):
         other, theirs = gradients(data.pack(samples, capacity, world), world)
         assert other == pytest.approx(loss, rel=1e-6)
         assert (theirs - grad).norm() / grad.norm() < 1e-6
+
+def test_a_mean_per_rank_weighs_the_batchs_gradient_by_known_factors(sft_file, small_models):
+    """(W_1 + W_2) / (2 W_r) times rank r's share of it; also if a rank has a dummy row and adds nothing."""
+    body = partial(processes.compare_normalisations, small_models[0], str(sft_file))
+    results = launch(body, ranks=2)
+    assert results[0].out.count("a mean per rank: ") == 2
 
 @pytest.mark.parametrize(("world", "settings"), [
     (2, [(1, 1, 120), (1, 2, 4096), (2, 1, 4096)]),
@@ -403,6 +422,7 @@ def test_fewer_rows_than_a_batch_are_named(capsys):
     (("--fresh", "--limit", -1), "--limit -1: must be at least 0"),
     (("--fresh", "--lr", "nan"), "--lr nan: must be at least 0"),
     (("--fresh", "--clip", "inf"), "--clip inf: must be at least 0, and finite"),
+    (("--fresh", "--normalise", "token"), "--normalise token: expected batch or rank"),
     (("--fresh", "--warmup", 200), "--warmup 200: it is a share of the steps, at most 1"),
     (("--fresh", "--context", 8193), "--context 8193 exceeds max_position_embeddings 8192"),
     (("--fresh", "--context", 900, "--pack-tokens", 800), "--pack-tokens must be at least --context, 900"),
@@ -442,7 +462,7 @@ def test_a_checkpoint_of_another_model(small_run, tmp_path, whole_run, small_mod
     about = json.loads((out / "run.json").read_text())
     about["identity"]["init"] = str(small_models[0])
     (out / "run.json").write_text(json.dumps(about))
-    same = ("--pack-tokens", 4096, "--context", 1024, "--lr", 4e-3)  # the tiny run's defaults
+    same = ("--pack-tokens", 4096, "--context", 1024, "--lr", t.Args.lr)  # the tiny run's defaults
     err = refused(t.main, (*small_run, "--init", small_models[0], *same), monkeypatch, capsys)
     assert "step-000000006: a checkpoint of another model: " in err
 
