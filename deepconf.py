@@ -20,7 +20,7 @@ the stop; answers are compared by equivalence; a confidence that is not finite i
 
 Choices that the paper leaves open
     short traces   A trace shorter than the window is one group, known only at its end. It is never stopped,
-                   and votes if its mean reaches s. The public code drops it, which loses concise answers.
+                   and votes if its mean reaches s. So a window longer than most traces stops hardly any.
     ties           A group within TIE of s counts as reaching it: identical traces pass their own threshold.
                    A server's noise is larger (SERVER_TIE): the same text comes back with other confidences.
     no answer      Such a trace counts in no percentile. Loops are confident: two among 16 warm-up traces

@@ -715,7 +715,7 @@ class Args:
     max_new_tokens: int = flag(256, "per trace; the paper: 32768 or 65536")
     system: str = flag("", "system prompt: a text or the name of a file; the one of training")
     suffix: str = flag("", "instruction to add to every question, on a line of its own; the one of training")
-    window: int = flag(16, "tokens per confidence group, for traces of about 100 tokens; the paper: 2048")
+    window: int = flag(16, "tokens per confidence group, for traces of about 55 tokens; the paper: 2048")
     methods: str = flag("pass@1,majority,offline,online", "rows of the report; also pass@K for any K, "
                         "weighted, offline-bottom, offline-tail, offline-mean")
     eta: str = flag("10,90", "percentages of traces that DeepConf online keeps; offline takes the first")

@@ -1,6 +1,7 @@
 """DeepConf: each formula by hand, Online against a brute-force reading of the rules, traps of other code, and
 traces from servers that speak every dialect, well and badly."""
 
+import doctest
 import fcntl
 import itertools
 import json
@@ -249,6 +250,14 @@ def test_malformed_traces(tmp_path, capsys, text, message):
     path.write_text(text)
     assert d.main([str(path)]) == 1
     assert message in capsys.readouterr().err
+
+def test_the_gallery_of_failures_in_the_notes():
+    notes = Path(d.__file__).with_name("NOTES.md").read_text("utf-8")
+    gallery = notes.partition("\n## A gallery of DeepConf's failures\n")[2].partition("\n## ")[0]
+    examples = doctest.DocTestParser().get_doctest(gallery, {}, "gallery", "NOTES.md", 0)
+    wrong = []
+    failed, tried = doctest.DocTestRunner(verbose=False).run(examples, out=wrong.append)
+    assert tried > 20 and not failed, "".join(wrong)
 
 # From here on: traces from a server, see tests/server.py
 
