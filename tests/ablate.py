@@ -1,6 +1,6 @@
 """What each technique of the paper buys on the small task, one change at a time, and what it costs.
 
-    python -m tests.ablate                      every row for seeds 0, 1 and 2; about 70 minutes on two cores
+    python -m tests.ablate                      every row for seeds 0, 1 and 2; some two hours on two cores
     python -m tests.ablate --only rl            one section, and the rows that it starts from
     python -m tests.ablate --figures figures    also draws accuracy.png and rl.png there
     python -m tests.ablate --quick              a toy version of every row, one seed: do all of them run?
@@ -245,8 +245,8 @@ def execute(command, log):
     return [f"exit status {status}", *lines[-1:], *errors[-1:]][-1]
 
 # About how many seconds a command takes one core: the first entry that is part of it, else 5.
-SECONDS = {"--nproc-per-node": 300, "train_sft.py": 155, "--updates 4": 90, "train_rl.py": 45,
-           "--samples 32": 60, "--samples 8": 14}
+SECONDS = {"--nproc-per-node": 400, "train_sft.py": 290, "--updates 4": 130, "train_rl.py": 60,
+           "--samples 32": 90, "--samples 8": 20}
 
 def minutes(items, args):
     """How long it takes to run these rows of these seeds, (row, seed), side by side."""
