@@ -579,15 +579,21 @@ def write_report(args, rows, samples, problem):
     print(f"\n{problem.prompt}\n{first['text']}\nanswer {first['answer']}, correct: {first['correct']}\n")
     print(report)
 
-def plot(path, rows, curve):
-    """Accuracy against generated tokens: majority votes as a curve, DeepConf's rows as points with errors."""
+def new_figure(width, height):
+    """An empty figure of this size in inches; None, after a line that says so, without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         print("no picture: matplotlib is not installed (pip install matplotlib)")
-        return
+        return None
     # A Figure of its own: pyplot would look for a display.
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    return Figure(figsize=(width, height), layout="constrained")
+
+def plot(path, rows, curve):
+    """Accuracy against generated tokens: majority votes as a curve, DeepConf's rows as points with errors."""
+    figure = new_figure(6, 4)
+    if figure is None:
+        return
     axes = figure.subplots()
     known = [(tokens, 100 * accuracy) for tokens, accuracy in curve if accuracy is not None]
     axes.plot(*zip(*known), "o-", label="majority of 1, 2, 4, ...")

@@ -10,8 +10,8 @@
     python -m tests.bench sizes    a table of the presets: parameters, FLOPs, bytes. About 4 s.
     python -m tests.bench mixers   tokens per second of decoding, by batch and context, and bytes of cache, of
                                    the hybrid, attention alone and SSM alone at equal parameters. Measured on
-                                   a small model, modelled for the 7B shape next to Qwen3-8B's. About 2
-                                   minutes on two CPU cores, 10 GB. --figure FILE draws what was measured.
+                                   a small model, modelled for the 7B shape next to Qwen3-8B's. About 30 s
+                                   on two idle CPU cores, 11 GB. --figure FILE draws what was measured.
 
 --device cpu or cuda; without it, a GPU if there is one. Not timed on a GPU yet. Functions that are compared
 take turns, so that background load affects all alike. FLOPs count a multiply-add as two.
@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 
 from decode import free_bytes
+from eval import new_figure
 from model import (
     CHUNK, PRESETS, Decoder, FalconH1, FalconH1Config, generate, prefill, single_mixer, tokens_of_chunk)
 from ssm_scan import ssd_scan
@@ -515,9 +516,10 @@ def save_figure(figure, path):
 
 def draw_mixers(path, results, title):
     """Throughput against context, a panel per batch. results: as measure_mixers returns it."""
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(8, 3), layout="constrained")
     batches = sorted({batch for batch, _ in results})
+    figure = new_figure(8, 3)
+    if figure is None:
+        return
     panels = figure.subplots(1, len(batches), squeeze=False, sharey=True)[0]
     for axes, batch in zip(panels, batches):
         cells = sorted((context, speeds) for (other, context), speeds in results.items() if other == batch)
@@ -532,6 +534,7 @@ def draw_mixers(path, results, title):
     panels[0].legend()
     figure.suptitle(title, fontsize="medium")
     save_figure(figure, path)
+    print(f"\n{path}: throughput by batch and context")
 
 def mixers_speed(device, figure="", batches=BATCHES, contexts=CONTEXTS):
     """What each mixer contributes to decoding: measured on TRIO, modelled for 7B."""
@@ -545,7 +548,6 @@ def mixers_speed(device, figure="", batches=BATCHES, contexts=CONTEXTS):
     if figure and results:
         total = sum(parameters(TRIO).values()) / 1e6
         draw_mixers(figure, results, f"{total:.1f}M parameters, {str(DTYPE[device])[6:]}, {device}")
-        print(f"\n{figure}: throughput by batch and context")
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m tests.bench", allow_abbrev=False)
