@@ -39,6 +39,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import data
+import deepconf
 import eval
 import train_rl
 import train_sft
@@ -306,8 +307,7 @@ COLUMNS = {
 
 def records(path):
     """The dicts of a file of JSON lines."""
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    return [record for _, record in data.read_records(path)]
 
 def accuracies(path):
     """{method: accuracy} of an evaluation, its names without the number of replies; and pass@1 by level."""
@@ -364,13 +364,13 @@ def paired_difference(values, base):
     Seeds are paired because a row and its base share data and samples: what makes a seed easy cancels."""
     # Rounded: 0.56 - 0.545 and 0.235 - 0.22 differ in the last bit, and such a rest would count as an effect.
     differences = [round(value - base[seed], 9) for seed, value in values.items() if seed in base]
-    mean, deviation = mean_and_deviation(differences)
-    if deviation is None:
+    mean, error = deepconf.mean_and_stderr(differences)
+    if error is None:
         return {"difference": mean, "error": None, "seeds needed": None}
     mean = round(mean, 9)
-    # error = deviation / sqrt(n) <= |mean| / 2 holds from n = (2 deviation / mean)^2 on.
-    needed = math.ceil((2 * deviation / mean) ** 2 - 1e-9) if mean else None
-    return {"difference": mean, "error": deviation / math.sqrt(len(differences)), "seeds needed": needed}
+    # The error shrinks with the root of the number of seeds, and is to be half of the difference.
+    needed = math.ceil(len(differences) * (2 * error / mean) ** 2 - 1e-9) if mean else None
+    return {"difference": mean, "error": error, "seeds needed": needed}
 
 # 6. The table -----------------------------------------------------------------------------------------------
 
@@ -418,7 +418,7 @@ def markdown(summary, section):
     """The table of a section; a blank difference: nothing to compare with."""
     compared, prices, what = COLUMNS[section]
     head = ["row", "changes", *(cell for name in compared for cell in (f"{name}, %", "difference")), *prices]
-    lines = [f"## {section}", "", what + ".", "", f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
+    lines = [head]
     for row in summary:
         if row["section"] != section:
             continue
@@ -426,8 +426,8 @@ def markdown(summary, section):
         for column in map(row["columns"].get, compared):
             cells += [plus_minus(column["mean"], column["deviation"]), effect(column) if row["base"] else ""]
         cells += [price(row["columns"][name]["mean"]) for name in prices]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n\n"
+        lines.append(cells)
+    return f"## {section}\n\n{what}.\n\n{eval.markdown('| {} ' * len(head) + '|', lines)}\n\n"
 
 def write_table(rows, seeds, args, failures):
     """Print the table, and write it to --out with what is needed to make it again."""
@@ -482,11 +482,11 @@ RUNS = {"both": "rl/base", "attention": "mixers/attention", "mamba": "mixers/mam
 def rl_figure(axes, seeds, args, field):
     """A field of RL's log by step: the mean over the seeds, and the standard deviation as a band."""
     for name, key in RUNS.items():
-        # Of the seeds whose run has ended: a mean over others would change its seeds on the way.
-        ended = [seed for seed in seeds if report_of(ROW[key], seed, args).exists()]
-        if not ended:
+        # Only runs that have ended: a mean over others would change its seeds on the way.
+        logs = [folder(args, seed, key) / "rl/log.jsonl" for seed in ended(key, seeds, args)]
+        if not logs:
             continue
-        steps = zip(*(records(folder(args, seed, key) / "rl/log.jsonl") for seed in ended))
+        steps = zip(*map(records, logs))
         steps = [step for step in steps if field in step[0]]  # held_out is not in all
         x = [step[0]["step"] for step in steps]
         y = [mean_and_deviation(record[field] for record in step) for step in steps]
@@ -495,24 +495,22 @@ def rl_figure(axes, seeds, args, field):
                           color=STYLES[name]["color"], alpha=0.2, linewidth=0)
     axes.set(xlabel="RL step", ylabel=CURVES[field])
 
+def ended(key, seeds, args):
+    """The seeds whose row has a report: after --only, or a failure, some may be missing."""
+    return [seed for seed in seeds if report_of(ROW[key], seed, args).exists()]
+
 def draw_figures(seeds, args):
     """accuracy.png and rl.png, of the seeds that have what is to be drawn."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("no figures: matplotlib is not installed (pip install matplotlib)")
+    if eval.new_figure(1, 1) is None:  # it has said why
         return
-    # After --only, or a failure, some of it may be missing.
-    def ready(key):
-        return [seed for seed in seeds if measure(ROW[key], seed, args)]
     figures = {}
-    if has_votes := ready("deepconf/majority"):
-        figures["accuracy.png"] = Figure(figsize=(6, 4), layout="constrained")
+    if has_votes := ended("deepconf/majority", seeds, args):
+        figures["accuracy.png"] = eval.new_figure(6, 4)
         accuracy_figure(figures["accuracy.png"].subplots(), has_votes, args)
-    if has_rl := ready("rl/base"):
+    if has_rl := ended("rl/base", seeds, args):
         last = records(folder(args, has_rl[0], "rl/base") / "rl/log.jsonl")[-1]
         fields = [field for field in CURVES if field in last]
-        figures["rl.png"] = Figure(figsize=(3.2 * len(fields), 3), layout="constrained")
+        figures["rl.png"] = eval.new_figure(3.2 * len(fields), 3)
         panels = figures["rl.png"].subplots(1, len(fields))
         for axes, field in zip(panels, fields):
             rl_figure(axes, has_rl, args, field)
