@@ -26,9 +26,8 @@ gain = percent["rl", "pass@1"] - percent["sft", "pass@1"]
 tokens = rows["rl", "deepconf-low@32"]["tokens"] / rows["rl", "majority@32"]["tokens"]
 equal = low - percent["rl", "majority@equal-tokens"]
 
-# Accuracies are multiples of 1/200, up to rounding: 1e-9 keeps an exact tie on the right side.
+# Differences of accuracies are rounded: 1e-9 keeps an exact tie on the right side.
 required = {
-    "every method is in the table": True,
     "at least 200 held-out problems": all(row["problems"] >= 200 for row in rows.values()),
     f"main job in 600 s: {seconds:.0f}": seconds <= 600,
     f"RL gains 15 points of pass@1: {gain:.1f}": gain >= 15 - 1e-9,
@@ -42,6 +41,7 @@ goals = {
     f"majority@32 stays under 97%: {majority:.1f}": majority < 97 - 1e-9,
     f"LOW beats majority at equal tokens by 3 points: {equal:+.1f}": equal >= 3 - 1e-9,
 }
+print("met     every method is in the table")  # or the end was above
 for bar, met in {**required, **goals}.items():
     print("met    " if met else "NOT MET", bar)
 sys.exit(0 if all(required.values()) else 1)
