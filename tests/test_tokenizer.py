@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import data
 from tests.test_data import turns, write
-from tokenizer import GPT2_WORDS, JOINED, TAGS, Tokenizer, ask, render_chat, splitter, tiktoken_ranks
+from tokenizer import GPT2_WORDS, JOINED, TAGS, WORDS, Tokenizer, ask, render_chat, splitter, tiktoken_ranks
 
 TOKENIZER = Tokenizer.byte_level()
 SPECIAL = TOKENIZER.special
@@ -90,9 +90,11 @@ def test_conversations_under_published_templates(tmp_path, name, conversation):
 
 def test_render_chat_by_hand():
     start, end = SPECIAL["<|im_start|>"], SPECIAL["<|im_end|>"]
-    reply = [SPECIAL["<think>"], *b"a", SPECIAL["</think>"], *b"b", end]
-    prompt = [SPECIAL["<|begin_of_text|>"], *b"\n", start, *b"user\nQ", end, *b"\n", start, *b"assistant\n"]
-    ids, mask = render_chat(turns("Q", "<think>a</think>b"), TOKENIZER)
+    assistant, user, boxed = map(SPECIAL.get, WORDS)
+    reply = [SPECIAL["<think>"], *b"a", SPECIAL["</think>"], boxed, *b"b}", end]
+    begin, line = SPECIAL["<|begin_of_text|>"], ord("\n")
+    prompt = [begin, line, start, user, line, ord("Q"), end, line, start, assistant, line]
+    ids, mask = render_chat(turns("Q", r"<think>a</think>\boxed{b}"), TOKENIZER)
     assert ids == [*prompt, *reply, *b"\n"]
     assert mask == [False] * len(prompt) + [True] * len(reply) + [False]
     assert render_chat(turns("Q"), TOKENIZER, generation_prompt=True) == (prompt, [False] * len(prompt))
@@ -123,12 +125,13 @@ def test_tool_calling_keeps_reasoning_and_learns_every_reply():
         assert loss == "<think>z</think>more<|im_end|>"
 
 def test_special_tokens_that_are_typed_stay_text():
-    everything = "".join(SPECIAL)
+    everything = "".join(name for name in SPECIAL if name not in WORDS)  # those may be typed
     call = {"name": "f", "arguments": {everything: everything}}
     messages = [{"role": "system", "content": everything}, {"role": "user", "content": everything}]
     prompt, _ = render_chat(messages, TOKENIZER, generation_prompt=True)
     counts = Counter(i for i in prompt if i >= 256)
-    assert counts == {SPECIAL["<|begin_of_text|>"]: 1, SPECIAL["<|im_start|>"]: 3, SPECIAL["<|im_end|>"]: 2}
+    assert {TOKENIZER.decode([i]): count for i, count in counts.items()} == {
+        "<|begin_of_text|>": 1, "<|im_start|>": 3, "<|im_end|>": 2, "user": 1, "assistant": 1}
     ids, _ = render_chat([*messages, {"role": "assistant", "content": everything}], TOKENIZER)
     reply = [i for i in ids[len(prompt) :] if i >= 256]  # an assistant may write tags and end its turn once
     assert reply == [*(SPECIAL[tag] for tag in TAGS), SPECIAL["<|im_end|>"]]
