@@ -1,6 +1,6 @@
 r"""Data for the whole pipeline: problems, samples, packing, files and folders.
 
-    python data.py make --out runs/tiny/data --seed 0             # long divisions: sft, rl and heldout.jsonl
+    python data.py make --out runs/tiny/data --seed 0             # made problems: sft, rl and heldout.jsonl
     python data.py show runs/tiny/data/sft.jsonl                  # a few rows, and a table by domain
     python data.py convert SOURCE --out sft.jsonl                 # this and what follows: see curate.py
     python data.py curate TRACES --problems rl.jsonl --out kept.jsonl
@@ -8,14 +8,14 @@ r"""Data for the whole pipeline: problems, samples, packing, files and folders.
 
 Data travels as JSON lines, one object per line, or as one JSON array, in three formats:
 
-    problems  {"id": "43757/7", "domain": "math", "prompt": "43757/7=?", "answer": "6251"}
+    problems  {"id": "43758%7", "domain": "math", "prompt": "43758%7=?", "answer": "1"}
               Further fields are kept: "tests" of code, "choices", a worked "solution", "level", ...
-    sft       {"messages": [{"role": "user", "content": "43757/7=?"},
-                            {"role": "assistant", "content": "<think>43/7=6r1;...</think>\\boxed{6251}"}],
+    sft       {"messages": [{"role": "user", "content": "43758%7=?"},
+                            {"role": "assistant", "content": "<think>43=6r1;...</think>\\boxed{1}"}],
                "domain": "math", "weight": 1.0}
               Also "conversations" of ShareGPT; messages alone are of domain "other" and weight 1.
-    traces    {"problem": "43757/7", "text": "<think>43/7=6r1;...</think>\\boxed{6251}<|im_end|>",
-               "answer": "6251", "correct": true, "stop": "stop", ...}
+    traces    {"problem": "43758%7", "text": "<think>43=6r1;...</think>\\boxed{1}<|im_end|>",
+               "answer": "1", "correct": true, "stop": "stop", ...}
               One sampled reply, written by eval.py; "correct" is null if the verdict is unknown.
 
 A *sample* is one tokenized conversation. A *document* is a sample inside a *pack*: documents laid end to end
@@ -115,41 +115,38 @@ def to_sample(row, rendered, tokenizer, where, max_tokens=None, trim=False):
         raise ValueError(f"{where}: field messages: {tokens}; raise it, allow trimming, or drop the line")
     return Sample(np.array(ids[:max_tokens], np.int32), np.array(mask[:max_tokens]), weight, domain, trimmed)
 
-# 3. Problems made here: long division, every step of which can be checked -----------------------------------
+# 3. Problems made here: remainders of long divisions, every step of which can be checked --------------------
 #
-#   family  level   prompt     answer  careful trace, one digit per step     careless, skipping steps
-#   div     digits  43757/7=?  6251    43/7=6r1;17/7=2r3;35/7=5r0;07/7=1r0;  4375/7=625r0;07/7=1r0;
-#   mod     digits  43758%7=?  1       43/7=6r1;17/7=2r3;35/7=5r0;08/7=1r1;  4375/7=625r0;08/7=1r1;
+#   level   prompt     answer  careful trace, one digit per step  careless, skipping steps
+#   digits  43758%7=?  1       43=6r1;17=2r3;35=5r0;08=1r1;       4375=625r0;08=1r1;
 #
 # A step appends the next digit or digits to the remainder so far; the first step takes as many digits as
 # reach the divisor. Every trace is true, but several digits at once are too hard for a small model: it errs
 # there, and its confidence falls. Longer numbers have fewer careful traces. So RL can learn to skip less,
-# majority voting fails on problems with hardly any careful trace (above all in mod, whose few wrong answers
-# collide), and DeepConf can find the careful one.
+# majority voting fails on problems with hardly any careful trace, where wrong answers agree as there are only
+# 6 to 9 possible ones, and DeepConf can find the careful one.
+#
+# All digits of a dividend differ. So the next digit is the one that follows the digit used last, which an
+# induction head finds. If digits repeated, the model would have to count.
 
-MIX = {(family, level): level - 4 for family in ("div", "mod") for level in (5, 6, 7)}  # weights by level
-DIVISORS = (3, 6, 7, 9)  # for 2, 4, 5, 8 the last digits alone give the remainder: a model could skip steps
+MIX = {5: 1, 6: 2, 7: 3}  # weights by level
+DIVISORS = (6, 7, 9)  # for 2, 4, 5, 8 the last digits alone give the remainder; for 3 a guess is often right
 CAREFUL = 0.3, 0.015  # share of careful traces in the SFT data, at the easiest level and at the hardest
-SKIP = 0.5  # probability that a step of a careless trace takes several digits
+SKIP = 0.6  # probability that a step of a careless trace takes several digits
 SKIP_WIDTHS = (4, 5)  # how many, at random; not three: a small model learns a third of such steps
-SPLIT = {"train": 0.6, "rl": 0.2, "heldout": 0.2}  # shares of all divisions
+SPLIT = {"train": 0.6, "rl": 0.2, "heldout": 0.2}  # shares of all problems
 
-def make_problem(family, level, rng):
-    """A random Problem. family: "div" (without remainder) or "mod"; level: digits of the dividend."""
-    low, high = 10 ** (level - 1), 10**level
+def make_problem(level, rng):
+    """A random Problem. level: digits of the dividend, at most 10."""
+    first = rng.choice("123456789")
+    dividend = first + "".join(rng.sample(sorted({*"0123456789"} - {first}), level - 1))
     divisor = rng.choice(DIVISORS)
-    if family == "div":  # quotients from ceil(low / divisor) on: the dividend has this many digits
-        answer = rng.randrange(-(-low // divisor), -(-high // divisor))
-        text = f"{answer * divisor}/{divisor}"
-    else:
-        dividend = rng.randrange(low, high)
-        answer = dividend % divisor
-        text = f"{dividend}%{divisor}"
-    return Problem(text, "math", text + "=?", str(answer), {"family": family, "level": level})
+    text = f"{dividend}%{divisor}"
+    return Problem(text, "math", text + "=?", str(int(dividend) % divisor), {"level": level})
 
 def make_trace(problem, rng, careful):
-    """A true computation of a made problem: steps `dividend/divisor=quotient r remainder`, see the table."""
-    digits, divisor = re.split("[/%]", problem.prompt.removesuffix("=?"))
+    """A true computation of a made problem: steps `dividend=quotient r remainder`, see the table."""
+    digits, divisor = problem.prompt.removesuffix("=?").split("%")
     trace, remainder = "", ""
     while digits:
         # One digit; two at first if one does not reach the divisor; several if careless and enough are left.
@@ -159,8 +156,8 @@ def make_trace(problem, rng, careful):
         width = rng.choice(widths)
         dividend = f"{remainder}{digits[:width]}"
         quotient, remainder = divmod(int(dividend), int(divisor))
-        # Zeros in front of later quotients stay, so that all of them, joined, are the answer.
-        trace += f"{dividend}/{divisor}={str(quotient).zfill(width if trace else 1)}r{remainder};"
+        # Zeros in front of later quotients stay, as on paper: all of them, joined, are the whole quotient.
+        trace += f"{dividend}={str(quotient).zfill(width if trace else 1)}r{remainder};"
         digits = digits[width:]
     return trace
 
@@ -169,8 +166,8 @@ def hash_to_unit(text):
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 def split_of(prompt):
-    """ "train", "rl" or "heldout". The division alone decides, so no seed or count can ever mix the three."""
-    point = hash_to_unit(prompt.replace("%", "/"))  # 43758%7=? and 43758/7=? have the same trace
+    """ "train", "rl" or "heldout". The prompt alone decides, so no seed or count can ever mix the three."""
+    point = hash_to_unit(prompt)
     if point < SPLIT["train"]:
         return "train"
     return "rl" if point < SPLIT["train"] + SPLIT["rl"] else "heldout"
@@ -183,16 +180,15 @@ def make_problems(split, count, seed):
     for _ in range(100 * count + 1001):
         if len(problems) == count:
             return list(problems.values())
-        family, level = rng.choices(list(MIX), MIX.values())[0]
-        problem = make_problem(family, level, rng)
+        level = rng.choices(list(MIX), MIX.values())[0]
+        problem = make_problem(level, rng)
         if split_of(problem.prompt) == split:
             problems[problem.id] = problem
     raise ValueError(f"only {len(problems)} different {split} problems found, {count} wanted")
 
 def make_sft(problem, rng):
     """An SFT record with one trace. The level decides its weight, and how likely the trace is careful."""
-    levels = [level for _, level in MIX]
-    ease = (max(levels) - problem.extra["level"]) / (max(levels) - min(levels))  # easiest level 1, hardest 0
+    ease = (max(MIX) - problem.extra["level"]) / (max(MIX) - min(MIX))  # easiest level 1, hardest 0
     trace = make_trace(problem, rng, rng.random() < ease * CAREFUL[0] + (1 - ease) * CAREFUL[1])
     reply = f"<think>{trace}</think>\\boxed{{{problem.answer}}}"
     # The ease stands in for the pass rate: there is no model yet to measure one.
@@ -632,7 +628,7 @@ def describe(reasons):
 # 7. Commands ------------------------------------------------------------------------------------------------
 
 def make(*, out="runs/tiny/data", seed=0, sft=20000, rl=4000, heldout=1000):
-    """Generate long divisions: SFT samples, RL problems and held-out problems, in the folder OUT."""
+    """Make problems: SFT samples, RL problems and held-out problems, in the folder OUT."""
     counts = {"train": sft, "rl": rl, "heldout": heldout}
     problems = {split: make_problems(split, count, seed) for split, count in counts.items()}
     rng = random.Random(f"{seed} traces")

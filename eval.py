@@ -70,7 +70,7 @@ from tqdm import tqdm
 import data
 import deepconf
 from data import flag
-from model import FalconH1, generate
+from model import FalconH1, generate, set_threads
 from rewards import check_code, check_scorable, chosen, decided_by_tests, extract_answer, extract_code
 from rewards import is_equivalent, is_right, open_judge, verify
 from sandbox import run_code
@@ -122,7 +122,9 @@ def load(folder, args):
     """(model, tokenizer) of a checkpoint. --dtype auto: bfloat16 on a GPU, on a CPU the stored one."""
     tokenizer = data.load_tokenizer(folder)
     dtype = torch.bfloat16 if args.device == "cuda" and args.dtype == "auto" else DTYPES[args.dtype]
-    return FalconH1.from_pretrained(data.model_folder(folder), dtype=dtype, device=args.device), tokenizer
+    model = FalconH1.from_pretrained(data.model_folder(folder), dtype=dtype, device=args.device)
+    set_threads(model.config)
+    return model, tokenizer
 
 def open_checkpoint(folder, problems, args):
     """(name in the report, model, tokenizer, prompts) of a checkpoint. Prompts are lists of token ids."""
@@ -721,7 +723,7 @@ class Args:
     max_new_tokens: int = flag(256, "per trace; the paper: 32768 or 65536")
     system: str = flag("", "system prompt: a text or the name of a file; the one of training")
     suffix: str = flag("", "instruction to add to every question, on a line of its own; the one of training")
-    window: int = flag(16, "tokens per confidence group, for traces of about 55 tokens; the paper: 2048")
+    window: int = flag(16, "tokens per confidence group, for traces of about 35 tokens; the paper: 2048")
     methods: str = flag("pass@1,majority,offline,online", "rows of the report; also pass@K for any K, "
                         "weighted, offline-bottom, offline-tail, offline-mean")
     eta: str = flag("10,90", "percentages of traces that DeepConf online keeps; offline takes the first")

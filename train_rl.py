@@ -52,7 +52,7 @@ from tqdm import tqdm
 import data
 import train_sft
 from data import flag
-from model import PRESETS, check, generate
+from model import TINY, check, generate, set_threads
 from rewards import check_code, check_scorable, format_ok, mixed_scripts, open_judge, verify
 from ssm_scan import to_device
 
@@ -64,13 +64,13 @@ class Args(train_sft.CommonArgs):
     mixture: str = flag("", "domain weights, e.g. math=2,code=1; in stages: math=1; 100: code=1 (after 100 "
                         "steps); empty: by size")
     held_out: int = flag(0, "problems kept out of training, spread over the file, to measure accuracy on")
-    steps: int = flag(14, "batches of groups to learn from; a finished run goes on with more")
+    steps: int = flag(16, "batches of groups to learn from; a finished run goes on with more")
     prompts: int = flag(16, "groups per update, and prompts per sampling call")
     group: int = flag(16, "traces per prompt, the paper's G")
     temperature: float = flag(0.85, "of sampling and of the loss alike")
     max_new_tokens: int = flag(160, "longest answer, in tokens; 0: the paper's 49152, or what the model's "
                                "positions leave")
-    lr: float = flag(7e-5, "learning rate after warm-up")
+    lr: float = flag(1e-4, "learning rate after warm-up")
     warmup_steps: int = flag(2, "steps with rising learning rate")
     updates: int = flag(1, "passes over a batch, one optimizer step each")
     clip_low: float = flag(0.2, "the gradient ends at ratios below 1 - this")
@@ -99,7 +99,7 @@ class Args(train_sft.CommonArgs):
     save_every: int = flag(5, "steps between checkpoints")
     eval_every: int = flag(5, "steps between held-out accuracies and printed samples, one right, one wrong")
 
-# Any model but the tiny one starts from the paper's values (Table 2), before the flags that are given. The
+# Any model but the tiny ones starts from the paper's values (Table 2), before the flags that are given. The
 # paper does not say how many steps it took.
 PAPER = ("--lr 2e-6 --warmup-steps 10 --steps 200 --prompts 128 --max-new-tokens 0 --pack-tokens 0 "
          "--held-out 100").split()
@@ -496,13 +496,14 @@ def read_args():
     """The flags, checked, and the configuration of the model in --init."""
     args = data.parse_args(Args, __doc__.partition("\n\n")[0])
     config = train_sft.load_config(args.init)
-    if config != PRESETS["tiny"]:
+    if config not in TINY:
         args = data.parse_args(Args, "", [*PAPER, *sys.argv[1:]])
     check_args(args)
     return args, config
 
 def main():
     args, config = read_args()
+    set_threads(config)
     check_verifier()
     ranks = train_sft.start_ranks(args.device, args.cp, args.replicas)
     ranks.check_same_on_all("the arguments", asdict(args))

@@ -1,6 +1,6 @@
 """What each technique of the paper buys on the small task, one change at a time, and what it costs.
 
-    python -m tests.ablate                      every row for seeds 0, 1 and 2; some two hours on two cores
+    python -m tests.ablate                      every row for seeds 0, 1 and 2; some 70 minutes on two cores
     python -m tests.ablate --only rl            one section, and the rows that it starts from
     python -m tests.ablate --figures figures    also draws accuracy.png and rl.png there
     python -m tests.ablate --quick              a toy version of every row, one seed: do all of them run?
@@ -28,7 +28,6 @@ freedom).
 import json
 import math
 import os
-import re
 import shlex
 import statistics
 import subprocess
@@ -91,18 +90,13 @@ def low(name, changes, flags):
     return Row("deepconf", name, changes, flags, base="low", method="deepconf-low@32")
 
 def alone(mixer, changes):
-    """A row of mixers: a preset, with the tiny preset's numbers where others would take the paper's."""
+    """A row of mixers: the small run of another preset."""
     return Row("mixers", mixer, changes, f"--preset tiny-{mixer}", base="both")
 
-def numbers_of_tiny(cls, paper):
-    """The defaults of the flags in `paper`, which the trainers would set for other presets."""
-    values = ((name, getattr(cls, name.removeprefix("--").replace("-", "_"))) for name in paper[::2])
-    return " ".join(f"{name} {value}" for name, value in values)
-
-# Samples have 82 tokens on average. A batch is packed into two rows, the first of which takes three quarters
+# Samples have 55 tokens on average. A batch is packed into two rows, the first of which takes three quarters
 # of the tokens: a mean over each rank's own tokens weighs those of the second rank three times as much.
 # Two ranks on two cores take longer than one process: a third of the steps.
-SHORT_ROW = 60 * train_sft.Args.batch
+SHORT_ROW = 42 * train_sft.Args.batch
 UNEVEN = f"--context {SHORT_ROW} --pack-tokens {SHORT_ROW} --steps {train_sft.Args.steps // 3}"
 DIGITS = "digits-5=%d,digits-6=%d,digits-7=%d"  # the made problems have 1, 2, 3
 # Three of four groups come from the cache, one or two steps old. At the usual learning rate the policy hardly
@@ -170,9 +164,6 @@ EVAL_SFT = EVAL + " --samples 8 --model {here}/sft --out {here}/eval"
 EVAL_LOW = EVAL + ",online --eta 10 --samples 32 --out {here}/eval"
 TWO_RANKS = "python -m torch.distributed.run --standalone --nproc-per-node 2"
 COPY = f"sed -E '%s' {MADE}/%s.jsonl > {MADE}/tmp && mv {MADE}/tmp {MADE}/%s.jsonl"  # whole or not at all
-# mixers trains presets that are not "tiny", for which both trainers would take the paper's numbers.
-SFT_NUMBERS = numbers_of_tiny(train_sft.Args, [*train_sft.PAPER_LR, *train_sft.PAPER_SIZES])
-RL_NUMBERS = numbers_of_tiny(train_rl.Args, train_rl.PAPER)
 CHAINS = {
     "data": [f"python data.py make --seed {{seed}} --out {MADE}",
              COPY % ('s/"weight": [0-9.]+/"weight": 1.0/', "sft", "equal"),
@@ -184,19 +175,19 @@ CHAINS = {
     "rl": [RL + " --init {at}/sft/base/sft {flags}",
            EVAL + " --samples 8 --model {here}/rl --out {here}/eval"],
     "both": [EVAL_LOW + " --model {at}/rl/base/rl"],
-    "mixers": [f"python {SFT}/sft.jsonl {SFT_NUMBERS}", EVAL_SFT + "-sft",
-               RL + f" --init {{here}}/sft {RL_NUMBERS}", EVAL_LOW + " --model {here}/rl"],
+    "mixers": [f"python {SFT}/sft.jsonl", EVAL_SFT + "-sft",
+               RL + " --init {here}/sft", EVAL_LOW + " --model {here}/rl"],
     "deepconf": ["python eval.py --traces {at}/mixers/both/eval/traces.jsonl {flags} > {here}/tmp "
                  "&& mv {here}/tmp {here}/report.txt"],
 }
-# The toy version: replies so short that some are right after seconds of training, and RL without quotients,
-# which nobody guesses. A remainder is guessed once in seven, so half of the groups of 4 carry signal; of 16
-# groups none with a probability below 0.0001, which matters where there is no backfill.
+# The toy version: replies so short that some are right after seconds of training. A guess is right once in
+# seven, so half of the groups of 4 carry signal; of 16 groups none with a probability below 0.0001, which
+# matters where there is no backfill.
 QUICK = {"data.py": "--sft 2000 --rl 400 --heldout 60",
          "train_sft.py": "--steps 60 --batch 16 --held-out 2",
          "train_rl.py": "--steps 2 --prompts 16 --group 4 --warmup-steps 1 --max-new-tokens 32",
          "eval.py --seed": "--limit 10 --max-new-tokens 32"}
-QUICK_DATA = [COPY % ("s#<think>.*</think>#<think>;</think>#", "sft", "sft"), COPY % ("/[/]/d", "rl", "rl")]
+QUICK_DATA = [COPY % ("s#<think>.*</think>#<think>;</think>#", "sft", "sft")]
 
 def folder(args, seed, key):
     """The folder of a row; of the seed for the key ""."""
@@ -246,8 +237,8 @@ def execute(command, log):
     return [f"exit status {status}", *lines[-1:], *errors[-1:]][-1]
 
 # About how many seconds a command takes one core: the first entry that is part of it, else 5.
-SECONDS = {"--nproc-per-node": 400, "train_sft.py": 290, "--updates 4": 130, "train_rl.py": 60,
-           "--samples 32": 90, "--samples 8": 20}
+SECONDS = {"--nproc-per-node": 400, "train_sft.py": 140, "--updates 4": 80, "train_rl.py": 35,
+           "--samples 32": 45, "--samples 8": 14}
 
 def minutes(items, args):
     """How long it takes to run these rows of these seeds, (row, seed), side by side."""
@@ -315,7 +306,7 @@ def accuracies(path):
     out = {r["method"].removesuffix("@8").removesuffix("@32"): r["accuracy"] for r in rows}
     levels = {}
     for trace in records(path / "traces.jsonl"):
-        digits = len(re.match("[0-9]+", trace["problem"])[0])
+        digits = len(trace["problem"].partition("%")[0])
         levels.setdefault(f"{digits} digits", []).append(trace["correct"])
     return out | {level: statistics.fmean(right) for level, right in levels.items()}
 

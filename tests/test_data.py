@@ -130,37 +130,37 @@ def test_items_of_an_array_are_found_by_their_bytes(tmp_path_factory, rows, inde
 
 def check_trace(problem, trace):
     """Parse and verify every step; return how many digits each took. Independent of how traces are made."""
-    digits, sign, divisor = re.fullmatch(r"(\d+)([/%])(\d)=\?", problem.prompt).groups()
+    digits, divisor = re.fullmatch(r"(\d+)%(\d)=\?", problem.prompt).groups()
     taken, quotients, remainder, sizes = "", "", "", []
     for step in trace.removesuffix(";").split(";"):
-        now, quotient, rest = re.fullmatch(rf"(\d+)/{divisor}=(\d+)r(\d)", step).groups()
+        now, quotient, rest = re.fullmatch(r"(\d+)=(\d+)r(\d)", step).groups()
         assert now.startswith(remainder) and int(rest) < int(divisor)
         assert int(quotient) * int(divisor) + int(rest) == int(now)
         new = now[len(remainder) :]  # only the first quotient has no zeros in front
         assert len(quotient) == len(new) if sizes else quotient == str(int(quotient))
         taken, quotients, remainder = taken + new, quotients + quotient, rest
         sizes.append(len(new))
-    assert taken == digits and trace.endswith(";") and (sign == "%" or remainder == "0")
-    assert problem.answer == (quotients if sign == "/" else remainder)
+    assert taken == digits and trace.endswith(";") and problem.answer == remainder
+    assert int(quotients) == int(digits) // int(divisor)
     return sizes
 
-@given(st.sampled_from(["div", "mod"]), st.integers(1, 12), st.integers(0, 999), st.booleans())
-def test_every_step_is_true(family, level, seed, careful):
+@given(st.integers(1, 10), st.integers(0, 999), st.booleans())
+def test_every_step_is_true(level, seed, careful):
     rng = random.Random(seed)
-    problem = data.make_problem(family, level, rng)
+    problem = data.make_problem(level, rng)
     sizes = check_trace(problem, data.make_trace(problem, rng, careful))
-    assert sum(sizes) == level
+    assert sum(sizes) == level == len({*problem.id.partition("%")[0]})
     if 1 < level and sizes[0] <= 2:  # the first step takes two digits only if one does not reach the divisor
         assert sizes[0] == 1 + (problem.prompt[0] < problem.prompt[-3])
     widths = {1} if careful else {1, *data.SKIP_WIDTHS}
     assert set(sizes[1:]) <= widths and sizes[0] in {2, *widths}
 
 @pytest.mark.parametrize(("prompt", "answer", "careful", "trace"), [
-    ("4375/7=?", "625", True, "43/7=6r1;17/7=2r3;35/7=5r0;"),
-    ("4376%7=?", "1", True, "43/7=6r1;17/7=2r3;36/7=5r1;"),
-    ("9063%9=?", "0", True, "9/9=1r0;00/9=0r0;06/9=0r6;63/9=7r0;"),  # the first digit reaches the divisor
-    ("4375/7=?", "625", False, "437/7=62r3;35/7=5r0;"), ("4376%7=?", "1", False, "437/7=62r3;36/7=5r1;"),
-    ("9006306%9=?", "6", False, "900/9=100r0;0630/9=070r0;06/9=0r6;")])  # zeros of a later quotient stay
+    ("4375%7=?", "0", True, "43=6r1;17=2r3;35=5r0;"),
+    ("4376%7=?", "1", True, "43=6r1;17=2r3;36=5r1;"),
+    ("9063%9=?", "0", True, "9=1r0;00=0r0;06=0r6;63=7r0;"),  # the first digit reaches the divisor
+    ("4376%7=?", "1", False, "437=62r3;36=5r1;"),
+    ("9006306%9=?", "6", False, "900=100r0;0630=070r0;06=0r6;")])  # zeros of a later quotient stay
 def test_traces_by_hand(monkeypatch, prompt, answer, careful, trace):
     monkeypatch.setattr(data, "SKIP", 1.0)
     monkeypatch.setattr(data, "SKIP_WIDTHS", (3,))
@@ -172,15 +172,14 @@ def test_difficulty_weight(rate, weight):
     assert data.difficulty_weight(rate) == pytest.approx(weight)
 
 def test_small_spaces_end(monkeypatch):
-    monkeypatch.setattr(data, "MIX", {("mod", 2): 1})  # 360 problems in all
+    monkeypatch.setattr(data, "MIX", {2: 1})  # 360 problems in all
     with pytest.raises(ValueError, match=r"only \d+ different train problems found, 300 wanted"):
         data.make_problems("train", 300, 0)
     assert len({problem.prompt for problem in data.make_problems("train", 20, 0)}) == 20
 
-def test_splits_have_their_shares_and_no_division_in_common():
+def test_splits_have_their_shares():
     counts = Counter(data.split_of(str(i)) for i in range(5000))
     assert {name: count / 5000 for name, count in counts.items()} == pytest.approx(data.SPLIT, abs=0.03)
-    assert all(data.split_of(f"{i}/7=?") == data.split_of(f"{i}%7=?") for i in range(99))
 
 def test_make(tmp_path):
     flags = ["--seed", "1", "--sft", "300", "--rl", "80", "--heldout", "50"]

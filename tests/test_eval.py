@@ -124,7 +124,7 @@ def scripted_generate(model, prompts, *, samples=1, stop_ids, admit=None, on_tok
                 continue
             answer, confidence = SCRIPT[name](index)
             trace = Trace(prompt_index, index, stop="stop")
-            for token in [*tokenizer.encode("." * LENGTH + rf"\boxed{{{answer}}}"), stop_ids[0]]:
+            for token in [*("." * LENGTH + rf"\boxed{{{answer}}}").encode(), stop_ids[0]]:  # bytes
                 trace.tokens.append(token)
                 trace.confidences.append(confidence)
                 if on_token and on_token(trace):
@@ -149,7 +149,8 @@ def place(tmp_path, monkeypatch):
     """A folder with problems and a checkpoint, and the stand-in for every model."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ev, "generate", lambda *args, **settings: list(scripted_generate(*args, **settings)))
-    monkeypatch.setattr(ev.FalconH1, "from_pretrained", lambda folder, **settings: None)
+    model = SimpleNamespace(config=PRESETS["tiny"])
+    monkeypatch.setattr(ev.FalconH1, "from_pretrained", lambda folder, **settings: model)
     write_checkpoint("runs/x/rl/model")
     write_problems(("easy", "5"), ("split", "7"), ("hard", "1"))
     return tmp_path

@@ -87,6 +87,18 @@ def test_each_mixer_alone_has_as_many_parameters():
             hybrid, *alone = [sum(p.numel() for p in FalconH1(c).parameters()) for c in forms]
         assert alone == pytest.approx([hybrid] * 2, rel=0.01)
 
+def test_tiny_models_take_one_thread_unless_the_environment_says_otherwise(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch, "set_num_threads", calls.append)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    m.set_threads(PRESETS["tiny"])
+    assert calls == []
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    for name, c in PRESETS.items():
+        m.set_threads(c)
+        assert calls == [1] * name.startswith("tiny")
+        calls.clear()
+
 def test_the_branches_add_up():
     """A block of both, with either branch's last matrix at 0, is the block of the other one alone."""
     ids, both = torch.randint(37, (2, 30)), build()

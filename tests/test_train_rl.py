@@ -339,7 +339,7 @@ def test_prompts_of_one_domain_are_shuffled_anew_each_epoch():
 
 @pytest.mark.parametrize(("mixture", "error"), [
     ("math=1", "the problems have the domains code, math"), ("math=1,maths=1", "have the domains code, math"),
-    ("math=1,code=1; 20: math=1", "its stage from step 20 on is beyond --steps 14"),
+    ("math=1,code=1; 20: math=1", "its stage from step 20 on is beyond --steps 16"),
     ("math=1; 3: code=1; 3: math=1", "its steps do not rise"), ("math=1; 0: code=1", "its steps do not rise"),
     ("math=1; code=1", "expected WEIGHTS; STEP: WEIGHTS"), ("1: math=1,code=1", "expected WEIGHTS; STEP"),
     ("math=1,code=1;", "expected WEIGHTS; STEP"), ("math=1; x: code=1", "expected WEIGHTS; STEP"),

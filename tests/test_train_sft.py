@@ -253,14 +253,14 @@ def test_runs_of_other_ranks_are_the_same_run(sft_file, small_models, tmp_path):
     for i, domain in enumerate(["math", "code", "science"]):
         part = [line | {"domain": domain} for line in lines[20 * i : 20 * i + 20]]
         data.write_jsonl(tmp_path / f"part-{i}.jsonl", part)
-    args = ("--data", tmp_path / "part-*.jsonl", "--mixture", "math=3,code=2,science=1", "--context", 90,
-            "--trim", "--init", small_models[0], *SMALL_RUN, "--steps", 4, "--eval-every", 3)
+    args = ("--data", tmp_path / "part-*.jsonl", "--mixture", "math=3,code=2,science=1", "--context", 55,
+            "--trim", "--init", small_models[0], *SMALL_RUN, "--steps", 4, "--eval-every", 3, "--seed", 1)
     launch(t.main, *args, "--out", tmp_path / "one")
     body = partial(processes.count_copies, "train_sft", 0)
     four = launch(body, *args, "--out", tmp_path / "four", "--cp", 2, "--replicas", 2, ranks=4)
     assert all("made 2 copies" in r.out for r in four)
     expected = read_log(tmp_path / "one")
-    assert 0 < sum(r["trimmed"] for r in expected) < 24 and all(r["tokens"] <= 6 * 90 for r in expected)
+    assert 0 < sum(r["trimmed"] for r in expected) < 24 and all(r["tokens"] <= 6 * 55 for r in expected)
 
     logs = [read_log(tmp_path / "four")]
     for ranks in (1, 2):
@@ -511,7 +511,8 @@ def test_only_the_tiny_run_has_the_tiny_runs_defaults(tmp_path, small_models, mo
     FalconH1(PRESETS["tiny"]).save_pretrained(tmp_path)
     fields = ("lr", "batch", "steps", "context", "pack_tokens")
     for flags, expected in {
-        (): (4e-3, 16, 2000, 1024, 4096), ("--init", tmp_path): (1.024e-3, 16, 2000, 1024, 4096),
+        (): (2.5e-3, 6, 3400, 1024, 4096), ("--preset", "tiny-mamba"): (2.5e-3, 6, 3400, 1024, 4096),
+        ("--init", tmp_path): (1.024e-3, 6, 3400, 1024, 4096),
         ("--init", small_models[0]): (1.024e-3, 512, 0, 8192, 8192),
         ("--preset", "7b"): (1.024e-3, 512, 0, 36864, 36864),
         ("--preset", "7b", "--lr", 1, "--steps", 9, "--context", 50): (1, 512, 9, 50, 4096),
