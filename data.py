@@ -122,12 +122,12 @@ def to_sample(row, rendered, tokenizer, where, max_tokens=None, trim=False):
 #
 # A step appends the next digit or digits to the remainder so far; the first step takes as many digits as
 # reach the divisor. Every trace is true, but several digits at once are too hard for a small model: it errs
-# there, and its confidence falls. Longer numbers have fewer careful traces. So RL can learn to skip less,
-# majority voting fails on problems with hardly any careful trace, where wrong answers agree as there are only
-# 6 to 9 possible ones, and DeepConf can find the careful one.
+# there, and its confidence falls. Longer numbers have fewer careful traces. So RL can learn to skip less, and
+# DeepConf can find the careful trace. Majority voting fails where there is hardly any careful trace: a
+# remainder has only 5 to 8 wrong values, so wrong answers agree.
 #
-# All digits of a dividend differ. So the next digit is the one that follows the digit used last, which an
-# induction head finds. If digits repeated, the model would have to count.
+# All digits of a dividend differ. So the next digit to bring down is the one after the digit used last, which
+# an induction head finds. If digits repeated, the model would have to count.
 
 MIX = {5: 1, 6: 2, 7: 3}  # weights by level
 DIVISORS = (6, 7, 9)  # for 2, 4, 5, 8 the last digits alone give the remainder; for 3 a guess is often right
@@ -156,7 +156,7 @@ def make_trace(problem, rng, careful):
         width = rng.choice(widths)
         dividend = f"{remainder}{digits[:width]}"
         quotient, remainder = divmod(int(dividend), int(divisor))
-        # Zeros in front of later quotients stay, as on paper: all of them, joined, are the whole quotient.
+        # Later quotients keep their leading zeros: joined, the quotients are that of the whole division.
         trace += f"{dividend}={str(quotient).zfill(width if trace else 1)}r{remainder};"
         digits = digits[width:]
     return trace
@@ -638,7 +638,7 @@ def make(*, out="runs/tiny/data", seed=0, sft=20000, rl=4000, heldout=1000):
     print(f"{out}: {sft} rows in sft.jsonl, {rl} in rl.jsonl, {heldout} in heldout.jsonl")
 
 def show(file, *, rows=3, model=""):
-    """Print ROWS rows of SFT samples, and a table by domain, in tokens of MODEL or bytes."""
+    """Print ROWS rows of SFT samples, and a table by domain, in tokens of MODEL or of the tiny model."""
     tokenizer = load_tokenizer(model) if model else Tokenizer.byte_level()
     table = defaultdict(list)  # domain -> [(tokens, weight)]
     for n, (where, record) in enumerate(read_records(file)):

@@ -222,7 +222,7 @@ def single_mixer(c, mixers):
 
 _SMALL = dict(vocab=32784, head_dim=64, ssm_dim=64, state=128, context=16384, mamba_rms_norm=False)
 PRESETS = {
-    # Trains in minutes on two CPU cores. rope_theta 1e11 is for 256k tokens of context; with 16 frequencies
+    # Trains in minutes on a CPU core. rope_theta 1e11 is for 256k tokens of context; with 16 frequencies
     # and fewer than a hundred tokens, 1e4 leaves more of them useful. initializer_range is hidden_size^-0.5.
     "tiny": FalconH1Config(
         vocab_size=272, hidden_size=96, intermediate_size=160, num_hidden_layers=3,
@@ -239,7 +239,7 @@ PRESETS = {
     "34b": _published(vocab=261120, hidden=5120, layers=72, heads=20, mlp=21504, ssm_heads=32, context=262144,
                       kv=4, mamba_n_groups=2),
 }
-# "tiny" with one mixer alone, to see what each contributes. The trainers' defaults fit all that are TINY.
+# "tiny" with one mixer alone, to see what each contributes. The trainers' defaults fit every model in TINY.
 PRESETS |= {f"tiny-{mixers}": single_mixer(PRESETS["tiny"], mixers) for mixers in ("attention", "mamba")}
 TINY = [config for name, config in PRESETS.items() if name.startswith("tiny")]
 
@@ -649,9 +649,9 @@ class FalconH1(nn.Module):
         return model
 
 def set_threads(config):
-    """One CPU thread for a model as small as "tiny", unless OMP_NUM_THREADS is set. Its operators take
-    some 50 µs each. A second thread saves some 30% of a step on a quiet machine. But if another process
-    computes, the two threads spin while they wait for each other, and a step may take ten times as long."""
+    """One CPU thread for a model as small as "tiny", unless OMP_NUM_THREADS is set. Its operators take some
+    50 µs each, and a second thread makes a step only 30% shorter. Where another process computes, one thread
+    spins while the other waits for a core, and a step may take ten times as long."""
     if config.hidden_size <= 128 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
 

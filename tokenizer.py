@@ -43,7 +43,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 #     <|im_start|>assistant\n<think>2+2=4</think>\boxed{4}<|im_end|>\n
 
 TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>")  # a model may write these inside its own turn
-WORDS = ("assistant", "user", r"\boxed{")  # in every sample: as bytes they would be a fourth of its tokens
+WORDS = ("assistant", "user", r"\boxed{")  # in every sample: as bytes, 28% of its tokens
 CONTROL = ("<|pad|>", "<|begin_of_text|>", "<|end_of_text|>", "<|im_start|>", "<|im_end|>")
 CHAT_TEMPLATE = "".join(line.strip() for line in r"""
     {{ bos_token + '\n' }}
@@ -281,17 +281,18 @@ class Tokenizer:
 
     @classmethod
     def byte_level(cls):
-        """One token per byte (ids 0 to 255), then special tokens and WORDS: a vocabulary without training."""
+        """One token per byte (ids 0 to 255), then CONTROL, TAGS and WORDS: nothing has to be trained."""
         names = [*CONTROL, *TAGS, *WORDS]
         # GPUs like multiples of 16. The padding is made of real tokens, so that every sampled id decodes.
         names += [f"<|reserved_{i}|>" for i in range(-(257 + len(names)) % 16)]
-        # TAGS are not "special": servers hide special tokens by default, and reasoning would be unmarked.
+        # TAGS and WORDS are not "special": servers hide special tokens by default, and a reply would lose the
+        # marks of its reasoning and the \boxed{ of its answer.
         flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
         added = [{"id": i, "content": name, "special": name not in TAGS + WORDS, **flags}
                  for i, name in enumerate(names, 256)]
         bytewise = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
         # llama.cpp loads no BPE without merges. This one joins two bytes FF, spelled ÿ, which no text has.
-        # Its token takes the last id. The special tokens are in vocab as well, or transformers would
+        # Its token takes the last id. The added tokens are in vocab as well, or transformers would
         # renumber them.
         vocab = SPELLING | {name: id for id, name in enumerate([*names, "ÿÿ"], 256)}
         model = {"type": "BPE", "vocab": vocab, "merges": ["ÿ ÿ"]}

@@ -93,14 +93,14 @@ def alone(mixer, changes):
     """A row of mixers: the small run of another preset."""
     return Row("mixers", mixer, changes, f"--preset tiny-{mixer}", base="both")
 
-# Samples have 55 tokens on average. A batch is packed into two rows, the first of which takes three quarters
-# of the tokens: a mean over each rank's own tokens weighs those of the second rank three times as much.
+# Samples have 55 tokens on average. A batch is packed into two rows, the first of which takes some 70% of the
+# tokens: a mean over each rank's own tokens weighs those of the second rank 2.4 times as much.
 # Two ranks on two cores take longer than one process: a third of the steps.
 SHORT_ROW = 42 * train_sft.Args.batch
 UNEVEN = f"--context {SHORT_ROW} --pack-tokens {SHORT_ROW} --steps {train_sft.Args.steps // 3}"
 DIGITS = "digits-5=%d,digits-6=%d,digits-7=%d"  # the made problems have 1, 2, 3
-# Three of four groups come from the cache, one or two steps old. At the usual learning rate the policy hardly
-# moves in these, so importance weights have nothing to do.
+# A third to a half of the groups come from the cache, one step old. At the usual learning rate the policy
+# hardly moves in a step, so importance weights have nothing to do.
 FAST = f"--lr {4 * train_rl.Args.lr:g}"
 ROWS = [
     Row("data", "made", "the data of the small run, and two copies for rows of sft", base=""),
@@ -180,9 +180,9 @@ CHAINS = {
     "deepconf": ["python eval.py --traces {at}/mixers/both/eval/traces.jsonl {flags} > {here}/tmp "
                  "&& mv {here}/tmp {here}/report.txt"],
 }
-# The toy version: replies so short that some are right after seconds of training. A guess is right once in
-# seven, so half of the groups of 4 carry signal; of 16 groups none with a probability below 0.0001, which
-# matters where there is no backfill.
+# The toy version: replies so short that some are right after seconds of training. One guess in seven is
+# right, so nearly half of the groups of 4 carry signal. The probability that none of 16 does is below 0.0001,
+# which matters where there is no backfill.
 QUICK = {"data.py": "--sft 2000 --rl 400 --heldout 60",
          "train_sft.py": "--steps 60 --batch 16 --held-out 2",
          "train_rl.py": "--steps 2 --prompts 16 --group 4 --warmup-steps 1 --max-new-tokens 32",
@@ -237,7 +237,7 @@ def execute(command, log):
     return [f"exit status {status}", *lines[-1:], *errors[-1:]][-1]
 
 # About how many seconds a command takes one core: the first entry that is part of it, else 5.
-SECONDS = {"--nproc-per-node": 400, "train_sft.py": 140, "--updates 4": 80, "train_rl.py": 35,
+SECONDS = {"--nproc-per-node": 400, "train_sft.py": 140, "--updates 4": 115, "train_rl.py": 40,
            "--samples 32": 45, "--samples 8": 14}
 
 def minutes(items, args):

@@ -1,7 +1,8 @@
 """What all tests share: the path to the scripts, the number of threads, the `gpu` marker.
 
-Two threads, as on the machine of the README's figures. Hypothesis has no deadline: on a shared machine the
-time of an example says little about the code.
+Two threads at most: a test that runs a script on a tiny model in this process leaves one, see
+model.set_threads. Hypothesis has no deadline: on a shared machine the time of an example says little about
+the code.
 """
 
 import os

@@ -172,7 +172,7 @@ def test_difficulty_weight(rate, weight):
     assert data.difficulty_weight(rate) == pytest.approx(weight)
 
 def test_small_spaces_end(monkeypatch):
-    monkeypatch.setattr(data, "MIX", {2: 1})  # 360 problems in all
+    monkeypatch.setattr(data, "MIX", {2: 1})  # 243 problems in all
     with pytest.raises(ValueError, match=r"only \d+ different train problems found, 300 wanted"):
         data.make_problems("train", 300, 0)
     assert len({problem.prompt for problem in data.make_problems("train", 20, 0)}) == 20

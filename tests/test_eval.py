@@ -124,7 +124,7 @@ def scripted_generate(model, prompts, *, samples=1, stop_ids, admit=None, on_tok
                 continue
             answer, confidence = SCRIPT[name](index)
             trace = Trace(prompt_index, index, stop="stop")
-            for token in [*("." * LENGTH + rf"\boxed{{{answer}}}").encode(), stop_ids[0]]:  # bytes
+            for token in [*("." * LENGTH + rf"\boxed{{{answer}}}").encode(), stop_ids[0]]:  # no WORDS
                 trace.tokens.append(token)
                 trace.confidences.append(confidence)
                 if on_token and on_token(trace):

@@ -491,6 +491,10 @@ def test_other_shapes_start_from_the_papers_values(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["script", "--init", str(tmp_path), "--prompts", "5"])
     args, _ = r.read_args()
     assert (args.lr, args.warmup_steps, args.max_new_tokens, args.prompts) == (2e-6, 10, 0, 5)
+    for name in ("tiny", "tiny-mamba"):
+        FalconH1(PRESETS[name]).save_pretrained(tmp_path / name)
+        monkeypatch.setattr("sys.argv", ["script", "--init", str(tmp_path / name)])
+        assert r.read_args()[0] == r.Args(init=str(tmp_path / name))
     prompts = [(None, [1] * 7), (None, [1] * 9)]
     for model, longest, row in (("7b", 49152, 49161), ("0.5b", 16384 - 9, 16384)):
         filled = replace(args)

@@ -506,8 +506,8 @@ def test_recomputation_ends_in_front_of_the_last_product(monkeypatch):
         assert (len(begun), len(ended)) == (6, 3)
         begun.clear(), ended.clear()
 
-def test_only_the_tiny_run_has_the_tiny_runs_defaults(tmp_path, small_models, monkeypatch):
-    """Trained weights start from the paper's learning rate, other shapes from its sizes, too."""
+def test_only_tiny_models_have_the_tiny_runs_defaults(tmp_path, small_models, monkeypatch):
+    """Trained weights start from the paper's learning rate; other shapes take the paper's sizes as well."""
     FalconH1(PRESETS["tiny"]).save_pretrained(tmp_path)
     fields = ("lr", "batch", "steps", "context", "pack_tokens")
     for flags, expected in {

@@ -49,7 +49,8 @@ stage() { # name, seconds, command...
 
 small() { # the whole method at small size; SFT is killed on the way and continued
   local middle=$((SFT / 2)) model=$W/rl/model log=$W/sft/log.jsonl
-  local sft=(train_sft.py --data "$W/data/sft.jsonl" --out "$W/sft" --steps "$SFT" --save-every $((SFT / 3)))
+  local sft=(train_sft.py --data "$W/data/sft.jsonl" --out "$W/sft" --steps "$SFT" --batch 16
+    --save-every $((SFT / 3)))
   set -e
   $PY data.py make --out "$W/data" $MAKE
   $PY "${sft[@]}" &
