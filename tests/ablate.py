@@ -1,6 +1,6 @@
 """What each technique of the paper buys on the small task, one change at a time, and what it costs.
 
-    python -m tests.ablate                      every row for seeds 0, 1 and 2; some 70 minutes on two cores
+    python -m tests.ablate                      every row for seeds 0, 1 and 2; about an hour on two cores
     python -m tests.ablate --only rl            one section, and the rows that it starts from
     python -m tests.ablate --figures figures    also draws accuracy.png and rl.png there
     python -m tests.ablate --quick              a toy version of every row, one seed: do all of them run?
