@@ -12,7 +12,7 @@ r"""Evaluation: sample replies, judge them, vote on their answers, and report ac
 What it writes to --out, which all ranks must see
     traces.jsonl            every sampled reply, with answer, verdict and confidences; traces-sft.jsonl of the
                             other checkpoint, traces-low.jsonl and traces-high.jsonl of DeepConf online
-    traces.part0.jsonl      while it runs: every reply of rank 0 that has ended, without its verdict. After an
+    traces.part0.jsonl      while it runs: every reply of rank 0 that has ended, not yet judged. After an
                             interruption the same command goes on from there, and samples none again
     report.json, report.md  the table that is also printed; run.json: arguments, versions, hardware, commit
     accuracy.png            accuracy against tokens, with majority votes of 1, 2, 4, ... replies for
@@ -26,13 +26,13 @@ Methods (rows of the report), n samples per problem; the names for --methods on 
     weighted@n               all vote, weighted by their lowest groups                       weighted
     deepconf-offline@n       the most confident tenth votes, weighted; -bottom@n, -tail@n    offline
                              and -mean@n by other measures of confidence                     offline-bottom
-    deepconf-low@n, -high@n  the same while generating, so tokens and seconds are            online
-                             measured: after 16 warm-up traces, one is stopped when its confidence falls below
-                             the top 10% (LOW) or 90% (HIGH) of theirs, and all sampling stops when 95% of the
-                             votes agree
+    deepconf-low@n, -high@n  the same while generating: after the first 16 traces of         online
+                             traces.jsonl, its warm-up, a trace is stopped when its confidence falls below the
+                             top 10% (LOW) or 90% (HIGH) of theirs, and all sampling stops when 95% of the
+                             votes agree. The warm-up counts: its tokens, and their share of the seconds
 
-A server is given no seed, so there DeepConf online samples traces of its own, not the beginnings of others. A
-token counts if the server sends its log-probabilities.
+A server is given no seed, so there DeepConf online, after the warm-up, samples traces of its own, not the
+beginnings of others. A token counts if the server sends its log-probabilities.
 
 With several domains rows of each follow; replies cut off at --max-new-tokens are counted.
 
@@ -152,18 +152,23 @@ def reply_to(prompts, model, tokenizer, args, **more):
     return generate(model, prompts, seed=args.seed, stop_ids=tokenizer.stop_ids,
                     vocab_size=tokenizer.vocab_size, **settings, **more)
 
-def sample(model, tokenizer, prompts, problems, args, judge, mark, n, file, settings=None):
+def sample(model, tokenizer, prompts, problems, args, judge, mark, n, file, settings=None, complete=None):
     """Sample n replies to every problem, judge them, and write them to `file` in --out -> Samples on rank 0.
 
     Each rank samples and judges its share of the problems. prompts: see reply_to; mark: see open_out.
     settings: of deepconf.Online, which decides during generation which traces start and which stop early; up
     to its stop a trace is the same as without, but for a server's. None: n complete replies.
+    complete: on rank 0, the Samples of traces.jsonl, which begin with the warm-up of deepconf.Online.
     Raises ValueError if too many verdicts are unknown, after the file is written."""
     path = Path(args.out) / file
+    run = f"{mark} {path.stem}"
     online = []  # per problem
     if settings is not None:
         online = [deepconf.Online(n, same=same_of(problem), **settings) for problem in problems]
-    sample_share(path, model, tokenizer, prompts, problems, args, f"{mark} {path.stem}", n, online)
+        with together():
+            if RANK == 0 and not parts(path):  # otherwise an earlier process has done it
+                copy_warm_up(path, run, settings["n_init"], complete)
+    sample_share(path, model, tokenizer, prompts, problems, args, run, n, online)
     with together():
         # Of every trace: where it is, and the verdict of an earlier process.
         found = {key: (place, record["correct"]) for key, place, record in recorded(path, problems)}
@@ -236,6 +241,19 @@ def sample_share(path, model, tokenizer, prompts, problems, args, run, n, online
         reply_to(prompts, model, tokenizer, args, samples=n, slots=args.slots, admit=admit, on_trace=on_trace,
                  on_token=on_token if online else None, progress=expected)
 
+def copy_warm_up(path, run, n_init, complete):
+    """Begin `path` with the first n_init traces of each problem in traces.jsonl: sampled again, with the same
+    seeds, they would be the same up to rounding. Their share of the seconds is that of the tokens."""
+    warm_up = sum(reply.tokens for ballot in complete.ballots for reply in ballot.replies[:n_init])
+    seconds = round(complete.seconds * warm_up / sum(complete.tokens()), 2)
+    part = path.with_suffix(".part0.jsonl")
+    temporary = part.with_name(part.name + ".tmp")
+    with open(temporary, "w") as out:
+        for number, (_, _, line) in enumerate(data.read_rows(path.with_name("traces.jsonl"))):
+            if number % complete.n < n_init:  # merge() has sorted them by problem and sample
+                out.write(json.dumps(json.loads(line) | {"run": run, "seconds": seconds}) + "\n")
+    os.replace(temporary, part)
+
 # 2. Files of traces -----------------------------------------------------------------------------------------
 # While it samples, rank r appends to traces.part<r>.jsonl. In the end rank 0 merges all parts, sorted and
 # with verdicts, into traces.jsonl and deletes them. A kill at any moment leaves every ended trace in one file
@@ -293,8 +311,8 @@ def judge_share(found, problems, args, judge):
     """Verify this rank's traces that have no verdict -> {(index of the problem, sample): fields to set}.
 
     found: (index of the problem, sample) -> (place, verdict)."""
-    # Texts stay in the files until their turn. A part has no verdicts: they may take long, and an ended trace
-    # is written at once. After an interruption what a judge has said before comes from its cache.
+    # Texts stay in the files until their turn. What was sampled has no verdict yet: it may take long, and an
+    # ended trace is written at once. After an interruption what a judge has said before comes from its cache.
     waiting = {key: place for key, (place, verdict) in found.items()
                if key[0] % WORLD == RANK and verdict is None}
     settings = {"limit": args.code_tests, "seed": args.seed, "unsafe": args.unsafe_local_execution}
@@ -451,7 +469,7 @@ def level_of(eta):
 def evaluate(sample, args):
     """All methods on one checkpoint -> (Samples, Outcomes), on rank 0; None elsewhere.
 
-    sample(file, settings=None): sample() for it."""
+    sample(file, settings=None, complete=None): sample() for it."""
     samples = sample("traces.jsonl")
     settings = {"n_init": args.warm_up, "window": args.window, "tau": args.tau or None, "batch": args.batch,
                 "tie": samples.tie() if samples else deepconf.TIE}
@@ -460,7 +478,7 @@ def evaluate(sample, args):
     useful = "online" in args.methods and args.samples > args.warm_up
     for eta in args.eta if useful else []:
         # The same seeds: up to its stop a trace is that of traces.jsonl. What is measured is the cost.
-        online[level_of(eta)] = sample(f"traces-{level_of(eta)}.jsonl", settings | {"eta": eta})
+        online[level_of(eta)] = sample(f"traces-{level_of(eta)}.jsonl", settings | {"eta": eta}, samples)
     if RANK > 0:
         return None
 
@@ -497,7 +515,7 @@ def replay(path, args):
     whole = Samples(ballots, args.samples, seconds)
 
     # In place of sample(): the recorded traces, for DeepConf online each up to where it would be stopped.
-    def again(_, settings=None):
+    def again(_, settings=None, complete=None):
         if settings is None:
             return whole
         machines = [deepconf.replay(b.replies, same=b.same, **settings) for b in ballots]
@@ -707,7 +725,7 @@ def together():
 # 8. The command line ----------------------------------------------------------------------------------------
 
 SMALL_RUN = ["runs/tiny/sft", "runs/tiny/rl"]  # its checkpoints, from the first to the last
-OUTPUTS = ("traces*.jsonl", "report.*", "accuracy.png")
+OUTPUTS = ("traces*.jsonl", "traces*.tmp", "report.*", "accuracy.png")
 
 @dataclass
 class Args:

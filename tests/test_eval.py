@@ -254,10 +254,17 @@ def count_samples(monkeypatch, die_after=None):
     monkeypatch.setattr(ev, "append", counted)
     return counts
 
+def to_sample():
+    """What count_samples counts over all runs: DeepConf online takes its warm-up, 16 traces of each of the
+    three problems, from traces.jsonl."""
+    sizes = {name: len(traces_of(f"out/{name}.jsonl")) for name in ("traces", "traces-low", "traces-high")}
+    warm_up = {"traces-low": 48, "traces-high": 48}
+    return Counter({f"{name}.part0.jsonl": size - warm_up.get(name, 0) for name, size in sizes.items()})
+
 class Killed(BaseException):
     """No handler sees it, as with SIGKILL."""
 
-@pytest.mark.parametrize("moments", [(0, 1, 95), (96, 40, 17), (30, 66, 60)])
+@pytest.mark.parametrize("moments", [(0, 1, 95), (96, 5, 3), (30, 66, 8)])
 def test_a_killed_evaluation_goes_on_and_samples_no_trace_twice(place, monkeypatch, moments):
     assert ev.main([*ARGV[:-4], "--out", "whole", *ARGV[-2:]]) == 0
     whole, total = report("whole"), Counter()
@@ -272,8 +279,9 @@ def test_a_killed_evaluation_goes_on_and_samples_no_trace_twice(place, monkeypat
                 file.write('{"problem": "p0", "sam')
         if moment is not None:
             Path("out/traces-low.part7.jsonl").touch()  # killed before its first line
-    assert total == {f"{name}.part0.jsonl": len(traces_of(f"out/{name}.jsonl"))
-                     for name in ("traces", "traces-low", "traces-high")}
+            if not Path("out/traces-low.jsonl").exists():  # killed while it copied the warm-up
+                Path("out/traces-low.part0.jsonl.tmp").write_text('{"problem')
+    assert total == to_sample()
     for row in [*whole.values(), *report().values()]:
         del row["seconds"]
     assert report_without_seconds("out") == report_without_seconds("whole")
@@ -334,6 +342,16 @@ def checked(argv):
 
 LINE = ('{"problem":"p","domain":"math","gold":"1","sample":0,"answer":"1","stop":"stop","correct":true,'
         '"confidences":[1]}')
+
+def test_the_warm_up_is_copied_by_hand(place):
+    """Two samples of 1 and 3 tokens in 2.0 s; the first is the warm-up: 1 of 4 tokens, so 0.5 s."""
+    records = [ev.EARLIER | json.loads(LINE) | {"sample": i, "seconds": seconds, "confidences": [1.0] * n}
+               for i, (seconds, n) in enumerate([(0.8, 1), (2.0, 3)])]
+    data.write_jsonl("traces.jsonl", records)
+    replies = [ev.to_reply(record, 1) for record in records]
+    ev.copy_warm_up(Path("traces-low.jsonl"), "mark traces-low", 1,
+                    ev.Samples([ev.Ballot("math", replies, None)], 2, 2.0))
+    assert traces_of("traces-low.part0.jsonl") == [records[0] | {"run": "mark traces-low", "seconds": 0.5}]
 
 @pytest.mark.parametrize(("text", "message"), [
     ("", "empty"), ("{\n", "line 1: malformed JSON"), ("3\n", "line 1: 3 is not"),
@@ -652,7 +670,8 @@ def test_an_unreadable_answer_is_refused_only_if_no_tests_decide(place, capsys):
 
 @pytest.fixture
 def server(place):
-    """A server that replies as the stand-in does, to each prompt in the order of its requests, 20 a file.
+    """A server that replies as the stand-in does, to each prompt in the order of its requests: 20 of
+    traces.jsonl, and of each further file the four after the warm-up.
 
     Its `refusal` (status, body), if any, is for requests that are no probe for one token."""
     def respond(body, _):
@@ -662,9 +681,9 @@ def server(place):
             return status, {}, [said]
         prompt = body["messages"][-1]["content"]
         name = next(name for name in SCRIPT if name in prompt)
-        asked = [other["messages"][-1]["content"] for other in bodies].count(prompt)
         # The longest prompt, split, is also tried before all others.
-        answer, confidence = SCRIPT[name]((asked - 1 - (name == "split")) % 20)
+        asked = [other["messages"][-1]["content"] for other in bodies].count(prompt) - 1 - (name == "split")
+        answer, confidence = SCRIPT[name](asked if asked < 20 else 16 + asked % 4)
         text = "." * LENGTH + rf"\boxed{{{answer}}}"
         return [*(chat(character, confidence) for character in text), chat("", confidence, end="stop")]
     server = Server(respond)
@@ -718,12 +737,12 @@ def test_noise_of_a_server_stops_nothing_live_nor_in_a_replay(server, monkeypatc
     assert "server: groups within 0.01 nats of a threshold reach it" in Path("out/report.md").read_text()
 
 def test_a_killed_evaluation_of_a_server_goes_on(server, monkeypatch, capsys):
-    """Killed in traces.jsonl, and in the middle of LOW's warm-up, with 16 traces under way.
+    """Killed in traces.jsonl, and after two of the four traces that HIGH samples.
 
     The server moves meanwhile."""
     argv = from_server(server, "--samples", "20")
     total = Counter()
-    for die_after in (25, 45, None):
+    for die_after in (25, 37, None):
         with monkeypatch.context() as patched:
             counts = count_samples(patched, die_after)
             with contextlib.nullcontext() if die_after is None else pytest.raises(Killed):
@@ -731,8 +750,7 @@ def test_a_killed_evaluation_of_a_server_goes_on(server, monkeypatch, capsys):
         total += counts
         gc.collect()  # closes the file that locks --out, as the end of the process would
         argv[1] = server.url.replace("127.0.0.1", "localhost")
-    assert total == {f"{name}.part0.jsonl": len(traces_of(f"out/{name}.jsonl"))
-                     for name in ("traces", "traces-low", "traces-high")}
+    assert total == to_sample()
     assert total["traces.part0.jsonl"] == 60 and " slots=16 " in capsys.readouterr().out  # 0 would be none
     assert {row["problems"] for row in report().values()} == {3}
 
