@@ -87,7 +87,7 @@ class Args(CommonArgs):
     normalise: str = flag("batch", "mean over the batch's tokens (paper); rank: per rank, then over ranks")
     mixture: str = flag("", "domain weights, e.g. math=0.6,code=0.4; empty: by size")
     held_out: int = flag(100, "samples kept out of training, spread over the files; 0: no evaluation")
-    eval_every: int = flag(400, "steps between evaluations: held-out loss and a sample text")
+    eval_every: int = flag(850, "steps between evaluations: held-out loss and a sample text")
     save_every: int = flag(400, "steps between checkpoints")
 
 # The defaults above are those of the tiny run, from random weights. Its learning rate harms trained weights
@@ -210,7 +210,7 @@ def main():
         for step in range(state["step"], args.steps):
             start = time.time()
             done = step + 1
-            # All ranks draw the same batch, each tokenizes its share of the samples, all pack all of them.
+            # All ranks draw the same batch, each reads its share of the samples, all pack all of them.
             batch = ranks.share_out(samples.__getitem__, next(loader))
             packs = data.pack(batch, args.pack_tokens, ranks.dp_size)
             # One update. An error, such as a loss that is not finite, names the samples.
@@ -313,14 +313,17 @@ def evaluate(model, tokenizer, held_out, args, ranks, step):
 
 # 5. The stream of samples -----------------------------------------------------------------------------------
 
+SMALL = 2**24  # bytes of files whose samples are kept in memory, where they take some five times as many
+
 class SftFiles:
-    """The samples of JSONL files, by number. Files may be larger than memory, which holds only their index.
+    """The samples of JSONL files, by number. Files may be larger than memory, which then holds only an index.
 
     Every line is read and checked once at the start, so that no bad line can end a run after days. A sample
-    is tokenized when it is asked for, and its line read again. One of more than max_tokens is an error, as
-    its answer would silently never be learned; or with `trim` it is cut on the right and marked, as the paper
-    does above 36K tokens, and skipped if nothing to learn is left. pattern: names and globs, separated by
-    commas. limit: samples to take, 0 for all; the lines beyond are checked, too. quiet: print nothing.
+    is tokenized when it is asked for, and its line read again; or at the start, if all files together have at
+    most SMALL bytes. One of more than max_tokens is an error, as its answer would silently never be learned;
+    or with `trim` it is cut on the right and marked, as the paper does above 36K tokens, and skipped if
+    nothing to learn is left. pattern: names and globs, separated by commas. limit: samples to take, 0 for
+    all; the lines beyond are checked, too. quiet: print nothing.
     Attributes: rows (dict from domain to an array of sample numbers), checksum (of all lines), skipped (how
     many samples)."""
 
@@ -334,16 +337,20 @@ class SftFiles:
         self.index = array("q")  # of each sample: the numbers of its file and line, first byte, bytes
         rows = {}
         size = sum(map(os.path.getsize, self.paths))
+        self.small = size <= SMALL
+        self.kept = []  # the samples of small files
         with tqdm(None, f"reading {pattern}", size, unit="B", unit_scale=True, delay=2, disable=quiet) as bar:
             for i, path in enumerate(self.paths):
                 check(not path.endswith(".gz"), f"{path}: unpack it, as samples are read in random order")
                 for where, offset, raw in data.read_rows(path):
                     self.checksum = zlib.crc32(raw, self.checksum)
-                    domain = self._check(raw, where)
+                    domain, sample = self._check(raw, where)
                     self.skipped += domain is None
                     if domain and (not limit or len(self) < limit):
                         rows.setdefault(domain, array("q")).append(len(self))
                         self.index.extend((i, int(where.rpartition(" ")[2]), offset, len(raw)))
+                        if self.small:
+                            self.kept.append(sample)
                     bar.update(len(raw))
         self.rows = {domain: np.array(numbers) for domain, numbers in sorted(rows.items())}
         why = f"--trim to {max_tokens} tokens leaves nothing to learn"
@@ -352,24 +359,26 @@ class SftFiles:
             print(f"{pattern}: skipped {self.skipped} samples: {why}")
 
     def _check(self, raw, where):
-        """The domain of the sample in a line, or None if trimming leaves nothing to learn. ValueError if the
-        line holds no sample, or one that is too long."""
+        """(domain, Sample) of a line; domain None if trimming leaves nothing to learn, Sample None if neither
+        the check nor `kept` needs it. ValueError if the line holds no sample, or one that is too long."""
         record = data.parse_json(raw, where)
         row, rendered = data.check_sft(record, self.tokenizer, where)
         text, _, spans = rendered
         # A text has at most as many tokens as bytes: only a long one needs the tokenizer. If it may be cut,
         # only one with a long prompt: what is to be learned begins with a token within the limit otherwise.
         bytes_needed = len(text[: spans[0][0]].encode()) + 1 if self.trim else len(text.encode())
-        if bytes_needed <= self.max_tokens:
-            return row["domain"]
+        if bytes_needed <= self.max_tokens and not self.small:
+            return row["domain"], None
         sample = data.to_sample(row, rendered, self.tokenizer, where, self.max_tokens, self.trim)
-        return row["domain"] if sample.mask[1:].any() else None
+        return row["domain"] if sample.mask[1:].any() else None, sample
 
     def __len__(self):
         return len(self.index) // 4
 
     def __getitem__(self, i):
         """Sample number i. ValueError if its file has changed and the line holds no sample any more."""
+        if self.small:
+            return self.kept[i]
         file, number, offset, size = (self.index[4 * i + k] for k in range(4))
         where = f"{self.paths[file]}, line {number}"
         with open(self.paths[file], "rb") as lines:

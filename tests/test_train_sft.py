@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -543,8 +544,10 @@ def turns(*contents):
 SFT = {"messages": turns("q", "<think>r</think>a"), "domain": "math", "weight": 1.5}
 IDS, MASK = render_chat(SFT["messages"], TOKENIZER)
 
-def sft_files(path, max_tokens=999, **options):
-    return t.SftFiles(str(path), TOKENIZER, max_tokens, **options)
+def sft_files(path, max_tokens=999, small=0, **options):
+    """small: t.SMALL; by default files are large, and samples read again."""
+    with mock.patch.object(t, "SMALL", small):
+        return t.SftFiles(str(path), TOKENIZER, max_tokens, **options)
 
 @pytest.fixture
 def path(tmp_path):
@@ -640,6 +643,15 @@ def test_missing_and_empty_files_are_named(path, files, error, content):
     path.with_name("empty.jsonl").write_text(content)
     with pytest.raises(ValueError, match=error):
         sft_files(files.format(path.parent))
+
+def test_samples_are_the_same_whether_they_are_kept_or_read_again(path):
+    size = path.stat().st_size
+    kept, again = sft_files(path, small=size), sft_files(path, small=size - 1)
+    assert kept[0] is kept[0] and again[0] is not again[0] and len(kept) == len(again) == 2
+    for one, other in zip(kept, again, strict=True):
+        assert one.ids.tolist() == other.ids.tolist() == IDS
+        assert one.mask.tolist() == other.mask.tolist() == MASK
+        assert (one.weight, one.domain, one.trimmed) == (other.weight, other.domain, other.trimmed)
 
 def test_a_line_that_changes_later_is_named(path):
     samples = sft_files(path)
