@@ -430,7 +430,8 @@ class Mamba(nn.Module):
             xBC, _ = causal_conv1d_step(conv, xBC[:, 0], weight, bias, activation="silu")
         else:
             xBC, new_conv = causal_conv1d(
-                xBC, weight, bias, initial_states=conv, cu_seqlens=context.cu, activation="silu")
+                xBC, weight, bias, initial_states=conv, cu_seqlens=context.cu, activation="silu",
+                return_final_states=cache is not None)
         # x (b, t, h, p), B and C (b, t, g, n), in a step without t. Under context parallelism h and g count
         # this rank's heads and groups.
         inner = dt.shape[-1] * c.mamba_d_head
@@ -838,6 +839,9 @@ class Cache:
         k, v = (x[layer, :, :, : self.used] for x in (self.k, self.v))  # (slots, hkv, used, hd)
         if torch.is_grad_enabled():  # backward needs them as they are now, and the next token is written here
             k, v = k.clone(), v.clone()
+        if q.shape[1] == 1:  # one token: the queries that share a key head are rows of one matrix
+            y = F.scaled_dot_product_attention(q[:, 0].unflatten(1, (k.shape[1], -1)), k, v, self.mask)
+            return y.flatten(1, 2)[:, None]
         if k.is_cuda:  # where with a mask only torch's slow kernel lets queries share keys: copy them
             k, v = (x.repeat_interleave(q.shape[2] // x.shape[1], 1) for x in (k, v))
         y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=self.mask, enable_gqa=True)

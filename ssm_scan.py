@@ -190,10 +190,10 @@ def _scan_chunked(x, dt, B, C, A, S, cu, chunk_size):
 
     # Step 3, from chunk to chunk, the only sequential loop: t / l short steps per sequence.
     keep = _bounded_exp(c[..., -1].to(x.dtype))[..., None, None]  # (k, h, 1, 1)
-    chunks = _chunks(cu, l)
+    chunks = zip(keep.unbind(), added.unbind())  # added[i] would have a gradient as large as added
     entering, finals = [], []
-    for state, kept, new in zip(S, keep.split(chunks), added.split(chunks)):
-        for factor, own in zip(kept.unbind(), new.unbind()):  # new[i] would have a gradient as large as new
+    for state, count in zip(S, _chunks(cu, l)):
+        for factor, own in (next(chunks) for _ in range(count)):
             entering.append(state)
             state = torch.addcmul(own, factor, state)
         finals.append(state)
@@ -757,7 +757,7 @@ class _Scan(torch.autograd.Function):
 # 5. The causal convolution ----------------------------------------------------------------------------------
 
 def causal_conv1d(x, weight, bias=None, *, initial_states=None, cu_seqlens=None, activation=None,
-                  backend=None):
+                  backend=None, return_final_states=True):
     """Depthwise: a channel sees only itself, now and k - 1 tokens back (k = 4 in Falcon-H1).
 
         y_i = act(bias + sum_j weight[:, j] x_{i - k + 1 + j})        weight[:, k - 1] meets the current token
@@ -765,12 +765,11 @@ def causal_conv1d(x, weight, bias=None, *, initial_states=None, cu_seqlens=None,
     Args:
         x, weight, bias: (b, t, d) with any t >= 1, (d, k), (d,).
         initial_states: (s, d, k - 1), the inputs before the first token, newest last; zeros if None.
-        activation: None or "silu". cu_seqlens and backend are as for ssd_scan.
+        activation: None or "silu". cu_seqlens, backend and return_final_states are as for ssd_scan.
     Returns:
         y (b, t, d) and the final states (s, d, k - 1), both differentiable."""
     check(x.dim() == 3 and x.shape[1] >= 1, f"x: got {tuple(x.shape)}, expected (b, t, d) with t >= 1")
-    b, t, d = x.shape
-    k = weight.shape[-1]
+    (b, t, d), k = x.shape, weight.shape[-1]
     backend = _backend(backend, x)
     cu = check_cu_seqlens(cu_seqlens, b, t)
     _check_conv(x, weight, bias, activation, initial_states, len(cu) - 1)
@@ -782,12 +781,13 @@ def causal_conv1d(x, weight, bias=None, *, initial_states=None, cu_seqlens=None,
         states = x.new_zeros(len(lengths), d, k - 1) if initial_states is None else initial_states.to(x.dtype)
         row = torch.cat([part for pair in zip(states.mT, row.split(lengths)) for part in pair])
         cu = tuple(start + i * (k - 1) for i, start in enumerate(cu))
-
     y = (_ConvTriton.apply(_dense(row), taps, cu, activation == "silu") if backend == "triton"
          else _ConvTorch.apply(row, taps))
     if not bare:
         y = torch.cat(y.split([size for length in lengths for size in (k - 1, length)])[1::2])
     y = F.silu(y) if activation and backend != "triton" else y  # now without histories, which may be NaN
+    if not return_final_states:
+        return y.view(x.shape), None
     start, left, _ = chunk_table(cu, cu[-1], x.device)  # one chunk per sequence
     token = (start + left)[:, None] + torch.arange(1 - k, 0, device=x.device)  # (s, k - 1)
     final = torch.where((token >= start[:, None])[..., None], row[token.clamp(min=0)], 0)

@@ -595,6 +595,14 @@ def test_triton_convolution_copies_its_input_only_for_a_history(interpreter, mon
     assert [v.data_ptr() == inputs["x"].data_ptr() for v in seen] == [False, True]
 
 @BACKENDS
+def test_convolution_without_final_states(interpreter, backend):
+    inputs, cu = conv_inputs([5, 1], 3, 4)
+    options = dict(cu_seqlens=cu, activation="silu", backend=backend)
+    y, _ = s.causal_conv1d(**inputs, **options)
+    alone, final = s.causal_conv1d(**inputs, **options, return_final_states=False)
+    assert torch.equal(alone, y) and final is None
+
+@BACKENDS
 def test_convolution_steps(interpreter, backend):
     x, w, state = (torch.randn(shape, device=DEVICE) for shape in ((2, 6, 3), (3, 4), (2, 3, 3)))
     y, last = s.causal_conv1d(x, w, initial_states=state, activation="silu", backend=backend)
