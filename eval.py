@@ -70,7 +70,7 @@ from tqdm import tqdm
 import data
 import deepconf
 from data import flag
-from model import FalconH1, generate, set_threads
+from model import FalconH1, generate, replacing, set_threads
 from rewards import check_code, check_scorable, chosen, decided_by_tests, extract_answer, extract_code
 from rewards import is_equivalent, is_right, open_judge, verify
 from sandbox import run_code
@@ -191,11 +191,11 @@ def sample(model, tokenizer, prompts, problems, args, judge, mark, n, file, sett
 def sample_share(path, model, tokenizer, prompts, problems, args, run, n, online):
     """Sample this rank's problems; each trace is appended to the rank's part of `path` as soon as it ends.
 
-    What earlier processes have recorded, with whatever number of ranks, is not sampled again. DeepConf online
-    is fed it: it decides by the traces alone, so it goes on as if it had seen them end.
+    What is recorded, by earlier processes on whatever number of ranks or as the warm-up, is not sampled
+    again. DeepConf online is fed it: it decides by the traces alone, and goes on as if it had seen them end.
     run: the field of each trace. online: a deepconf.Online per problem, or nothing."""
     ended = set()  # of pairs (index of the problem, sample)
-    before = 0.0  # seconds that earlier processes generated
+    before = 0.0  # seconds that what is recorded took
     with together():
         # Whatever rank sampled them, the traces of this rank's problems count as its own.
         for (i, index), _, record in recorded(path, problems):
@@ -246,13 +246,11 @@ def copy_warm_up(path, run, n_init, complete):
     seeds, they would be the same up to rounding. Their share of the seconds is that of the tokens."""
     warm_up = sum(reply.tokens for ballot in complete.ballots for reply in ballot.replies[:n_init])
     seconds = round(complete.seconds * warm_up / sum(complete.tokens()), 2)
-    part = path.with_suffix(".part0.jsonl")
-    temporary = part.with_name(part.name + ".tmp")
-    with open(temporary, "w") as out:
+    with replacing(path.with_suffix(".part0.jsonl")) as part:
         for number, (_, _, line) in enumerate(data.read_rows(path.with_name("traces.jsonl"))):
             if number % complete.n < n_init:  # merge() has sorted them by problem and sample
-                out.write(json.dumps(json.loads(line) | {"run": run, "seconds": seconds}) + "\n")
-    os.replace(temporary, part)
+                record = json.loads(line) | {"run": run, "seconds": seconds}
+                part.write(json.dumps(record).encode() + b"\n")
 
 # 2. Files of traces -----------------------------------------------------------------------------------------
 # While it samples, rank r appends to traces.part<r>.jsonl. In the end rank 0 merges all parts, sorted and
@@ -338,14 +336,13 @@ def merge(path, found, verdicts, problems, args):
         raise ValueError(f"{path.parent}: not all ranks write to this folder; --out must be shared")
     ballots = [Ballot(problem.domain, [], same_of(problem)) for problem in problems]
     # Lines are copied one by one, as all of them may not fit into memory.
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w") as out:
+    with replacing(path) as out:
         for key in sorted(found):
             place, _ = found[key]
             record = read_line(*place) | verdicts.get(key, {})
-            out.write(json.dumps(record) + "\n")
+            out.write(json.dumps(record).encode() + b"\n")
             ballots[key[0]].replies.append(to_reply(record, args.window))
-    os.replace(temporary, path)  # from here on the parts are not needed
+    # From here on the parts are not needed.
     for part in parts(path)[1:]:
         part.unlink()
     return ballots

@@ -612,7 +612,7 @@ class FalconH1(nn.Module):
         write_safetensors(Path(folder) / "model.safetensors", state, read)
         files = self.files | {"config.json": json.dumps(config, indent=2).encode() + b"\n"}
         for name, content in files.items():
-            with _replacing(Path(folder) / name) as file:
+            with replacing(Path(folder) / name) as file:
                 file.write(content)
 
     @classmethod
@@ -872,7 +872,7 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
            "I64": torch.int64}
 
 @contextmanager
-def _replacing(path):
+def replacing(path):
     """A file to write under a temporary name, renamed at the end: a reader sees the old file or the new."""
     temporary = Path(f"{path}.tmp")
     try:
@@ -895,7 +895,7 @@ def write_safetensors(path, tensors, read=lambda name, v: v):
         header[name] = {"dtype": names[v.dtype], "shape": list(v.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with _replacing(path) as file:
+    with replacing(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, v in sorted(tensors.items()):
             file.write(read(name, v).detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)

@@ -254,7 +254,7 @@ def count_samples(monkeypatch, die_after=None):
     monkeypatch.setattr(ev, "append", counted)
     return counts
 
-def to_sample():
+def counts_without_repeats():
     """What count_samples counts over all runs: DeepConf online takes its warm-up, 16 traces of each of the
     three problems, from traces.jsonl."""
     sizes = {name: len(traces_of(f"out/{name}.jsonl")) for name in ("traces", "traces-low", "traces-high")}
@@ -281,7 +281,7 @@ def test_a_killed_evaluation_goes_on_and_samples_no_trace_twice(place, monkeypat
             Path("out/traces-low.part7.jsonl").touch()  # killed before its first line
             if not Path("out/traces-low.jsonl").exists():  # killed while it copied the warm-up
                 Path("out/traces-low.part0.jsonl.tmp").write_text('{"problem')
-    assert total == to_sample()
+    assert total == counts_without_repeats()
     for row in [*whole.values(), *report().values()]:
         del row["seconds"]
     assert report_without_seconds("out") == report_without_seconds("whole")
@@ -750,7 +750,7 @@ def test_a_killed_evaluation_of_a_server_goes_on(server, monkeypatch, capsys):
         total += counts
         gc.collect()  # closes the file that locks --out, as the end of the process would
         argv[1] = server.url.replace("127.0.0.1", "localhost")
-    assert total == to_sample()
+    assert total == counts_without_repeats()
     assert total["traces.part0.jsonl"] == 60 and " slots=16 " in capsys.readouterr().out  # 0 would be none
     assert {row["problems"] for row in report().values()} == {3}
 
