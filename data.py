@@ -286,7 +286,8 @@ def parse_problem(record, where):
     """The Problem of one record. where: "FILE, line 3"; a problem without an id is named after it."""
     row = dict(record) if "prompt" in record and "task_id" not in record else from_public(record, where)
     # Choices go into the prompt, and the answer becomes the letter of the right one.
-    choices = row.get("choices", row.pop("options", None))
+    options = row.pop("options", None)
+    choices = options if row.get("choices") is None else row["choices"]
     if choices is not None:
         row["choices"], row["answer"] = parse_choices(choices, row.get("answer"), where)
         row["prompt"] = with_choices(text_field(row, "prompt", where), row["choices"])
@@ -302,7 +303,7 @@ def from_public(record, where):
     row = {"id": re.sub(", (line|item) ", ":", Path(where).name), "domain": "math"}
     if "task_id" in record:
         row["domain"] = "code"
-    elif record.get("choices", record.get("options")) is not None:
+    elif record.get("choices") is not None or record.get("options") is not None:
         row["domain"] = "science"
     for name, value in record.items():
         row[PUBLIC.get(name, name)] = text_field(record, name, where) if name in PUBLIC else value
@@ -328,7 +329,8 @@ def parse_choices(choices, answer, where):
     if not 2 <= len(set(texts)) == len(texts) <= len(LETTERS) or "" in texts:
         raise ValueError(f"{where}: field choices must be 2 to 26 different texts, not {shorten(choices)}")
     if not isinstance(labels, list) or len(labels) != len(texts):
-        labels = list(LETTERS[: len(texts)])
+        labels = LETTERS[: len(texts)]
+    labels = [str(label) for label in labels]  # ARC's may be numbers
     # Labels come first: with ARC's labels 1 to 4, "1" is the first choice. Among the texts 1, 2 and 3, "2" is
     # itself, and the number 2 is an index, hence the third choice.
     name = str(answer).strip()

@@ -270,6 +270,14 @@ def test_public_shapes(tmp_path):
     assert data.parse_problem(choice, "FILE, line 1").domain == "biology"  # a public shape may name its own
     assert data.parse_problem(MATH | {"choices": None}, "FILE, line 1").domain == "math"
 
+@pytest.mark.parametrize("record", [
+    {"question": "Which?", "choices": None, "options": ["x", "y"], "answer": "B"},  # of joined files
+    {"question": "Which?", "choices": {"label": [1, 2], "text": ["x", "y"]}, "answerKey": "2"},
+    OURS | {"prompt": "Which?", "choices": None, "options": ["x", "y"], "answer": "y", "domain": "science"}])
+def test_choices_with_nulls_and_with_numbers_as_labels(record):
+    problem = data.parse_problem(record, "FILE, line 1")
+    assert (problem.answer, problem.extra, problem.domain) == ("B", {"choices": ["x", "y"]}, "science")
+
 def test_containers(tmp_path):
     want = [data.Problem("1", "math", "1+1?", "2"), data.Problem("7", "math", "1+1?", "2")]
     text = f"\ufeff\n{json.dumps(OURS)}\r\n\n{json.dumps(OURS | {'id': 7, 'answer': 2})}"
