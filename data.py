@@ -578,7 +578,9 @@ def load_tokenizer(folder):
     check_exists(folder)
     check_exists(folder / "config.json")
     tokenizer = Tokenizer.from_pretrained(folder)
-    room = json.loads((folder / "config.json").read_text())["vocab_size"]
+    room = json.loads((folder / "config.json").read_text()).get("vocab_size")
+    if not isinstance(room, int):
+        raise ValueError(f"{folder}: config.json has no vocab_size: it describes another kind of model")
     if room < (size := tokenizer.vocab_size):
         raise ValueError(f"{folder}: the tokenizer has {size} tokens, the model room for {room} only")
     return tokenizer

@@ -370,6 +370,13 @@ def test_commands_refuse_bad_flags_in_one_line(tmp_path, capsys):
         printed = capsys.readouterr().err
         assert re.fullmatch("error: .+\n", printed) and message in printed
 
+def test_a_folder_of_another_kind_of_model_is_named(tmp_path):
+    TOKENIZER.save(tmp_path)
+    for config in ({"text_config": {"vocab_size": 512}}, {"vocab_size": "512"}):
+        data.write_text(tmp_path / "config.json", json.dumps(config))
+        with pytest.raises(ValueError, match="config.json has no vocab_size: it describes another kind of"):
+            data.load_tokenizer(tmp_path)
+
 def test_a_prompt_that_the_template_refuses_is_named_by_its_line(tmp_path):
     args = SimpleNamespace(system="s", suffix="f")
     problems = data.read_problems(write(tmp_path / "p.jsonl", OURS, OURS | {"id": "2", "prompt": "bad"}))
