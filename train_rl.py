@@ -287,13 +287,13 @@ def sample_groups(sampler, tokenizer, verifier, args, ranks, stats, prompts, see
 def collect(sample, draw, cache, step, args, stats):
     """Groups with signal for one update: from the cache, then from as many calls as it takes (backfill).
     sample(prompts, seed) -> groups. draw() -> the next args.prompts prompts.
-    Surplus groups go into the cache, first in, first out, as (step, group); their log-probabilities stay.
+    Surplus groups, fewer than a batch, go into the cache as (step, group), and the next step takes them all;
+    their log-probabilities stay.
     The alternatives that the paper tried make one call, which leaves no surplus. --backfill reject learns
     from the groups with signal, however few. duplicate repeats them, in order, up to args.prompts; means over
     the batch change only if this repeats some groups more often than others."""
     # From the cache, unless the policy has moved on for too long.
-    young = [(sampled, group) for sampled, group in cache if step - sampled <= args.cache_age]
-    chosen = young[: args.prompts]
+    chosen = [(sampled, group) for sampled, group in cache if step - sampled <= args.cache_age]
     stats["cached"] = len(chosen)
     stats["age"] = mean(step - sampled for sampled, _ in chosen)
     # Backfill: a group without signal gives no gradient, so sample further prompts instead.
@@ -310,8 +310,7 @@ def collect(sample, draw, cache, step, args, stats):
                     r.advantage = float(value)
             elif len(group) > 1:  # without signal, all are as the first one
                 stats["all_right" if group[0].correct else "all_wrong"] += 1
-    # What is left over waits for a later step; the oldest make room.
-    surplus = young[args.prompts :] + chosen[args.prompts :]
+    surplus = chosen[args.prompts :]
     cache[:] = surplus[max(0, len(surplus) - args.cache) :]
     groups = [group for _, group in chosen[: args.prompts]]
     stats["learned"] = len(groups)
