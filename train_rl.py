@@ -202,12 +202,11 @@ def parse_stages(text, domains):
     if not text:
         return [(0, None)]
     stages = []
-    for part in text.split(";"):
-        start, colon, weights = part.rpartition(":")
-        later = bool(stages)
-        right = start.strip().isdecimal() if later else not colon
-        check(right and weights.strip(), f"--mixture {text!r}: expected WEIGHTS; STEP: WEIGHTS; ...")
-        stages.append((int(start) if later else 0, train_sft.parse_mixture(weights)))
+    for part in f"0:{text}".split(";"):
+        start, _, weights = part.rpartition(":")
+        right = start.strip().isdecimal() and weights.strip()
+        check(right, f"--mixture {text!r}: expected WEIGHTS; STEP: WEIGHTS; ...")
+        stages.append((int(start), train_sft.parse_mixture(weights)))
     starts = [start for start, _ in stages]
     check(starts == sorted(set(starts)), f"--mixture {text!r}: its steps do not rise")
     named = {domain for _, weights in stages for domain in weights}
