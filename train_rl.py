@@ -68,8 +68,7 @@ class Args(train_sft.CommonArgs):
     prompts: int = flag(16, "groups per update, and prompts per sampling call")
     group: int = flag(16, "traces per prompt, the paper's G")
     temperature: float = flag(0.85, "of sampling and of the loss alike")
-    max_new_tokens: int = flag(160, "longest answer, in tokens; 0: the paper's 49152, or what the model's "
-                               "positions leave")
+    max_new_tokens: int = flag(160, "longest answer in tokens; 0: the paper's 49152, or all positions left")
     lr: float = flag(1e-4, "learning rate after warm-up")
     warmup_steps: int = flag(2, "steps with rising learning rate")
     updates: int = flag(1, "passes over a batch, one optimizer step each")
@@ -174,8 +173,8 @@ def check_verifier():
 @dataclass
 class Rollout:
     """One scored trace, in the form that data.pack takes (ids, mask, weight), with what the loss needs.
-    Every rank holds those of the whole batch, so tokens are arrays: 8 bytes each, where Python's numbers take
-    70. At 128 prompts, 16 traces and 20,000 tokens that is 0.3 GB per rank, not 3."""
+    Every rank holds those of the whole batch, so tokens are arrays: at 128 prompts, 16 traces and 20,000
+    tokens 0.3 GB per rank, where lists take 3."""
     ids: np.ndarray  # int32, of the prompt and of the n sampled tokens; lists become arrays
     prompt: int  # tokens of the prompt
     sampler: np.ndarray  # (n,) float32: log-probabilities of the sampled tokens under the sampler
@@ -427,8 +426,7 @@ def step_metrics(stats, loss, norm, lr, ranks):
     metrics |= {name: round(stats[name], 3) for name in ("t_sample", "t_score", "t_update")}
     metrics |= {name: stats[name] for name in ("calls", "cached", "age", "learned")}
     metrics["idle"] = stats["t_idle"] / max(1e-9, stats["t_sample"])
-    # Means over the sampled tokens of the update, on all ranks: of entropy, clip_frac_low, clip_frac_high,
-    # kl, mismatch and capped.
+    # Means of token_stats over the sampled tokens of the update, on all ranks.
     totals = ranks.all_sum(torch.stack(list(stats["sums"].values())))
     sums = dict(zip(stats["sums"], totals.tolist()))
     metrics["tokens"] = int(sums["tokens"])
