@@ -105,15 +105,15 @@ def parse_sft(record, tokenizer, where, max_tokens=None, trim=False):
     """The Sample of a record. One of more than max_tokens is a ValueError, or trimmed if trim is set."""
     return to_sample(*check_sft(record, tokenizer, where), tokenizer, where, max_tokens, trim)
 
-def to_sample(row, rendered, tokenizer, where, max_tokens=None, trim=False):
+def to_sample(row, rendered, tokenizer, where, max_tokens, trim):
     """parse_sft of what check_sft returned."""
-    weight, domain = row["weight"], row["domain"]
     ids, mask = encode_chat(rendered, tokenizer)
     trimmed = max_tokens is not None and len(ids) > max_tokens
     if trimmed and not trim:
         tokens = f"{len(ids)} tokens, the limit is {max_tokens}"
         raise ValueError(f"{where}: field messages: {tokens}; raise it, allow trimming, or drop the line")
-    return Sample(np.array(ids[:max_tokens], np.int32), np.array(mask[:max_tokens]), weight, domain, trimmed)
+    ids = np.array(ids[:max_tokens], np.int32)
+    return Sample(ids, np.array(mask[:max_tokens]), row["weight"], row["domain"], trimmed)
 
 # 3. Problems made here: remainders of long divisions, every step of which can be checked --------------------
 #
