@@ -668,15 +668,17 @@ def main(argv=None):
         import curate
         known += [curate.convert, curate.curate, curate.overlap]
     for run in known:
-        about = {"help": run.__doc__, "description": run.__doc__}
-        command = commands.add_parser(run.__name__, allow_abbrev=False, **about)
+        about = run.__doc__
+        command = commands.add_parser(run.__name__, help=about, description=about, allow_abbrev=False)
         command.set_defaults(run=run)
-        for name, parameter in inspect.signature(run).parameters.items():
-            default = parameter.default
-            kind = {"default": default, "type": type(default), "help": f"default: {default!r}"}
-            if default is parameter.empty:
-                kind = {"required": True} if parameter.kind is parameter.KEYWORD_ONLY else {}
-            command.add_argument("--" + name if parameter.kind is parameter.KEYWORD_ONLY else name, **kind)
+        for p in inspect.signature(run).parameters.values():
+            if p.kind is not p.KEYWORD_ONLY:
+                command.add_argument(p.name)
+            elif p.default is p.empty:
+                command.add_argument("--" + p.name, required=True)
+            else:
+                about = f"default: {p.default!r}"
+                command.add_argument("--" + p.name, default=p.default, type=type(p.default), help=about)
     def body():  # flags are parsed in here, as bad ones are user errors too
         flags = vars(parser.parse_args(argv))
         flags.pop("run")(**flags)
