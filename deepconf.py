@@ -221,7 +221,7 @@ class Online:
         if index >= self.n_init and (index - self.n_init) % self.batch == 0:  # the first of a batch
             if not all(trace.ended for trace in self.traces[:index]):
                 return WAIT
-            answer, share = self.result()
+            answer, share = self.result(index)  # others of its batch may have ended before a restart
             self.finished = self.tau is not None and answer is not None and share >= self.tau - TIE
         return DONE if self.finished else GO
 
@@ -266,11 +266,13 @@ class Online:
         stopped = any(self.on_token(index, confidence) for confidence in confidences)
         self.finish(index, None if stopped else answer)
 
-    def result(self):
-        """(answer, share): ended traces that reach s vote with their lowest group; (None, 0.0) in warm-up."""
+    def result(self, first=None):
+        """(answer, share): ended traces that reach s vote with their lowest group; (None, 0.0) in warm-up.
+
+        first: of how many traces, from the first on; None: of all."""
         if self.threshold is None:
             return None, 0.0
-        voters = [t for t in self.traces if t.ended and self.reaches(t)]
+        voters = [t for t in self.traces[:first] if t.ended and self.reaches(t)]
         return vote([t.answer for t in voters], [max(t.lowest, 0.0) for t in voters], self.same)
 
     @property

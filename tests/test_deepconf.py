@@ -105,6 +105,15 @@ def test_admission_does_not_depend_on_the_order_of_endings():
             m.on_token(i, 1.0)
             m.finish(i, "a")
 
+def test_a_consensus_counts_no_trace_of_its_own_batch():
+    """Trace 2 starts anew, after a kill or before its first token, when trace 3 of its batch has ended."""
+    m = d.Online(6, n_init=2, eta=90, window=1, tau=0.6, batch=2)
+    for index, answer in ((0, "a"), (1, "b"), (3, "a")):
+        m.record(index, [1.0], answer)
+    assert m.admit(2) == d.GO  # 1 of 2 votes is no consensus, and it was none when trace 2 first started
+    m.record(2, [1.0], "a")
+    assert m.admit(4) == d.DONE
+
 LOOPS = [trace(None, 9, 9)] * 2  # confident, and without an answer
 SOBER = [trace("7" if i % 2 else "8", 2 + i / 10, 4) for i in range(14)]  # the odd ones are more confident
 
