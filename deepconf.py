@@ -59,7 +59,7 @@ def _finite(values, name):
     """values as float64 (t,). Raises ValueError if there are none, or if one is not a finite number."""
     try:
         values = np.asarray(values, np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{name}: expected a list of numbers") from None
     if values.ndim != 1 or not len(values):
         raise ValueError(f"{name}: shape {values.shape}, expected (t,) with t >= 1")
@@ -397,6 +397,8 @@ def read_choice(choice, k, say):
     said = choice.get("delta") or choice.get("message") or choice
     thought = said.get("reasoning_content") or said.get("reasoning") or ""
     text = said.get("content") or said.get("text") or ""
+    if not (isinstance(thought, str) and isinstance(text, str)):
+        raise ValueError("content: expected a text")
     end = choice.get("finish_reason")
     if choice.get("stop") is True:  # llama-server's own
         end = "length" if choice.get("stop_type") == "limit" else "stop"
@@ -746,7 +748,7 @@ def from_choices(records, problems, rewards):
         name = record.get("problem") or record.get("custom_id")
         if name is None and (len(problems) == 1 or "choices" in reply and n < len(problems)):
             name = [*problems][n % len(problems)]
-        if name not in problems:
+        if not isinstance(name, str) or name not in problems:
             raise ValueError(f"{where}: fields problem, custom_id: {name} is no problem of --problems")
         # Samples are counted over all records of a problem: an index starts anew in each.
         for thought, text, confidences, end in replies:
@@ -793,7 +795,7 @@ def print_table(rows, whole, same):
 def show(problems, window, same):
     """Print accuracy and cost of every method on complete traces, and the calibration."""
     everything = sum(problems.values(), [])
-    tie = max((getattr(t, "tie", TIE) for t in everything), default=TIE)
+    tie = max(getattr(t, "tie", TIE) for t in everything)
     rows = [(traces, compare(traces, window, same, tie)) for traces in problems.values()]
     print_table(rows, sum(t.tokens for t in everything), same)
     pairs = [(t.correct, lowest_group(t.confidences, window)) for t in everything]
@@ -912,8 +914,16 @@ class Alone:
     text_or_file = str
 
     def extract_answer(text):
-        """What the last box holds; None without one."""
-        return [None, *re.findall(r"\\boxed\{([^{}]*)\}", text)][-1]
+        """What the last box after the reasoning holds, up to the brace that closes it; None without one."""
+        reply = text.rpartition("</think>")[2].partition("<think>")[0]
+        if r"\boxed{" not in reply:
+            return None
+        rest = reply.rpartition(r"\boxed{")[2]
+        depth = 1
+        for end, char in enumerate(rest):
+            depth += (char == "{") - (char == "}")
+            if depth == 0:
+                return rest[:end].strip() or None
 
     def read_records(path):
         """Yield (where, dict) for each line; utf-8-sig takes a byte order mark, as Windows writes."""
@@ -925,12 +935,11 @@ class Alone:
                     raise ValueError(f"{path}, line {number}: expected a JSON object") from None
 
     def read_problems(path, check):
-        """Only problems of the project's own shape: lines with id, prompt and answer."""
+        """Only problems of the project's own shape. To choices, the letter is compared as a word."""
         for where, row in Alone.read_records(path):
-            row = {"domain": "math", "extra": {}} | row
-            check_trace(row, where, {"id": str, "prompt": str, "answer": str, "extra": dict})
-            row["extra"].pop("choices", None)  # the letter of a choice is compared as a word
-            yield SimpleNamespace(**row, where=where)
+            check_trace(row, where, {"id": str, "prompt": str, "answer": str})
+            extra = {"tests": row.get("tests")}
+            yield SimpleNamespace(**{"domain": "math"} | row | {"extra": extra, "where": where})
 
     def run_main(body):
         """Errors of the user's are one line; others keep their traceback."""
@@ -995,7 +1004,10 @@ def main(argv=None):
                 return report(*sample_online(args, problems, rewards, same, file), same)
         # Files of traces need no problems: their lines hold verdicts.
         records = data.read_records(args.traces)
-        show(to_traces(from_choices(records, {p.id: p for p in problems}, rewards)), args.window, same)
+        groups = to_traces(from_choices(records, {p.id: p for p in problems}, rewards))
+        if not groups:
+            raise ValueError(f"{args.traces}: no traces")
+        show(groups, args.window, same)
     return data.run_main(body)
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import deepconf as d
+import rewards
 from tests.server import DONE, Server, chat, entry, event, reply
 
 def trace(answer, *conf, correct=None):
@@ -253,6 +254,7 @@ LINE = '{"problem":"p","sample":0,"answer":"1","correct":true,"confidences":[1]}
     (LINE.replace("[1]", "[NaN]"), "line 1: field confidences: value 0 is nan"),
     (LINE.replace("[1]", "[]"), "line 1: field confidences: shape (0,)"),
     (LINE.replace("[1]", "[{}]"), "line 1: field confidences: expected a list of numbers"),
+    (LINE.replace("[1]", f"[{10**400}]"), "line 1: field confidences: expected a list of numbers"),
 ])
 def test_malformed_traces(tmp_path, capsys, text, message):
     path = tmp_path / "traces.jsonl"
@@ -393,6 +395,7 @@ ERRORS = {
     "positive": (lambda: reply("a", -1.0), "--logprobs-mode raw_logprobs"),
     "null": (lambda: [event(choice_of({"top_logprobs": [{"logprob": None}]}))], "NoneType"),
     "no text": (lambda: [event({"delta": "a"})], "str"),
+    "parts": (lambda: [event(choice_of(entry(3), delta={"content": [{"text": "a"}]}))], "content: .* text"),
     "another model": (lambda: refuse(404, FAR), "`m` does not exist.x+ "),
     "no key": (lambda: refuse(401, "Incorrect API key"), "HTTP 401 .*OPENAI_API_KEY"),
     "too long": (lambda: refuse(400, "maximum context length is 8 tokens"), "--max-model-len"),
@@ -664,7 +667,8 @@ def test_consensus_and_plain_completions(serve, run):
 @pytest.mark.parametrize(("text", "message"), [
     ("", "p.jsonl: expected problems"), ("{", "p.jsonl, line 1: expected a JSON object"),
     ("3", "p.jsonl, line 1: expected a JSON object"), ('{"id": "a", "prompt": "b"}', "line 1: field answer"),
-    (f"{json.dumps(ROWS[0])}\n" * 2, "each with an id of its own")])
+    (f"{json.dumps(ROWS[0])}\n" * 2, "each with an id of its own"),
+    (json.dumps(ROWS[0] | {"where": "x", "tests": ["assert f() == 1"]}), "p.jsonl, line 1: tests decide")])
 def test_bad_problems_alone(run, monkeypatch, capsys, text, message):
     monkeypatch.setitem(sys.modules, "data", None)  # cannot be imported
     Path("p.jsonl").write_text(text)
@@ -713,13 +717,16 @@ def test_saved_replies(run, records, expected):
     ({"choices": [SAVED | {"logprobs": None}]}, "line 1: field confidences"),
     ({"choices": [SAVED | {"logprobs": {"content": [entry(math.nan)]}}]}, "field choices or logprobs: .*NaN"),
     ({"choices": 3}, "line 1: field choices or logprobs"),
+    (SAVED | {"message": {"content": [{"text": "2"}]}}, "field choices or logprobs: .*expected a text"),
+    ({"problem": {"id": "1+1"}, "choices": [SAVED]}, "line 1: fields problem, custom_id: .* is no problem"),
+    ({"problem": "1+1", "choices": []}, "saved.jsonl: no traces"),
 ])
 def test_bad_saved_replies(run, record, message):
     Path("saved.jsonl").write_text(json.dumps(record))
     status, _, err = run("saved.jsonl", "--problems", "problems.jsonl")
     assert status == 1 and re.search(message, err) and err.count("\n") == 1
     status, _, err = run("saved.jsonl")
-    assert status == 1 and re.search("None is no problem of --problems|x is no|logprobs", err)
+    assert status == 1 and re.search("is no problem of --problems|logprobs", err)
 
 @pytest.mark.parametrize(("flags", "message"), [
     ("", "expected a file of traces, or --server"),
@@ -741,6 +748,13 @@ def test_flags_that_make_no_sense(run, flags, message):
     Path("tests.jsonl").write_text(json.dumps(code))
     status, _, err = run(*flags.split())
     assert status == 1 and message in err and err.count("\n") == 1
+
+@pytest.mark.parametrize(("text", "answer"), [
+    (r"\boxed{1} or \boxed{\frac{\sqrt{3}}{2}}.", r"\frac{\sqrt{3}}{2}"), (r"\boxed{ 7 }", "7"),
+    ("7", None), (r"\boxed{}", None), (r"\boxed{7", None), (r"<think>\boxed{7}", None),
+    (r"<think>\boxed{7}</think>none", None), (r"<think>\boxed{7}</think>\boxed{8}", "8")])
+def test_answers_alone(text, answer):
+    assert d.Alone.extract_answer(text) == answer == rewards.extract_answer(text)
 
 def test_alone_it_samples_and_compares_word_for_word(serve, run, tmp_path):
     shutil.copy(d.__file__, tmp_path)
