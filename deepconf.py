@@ -369,7 +369,7 @@ HINTS = {
     "": "--server ends in /v1 as a rule; its /models lists the names of its models",
 }
 # What may be wrong with parsed JSON that is not as expected.
-MALFORMED = (ValueError, TypeError, KeyError, IndexError, AttributeError)
+MALFORMED = (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError)
 
 def read_confidence(top, k, say):
     """Token confidence of one token's alternatives, as servers send them.

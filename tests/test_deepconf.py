@@ -393,6 +393,7 @@ ERRORS = {
     "no alternatives": (lambda: [event(choice_of({"logprob": -1, "top_logprobs": []}))], "--max-logprobs"),
     "NaN": (lambda: reply("a", math.nan), "missing, NaN or positive"),
     "positive": (lambda: reply("a", -1.0), "--logprobs-mode raw_logprobs"),
+    "huge": (lambda: reply("a", -10**400), "too large"),
     "null": (lambda: [event(choice_of({"top_logprobs": [{"logprob": None}]}))], "NoneType"),
     "no text": (lambda: [event({"delta": "a"})], "str"),
     "parts": (lambda: [event(choice_of(entry(3), delta={"content": [{"text": "a"}]}))], "content: .* text"),
