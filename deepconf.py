@@ -454,10 +454,9 @@ class Server:
         What the server says it refuses is asked for no more: so many alternatives, or fields that OpenAI's
         API does not have. pause: the header Retry-After, in seconds."""
         again = ConnectionError(f"HTTP {status} {said}")
-        again.pause = 0.0  # None: growing pauses
         fewer = [int(n) for n in re.findall(r"\d+", said) if 0 < int(n) < self.top_logprobs]
         if status in (408, 429) or status >= 500:
-            again.pause = min(float(pause), self.timeout) if pause.isdigit() else None
+            again.pause = min(float(pause), self.timeout) if pause.isdigit() else 0.0
         elif status in (400, 422) and "logprob" in said and fewer:  # "Expected a value <= 5, but got 20"
             self.top_logprobs = max(fewer)
             self.say(f"allows {self.top_logprobs} alternatives per token: confidence is over these")
@@ -533,8 +532,8 @@ class Server:
                 # A server that never answered is down, or its address is wrong.
                 if attempt == self.retries or not self.reached:
                     raise self.error(str(error) or repr(error)) from None
-                pause = getattr(error, "pause", None)
-            sleep(self.wait * 2**attempt if pause is None else pause)
+                pause = getattr(error, "pause", 0.0)
+            sleep(max(pause, self.wait * 2**attempt))
             yield None
 
 @dataclass
