@@ -638,7 +638,6 @@ class _Run:
 
     def follow(self, trace):
         """A thread: take what comes for a trace until it ends. Without .stop: admit or `halt` gave it up."""
-        failure = None
         pieces = []
         prompt = self.prompts[trace.prompt_index]
         try:
@@ -649,10 +648,9 @@ class _Run:
                         if self.halt.is_set() or self.take(trace, pieces, event):
                             break
             trace.text = join_reply(pieces) if trace.stop else ""
-        except BaseException as error:
-            failure = error
-        # Errors of callbacks travel to the main thread, too.
-        self.finished.put((trace, failure))
+            self.finished.put((trace, None))
+        except BaseException as error:  # of callbacks, too: the main thread raises it
+            self.finished.put((trace, error))
 
     def take(self, trace, pieces, event):
         """Add an event to its trace, and its text to the pieces. True: the trace ends here."""
