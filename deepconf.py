@@ -35,6 +35,7 @@ beside it, it reads more shapes of problems and compares answers by value; alone
 import argparse
 import contextlib
 import http.client
+import itertools
 import json
 import math
 import operator
@@ -45,7 +46,7 @@ import sys
 import threading
 import time
 import zlib
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field
 from functools import lru_cache, partial
@@ -731,7 +732,7 @@ def from_choices(records, problems, rewards):
     A record is a completion with "choices", a line of a batch's output, or one choice. Its field problem or
     custom_id names the problem. Without it, the only problem is meant, or the n-th completion is a reply to
     the n-th problem."""
-    found = Counter()  # problem: its replies so far
+    numbers = itertools.count()  # over all records: the index of a choice starts anew in each
     say = lru_cache(partial(print, "the server", file=sys.stderr))
     for n, (where, record) in enumerate(records):
         if not {"choices", "response", "logprobs", "completion_probabilities"} & record.keys():
@@ -747,11 +748,9 @@ def from_choices(records, problems, rewards):
             name = [*problems][n % len(problems)]
         if not isinstance(name, str) or name not in problems:
             raise ValueError(f"{where}: fields problem, custom_id: {name} is no problem of --problems")
-        # Samples are counted over all records of a problem: an index starts anew in each.
         for thought, text, confidences, end in replies:
-            trace = Trace(0, found[name], join_reply([(thought, text)]), confidences, end or "stop")
+            trace = Trace(0, next(numbers), join_reply([(thought, text)]), confidences, end or "stop")
             yield where, to_record(problems[name], trace, rewards)
-            found[name] += 1
 
 # 7. The commands --------------------------------------------------------------------------------------------
 # On complete traces every method can be tried, as in the paper's tables. Sampled with DeepConf online, traces
