@@ -38,7 +38,6 @@ import http.client
 import itertools
 import json
 import math
-import operator
 import os
 import queue
 import re
@@ -343,8 +342,8 @@ def percent(share):
 
 # 5. Traces from any server ----------------------------------------------------------------------------------
 # A server streams a reply as events, each with a token or several and the log-probabilities of alternatives.
-# Each running trace has a thread and a connection; to stop it is to close its connection, which frees the
-# server's slot at once. Server is what differs between servers; generate() has model.generate's callbacks.
+# Each running trace has a thread and a connection. To close that is the only way to stop a reply that every
+# server has, and it frees the server's slot at once.
 
 SERVER_TIE = 0.01  # nats, for Online.tie: what bfloat16 in another batch may change in a group's confidence
 FLOOR = -100.0  # nats; servers write log 0 as -9999 or -3.4e38, and one such number in a mean decides a vote
@@ -377,7 +376,6 @@ def read_confidence(top, k, say):
 
     top: numbers, or objects with "logprob" or "prob", in a list or as values of a dict. k: how many count.
     say(text): told if there are fewer, or if they were tempered. Raises ValueError unless they are log P."""
-    # Which dialect is it?
     top = list(top.values() if isinstance(top, dict) else top)
     if top and isinstance(top[0], dict):
         if "prob" in top[0]:
@@ -479,7 +477,6 @@ class Server:
         headers = {"Content-Type": "application/json"}
         if self.key:
             headers["Authorization"] = f"Bearer {self.key.strip()}"
-        # A connection per reply: to close it is the only way to stop a reply that every server has.
         scheme, _, host, *folders = self.url.split("/")
         kind = http.client.HTTPSConnection if scheme == "https:" else http.client.HTTPConnection
         connection = kind(host, timeout=self.timeout)
@@ -905,7 +902,7 @@ def report(machines, groups, same):
 class Alone:
     """data.py and rewards.py in short, where they are missing: answers in boxes, compared word for word."""
     Flags = argparse.ArgumentParser  # prints its usage with an error
-    is_equivalent = operator.eq
+    is_equivalent = str.__eq__
     check_scorable = None
     text_or_file = str
 
