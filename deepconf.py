@@ -268,8 +268,7 @@ class Online:
 
     def result(self, first=None):
         """(answer, share): ended traces that reach s vote with their lowest group; (None, 0.0) in warm-up.
-
-        first: of how many traces, from the first on; None: of all."""
+        first: only so many traces, from the first on, may vote."""
         if self.threshold is None:
             return None, 0.0
         voters = [t for t in self.traces[:first] if t.ended and self.reaches(t)]
@@ -706,6 +705,8 @@ def to_traces(records, make=to_trace):
         if record.get("stop") == "deepconf" or record["sample"] in traces:
             raise ValueError(f"{where}: fields problem, sample, stop: expected complete traces, each once")
         traces[record["sample"]] = make(record)
+    if not problems:
+        raise ValueError("the file holds no traces")
     return {name: [traces[i] for i in sorted(traces)] for name, traces in problems.items()}
 
 def to_record(problem, trace, rewards):
@@ -909,11 +910,9 @@ class Alone:
     def extract_answer(text):
         """What the last box after the reasoning holds, up to the brace that closes it; None without one."""
         reply = text.rpartition("</think>")[2].partition("<think>")[0]
-        if r"\boxed{" not in reply:
-            return None
-        rest = reply.rpartition(r"\boxed{")[2]
+        _, box, rest = reply.rpartition(r"\boxed{")
         depth = 1
-        for end, char in enumerate(rest):
+        for end, char in enumerate(rest if box else ""):
             depth += (char == "{") - (char == "}")
             if depth == 0:
                 return rest[:end].strip() or None
@@ -997,10 +996,7 @@ def main(argv=None):
                 return report(*sample_online(args, problems, rewards, same, file), same)
         # Files of traces need no problems: their lines hold verdicts.
         records = data.read_records(args.traces)
-        groups = to_traces(from_choices(records, {p.id: p for p in problems}, rewards))
-        if not groups:
-            raise ValueError(f"{args.traces}: no traces")
-        show(groups, args.window, same)
+        show(to_traces(from_choices(records, {p.id: p for p in problems}, rewards)), args.window, same)
     return data.run_main(body)
 
 if __name__ == "__main__":
