@@ -49,6 +49,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field
 from functools import lru_cache, partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -905,7 +906,10 @@ class Alone:
     Flags = argparse.ArgumentParser  # prints its usage with an error
     is_equivalent = str.__eq__
     check_scorable = None
-    text_or_file = str
+
+    def text_or_file(value):
+        """The text of a flag that takes a text or the name of a file."""
+        return Path(value).read_text("utf-8").strip() if os.path.isfile(value) else value
 
     def extract_answer(text):
         """What the last box after the reasoning holds, up to the brace that closes it; None without one."""

@@ -763,8 +763,10 @@ def test_alone_it_samples_and_compares_word_for_word(serve, run, tmp_path):
     def alone(*flags):
         start = "import sys; sys.path.insert(0, '.'); import deepconf; sys.exit(deepconf.main())"
         return subprocess.run([sys.executable, "-I", "-c", start, *flags], capture_output=True, text=True)
-    done = alone("--server", server.url, *SETTINGS)
+    Path("brief.txt").write_text("Be brief.\n")
+    done = alone("--server", server.url, *SETTINGS[:-1], "brief.txt")
     assert done.returncode == 0, done.stderr
+    assert server.requests[-1][1]["messages"][0] == {"role": "system", "content": "Be brief."}
     assert "| DeepConf online | 66.7 |" in done.stdout  # \frac12 is not 0.5, word for word
     done = alone("traces.jsonl")
     assert done.returncode == 1 and "expected complete traces" in done.stderr
