@@ -818,7 +818,6 @@ def read_out(file, mark):
     except (ImportError, OSError):  # a file system without locks
         pass
     file.seek(0)
-    whole = 0  # bytes
     start = f'{{"run": "{mark}", '.encode()
     for number, line in enumerate(file, 1):
         # Half a line may be shorter than this start.
@@ -827,8 +826,8 @@ def read_out(file, mark):
                              "settings; choose another --out")
         if line.endswith(b"\n"):
             yield json.loads(line)
-            whole += len(line)
-    file.truncate(whole)
+        else:
+            file.truncate(file.tell() - len(line))
 
 def sample_online(args, problems, rewards, same, file):
     """Sample every problem from --server with DeepConf online -> (an Online per problem, the traces of each).
