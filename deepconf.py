@@ -263,8 +263,7 @@ class Online:
     def record(self, index, confidences, answer):
         """Take a recorded trace, up to where it would be stopped."""
         # Python's float64 numbers: sums of NumPy's float32 would stay float32.
-        confidences = np.asarray(confidences, np.float64).tolist()
-        stopped = any(self.on_token(index, confidence) for confidence in confidences)
+        stopped = any(self.on_token(index, float(confidence)) for confidence in confidences)
         self.finish(index, None if stopped else answer)
 
     def result(self, first=None):
