@@ -871,7 +871,7 @@ def sample_online(args, problems, rewards, same, file):
         file.flush()  # a process that is killed loses what is in its buffers
         machines[i].finish(trace.sample_index, record["answer"])
         ended[i].append(to_trace(record, **light))
-        trace.confidences = ()
+        trace.text = trace.confidences = ()  # generate() returns all traces
 
     generate(server, prompts, max_new_tokens=args.max_tokens, temperature=args.temperature,
              top_p=args.top_p, samples=args.budget, slots=args.concurrency,
