@@ -216,9 +216,8 @@ class Online:
         """May trace `index` start? GO, WAIT (until the running ones have ended) or DONE. Ask in order."""
         if self.finished or index >= self.budget:
             return DONE
-        if self.traces[index].tokens and not self.traces[index].ended:
-            self.traces[index] = _Progress()  # its connection broke: its tokens are void, and it starts anew
-            return GO
+        if not self.traces[index].ended:
+            self.traces[index] = _Progress()  # if its connection broke: its tokens are void, it starts anew
         if index >= self.n_init and (index - self.n_init) % self.batch == 0:  # the first of a batch
             if not all(trace.ended for trace in self.traces[:index]):
                 return WAIT
