@@ -528,8 +528,7 @@ class Server:
                 # A server that never answered is down, or its address is wrong.
                 if attempt == self.retries or not self.reached:
                     raise self.error(str(error) or repr(error)) from None
-                pause = getattr(error, "pause", 0.0)
-            sleep(max(pause, self.wait * 2**attempt))
+                sleep(max(getattr(error, "pause", 0.0), self.wait * 2**attempt))
             yield None
 
 @dataclass
@@ -772,7 +771,7 @@ def print_table(rows, whole, same):
     """Print accuracy and cost of every method.
 
     rows: of each problem its traces and (method, answer, tokens). whole: tokens that are a cost of 1.
-    A verdict is unknown if no trace that gave the answer was judged; accuracy is over the others."""
+    Accuracy is over the problems whose verdict is known, see is_right."""
     results = {}  # method: [(verdict, tokens) per problem]
     for traces, methods in rows:
         for method, answer, tokens in methods:
