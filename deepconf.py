@@ -904,7 +904,6 @@ class Alone:
     check_scorable = None
 
     def text_or_file(value):
-        """The text of a flag that takes a text or the name of a file."""
         return Path(value).read_text("utf-8").strip() if os.path.isfile(value) else value
 
     def extract_answer(text):
