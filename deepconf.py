@@ -554,9 +554,8 @@ def generate(server, prompts, *, max_new_tokens, temperature=1.0, top_p=1.0, sam
     on_trace(trace) is called at its end. One callback runs at a time.
     progress: traces to expect, for a line that counts them on a terminal; 0: none.
     Returns a list of Trace, by prompt, then by sample. Raises ValueError, see Server.error."""
-    for name, value in {"max_new_tokens": max_new_tokens, "samples": samples, "slots": slots}.items():
-        if value < 1:
-            raise ValueError(f"generate: {name} {value} is below 1")
+    if max_new_tokens < 1:
+        raise ValueError(f"generate: max_new_tokens {max_new_tokens} is below 1")
     # Once per server. The longest prompt shows best whether the context takes it.
     if prompts and server.reached is None:
         server.reached = False
