@@ -702,8 +702,6 @@ def to_traces(records, make=to_trace):
         if record.get("stop") == "deepconf" or record["sample"] in traces:
             raise ValueError(f"{where}: fields problem, sample, stop: expected complete traces, each once")
         traces[record["sample"]] = make(record)
-    if not problems:
-        raise ValueError("the file holds no traces")
     return {name: [traces[i] for i in sorted(traces)] for name, traces in problems.items()}
 
 def to_record(problem, trace, rewards):
@@ -994,7 +992,10 @@ def main(argv=None):
                 return report(*sample_online(args, problems, rewards, same, file), same)
         # Files of traces need no problems: their lines hold verdicts.
         records = data.read_records(args.traces)
-        show(to_traces(from_choices(records, {p.id: p for p in problems}, rewards)), args.window, same)
+        groups = to_traces(from_choices(records, {p.id: p for p in problems}, rewards))
+        if not groups:
+            raise ValueError(f"{args.traces}: expected traces, found none")
+        show(groups, args.window, same)
     return data.run_main(body)
 
 if __name__ == "__main__":

@@ -720,7 +720,7 @@ def test_saved_replies(run, records, expected):
     ({"choices": 3}, "line 1: field choices or logprobs"),
     (SAVED | {"message": {"content": [{"text": "2"}]}}, "field choices or logprobs: .*expected a text"),
     ({"problem": {"id": "1+1"}, "choices": [SAVED]}, "line 1: fields problem, custom_id: .* is no problem"),
-    ({"problem": "1+1", "choices": []}, "the file holds no traces"),
+    ({"problem": "1+1", "choices": []}, "saved.jsonl: expected traces, found none"),
 ])
 def test_bad_saved_replies(run, record, message):
     Path("saved.jsonl").write_text(json.dumps(record))
