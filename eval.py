@@ -131,7 +131,13 @@ def open_checkpoint(folder, problems, args):
     # "rl" for runs/tiny/rl and for runs/tiny/rl/model
     name = Path(folder).resolve().as_posix().removesuffix("/model").rpartition("/")[2]
     model, tokenizer = load(folder, args)
-    return name, model, tokenizer, data.prompts_of(problems, args, tokenizer)
+    prompts = data.prompts_of(problems, args, tokenizer)
+    longest = max(map(len, prompts))
+    room = model.config.max_position_embeddings
+    if longest + args.max_new_tokens > room:
+        raise ValueError(f"--max-new-tokens {args.max_new_tokens}: with the longest prompt, {longest} tokens, "
+                         f"it exceeds max_position_embeddings {room} of {folder}")
+    return name, model, tokenizer, prompts
 
 def open_server(problems, args):
     """The same of a server: a deepconf.Server, no tokenizer, and prompts that are lists of messages.
@@ -767,8 +773,8 @@ def check_args(args):
     # The small run has 1,000 held-out problems and takes minutes; whoever names a file wants all of it.
     if args.limit is None:
         args.limit = 200 if args.problems == Args.problems else 0
-    least = {"limit": 0, "code_tests": 0, "slots": 0, "samples": 1, "max_new_tokens": 1, "window": 1,
-             "warm_up": 1, "batch": 1}
+    least = {"limit": 0, "code_tests": 0, "slots": 0, "seed": 0, "samples": 1, "max_new_tokens": 1,
+             "window": 1, "warm_up": 1, "batch": 1}
     for name, low in least.items():
         if getattr(args, name) < low:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {low}")

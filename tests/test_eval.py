@@ -453,6 +453,7 @@ def test_another_evaluation_is_not_overwritten(place, capsys):
     ("--traces x", "--traces takes"), ("--tau 2", "--tau 2.0"), ("--eta 0", "--eta [0.0]: eta: 0.0"),
     ("--eta x", "--eta x"), ("--warm-up 0", "--warm-up 0"), ("--batch 0", "--batch 0"),
     ("--slots -1", "--slots -1"), ("--methods pass@0", "pass@0: K must"),
+    ("--seed -1", "--seed -1: must be at least 0"),
     ("--methods online --samples 16", "--methods online: needs more samples per problem than --warm-up 16"),
     ("--methods best", "--methods 'best': expected pass@K, majority"),
     ("--methods pass@33", "--methods pass@33: K must be 1 to 32"),
@@ -473,6 +474,15 @@ def test_bad_input_is_one_line_and_writes_nothing(place, capsys, argv, message):
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
     assert not Path("out").exists()
+
+def test_traces_too_long_for_the_model_are_an_error_before_fresh_deletes(place, capsys):
+    assert ev.main([*ARGV, "--samples", "2"]) == 0
+    before = {path: path.read_bytes() for path in Path("out").iterdir()}
+    room = PRESETS["tiny"].max_position_embeddings
+    assert ev.main([*ARGV, "--samples", "2", "--max-new-tokens", str(room), "--fresh"]) == 1
+    message = f"--max-new-tokens {room}: with the longest prompt, 15 tokens, it exceeds max_position_embed"
+    assert message in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in Path("out").iterdir()} == before
 
 def test_chat_streams_and_keeps_history(place, monkeypatch, capsys):
     generate = Mock(side_effect=ev.generate)
