@@ -864,9 +864,10 @@ def open_out(args, folders, problems):
 
     mark: 8 hex digits, which stand for all that the traces depend on."""
     flags = vars(args)
-    # Nothing that is sampled depends on these; a server may move.
+    # Nothing that is sampled depends on these; a server may move, and a judge.
     apart = ("out", "fresh", "chat", "check", "traces", "slots", "server")
     identity = {name: flags[name] for name in flags if name not in apart}
+    identity["judge"] = "an address" if args.judge else ""
     # A model may have been trained on, and a file of problems edited, in its old place.
     identity |= {f"a checksum of {folder} of": checksum(folder) for folder in folders}
     contents = json.dumps([problem.record() for problem in problems])

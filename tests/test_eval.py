@@ -241,6 +241,16 @@ def test_many_unknown_verdicts_end_the_evaluation_after_its_traces_are_written(p
     assert ev.main([*ARGV, "--methods", "pass@1,majority,offline,online"]) == 0
     assert sampled["traces.part0.jsonl"] == 0 and all(trace["correct"] is not None for trace in traces_of())
 
+def test_a_judge_may_move_but_not_go(place, monkeypatch, capsys):
+    """What it left unknown is judged again, wherever it is now; without it verdicts would be others."""
+    monkeypatch.setattr(ev, "open_judge", lambda args: None)
+    with monkeypatch.context() as patched:
+        unknown_at(patched, 0, 1, 3)
+        assert ev.main([*ARGV, "--judge", "http://one/v1"]) == 1
+    assert ev.main(ARGV) == 1
+    assert "with --judge 'an address' and not ''" in capsys.readouterr().err
+    assert ev.main([*ARGV, "--judge", "http://other/v1"]) == 0
+
 def count_samples(monkeypatch, die_after=None):
     """Counter of the traces that end, by the file they are appended to; after so many a kill."""
     counts = Counter()
