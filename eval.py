@@ -1,7 +1,7 @@
 r"""Evaluation: sample replies, judge them, vote on their answers, and report accuracy against tokens.
 
     python eval.py                      # the small CPU run: runs/tiny/sft and runs/tiny/rl, minutes
-    python eval.py --model FOLDER --problems FILE --out FOLDER --fresh --temperature 0.6 --top-p 0.95 \
+    python eval.py --model FOLDER --problems FILE --out FOLDER --temperature 0.6 --top-p 0.95 \
         --samples 512 --max-new-tokens 65536 --window 2048      # the paper's setting (section 5)
     torchrun --nproc-per-node 8 eval.py --model FOLDER   # problems shared out; the same traces up to rounding
     python eval.py --server http://localhost:8000/v1 --server-model NAME --problems FILE   # vLLM, SGLang, ...
