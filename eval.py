@@ -791,7 +791,8 @@ def check_args(args):
             deepconf.stop_threshold([0.0], eta)
     except ValueError as error:
         raise ValueError(f"--eta {args.eta}: {error}") from None
-    check_methods(args)
+    if args.traces and (args.model or args.server):
+        raise ValueError("--traces takes no --model or --server: traces are of the model that wrote them")
     if args.server or args.server_model:
         if not (args.server and args.server_model) or WORLD > 1 or args.model or args.chat:
             raise ValueError("--server and --server-model need each other and one rank, no --model or --chat")
@@ -818,6 +819,7 @@ def check_methods(args):
 
 def run(args):
     """Evaluate --model, or the two checkpoints of the small run. All ranks call this."""
+    check_methods(args)
     if args.device == "cuda":  # from here on "cuda" is the GPU of this rank
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if WORLD > 1:
@@ -895,14 +897,12 @@ def main(argv=None):
         args = data.parse_args(Args, __doc__.partition("\n")[0], argv)
         if args.check:
             return check_file(args.check, args.unsafe_local_execution)
-        if args.traces and (args.model or args.server):
-            raise ValueError("--traces takes no --model or --server: traces are of the model that wrote them")
-        if args.traces:
-            args.samples = math.inf  # until the file is read
         check_args(args)
-        if not args.traces:
-            return chat(args) if args.chat else run(args)
-        if RANK == 0:
+        if args.chat:
+            chat(args)
+        elif not args.traces:
+            run(args)
+        elif RANK == 0:
             samples, outcomes = replay(args.traces, args)
             print(report_text(report_rows("traces", samples, outcomes), samples), end="")
     status = data.run_main(body)
