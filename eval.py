@@ -182,7 +182,6 @@ def sample(model, tokenizer, prompts, problems, args, judge, mark, n, file, sett
     # Rank 0 merges what all ranks have written, and makes the report.
     verdicts = ChainMap(*gather(verdicts))
     votes = gather([machine.result()[0] for machine in online])
-    samples = None
     with together():
         if RANK == 0:
             ballots = merge(path, found, verdicts, problems, args)
@@ -191,8 +190,7 @@ def sample(model, tokenizer, prompts, problems, args, judge, mark, n, file, sett
             data.check_unknown(f"{path} holds every reply, but", unknown_reasons(replies), len(replies))
             # Only the rank that sampled problem i knows the result of its vote.
             voted = [votes[i % WORLD][i] for i in range(len(online))]
-            samples = Samples(ballots, n, max(reply.seconds for reply in replies), voted)
-    return samples
+            return Samples(ballots, n, max(reply.seconds for reply in replies), voted)
 
 def sample_share(path, model, tokenizer, prompts, problems, args, run, n, online):
     """Sample this rank's problems; each trace is appended to the rank's part of `path` as soon as it ends.
