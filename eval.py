@@ -845,17 +845,15 @@ def run(args):
     # The last checkpoint gets all methods. The SFT checkpoint before it gets pass@1 from 4 samples, enough
     # to show what RL gains.
     rows = []
-    last = checkpoints[-1][0]
-    for name, *checkpoint in checkpoints:
-        sample_it = partial(sample, *checkpoint, problems, args, judge, mark)
-        if name == last:
-            results = evaluate(partial(sample_it, args.samples), args)
-        else:
-            few = sample_it(min(4, args.samples), f"traces-{name}.jsonl")
-            results = few and (few, [pass_at(few, 1)])
+    *earlier, (name, *last) = checkpoints
+    for before, *checkpoint in earlier:
+        few = min(4, args.samples)
+        samples = sample(*checkpoint, problems, args, judge, mark, few, f"traces-{before}.jsonl")
         if RANK == 0:
-            rows += report_rows(name, *results)
+            rows += report_rows(before, samples, [pass_at(samples, 1)])
+    results = evaluate(partial(sample, *last, problems, args, judge, mark, args.samples), args)
     if RANK == 0:
+        rows += report_rows(name, *results)
         write_report(args, rows, results[0], problems[0])
         lock.close()
 
