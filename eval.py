@@ -118,25 +118,23 @@ class Samples(NamedTuple):
         """Tokens of all replies, per problem. Those of stopped traces count, as they were generated."""
         return [sum(reply.tokens for reply in ballot.replies) for ballot in self.ballots]
 
-def load(folder, args):
-    """(model, tokenizer) of a checkpoint. --dtype auto: bfloat16 on a GPU, on a CPU the stored one."""
+def open_checkpoint(folder, problems, args):
+    """(name in the report, model, tokenizer, prompts) of a checkpoint. Prompts are lists of token ids.
+
+    --dtype auto: bfloat16 on a GPU, on a CPU the stored one."""
+    # "rl" for runs/tiny/rl and for runs/tiny/rl/model
+    name = Path(folder).resolve().as_posix().removesuffix("/model").rpartition("/")[2]
     tokenizer = data.load_tokenizer(folder)
     dtype = torch.bfloat16 if args.device == "cuda" and args.dtype == "auto" else DTYPES[args.dtype]
     model = FalconH1.from_pretrained(data.model_folder(folder), dtype=dtype, device=args.device)
     set_threads(model.config)
-    return model, tokenizer
-
-def open_checkpoint(folder, problems, args):
-    """(name in the report, model, tokenizer, prompts) of a checkpoint. Prompts are lists of token ids."""
-    # "rl" for runs/tiny/rl and for runs/tiny/rl/model
-    name = Path(folder).resolve().as_posix().removesuffix("/model").rpartition("/")[2]
-    model, tokenizer = load(folder, args)
+    # What the sampler would refuse shows here, before --fresh deletes anything.
     prompts = data.prompts_of(problems, args, tokenizer)
-    longest = max(map(len, prompts))
+    longest = max(map(len, prompts), default=0)
     room = model.config.max_position_embeddings
     if longest + args.max_new_tokens > room:
-        raise ValueError(f"--max-new-tokens {args.max_new_tokens}: with the longest prompt, {longest} tokens, "
-                         f"it exceeds max_position_embeddings {room} of {folder}")
+        raise ValueError(f"--max-new-tokens {args.max_new_tokens} and the longest prompt, {longest} tokens, "
+                         f"exceed max_position_embeddings {room} of {folder}")
     return name, model, tokenizer, prompts
 
 def open_server(problems, args):
@@ -675,7 +673,7 @@ def chat(args):
     """Talk to a checkpoint; replies are printed while they are generated.
 
     The model sees the whole conversation, except for the reasoning in its earlier replies."""
-    model, tokenizer = load(args.model or SMALL_RUN[-1], args)
+    _, model, tokenizer, _ = open_checkpoint(args.model or SMALL_RUN[-1], [], args)
     messages = []
     shown = ""  # of the reply so far
     def stream(trace):

@@ -490,7 +490,7 @@ def test_traces_too_long_for_the_model_are_an_error_before_fresh_deletes(place, 
     before = {path: path.read_bytes() for path in Path("out").iterdir()}
     room = PRESETS["tiny"].max_position_embeddings
     assert ev.main([*ARGV, "--samples", "2", "--max-new-tokens", str(room), "--fresh"]) == 1
-    message = f"--max-new-tokens {room}: with the longest prompt, 15 tokens, it exceeds max_position_embed"
+    message = f"--max-new-tokens {room} and the longest prompt, 15 tokens, exceed max_position_embeddings"
     assert message in capsys.readouterr().err
     assert {path: path.read_bytes() for path in Path("out").iterdir()} == before
 
@@ -575,11 +575,11 @@ for port, name, argv in json.loads(sys.argv[1]):
 def two_ranks(babbler):
     """What each of two ranks made of each evaluation: {name: [(status, stdout, stderr, files) by rank]}."""
     jobs = []
-    for name in ("main", "load", "generate"):
+    for name in ("main", "open_checkpoint", "generate"):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
-        fresh = ["--fresh"] if name == "load" else []
+        fresh = ["--fresh"] if name == "open_checkpoint" else []
         jobs.append((port, name, [*BABBLE, *fresh, "--out", "two"]))
     env = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     ranks = [subprocess.Popen([sys.executable, "-c", RANKS, json.dumps(jobs)], cwd=babbler, text=True,
@@ -627,7 +627,7 @@ def test_what_is_skipped_changes_no_other_trace(babbler):
     whole, some = ({(t.prompt_index, t.sample_index): t.tokens for t in traces} for traces in (whole, some))
     assert some == {place: tokens for place, tokens in whole.items() if place not in skipped}
 
-@pytest.mark.parametrize("where", ["load", "generate"])
+@pytest.mark.parametrize("where", ["open_checkpoint", "generate"])
 def test_an_error_on_one_rank_ends_all_and_deletes_nothing(two_ranks, where):
     (status, _, err, files), (other, _, silence, _) = two_ranks[where]
     assert status == other == 1
