@@ -509,8 +509,7 @@ def replay(path, args):
     ballots = [Ballot(domain, groups[name], same) for name, (domain, same) in kinds.items()]
     args.samples = max(map(len, groups.values()))
     check_methods(args)
-    seconds = max(reply.seconds for group in groups.values() for reply in group)
-    whole = Samples(ballots, args.samples, seconds)
+    whole = Samples(ballots, args.samples, max(r.seconds for group in groups.values() for r in group))
 
     # In place of sample(): the recorded traces, for DeepConf online each up to where it would be stopped.
     def again(_, settings=None, complete=None):
@@ -518,9 +517,9 @@ def replay(path, args):
             return whole
         machines = [deepconf.replay(b.replies, same=b.same, **settings) for b in ballots]
         voted = [machine.result()[0] for machine in machines]
-        samples = Samples([*map(stopped, ballots, machines)], whole.n, seconds, voted)
         # Nothing is generated here: seconds are a share of those of the recorded run.
-        return samples._replace(seconds=seconds * sum(samples.tokens()) / sum(whole.tokens()))
+        seconds = whole.seconds * sum(machine.tokens for machine in machines) / sum(whole.tokens())
+        return Samples([*map(stopped, ballots, machines)], whole.n, seconds, voted)
     return evaluate(again, args)
 
 def stopped(ballot, machine):
