@@ -741,7 +741,7 @@ class Args:
     window: int = flag(16, "tokens per confidence group, for traces of about 35 tokens; the paper: 2048")
     methods: str = flag("pass@1,majority,offline,online", "rows of the report; also pass@K for any K, "
                         "weighted, offline-bottom, offline-tail, offline-mean")
-    eta: str = flag("10,90", "percentages of traces that DeepConf online keeps; offline takes the first")
+    eta: str = flag("10,90", "percentages that DeepConf online keeps; offline and equal-tokens: the first")
     tau: float = flag(0.95, "share of the votes that ends DeepConf online; 0: none, all --samples are taken")
     warm_up: int = flag(16, "traces that DeepConf online completes before it stops any")
     batch: int = flag(4, "traces that it then starts together; one by one would halve throughput")
