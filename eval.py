@@ -533,14 +533,13 @@ def stopped(ballot, machine):
 def report_row(outcome, domain="all"):
     """A row of report.json: of all problems, or of those of a domain."""
     samples = outcome.samples
-    # Indices of problems
-    chosen = [i for i, ballot in enumerate(samples.ballots) if domain in ("all", ballot.domain)]
-    scores = [outcome.scores[i] for i in chosen]
+    problems = [i for i, ballot in enumerate(samples.ballots) if domain in ("all", ballot.domain)]
+    scores = [outcome.scores[i] for i in problems]
     unknown = scores.count(None)
     accuracy, stderr = deepconf.mean_and_stderr(scores)
-    tokens = sum(outcome.tokens[i] for i in chosen)
+    tokens = sum(outcome.tokens[i] for i in problems)
     seconds = samples.seconds * tokens / sum(samples.tokens())  # the method's share of the sampling time
-    stops = [reply.stop for i in chosen for reply in samples.ballots[i].replies]
+    stops = [reply.stop for i in problems for reply in samples.ballots[i].replies]
     return {"method": outcome.method, "domain": domain, "accuracy": accuracy, "stderr": stderr,
             "tokens": round(tokens), "seconds": round(seconds, 2), "problems": len(scores) - unknown,
             "unknown": unknown, "cut_off": stops.count("length") / len(stops)}
