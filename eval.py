@@ -177,7 +177,7 @@ def sample(model, tokenizer, prompts, problems, args, judge, mark, n, file, sett
         # Of every trace: where it is, and the verdict of an earlier process.
         found = {key: (place, record["correct"]) for key, place, record in recorded(path, problems)}
         verdicts = judge_share(found, problems, args, judge)
-    # Rank 0 merges what all ranks have written, and makes the report.
+    # Rank 0 merges what all ranks have written.
     verdicts = ChainMap(*gather(verdicts))
     votes = gather([machine.result()[0] for machine in online])
     with together():
@@ -259,7 +259,8 @@ def copy_warm_up(path, run, n_init, complete):
 # or, after the merge and before the deletion, in two; the first one counts. Files are read a line at a time:
 # a trace of 65536 tokens takes 1 MB as text and a few MB as Python's numbers.
 
-# What every line must have, and what files of earlier versions lack; see sample_share for all fields.
+# What every line must have, and what those of earlier versions and of deepconf.py may lack; sample_share
+# has all fields.
 EARLIER = {"run": "none", "reason": "", "seconds": 0.0, "tie": deepconf.TIE}
 FIELDS = {**dict.fromkeys(("domain", "gold", "stop", "reason"), str), "seconds": float, "tie": float,
           **deepconf.FIELDS}
