@@ -321,13 +321,11 @@ def judge_share(found, problems, args, judge):
         return {"correct": None if verdict.score is None else verdict.score == 1, "reason": verdict.reason}
 
     # The threads only wait for programs or for a judge; the sandbox limits how many programs run at once.
-    pool = ThreadPoolExecutor(2 * (os.cpu_count() or 1))
-    try:
+    # map() cancels what has not begun: an error or Ctrl-C does not wait for thousands.
+    with ThreadPoolExecutor(2 * (os.cpu_count() or 1)) as pool:
         verdicts = pool.map(judge_one, waiting)
         silent = RANK > 0 or not waiting
         return dict(zip(waiting, tqdm(verdicts, "verifying", len(waiting), leave=False, disable=silent)))
-    finally:
-        pool.shutdown(cancel_futures=True)  # an error or Ctrl-C does not wait for thousands
 
 def merge(path, found, verdicts, problems, args):
     """Put the traces of all parts into `path`, in order and with verdicts; delete the parts -> Ballots.
