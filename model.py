@@ -565,7 +565,7 @@ class FalconH1(nn.Module):
         Raises:
             ValueError, naming the argument."""
         c, shape = self.config, tuple(input_ids.shape)
-        check(len(shape) == 2 and shape[1] >= 1, f"input_ids: got {shape}, expected (b, t) with t >= 1")
+        check(len(shape) == 2 and 0 not in shape, f"input_ids: got {shape}, expected (b, t), neither 0")
         fits = cache is None or cu_seqlens is None and len(cache.lengths) == shape[0]
         check(fits, f"cache: expected {shape[0]} slots, as many as rows of input_ids, and no cu_seqlens")
         if cache is not None:
@@ -576,13 +576,15 @@ class FalconH1(nn.Module):
             check(inside, f"input_ids: an id is outside 0..{c.vocab_size - 1}")
         tokens = shape[1] if self.cp is None else shape[1] * self.cp.size
         cu = None if cu_seqlens is None else check_cu_seqlens(cu_seqlens, shape[0], tokens)
+        device = self.lm_head.weight.device
         if targets is None:
-            return scaled(self.lm_head(self.model(input_ids, cu, cache, self.cp)), c.lm_head_multiplier)
+            h = self.model(input_ids.to(device), cu, cache, self.cp)
+            return scaled(self.lm_head(h), c.lm_head_multiplier)
         check(targets.shape == shape, f"targets: got {tuple(targets.shape)}, expected {shape}")
         rows = (targets.flatten() >= 0).nonzero()[:, 0]  # prompts have no targets and need no logits
         tensors = input_ids, targets.flatten(), rows
         if targets.device.type == "cpu":
-            tensors = to_device(tensors, self.lm_head.weight.device)
+            tensors = to_device(tensors, device)
         input_ids, wanted, rows = tensors
         h = self.model(input_ids, cu, cache, self.cp).flatten(0, 1)  # (b t, d)
         values = token_logprobs(h, self.lm_head.weight, wanted, c.lm_head_multiplier / temperature, rows=rows,

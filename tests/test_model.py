@@ -190,13 +190,19 @@ def test_kernels_of_attention(monkeypatch):
 
 @pytest.mark.parametrize(("ids", "options", "message"), [
     ([[37]], {}, r"input_ids: an id is outside 0\.\.36"), ([[-1]], {}, "an id is outside"),
-    ([1], {}, r"input_ids: got \(1,\)"), ([[1, 2]], {"targets": torch.ones(1, 1)}, r"targets: got \(1, 1\)"),
+    ([1], {}, r"input_ids: got \(1,\)"), (np.zeros((0, 3), int), {}, r"input_ids: got \(0, 3\)"),
+    ([[1, 2]], {"targets": torch.ones(1, 1)}, r"targets: got \(1, 1\)"),
     ([[1], [2]], {"cache": Cache(SMALL, 1, 4)}, "expected 2 slots"),
     ([[1]], {"cache": Cache(SMALL, 1, 4, dtype=torch.bfloat16)}, "cache: got .*bfloat16.* model .*float32"),
     ([[1]], {"cache": Cache(SMALL, 1, 4, device="meta")}, "cache: got .*meta.* the model .*cpu")])
 def test_forward_refuses(ids, options, message):
     with pytest.raises(ValueError, match=message):
         build()(torch.tensor(ids), **options)
+
+@pytest.mark.parametrize("options", [{}, {"targets": torch.ones(1, 3, dtype=torch.long)}])
+def test_ids_on_the_cpu_serve_a_model_elsewhere(options):
+    outputs = build().to("meta")(torch.ones(1, 3, dtype=torch.long), **options)
+    assert all(v.is_meta for v in outputs)
 
 def test_training_after_inference_mode():
     with torch.inference_mode():  # what it leaves in caches must not reach autograd
