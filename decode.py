@@ -87,7 +87,8 @@ def generate(model, prompts, *, max_new_tokens, temperature=1.0, top_p=1.0, seed
               f"max_position_embeddings {c.max_position_embeddings}")
     check(max_new_tokens >= 1, f"generate: max_new_tokens {max_new_tokens} is below 1")
     check(samples >= 1, f"generate: samples {samples} is below 1")
-    check(temperature >= 0, f"generate: temperature {temperature} is negative")
+    valid = temperature == 0 or temperature >= 1e-30  # logits / 1e-40 would be infinite in float32
+    check(valid, f"generate: temperature {temperature} is neither 0 nor at least 1e-30")
     check(0 < top_p <= 1, f"generate: top_p {top_p} is not in (0, 1]")
     vocab_size = c.vocab_size if vocab_size is None else vocab_size
     check(0 < vocab_size <= c.vocab_size, f"generate: vocab_size {vocab_size} is not in 1..{c.vocab_size}")
