@@ -581,13 +581,12 @@ class FalconH1(nn.Module):
             h = self.model(input_ids.to(device), cu, cache, self.cp)
             return scaled(self.lm_head(h), c.lm_head_multiplier)
         check(targets.shape == shape, f"targets: got {tuple(targets.shape)}, expected {shape}")
-        rows = (targets.flatten() >= 0).nonzero()[:, 0]  # prompts have no targets and need no logits
-        tensors = input_ids, targets.flatten(), rows
+        targets = targets.flatten()
+        rows = (targets >= 0).nonzero()[:, 0]  # prompts have no targets and need no logits
         if targets.device.type == "cpu":
-            tensors = to_device(tensors, device)
-        input_ids, wanted, rows = tensors
+            input_ids, targets, rows = to_device([input_ids, targets, rows], device)
         h = self.model(input_ids, cu, cache, self.cp).flatten(0, 1)  # (b t, d)
-        values = token_logprobs(h, self.lm_head.weight, wanted, c.lm_head_multiplier / temperature, rows=rows,
+        values = token_logprobs(h, self.lm_head.weight, targets, c.lm_head_multiplier / temperature, rows=rows,
                                 compiled=self.compile_loss)
         return tuple(v.view(shape) for v in values)
 
