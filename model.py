@@ -414,44 +414,44 @@ class Mamba(nn.Module):
     def mix(self, xBC, dt, context, layer):
         """Convolution and scan: what each token reads from itself and the tokens before it, (b, t, h, p).
         xBC (b, t, I + 2 g n), dt (b, t, h)."""
-        c, cp, cache = self.config, context.cp, context.cache
+        cp, cache = context.cp, context.cache
         weight = self.conv1d.weight[:, 0]  # (channels, d_conv)
         bias = self.conv1d.bias
         # In float32: what is left of the state after t tokens is the exponential of a sum of t terms dt A.
         A = -self.A_log.float().exp()
         D = self.D
+        # One token per slot: a step of the recurrence, which changes the states in place.
+        if cache is not None and dt.shape[1] == 1:
+            xBC, _ = causal_conv1d_step(cache.conv[layer], xBC[:, 0], weight, bias, activation="silu")
+            x, B, C = self.split(xBC, heads=dt.shape[2])
+            y, _ = ssd_step(cache.ssm[layer], x, dt[:, 0], A, B, C, D=D)
+            return y[:, None]
         if cp is not None:  # as in attention: from here to to_tokens, all tokens of this rank's heads
             xBC, dt = cp.to_heads(torch.cat([xBC, dt], 2), cp.mamba)
             weight, bias, A, D = cp.own_weights(weight, bias, A, D)
         # Without a cache, documents start from states of zero, and leave none.
         conv, state = (None, None) if cache is None else (cache.conv[layer], cache.ssm[layer])
-        step = cache is not None and dt.shape[1] == 1  # one token per slot: a step of the recurrence
-        if step:
-            xBC, _ = causal_conv1d_step(conv, xBC[:, 0], weight, bias, activation="silu")
-        else:
-            xBC, new_conv = causal_conv1d(
-                xBC, weight, bias, initial_states=conv, cu_seqlens=context.cu, activation="silu",
-                return_final_states=cache is not None)
-        # x (b, t, h, p), B and C (b, t, g, n), in a step without t. Under context parallelism h and g count
-        # this rank's heads and groups.
-        inner = dt.shape[-1] * c.mamba_d_head
-        gn = (xBC.shape[-1] - inner) // 2
-        x, B, C = xBC.split([inner, gn, gn], -1)
-        x = x.unflatten(-1, (-1, c.mamba_d_head))
-        B, C = (v.unflatten(-1, (-1, c.mamba_d_state)) for v in (B, C))
-        if step:
-            y, _ = ssd_step(state, x, dt[:, 0], A, B, C, D=D)
-            y = y[:, None]
-        else:  # all tokens at once: steps 1 to 4 of ssm_scan.py, chunk by chunk
-            # For backward, the states that enter must outlast their slots, which take over the final ones.
-            entering = state.clone() if cache is not None and torch.is_grad_enabled() else state
-            y, new_state = ssd_scan(
-                x, dt, A, B, C, D=D, initial_states=entering, cu_seqlens=context.cu, chunk_size=CHUNK,
-                return_final_states=cache is not None)
-        if cache is not None and not step:  # a step works in place
+        shared = {"cu_seqlens": context.cu, "return_final_states": cache is not None}
+        xBC, new_conv = causal_conv1d(xBC, weight, bias, initial_states=conv, activation="silu", **shared)
+        x, B, C = self.split(xBC, heads=dt.shape[2])
+        # For backward, the states that enter must outlast their slots, which take over the final ones.
+        entering = state.clone() if cache is not None and torch.is_grad_enabled() else state
+        # All tokens at once: steps 1 to 4 of ssm_scan.py, chunk by chunk.
+        y, new_state = ssd_scan(x, dt, A, B, C, D=D, initial_states=entering, chunk_size=CHUNK, **shared)
+        if cache is not None:
             conv.copy_(new_conv)
             state.copy_(new_state)
         return y if cp is None else cp.to_tokens(y)
+
+    def split(self, xBC, heads):
+        """xBC (..., h p + 2 g n) -> x (..., h, p), B and C (..., g, n). Under context parallelism, h and g
+        count this rank's heads and groups."""
+        inner = heads * self.config.mamba_d_head
+        gn = (xBC.shape[-1] - inner) // 2
+        x, B, C = xBC.split([inner, gn, gn], -1)
+        x = x.unflatten(-1, (heads, -1))
+        B, C = (v.unflatten(-1, (-1, self.config.mamba_d_state)) for v in (B, C))
+        return x, B, C
 
 class MLP(nn.Module):
     """SwiGLU: µ down(up(x) silu(µ gate(x)))."""
@@ -586,8 +586,8 @@ class FalconH1(nn.Module):
         if targets.device.type == "cpu":
             input_ids, targets, rows = to_device([input_ids, targets, rows], device)
         h = self.model(input_ids, cu, cache, self.cp).flatten(0, 1)  # (b t, d)
-        values = token_logprobs(h, self.lm_head.weight, targets, c.lm_head_multiplier / temperature, rows=rows,
-                                compiled=self.compile_loss)
+        scale = c.lm_head_multiplier / temperature
+        values = token_logprobs(h, self.lm_head.weight, targets, scale, rows=rows, compiled=self.compile_loss)
         return tuple(v.view(shape) for v in values)
 
     def new_cache(self, slots, length, device=None):
