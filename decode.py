@@ -207,7 +207,7 @@ class Sampler:
             ids = tuple(running.ids)  # of its prompt, and of its tokens if it was set aside
             if ids not in self.prefilled:
                 self.prefilled[ids] = prefill(self.model, [running.ids])
-            self.cache.load(slot, self.prefilled[ids], 0)
+            self.cache.load(slot, self.prefilled[ids])
             self.tokens[slot] = ids[-1]
             self.slots[slot] = running
             # Only a prompt's next sample will read its states again.
@@ -614,8 +614,8 @@ class Decoder:
             self.u.copy_(u, non_blocking=True)
         if self.result is None or self.u.device.type != self.recorded_on:
             self.result = self.run()
-            return self.result
-        if self.graph is None:
-            self.record()
-        self.graph.replay()
+        else:
+            if self.graph is None:
+                self.record()
+            self.graph.replay()
         return self.result

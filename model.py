@@ -789,13 +789,13 @@ class Cache:
         self.at = None
         self.mask = None
 
-    def load(self, slot, other, row):
-        """Copy one sequence of `other` into `slot`: a prompt is prefilled once and sampled many times."""
-        self.k[:, slot, :, : other.used] = other.k[:, row, :, : other.used]
-        self.v[:, slot, :, : other.used] = other.v[:, row, :, : other.used]
-        self.conv[:, slot] = other.conv[:, row]
-        self.ssm[:, slot] = other.ssm[:, row]
-        self.lengths[slot] = other.lengths[row]
+    def load(self, slot, other):
+        """Copy the first slot of `other` into `slot`: a prompt is prefilled once and sampled many times."""
+        self.k[:, slot, :, : other.used] = other.k[:, 0, :, : other.used]
+        self.v[:, slot, :, : other.used] = other.v[:, 0, :, : other.used]
+        self.conv[:, slot] = other.conv[:, 0]
+        self.ssm[:, slot] = other.ssm[:, 0]
+        self.lengths[slot] = other.lengths[0]
         self.used = max(self.used, other.used)
 
     def bytes_to_grow(self, slots, length):

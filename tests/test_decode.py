@@ -402,7 +402,7 @@ def decoded(model, ids, steps=2):
     cache.v.fill_(torch.nan)
     for slot, held in enumerate(LENGTHS):
         if held:
-            cache.load(slot, m.prefill(model, [ids[slot, : held + 1].tolist()]), 0)
+            cache.load(slot, m.prefill(model, [ids[slot, : held + 1].tolist()]))
     out = []
     for i in range(steps):
         cache.used = -(2**40)  # what a step must not care for
