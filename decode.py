@@ -163,7 +163,7 @@ class Sampler:
 
     def __init__(self, model, prompts, samples, slots, longest, seed, admit, pick):
         self.model = model
-        self.prompts = prompts
+        self.prompts = [[int(token) for token in prompt] for prompt in prompts]  # tensors differ as keys
         self.samples = samples
         self.longest = longest  # tokens a slot may have to hold
         self.seed = seed
@@ -195,7 +195,7 @@ class Sampler:
                     del self.waiting[i]
                 if verdict == "go":
                     random = np.random.default_rng([self.seed, i, sample])
-                    return Running(Trace(i, sample), list(self.prompts[i]), random)
+                    return Running(Trace(i, sample), self.prompts[i].copy(), random)
             else:  # no further trace of this prompt
                 self.prefilled.pop(tuple(self.prompts[i]), None)
 

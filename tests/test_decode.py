@@ -219,10 +219,13 @@ def test_one_mixer_alone_waits_for_memory_only_where_keys_need_it(sizes, monkeyp
         "attention": (6 * 16 * 192, 2 * 32 * 192), "mamba": (0, 2 * 2272)}[mixers]
 
 @pytest.mark.parametrize("kind", [np.array, torch.tensor, tuple])
-def test_prompts_may_be_arrays(kind):
-    model, prompts, settings = build(), [[1, 2, 3], [4]], dict(max_new_tokens=5, samples=2, slots=2)
-    traces = generate(model, [kind(prompt) for prompt in prompts], **settings)
-    assert_same_traces(traces, generate(model, prompts, **settings))
+def test_prompts_may_be_arrays(monkeypatch, kind):
+    """And each is prefilled once; a tuple of tensors does not equal another one of the same numbers."""
+    model, prompts, settings = build(), [[1, 2, 3], [4]], dict(max_new_tokens=5, samples=3, slots=2)
+    expected, read = generate(model, prompts, **settings), []
+    monkeypatch.setattr(decode, "prefill", lambda *a: read.append([*a[1][0]]) or prefill(*a))
+    assert_same_traces(generate(model, [kind(prompt) for prompt in prompts], **settings), expected)
+    assert read == prompts
 
 @pytest.mark.parametrize(("prompts", "settings", "message"), [
     ([[]], {}, "prompt 0: it is empty"), ([[1], [37]], {}, "prompt 1: a token id"), ([[-1]], {}, "token id"),
