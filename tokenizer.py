@@ -391,7 +391,7 @@ class Tokenizer:
         files = [file for name in FILES for file in sorted(path.parent.glob(name))]
         try:
             return cls({str(file.relative_to(folder)): file.read_text("utf-8") for file in files})
-        except (KeyError, TypeError, ValueError, AttributeError, RecursionError, regex.error) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, RecursionError, regex.error) as error:
             what = error if isinstance(error, ValueError) else repr(error)
             raise ValueError(f"{folder}: this code cannot read its tokenizer: {what}") from None
 
@@ -433,6 +433,9 @@ def check_supported(spec):
         wrong[f"model.{name}"] = model.get(name)
     for name in ("single_word", "lstrip", "rstrip"):
         wrong[f"flag {name} of an added token"] = any(token[name] for token in spec["added_tokens"])
+    # The tokenizers library numbers such tokens anew.
+    ids = model["vocab"] | {token["content"]: token["id"] for token in spec["added_tokens"]}
+    wrong["id of two tokens"] = len({*ids.values()}) < len(ids)
     if names := [name for name, found in wrong.items() if found]:
         raise ValueError(f"this {names[0]} is not supported")
 

@@ -420,6 +420,9 @@ def test_tokens_that_bpe_cannot_produce_are_never_used():
     *[({"added_tokens": [GOOD["added_tokens"][0] | {name: True}]}, f"this flag {name} of an added")
       for name in ("single_word", "lstrip", "rstrip")],
     ({"model": MODEL | {"vocab": {"ab": 0}}}, "cannot read its tokenizer: KeyError"),
+    ({"model": MODEL | {"vocab": MODEL["vocab"] | {"ab": 97}, "merges": ["a b"]}}, "this id of two tokens"),
+    ({"added_tokens": [GOOD["added_tokens"][0] | {"id": 97}]}, "this id of two tokens"),
+    ({"added_tokens": [GOOD["added_tokens"][0] | {"content": "", "id": 272}]}, "tokenizer: IndexError"),
     ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, "ByteLevel is not supported: {"),
     *[(bad, "cannot read its tokenizer") for bad in (
         {"model": None}, {"pre_tokenizer": SPLIT}, b"", b"[]", b"{", b"3", b"\xed\xa0\x80")]])
