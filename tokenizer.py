@@ -539,7 +539,7 @@ def shorten(value):
 def write_text(path, text):
     """Write a file whole or not at all: a reader never meets half of it."""
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = Path(f"{path}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(text, encoding="utf-8")

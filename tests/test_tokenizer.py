@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 import data
 from tests.test_data import turns, write
-from tokenizer import GPT2_WORDS, JOINED, TAGS, WORDS, Tokenizer, ask, render_chat, splitter, tiktoken_ranks
+from tokenizer import (
+    GPT2_WORDS, JOINED, TAGS, WORDS, Tokenizer, ask, render_chat, splitter, tiktoken_ranks, write_text)
 
 TOKENIZER = Tokenizer.byte_level()
 SPECIAL = TOKENIZER.special
@@ -432,3 +433,14 @@ def test_from_pretrained_names_what_it_does_not_support(tmp_path, change, error)
     (tmp_path / "tokenizer.json").write_bytes(text)
     with pytest.raises(ValueError, match=rf"^{tmp_path}: .*{error}"):
         Tokenizer.from_pretrained(tmp_path)
+
+# 4. Files ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("path", ["", ".", "folder", "none/../folder", "file/x"])
+def test_a_file_that_cannot_be_written_is_named(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="^[a-z./]+: could not be written: [A-Z]"):
+        write_text(path, "x")
+    assert not [*tmp_path.glob("*.tmp"), *tmp_path.glob(".*")]
