@@ -28,7 +28,6 @@ import textwrap
 import unicodedata
 import warnings
 from collections import Counter
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -319,21 +318,15 @@ def normalise(text):
     text = re.sub(r"\(\s*([^\W_]+)\s*\)", r" \1 ", text)
     return WORD.findall(text)
 
-@dataclass
 class Question:
     """A question in the forms that are compared."""
-    where: str
-    text: str  # normalised, without spaces except between numbers
-    grams: set  # of strings of 13 words
-    numbers: Counter
-
-def parse_question(text, where):
-    """The Question of a text. Its words give the 13-grams; spaces within formulas must not count in its text,
-    but 2 10 is not 210."""
-    words = normalise(text)
-    grams = {" ".join(words[i : i + GRAM]) for i in range(len(words) - GRAM + 1)}
-    numbers = Counter(word for word in words if word[0].isdigit())
-    return Question(where, re.sub(r"(?<!\d) | (?!\d)", "", " ".join(words)), grams, numbers)
+    def __init__(self, text, where=""):
+        words = normalise(text)
+        self.where = where
+        # Spaces within formulas must not count, but 2 10 is not 210.
+        self.text = re.sub(r"(?<!\d) | (?!\d)", "", " ".join(words))
+        self.grams = {" ".join(words[i : i + GRAM]) for i in range(len(words) - GRAM + 1)}
+        self.numbers = Counter(word for word in words if word[0].isdigit())
 
 def questions_of(record, where):
     """The texts that ask something: the prompt of a problem, or what users say in a conversation."""
@@ -353,7 +346,7 @@ class Index:
         self.by_text = {}
         for where, record in data.read_records(path):
             for text in questions_of(record, where):
-                question = parse_question(text, where)
+                question = Question(text, where)
                 self.by_text.setdefault(question.text, question)
         self.by_gram = {}
         for question in self.by_text.values():
@@ -409,7 +402,7 @@ def overlap(a, b, *, out=""):
     kept = []
     rows = [*data.read_records(a)]
     for where, record in rows:
-        found = [index.find(parse_question(text, where)) for text in questions_of(record, where)]
+        found = [index.find(Question(text, where)) for text in questions_of(record, where)]
         if not any(found):
             kept.append(record)
         for what, there in filter(None, found):
@@ -421,7 +414,7 @@ def overlap(a, b, *, out=""):
 def split_point(record):
     """A number in [0, 1) that an SFT record's question alone decides, so no order of rows mixes splits."""
     users = [message.get("content") or "" for message in record["messages"] if message["role"] == "user"]
-    return data.hash_to_unit("split " + parse_question("".join(users[:1]), "").text)
+    return data.hash_to_unit("split " + Question("".join(users[:1])).text)
 
 def write_kept(path, judged):
     """Write the records without a reason to drop them, print counts. judged: list of (record, reason)."""

@@ -245,7 +245,7 @@ def test_convert_names_bad_flags(tmp_path, capsys, flag):
     ["3 cm, 1, 2, ...", r"3\text{ cm}, 1, 2, \ldots", r"3 \mathrm{cm}, 1, 2, \dots"],
     [r"\frac{\frac{a}{b}}{c+1}", r"\dfrac{\tfrac ab}{c+1}"], [r"\[ 2^{10} \]", "$$2^{10}$$"]])
 def test_spellings_of_one_question(spellings):
-    assert len({curate.parse_question(text, "").text for text in spellings}) == 1
+    assert len({curate.Question(text).text for text in spellings}) == 1
 
 def test_replies_such_as_go_on_are_no_overlap(tmp_path, capsys):
     rows = [{"messages": turns(question, "a", "Go on.", "b", "?!", "c")} for question in ("1?", "2?", "!?")]
@@ -257,7 +257,7 @@ def test_different_questions_stay_different():
              "x<4", "x<=4",
              "x!=4", "x=4", "50%", "50", "sqrt 2", "sin 2", "|x|", "x", "α", "β", "2 10"]
     texts = [f"What is {text}?" for text in texts]
-    assert len({curate.parse_question(text, "").text for text in texts}) == len(texts)
+    assert len({curate.Question(text).text for text in texts}) == len(texts)
 
 STORY = ("Half of the {0} birds that sat on a fence flew away at noon, and {1} more flew away before the sun "
          "went down over the quiet hills. How many birds were left on the fence that night, "
@@ -342,6 +342,6 @@ HOSTILE += ["```cpp\n" + text for text in ("#if\n#else\n" * 30000, 'R"(' * 50000
 @pytest.mark.parametrize("text", HOSTILE, ids=[text[:12] for text in HOSTILE])
 def test_hostile_text_takes_no_time(text):
     begin = time.process_time()
-    curate.parse_question(text, "")
+    curate.Question(text)
     curate.why_not_sft({"messages": turns(text, f"<think>r</think>a\n{text}"), "domain": "code"})
     assert time.process_time() - begin < 2
