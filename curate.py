@@ -352,18 +352,15 @@ class Index:
         for question in self.by_text.values():
             for gram in question.grams:
                 self.by_gram.setdefault(gram, []).append(question)
+        self.boilerplate = {gram for gram, found in self.by_gram.items() if len(found) > BOILERPLATE}
         for question in self.by_text.values():
-            question.grams = self.telling(question.grams)
-
-    def telling(self, grams):
-        """The set of those 13-grams that are no boilerplate of this file."""
-        return {gram for gram in grams if len(self.by_gram.get(gram, ())) <= BOILERPLATE}
+            question.grams -= self.boilerplate
 
     def find(self, question):
         """(what is alike, where) of the same question in this file, or None."""
         if question.text and question.text in self.by_text:  # it is empty if there is no word or number
             return "same text", self.by_text[question.text].where
-        grams = self.telling(question.grams)
+        grams = question.grams - self.boilerplate
         common = Counter(other.text for gram in grams for other in self.by_gram.get(gram, ()))
         for text, count in common.most_common():
             other = self.by_text[text]
