@@ -361,9 +361,8 @@ class Index:
         if question.text and question.text in self.by_text:  # it is empty if there is no word or number
             return "same text", self.by_text[question.text].where
         grams = question.grams - self.boilerplate
-        common = Counter(other.text for gram in grams for other in self.by_gram.get(gram, ()))
-        for text, count in common.most_common():
-            other = self.by_text[text]
+        common = Counter(other for gram in grams for other in self.by_gram.get(gram, ()))
+        for other, count in common.most_common():
             share = count / min(len(grams), len(other.grams))
             same_numbers = question.numbers <= other.numbers or other.numbers <= question.numbers
             if share >= SHARED and same_numbers:
