@@ -152,7 +152,7 @@ LANGUAGES = {  # the tags of its fenced blocks; what shows that a question or an
     "javascript": ("js javascript ts typescript", r"\b(?:java|type)script\b"),
 }
 # No pattern here may try twice what does not match: a model that loops writes megabytes of one token.
-FENCE = r"(?ms)^[ \t]*```[ \t]*+([\w+#.-]*+)[^\n`]*+\n(.*?)(?:```|\Z)"
+FENCE = r"(?ms)^[ \t]*```[ \t]*+([\w+#.-]*+)[^\n`]*+\n(.*?)(?:^[ \t]*+```|\Z)"
 
 def languages_in(text):
     """The programming languages that a text names or shows."""

@@ -48,6 +48,8 @@ def code(tag, text):
     ("Port this Python to C++", code("c++", "int x;"), None), ("q", code("", "3 ( 4"), None),
     ("q", code("", "def f(x):\n    return ("), NO_PYTHON),
     ("q", code("Python3", "re.match('\\d', x)"), None), ("q", code("python", "print 1"), NO_PYTHON),
+    ("q", code("python", "print('```')"), None), ("q", code("python", "print('```'"), NO_PYTHON),
+    ("q", code("cpp", 'f("```(");'), None),
     ("q", code("cpp", "int f() { return a[(1)]; }"), None), ("q", code("c", "f({)}"), NO_CPP),
     ("q", code("cpp", "int f() { return 1;"), NO_CPP),
     ("q", code("cpp", "}"), NO_CPP), ("q", code("cpp", "f(')', \"(\\\")\", '\\'');"), None),
