@@ -305,7 +305,7 @@ WORD = re.compile(r"[\u3040-\u9fff\uac00-\ud7a3]|[^\W\d_]+|\d+(?:\.\d+)?|[-+*/=<
 
 def normalise(text):
     """The words, numbers and operators of a question as a list, the same for all of its usual spellings."""
-    text = re.sub("[²³¹⁰⁴-⁹]+", r"^{\g<0>}", text)  # before NFKC makes x² x2
+    text = re.sub("[²³¹⁰⁴-⁹⁺⁻]+", r"^{\g<0>}", text)  # before NFKC makes x² x2
     text = unicodedata.normalize("NFKC", text).lower()
     text = re.sub("[α-ω]", lambda letter: f" {unicodedata.name(letter[0]).split()[-1].lower()} ", text)
     for pattern, spelling in SPELLINGS:

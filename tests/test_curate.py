@@ -243,7 +243,7 @@ def test_convert_names_bad_flags(tmp_path, capsys, flag):
     ["50% of 1,000", r"$50\%$ of $1{,}000$", "50 % of 1000"],
     ["x^2 ≤ 3 × 4", r"x^{2}\le 3\cdot 4", "x² <= 3*4", r"x^2\leq{3}\times4", "X^2 ≤ 3 x 4"],
     ["40° and π, √2", r"40^\circ and \pi, \sqrt{2}", r"40^{\circ} and $\pi$, \sqrt 2"],
-    ["λ - φ", r"\lambda−\varphi"],
+    ["λ - φ", r"\lambda−\varphi"], ["x⁻¹ + 10⁺²", "x^{-1} + 10^{+2}"],
     ["3 cm, 1, 2, ...", r"3\text{ cm}, 1, 2, \ldots", r"3 \mathrm{cm}, 1, 2, \dots"],
     [r"\frac{\frac{a}{b}}{c+1}", r"\dfrac{\tfrac ab}{c+1}"], [r"\[ 2^{10} \]", "$$2^{10}$$"]])
 def test_spellings_of_one_question(spellings):
