@@ -77,7 +77,7 @@ def run_code(source, tests, *, entry_point="", prompt="", seconds=10.0, memory=1
         seconds: of processor time, for all tests together. The verdict takes at most 4 times that plus 0.5.
         memory: bytes of address space.
         limit: how many tests to sample, by seed alone; 0 takes all.
-        unsafe: run even where walls are missing.
+        unsafe: run even where Linux lacks some of the walls.
     Returns:
         Verdict. Score None: the machine had no process, folder or memory, or not even the probe still runs.
     Raises:
@@ -188,9 +188,11 @@ def require_sandbox(unsafe=False):
     """sandbox_walls(), or ValueError if some are missing and unsafe does not allow that."""
     walls = sandbox_walls()
     missing = ", ".join(f"{name} ({why})" for name, why in walls.items() if why != "on")
+    error = f"this platform cannot isolate programs that a model wrote, it lacks: {missing}"
+    if sys.platform != "linux":  # what judges a program needs Linux, too
+        raise ValueError(error)
     if missing and not unsafe:
-        why = f"this platform cannot isolate programs that a model wrote, it lacks: {missing}"
-        raise ValueError(f"{why}; --unsafe-local-execution runs them all the same, with this user's rights")
+        raise ValueError(f"{error}; --unsafe-local-execution runs them all the same, with this user's rights")
     return walls
 
 def judge(kind, tests, source, prompt="", seconds=10.0, memory=1 << 30, unsafe=False):

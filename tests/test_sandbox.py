@@ -690,11 +690,12 @@ sys.modules[{missing!r}] = None
 sys.platform = "darwin"
 for name in ("sched_getaffinity", "memfd_create", "waitid"): delattr(__import__("os"), name)
 import sandbox
-try: sandbox.run_code("print(1)", {ONE!r})
-except ValueError as error: print(error)
+for unsafe in (False, True):
+    try: print(sandbox.run_code("print(1)", {ONE!r}, unsafe=unsafe))
+    except ValueError as error: print(error)
 """
-    found = python(script, FOLDER)
-    assert "cannot isolate" in found and "darwin" in found
+    first, second = python(script, FOLDER).splitlines()
+    assert first == second and "cannot isolate" in first and "darwin" in first and "--unsafe" not in first
 
 @needs_sandbox
 def test_it_is_found_from_another_folder(readable):
