@@ -246,6 +246,7 @@ def main():
         end_with_parent(program["caller"])
         with open("/proc/self/oom_score_adj", "w") as file:
             file.write("1000")  # if memory runs out, the kernel kills us first, not the trainer
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if ignored, players would leave no status
         referee = Referee(program)
         tests = receive(sys.stdin.buffer)  # only now: the launcher, forked above, must not know them
         sys.stdout = sys.stderr  # a check may print

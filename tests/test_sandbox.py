@@ -700,6 +700,12 @@ for unsafe in (False, True):
     assert first == second and "cannot isolate" in first and "darwin" in first and "--unsafe" not in first
 
 @needs_sandbox
+def test_a_caller_may_ignore_signals():
+    script = "import signal, sandbox\nfor name in ('SIGCHLD', 'SIGTERM', 'SIGUSR1'):\n"
+    script += "  signal.signal(getattr(signal, name), signal.SIG_IGN)\n"
+    assert python(script + f"print(sandbox.run_code('print(1)', {ONE!r}).reason)", FOLDER) == "passed"
+
+@needs_sandbox
 def test_it_is_found_from_another_folder(readable):
     script = "import os, sys\nsys.path.insert(0, '.')\nimport sandbox\nos.chdir('/')\n"
     script += f"print(sandbox.run_code('print(1)', {ONE!r}).reason)"
