@@ -34,9 +34,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 # 1. Chat template and loss mask -----------------------------------------------------------------------------
 #
-# The chat template in the checkpoint's folder turns a conversation into text, here and on servers. The tiny
-# model's is ChatML. Like Falcon-H1R's, it drops the reasoning of replies to earlier questions, since in use
-# nobody sends that back:
+# The tiny model's template is ChatML. Like Falcon-H1R's, it drops the reasoning of replies to earlier
+# questions, since in use nobody sends that back:
 #
 #     <|begin_of_text|>\n
 #     <|im_start|>user\n2+2?<|im_end|>\n
@@ -464,10 +463,11 @@ def bpe_merge(word, order):
 
 def pre_tokenizers(spec):
     """The "pre_tokenizer" of a tokenizer.json -> list of functions from text to pieces, to apply in turn."""
-    kind = spec["type"] if spec else "Sequence"
+    if not spec:
+        return []
+    kind = spec["type"]
     if kind == "Sequence":
-        parts = spec["pretokenizers"] if spec else []
-        return [stage for part in parts for stage in pre_tokenizers(part)]
+        return [stage for part in spec["pretokenizers"] for stage in pre_tokenizers(part)]
     if kind == "Split":
         ((syntax, pattern),) = spec["pattern"].items()
         pattern = regex.escape(pattern) if syntax == "String" else pattern
