@@ -145,10 +145,8 @@ PLUMBING = ("role", "tool_call_id", "name")  # fields that a template may leave 
 def dropped_fields(messages, tokenizer, tools, generation_prompt, text):
     """Yield (index of a message, field) for what the template leaves out: a change there does not show."""
     def unseen(changed, tools):
-        try:
-            return tokenizer.render(changed, tools, generation_prompt) == text
-        except ValueError:  # what a template refuses, it looks at
-            return False
+        # What a template refuses, it looks at: its rendering is None.
+        return tokenizer.try_to_render(changed, tools, generation_prompt)[0] == text
     if tools and unseen(messages, None):
         raise ValueError("tools: the chat template drops them")
     for i, message in enumerate(messages):
@@ -306,16 +304,16 @@ class Tokenizer:
 
     def render(self, messages, tools=None, generation_prompt=False):
         """The text of a conversation under the folder's chat template, as transformers renders it."""
-        text, reason = self._try_to_render(messages, tools, generation_prompt)
+        text, reason = self.try_to_render(messages, tools, generation_prompt)
         if reason:
             # At fault is the last message without which this does not happen.
             count = len(messages)
-            while count > 1 and self._try_to_render(messages[: count - 1], tools)[1] == reason:
+            while count > 1 and self.try_to_render(messages[: count - 1], tools)[1] == reason:
                 count -= 1
             raise ValueError(f"messages[{max(0, count - 1)}]: the chat template refuses it: {reason}")
         return text
 
-    def _try_to_render(self, messages, tools, generation_prompt=False):
+    def try_to_render(self, messages, tools, generation_prompt=False):
         """(text, ""), or (None, the reason if the template raises)."""
         template = self.templates.get("tool_use" if tools and "tool_use" in self.templates else "default")
         if template is None:
