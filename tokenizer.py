@@ -105,7 +105,7 @@ def render_text(messages, tokenizer, tools=None, generation_prompt=False):
     # Typed special tokens stay text. That must not change what the template does, or a server would send
     # another text.
     typed = [messages, tools]
-    hidden = json.loads(tokenizer.hide(json.dumps(typed, ensure_ascii=False)))
+    hidden = tokenizer.hide(typed)
     for message, copy in zip(messages, hidden[0]):
         if message["role"] == "assistant" and message.get("content"):
             copy["content"] = tokenizer.hide(message["content"], but=TAGS)
@@ -326,9 +326,16 @@ class Tokenizer:
         except Exception as error:  # a template may raise anything
             return None, f"{type(error).__name__}: {shorten(str(error))}"
 
-    def hide(self, text, but=()):
-        """text with VEIL for the first character of every special token that nobody may type."""
-        return self.typed[but].sub(VEIL, text)
+    def hide(self, value, but=()):
+        """A text with VEIL for the first character of every special token that nobody may type; or lists and
+        dictionaries of such texts."""
+        if isinstance(value, str):
+            return self.typed[but].sub(VEIL, value)
+        if isinstance(value, list | tuple):
+            return [self.hide(item, but) for item in value]
+        if isinstance(value, dict):
+            return {self.hide(name, but): self.hide(item, but) for name, item in value.items()}
+        return value
 
     def encode(self, text, *, special=False):
         """List of ids of text, without a BOS; half a surrogate pair becomes U+FFFD.

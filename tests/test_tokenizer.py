@@ -154,6 +154,15 @@ def test_tokens_that_a_template_writes_cannot_be_typed_even_if_not_marked_specia
     with pytest.raises(ValueError, match=r"^messages\[0\]: special tokens typed here change what"):
         chat_of(obeys, turns("<|pad|>"), generation_prompt=True)
 
+@pytest.mark.parametrize("name", ['<|"|>', "<\\n>", "<\n>", "<é>"])
+def test_special_tokens_of_any_spelling_stay_text(name):
+    added = [*GOOD["added_tokens"], GOOD["added_tokens"][0] | {"content": name, "id": 272}]
+    tokenizer = Tokenizer(TOKENIZER.files | {"tokenizer.json": json.dumps(GOOD | {"added_tokens": added})})
+    tools = [{"name": "f", name: [name]}]
+    ids, _ = render_chat(turns(name, name), tokenizer, tools=tools)
+    assert 272 not in ids and tokenizer.decode(ids).count(name) >= 2
+    assert 272 in tokenizer.encode(name, special=True)
+
 def test_a_token_of_header_and_reply_is_that_of_a_server_and_not_learned():
     model = MODEL | {"vocab": MODEL["vocab"] | {"ĊĊ": 272}, "merges": ["Ċ Ċ"]}
     tokenizer = Tokenizer(TOKENIZER.files | {"tokenizer.json": json.dumps(GOOD | {"model": model})})
