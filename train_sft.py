@@ -792,7 +792,9 @@ class Run:
             data.write_text(temporary / "state.json", json.dumps({"step": step, "files": files, **state}))
             shutil.rmtree(final, ignore_errors=True)
             temporary.rename(final)
-            for old in sorted(self.trainer.glob("step-?????????"))[:-2]:
+            # Later ones are damaged, and the run was resumed before them.
+            earlier = [old for old in sorted(self.trainer.glob("step-?????????")) if old < final]
+            for old in earlier[:-1]:
                 shutil.rmtree(old)
         except (OSError, RuntimeError, dcp.CheckpointException) as e:  # all three may mean a full disk
             shutil.rmtree(temporary, ignore_errors=True)

@@ -377,6 +377,16 @@ def test_a_damaged_checkpoint_is_passed_over(small_run, tmp_path, whole_run, dam
     assert "step-000000006: not a whole checkpoint" in result.err and "continuing after step 4" in result.out
     assert_same_run(whole_run, out)
 
+def test_a_run_starts_over_if_all_checkpoints_are_damaged(small_run, tmp_path, whole_run):
+    """The first new checkpoint has a lower number than the damaged ones, and must stay."""
+    out = tmp_path / "run"
+    shutil.copytree(whole_run, out)
+    for state in out.glob("trainer/*/state.json"):
+        state.unlink()
+    launch(t.main, *small_run)
+    assert_same_run(whole_run, out)
+    assert [path.name for path in sorted(out.glob("trainer/*"))] == ["step-000000004", "step-000000006"]
+
 def test_an_export_that_fails_is_not_a_checkpoint_that_fails(small_run, tmp_path, monkeypatch, capsys):
     def export(*args):
         raise OSError("model.safetensors: could not be written: No space left on device")
