@@ -253,7 +253,7 @@ def read_args():
 def open_samples(args, tokenizer, ranks):
     """SftFiles, a Loader of the samples to train on, and the list of held-out ones, spread over the files."""
     if args.data == Args.data and not Path(args.data).exists() and ranks.rank == 0:
-        data.main(["make", "--out", str(Path(args.data).parent)])
+        data.make(out=Path(args.data).parent)
     ranks.all_values(None)  # wait for rank 0
     samples = SftFiles(args.data, tokenizer, args.context, args.trim, args.limit, quiet=ranks.rank > 0)
     ranks.check_same_on_all("the data", samples.checksum)
