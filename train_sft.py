@@ -193,7 +193,7 @@ def main():
     # Bad input must cost nothing: read everything before Run() deletes what --fresh replaces.
     tokenizer = data.load_tokenizer(args.init) if args.init else data.Tokenizer.byte_level()
     samples, loader, held_out = open_samples(args, tokenizer, ranks)
-    args.steps = args.steps or math.ceil(3 * len(samples) / args.batch)
+    args.steps = args.steps or math.ceil(3 * (len(samples) - args.held_out) / args.batch)
     torch.manual_seed(args.seed)
     model = load_model(args.init) if args.init else FalconH1(config)
     model = shard(model, ranks, args.checkpoint_activations, args.compile)

@@ -548,9 +548,9 @@ def test_only_tiny_models_have_the_tiny_runs_defaults(tmp_path, small_models, mo
         assert tuple(getattr(args, name) for name in fields) == expected, flags
 
 def test_no_steps_are_three_epochs(small_run, tmp_path, small_models):
-    flags = ("--steps", 0, "--batch", 25, "--limit", 20, "--held-out", 0)
+    flags = ("--steps", 0, "--batch", 12, "--limit", 20, "--held-out", 10)
     launch(t.main, *small_run, "--init", small_models[0], *flags)
-    assert len(read_log(tmp_path / "run")) == 3  # 60 samples in batches of 25
+    assert len(read_log(tmp_path / "run")) == 3  # 10 samples are left to learn from: 30 in batches of 12
 
 def test_clip_0_is_no_clipping():
     for clip, expected in ((0, [3.0, 4.0]), (10, [3.0, 4.0]), (1, [0.6, 0.8])):
