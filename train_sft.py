@@ -613,14 +613,11 @@ def unsharded_copy(model, copy=None):
 def split_heads(heads, n, groups):
     """Heads of each of n ranks, and groups (key and value heads, or B and C) that these read.
     Returns own (n, heads / n) and read (n, k): a rank's j-th group serves its j-th heads / n / k heads."""
-    size = heads // n
-    own = torch.arange(heads).view(n, size)
-    needed = own * groups // heads
-    # The fewest groups that serve all ranks alike, as all-to-all needs equal shapes: at worst one per head.
-    for k in range(1, size + 1):
-        read = needed[:, :: size // k]
-        if size % k == 0 and (read.repeat_interleave(size // k, 1) == needed).all():
-            return own, read
+    own = torch.arange(heads).view(n, heads // n)
+    # All-to-all needs equal shapes, so each group that is sent serves equally many heads: as many as divide
+    # both the heads of a rank and those of a group. At worst it is one.
+    served = math.gcd(heads // n, heads // groups)
+    return own, own[:, ::served] * groups // heads
 
 def gather_index(parts):
     """The columns of a projection that each of n ranks wants.
