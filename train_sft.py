@@ -770,8 +770,6 @@ class Run:
         state: a JSON-able dict that `resume` returns. OSError if the checkpoint before could not be saved."""
         self.saving.result()
         temporary = self.trainer / f"step-{step:09d}.tmp"
-        if self.ranks.rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
         weights, moments = get_state_dict(model, optimizer)
         writing = dcp.async_save({"model": weights, "optimizer": moments}, checkpoint_id=temporary,
                                  process_group=self.group)
@@ -805,6 +803,8 @@ class Run:
         "logged": whether the log ends with that step's line. The log loses later lines."""
         found = None
         if self.ranks.rank == 0:
+            for unfinished in self.trainer.glob("step-*.tmp"):
+                shutil.rmtree(unfinished)
             state, folder = self._newest()
             # A full disk may have left half a line at the end.
             lines = self.log.read_text(encoding="utf-8").split("\n")[:-1] if self.log.exists() else []

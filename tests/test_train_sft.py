@@ -311,8 +311,9 @@ def test_a_missing_rendezvous(small_run, monkeypatch, capsys):
 def test_a_killed_run_ends_like_one_that_was_not(small_run, tmp_path, whole_run, moment, every):
     args = (*small_run, "--save-every", every)
     launch(partial(processes.die_at, "train_sft", moment), *args, status=-9)
-    launch(t.main, *args)
+    launch(t.main, *small_run, "--save-every", 3)
     assert_same_run(whole_run, tmp_path / "run")
+    assert not list(tmp_path.rglob("*.tmp"))  # half of step 4, which is not saved again
 
 def test_training_goes_on_while_a_checkpoint_is_written(small_run, tmp_path, monkeypatch):
     log, export, logged = tmp_path / "run" / "log.jsonl", t.export, []
