@@ -232,8 +232,7 @@ def main():
             run.write(done, record | evaluation(done))
 
 def read_args():
-    """The flags, checked, and the configuration of the model. Zeros of --context and --pack-tokens are
-    replaced."""
+    """The flags, checked, and the model's configuration; --context 0 and --pack-tokens 0 are replaced."""
     args = data.parse_args(Args, __doc__.partition("\n\n")[0])
     check(args.preset in PRESETS, f"--preset {args.preset}: not one of {', '.join(PRESETS)}")
     config = load_config(args.init) if args.init else PRESETS[args.preset]
@@ -526,8 +525,7 @@ def start_ranks(device, cp=1, replicas=1):
     return Ranks(rank, world, device, cp, replicas)
 
 def run_main(body):
-    """data.run_main on every rank: user errors, too little memory included, print one line. Returns the exit
-    status."""
+    """data.run_main for every rank; too little memory is a user error as well. Returns the exit status."""
     warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a single process is not a mistake
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nobody writes into it
     def in_memory():
