@@ -621,12 +621,11 @@ def gather_index(parts):
     """The columns of a projection that each of n ranks wants.
     parts: (number of items, columns per item, items (n, k) of each rank), in the projection's order.
     Returns index (n, columns), and the number of columns of each part."""
-    first = 0
-    columns = []
-    for count, width, items in parts:
-        columns.append((first + items[:, :, None] * width + torch.arange(width)).flatten(1))  # (n, k * width)
-        first += count * width
-    return torch.cat(columns, 1), [part.shape[1] for part in columns]
+    sizes = [count * width for count, width, _ in parts]
+    columns = torch.arange(sum(sizes)).split(sizes)
+    # Of each part the columns of its items, (n, k * width).
+    wanted = [c.view(-1, width)[items].flatten(1) for c, (_, width, items) in zip(columns, parts)]
+    return torch.cat(wanted, 1), [w.shape[1] for w in wanted]
 
 class ContextParallel:
     """What FalconH1 and local_tokens need to know about the ranks that share a row."""
