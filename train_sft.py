@@ -234,7 +234,7 @@ def main():
 def read_args():
     """The flags, checked, and the model's configuration; --context 0 and --pack-tokens 0 are replaced."""
     args = data.parse_args(Args, __doc__.partition("\n\n")[0])
-    check(args.preset in PRESETS, f"--preset {args.preset}: not one of {', '.join(PRESETS)}")
+    check_choice(args, "preset", *PRESETS)
     config = load_config(args.init) if args.init else PRESETS[args.preset]
     other = config not in TINY
     paper = PAPER_LR * bool(args.init or other) + PAPER_SIZES * other
