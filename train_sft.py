@@ -323,8 +323,7 @@ class SftFiles:
     or with `trim` it is cut on the right and marked, as the paper does above 36K tokens, and skipped if
     nothing to learn is left. pattern: names and globs, separated by commas. limit: samples to take, 0 for
     all; the lines beyond are checked, too. quiet: print nothing.
-    Attributes: rows (dict from domain to an array of sample numbers), checksum (of all lines), skipped (how
-    many samples)."""
+    Attributes: rows (domain -> array of sample numbers), checksum (of all lines), skipped (a count)."""
 
     def __init__(self, pattern, tokenizer, max_tokens, trim=False, limit=0, quiet=False):
         self.tokenizer = tokenizer
