@@ -635,10 +635,11 @@ def make(*, out="runs/tiny/data", seed=0, sft=20000, rl=4000, heldout=1000):
     """Make problems: SFT samples, RL problems and held-out problems, in the folder OUT."""
     counts = {"train": sft, "rl": rl, "heldout": heldout}
     problems = {split: make_problems(split, count, seed) for split, count in counts.items()}
-    rng = random.Random(f"{seed} traces")
-    write_jsonl(Path(out) / "sft.jsonl", [make_sft(problem, rng) for problem in problems["train"]])
     for split in ("rl", "heldout"):
         write_jsonl(Path(out) / f"{split}.jsonl", [problem.record() for problem in problems[split]])
+    # The last one: where it is, train_sft.py takes all three for made.
+    rng = random.Random(f"{seed} traces")
+    write_jsonl(Path(out) / "sft.jsonl", [make_sft(problem, rng) for problem in problems["train"]])
     print(f"{out}: {sft} rows in sft.jsonl, {rl} in rl.jsonl, {heldout} in heldout.jsonl")
 
 def show(file, *, rows=3, model=""):

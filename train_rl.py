@@ -201,7 +201,7 @@ def parse_stages(text, domains):
     if not text:
         return [(0, None)]
     stages = []
-    for part in f"0:{text}".split(";"):
+    for part in f"0:{text}".split(";"):  # the first stage starts at step 0
         start, _, weights = part.rpartition(":")
         right = start.strip().isdecimal() and weights.strip()
         check(right, f"--mixture {text!r}: expected WEIGHTS; STEP: WEIGHTS; ...")

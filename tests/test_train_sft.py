@@ -458,10 +458,10 @@ def test_bad_input_costs_nothing(sft_file, small_run, tmp_path, whole_run, small
     assert before == {p: p.stat().st_mtime_ns for p in whole_run.rglob("*") if p.is_file()}
 
 @pytest.mark.parametrize(("cause", "line"), [
-    (OSError("sft.jsonl: No space left on device"), "error: sft.jsonl: No space left on device\n"),
+    (OSError("rl.jsonl: No space left on device"), "error: rl.jsonl: No space left on device\n"),
     (KeyboardInterrupt(), "interrupted\n")])
 def test_default_data_that_cannot_be_made_end_the_run(tmp_path, monkeypatch, capsys, cause, line):
-    """Also if the samples are written, and the problems for RL are not."""
+    """The samples are written last: where they are, the next run takes all three files for made."""
     def write_jsonl(path, records):
         if path.name == "rl.jsonl":
             raise cause
@@ -471,6 +471,7 @@ def test_default_data_that_cannot_be_made_end_the_run(tmp_path, monkeypatch, cap
     monkeypatch.setattr(data, "write_jsonl", write_jsonl)
     monkeypatch.setattr(sys, "argv", ["script", "--steps", "1", "--held-out", "0"])
     assert t.run_main(t.main) > 0 and capsys.readouterr().err == line
+    assert not (tmp_path / t.Args.data).exists()
 
 def test_changed_data_are_another_run(small_run, whole_run, monkeypatch, capsys):
     monkeypatch.setattr(t.zlib, "crc32", lambda *_: 7)
