@@ -766,6 +766,8 @@ def number(function, *operands):
         for xs in zip(*(x.items * (count // len(x.items)) for x in operands)):
             try:
                 value = None if None in xs else function(*xs)
+                # A float beyond 10^308 is infinite, whatever it stands for.
+                check(type(value) not in (float, complex) or abs(value) < math.inf, "too large")
             except (ArithmeticError, ValueError, TypeError):
                 value = None
             exact = type(value) is Fraction
