@@ -819,7 +819,10 @@ def equation(a, b):
 NO_UNITS = ORDINARY - {"per"} | set("""is are except without or and more less most least than to over under
     below if plus minus times root squared cubed factorial choose mod modulo negative inverse wrong incorrect
     fewer too above permille basis k M B bn mn mil ten st nd rd half halve third quarter score gross lakh
-    crore quadrillion""".split()) | {*SCALES}
+    crore quadrillion divided multiplied""".split()) | {*SCALES}
+# `6 feet two inches` is not 6, but `90 two-digit numbers` are 90.
+NUMBER_WORD = re.compile(r"""\b(one|two|three|four|five|six|seven|eight|nine|eleven|twelve|fifteen|twenty|thirty
+    |forty|fifty|sixty)\b(?!-)""", re.VERBOSE)
 
 def with_unit(value, text):
     """A number with the unit after it, in one spelling: "km"/"h" is kilometer / hour."""
@@ -828,7 +831,8 @@ def with_unit(value, text):
     names = [UNITS.get(word, UNITS.get(one, one)) for word, one in zip(words, singular)]
     ordinal = any(name.endswith("th") and name != "month" for name in names)  # seventh, 5 th
     closed = len(value.items) == 1 or text in SCALE  # `a mole` is not a
-    unit = closed and not ordinal and NO_UNITS.isdisjoint(names)
+    counted = NUMBER_WORD.search(text) or not NO_UNITS.isdisjoint(names)
+    unit = closed and not ordinal and not counted
     check(value.kind == "number" and unit, f"{text} is no unit here")
     return value._replace(mark=" ".join([value.mark, *names]).strip())
 
