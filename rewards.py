@@ -639,6 +639,12 @@ ROUNDING = {Fraction: 0, Decimal: Decimal("1e-40"), float: 1e-12, complex: 1e-12
 PI = Decimal("3.14159265358979323846264338327950288419716939937511")
 CONSTANTS = {"π": PI, "e": DIGITS.exp(Decimal(1)), "i": 1j, "∞": Decimal("Infinity")}
 
+def in_range(x, is_zero):
+    """x; but no float or complex number beyond this range, where any value would be 0 or infinite."""
+    inexact = type(x) in (float, complex)
+    check(is_zero or not inexact or 1e-300 < abs(x) < 1e300, "no value that a float can hold")
+    return x
+
 def alike(x, y):
     """Two numbers in the less exact of their types."""
     if type(x) is type(y):
@@ -646,7 +652,7 @@ def alike(x, y):
     kind = max(type(x), type(y), key=[*ROUNDING].index)
     if kind is Decimal:
         return [Decimal(z.numerator) / z.denominator if type(z) is Fraction else z for z in (x, y)]
-    return kind(x), kind(y)
+    return in_range(kind(x), x == 0), in_range(kind(y), y == 0)
 
 def close(x, y):
     """Whether two numbers are the same but for rounding: |x - y| < rounding * min(|x|, |y|)."""
@@ -662,7 +668,7 @@ def add(x, y):
 
 def multiply(x, y):
     x, y = alike(x, y)
-    return x * y
+    return in_range(x * y, 0 in (x, y))
 
 def divide(x, y):
     return multiply(x, 1 / y)
@@ -677,7 +683,7 @@ def power(x, y):
     # sqrt(10^100 + 1) would be 10^50.
     check(type(x) is not Fraction or max(x.numerator, x.denominator) <= 10**38, "too many digits")
     x, y = alike(alike(x, PI)[0], y)
-    return math.pow(x, y) if type(x) is float else x**y
+    return in_range(math.pow(x, y) if type(x) is float else x**y, x == 0)
 
 def logarithm(x):
     """The natural logarithm; a TypeError, so no value, for complex x."""
@@ -766,8 +772,6 @@ def number(function, *operands):
         for xs in zip(*(x.items * (count // len(x.items)) for x in operands)):
             try:
                 value = None if None in xs else function(*xs)
-                # A float beyond 10^308 is infinite, whatever it stands for.
-                check(type(value) not in (float, complex) or abs(value) < math.inf, "too large")
             except (ArithmeticError, ValueError, TypeError):
                 value = None
             exact = type(value) is Fraction
