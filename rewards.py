@@ -231,8 +231,6 @@ Student's answer: {}
 You may think first. Your last line must be `VERDICT: RIGHT` or `VERDICT: WRONG`."""
 MAX_JUDGED = 4000  # characters of an answer, some 600 words
 MAX_RESPONSE = 1 << 20  # bytes; 2048 tokens are some 10 KB
-# The endpoint is down or slow; it does not speak HTTP; it refuses, or returns no chat completion.
-REQUEST_ERRORS = (OSError, http.client.HTTPException, ValueError)
 
 def parse_verdict(text):
     """"right" or "wrong" if the last line says so and no line the opposite, else "unknown: " and why."""
@@ -290,7 +288,8 @@ class Judge:
             time.sleep(self.wait * 2 ** (attempt - 1) if attempt else 0)
             try:
                 return parse_verdict(self.post(url, body))
-            except REQUEST_ERRORS as error:
+            # It is down or slow; it does not speak HTTP; it refuses, or returns no chat completion.
+            except (OSError, http.client.HTTPException, ValueError) as error:
                 self.rests[url] = time.monotonic() + 600
                 why = str(error) or type(error).__name__
         return f"unknown: {why}"
