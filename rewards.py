@@ -494,7 +494,7 @@ UNITS = """millimeter mm millimetre; centimeter cm centimetre; meter m metre; ki
     Hz; kHz; eV; joule J; kJ; newton N; watt W; kW; pascal Pa; volt V; ampere A; mole mol; kelvin K; radian
     rad; / per"""
 UNITS = {spelling: line.split()[0] for line in UNITS.split(";") for spelling in line.split()}
-UNIT = f"(?:{'|'.join(sorted(UNITS, key=len, reverse=True))})"
+UNIT = f"(?:{'|'.join(UNITS)})"
 SCALES = dict(dozen=12, hundred=100, thousand=1000, million=10**6, billion=10**9, trillion=10**12)
 # Names that are written as words: theta, sin x.
 GREEK = """alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta kappa lambda mu nu xi rho sigma
