@@ -412,8 +412,7 @@ def is_equivalent(prediction, gold):
 
     Points, intervals and matrices keep their order and brackets, sets and lists have none. A name does not
     count: x = 5 and f(2) = 5 answer 5. A unit counts only if both have one: 5 cm is 5 but not 5 m; 50\% is
-    0.5 and 50. Words ignore case, variables do not. None (no answer was found) and blank texts equal nothing.
-    """
+    0.5 and 50. Words ignore case, variables do not. None and blank texts equal nothing."""
     if prediction is None or gold is None or max(len(prediction), len(gold)) > MAX_CHARS:
         return False
     a, b = map(plain, (prediction, gold))
@@ -884,7 +883,6 @@ class Parser:
 
     @property
     def next(self):
-        """The next token."""
         return self.tokens[self.at][1]
 
     def take(self):
