@@ -780,14 +780,13 @@ def number(function, *operands):
 # 10. Plain text -> tokens -> value --------------------------------------------------------------------------
 
 TOKEN = re.compile(rf"""(?xs)
-        (?P<space>\s+)
-       |(?P<number>[0-9]*\.[0-9]+(?:[eE][+-]?[0-9]{{1,3}}(?![0-9.^]))?  # 1.5e-3
+        (?P<number>[0-9]*\.[0-9]+(?:[eE][+-]?[0-9]{{1,3}}(?![0-9.^]))?  # 1.5e-3
            |[0-9]+(?:[eE][0-9]{{1,3}}(?![0-9.^]))?)                     # 1e6, but 2e-3 is 2 e - 3
        |(?P<name>[A-Za-zπ∞]'*(?:_(?:[A-Za-z0-9]|\{{[^{{}}]*\}}))?       # x, x', x_1, a_{{n+1}}
            |\\(?:{"|".join(GREEK)})(?![A-Za-z])|\\mathbb\s*\{{?\s*[A-Z]\s*\}}?)
        |(?P<text>"[^"]*"(?:(?:\s*[/*])?\s*"[^"]*"|\s*\^(?:[0-9]|\{{-?[0-9]\}}))*)   # "m"/"s"^2
        |(?P<function>\\(?:{"|".join(FUNCTIONS)})(?![A-Za-z]))
-       |(?P<op>\\[A-Za-z]+|\\.|!=|<=|>=|;;|\.\.\.|!!|.)""")
+       |(?P<op>\\[A-Za-z]+|\\.|!=|<=|>=|;;|\.\.\.|!!|\S)""")
 
 def times(a, b):
     """A product. A number times a matrix is the matrix of the products; two matrices have no product here."""
@@ -874,8 +873,8 @@ class Parser:
     """Precedence climbing: an operand, then operators while they bind strongly enough. Computes .value."""
 
     def __init__(self, text):
-        tokens = [(match.lastgroup, match[0]) for match in TOKEN.finditer(text)]
-        self.tokens = [token for token in tokens if token[0] != "space"] + [("end", "the end")]
+        self.tokens = [(match.lastgroup, match[0]) for match in TOKEN.finditer(text)]
+        self.tokens.append(("end", "the end"))
         self.at = 0
         self.bars = False  # whether the next | closes one
         self.value = self.expression()
