@@ -9,8 +9,7 @@ A failure that the reply causes scores 0; any other, such as a judge that is dow
 an answer is wrong: in training a false "right" does more harm than a false "wrong". Not detected: wrong
 reasoning, a program that fails tests we do not have, an answer that talks the judge into a verdict.
 
-Sections 1 to 6 are short and independent. Sections 7 to 11 compare answers in LaTeX; section 7 is their
-overview, with one answer traced all the way.
+Sections 1 to 6 are short and independent; 7 to 11 compare answers in LaTeX, and 7 is their overview.
 
 Deviations from the paper (arXiv 2601.02346)
 - Its first tier compares strings and calls a computer algebra system, its second is a heavier verifier. Here
@@ -244,8 +243,8 @@ class Judge:
     """A language model that compares answers in words, behind an OpenAI-style chat completions endpoint.
 
     It answers at temperature 0 where the server takes it; its clear verdicts are cached. If all endpoints are
-    down, slow or return nonsense, the verdict is unknown: a silent zero would pass for a wrong answer.
-    Threads may share a Judge. ValueError names an endpoint that cannot tell 2 + 2 = 4 from 2 + 2 = 5."""
+    down, slow or return nonsense, the verdict is unknown. Threads may share a Judge. ValueError names an
+    endpoint that cannot tell 2 + 2 = 4 from 2 + 2 = 5."""
     url: str  # up to its version, http://localhost:8000/v1; several, separated by commas, share the questions
     model: str
     cache: str = ""  # file of verdicts, created and appended to; "" is none
@@ -731,7 +730,6 @@ class Value(NamedTuple):
     "list", "set"      members without order; a list keeps duplicates
     "union"            intervals
     "equation"         its two sides"""
-
     kind: str
     items: tuple
     mark: str = ""  # the unit of a number, "%" or "°"; no mark agrees with any
