@@ -819,20 +819,18 @@ NO_UNITS = ORDINARY - {"per"} | set("""is are except without or and more less mo
     below if plus minus times root squared cubed factorial choose mod modulo negative inverse wrong incorrect
     fewer too above permille basis k M B bn mn mil ten st nd rd half halve third quarter score gross lakh
     crore quadrillion divided multiplied""".split()) | {*SCALES}
-# `6 feet two inches` is not 6, but `90 two-digit numbers` are 90.
-NUMBER_WORD = re.compile(r"""\b(one|two|three|four|five|six|seven|eight|nine|eleven|twelve|fifteen|twenty|thirty
-    |forty|fifty|sixty)\b(?!-)""", re.VERBOSE)
+# So do 5 sevenths and `6 feet two inches`; but `90 two-digit numbers` are 90.
+NUMBER_WORD = re.compile(r"""(?x)\b(?:(?!months?\b)\w*ths?|(?:one|two|three|four|five|six|seven|eight|nine
+    |eleven|twelve|fifteen|twenty|thirty|forty|fifty|sixty)(?!-))\b""")
 
 def with_unit(value, text):
     """A number with the unit after it, in one spelling: "km"/"h" is kilometer / hour."""
     words = re.findall(r"°[CF]?|%|[^\W_]+|[/^]|-?[0-9]", text)
     singular = [re.sub("(?<=[^s]{2})s$", "", word) for word in words]
     names = [UNITS.get(word, UNITS.get(one, one)) for word, one in zip(words, singular)]
-    ordinal = any(name.endswith("th") and name != "month" for name in names)  # seventh, 5 th
     closed = len(value.items) == 1 or text in SCALE  # `a mole` is not a
     counted = NUMBER_WORD.search(text) or not NO_UNITS.isdisjoint(names)
-    unit = closed and not ordinal and not counted
-    check(value.kind == "number" and unit, f"{text} is no unit here")
+    check(value.kind == "number" and closed and not counted, f"{text} is no unit here")
     return value._replace(mark=" ".join([value.mark, *names]).strip())
 
 # Operator -> how strongly it binds, and what it makes of its operands. "" is a product without a sign.
