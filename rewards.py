@@ -373,7 +373,6 @@ def mixed_scripts(reply, prompt):
         return 0.0  # only numbers and signs: any language will do
     letters = 0
     foreign = 0
-    # Latin and Greek letters outside formulas and code, then all other letters, wherever they are.
     for text, common in ((FORMULA.sub(" ", reply), True), (reply, False)):
         for script, run in itertools.groupby(text, script_of):
             n = len(list(run))
@@ -711,9 +710,8 @@ FUNCTIONS = {
 }
 
 def apply(name, x):
-    """A function of x, with the zeros that rounding misses: sin(pi).
-
-    No value where a float has too few digits: sin(10^20), and cos(10^-7), which is nearly 1."""
+    """A function of x, with the zeros that rounding misses: sin(pi). No value where a float has too few
+    digits: sin(10^20), and cos(10^-7), which is nearly 1."""
     y = FUNCTIONS[name](x)
     if type(y) is not float:
         return y
