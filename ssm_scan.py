@@ -62,7 +62,7 @@ def ssd_scan(x, dt, A, B, C, *, D=None, dt_bias=None, dt_softplus=False, initial
     Raises:
         ValueError, naming the argument. (A >= 0 gives NaN on a GPU: looking would make the host wait.)"""
     backend = _backend(backend, x)
-    check(x.dim() == 4 and x.shape[1] >= 1, f"x: got {tuple(x.shape)}, expected (b, t, h, p) with t >= 1")
+    check(x.dim() == 4 and x.numel() > 0, f"x: got {tuple(x.shape)}, expected (b, t, h, p), none of them 0")
     check(type(chunk_size) is int and chunk_size >= 1, f"chunk_size: got {chunk_size}, expected an int >= 1")
     cu = check_cu_seqlens(cu_seqlens, *x.shape[:2])
     _check_scan(x, dt, A, B, C, D, dt_bias, initial_states, len(cu) - 1)
@@ -110,12 +110,12 @@ def mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size, D=None, z=None, dt_bia
     seq_idx (b, t) changes where a row's next document starts (the host waits for a GPU to read it);
     initial_states (b, h, p, n) enter each row's first document. Returns y, or a tuple of y, each row's final
     state, and the states at the ends of cu_seqlens ("varlen", b = 1), as the two flags ask for them."""
-    check(x.dim() == 4 and x.shape[1] >= 1, f"x: got {tuple(x.shape)}, expected (b, t, h, p) with t >= 1")
-    (b, t, h, p), (g, n) = x.shape, B.shape[-2:]
+    check(x.dim() == 4 and x.numel() > 0, f"x: got {tuple(x.shape)}, expected (b, t, h, p), none of them 0")
+    b, t, h, p = x.shape
     skip, D = (D, None) if D is not None and D.dim() == 2 else (None, D)  # ssd_scan takes a number per head
-    check_tensors(x, dt=(dt, (b, t, h)), B=(B, (b, t, g, n)), C=(C, B.shape), dt_bias=(dt_bias, (h,)),
-                  D=(skip, (h, p)), z=(z, x.shape), seq_idx=(seq_idx, (b, t)),
-                  initial_states=(initial_states, (b, h, p, n)))
+    check_tensors(x, dt=(dt, (b, t, h)), B=(B, (b, t, *B.shape[2:])), C=(C, B.shape), z=(z, x.shape),
+                  D=(skip, (h, p)), dt_bias=(dt_bias, (h,)), seq_idx=(seq_idx, (b, t)),
+                  initial_states=(initial_states, (b, h, p, *B.shape[-1:])))
     dt = _step_size(dt, dt_bias, dt_softplus, torch.promote_types(x.dtype, torch.float32)).clamp(*dt_limit)
     A = A.to(dt.dtype) - 1e-30 * (A == 0)  # mamba_ssm allows 0, a head that forgets nothing
     cu = check_cu_seqlens(cu_seqlens if return_varlen_states else None, b, t)
@@ -768,7 +768,7 @@ def causal_conv1d(x, weight, bias=None, *, initial_states=None, cu_seqlens=None,
         activation: None or "silu". cu_seqlens, backend and return_final_states are as for ssd_scan.
     Returns:
         y (b, t, d) and the final states (s, d, k - 1), both differentiable."""
-    check(x.dim() == 3 and x.shape[1] >= 1, f"x: got {tuple(x.shape)}, expected (b, t, d) with t >= 1")
+    check(x.dim() == 3 and x.numel() > 0, f"x: got {tuple(x.shape)}, expected (b, t, d), none of them 0")
     (b, t, d), k = x.shape, weight.shape[-1]
     backend = _backend(backend, x)
     cu = check_cu_seqlens(cu_seqlens, b, t)
@@ -951,7 +951,9 @@ def check_cu_seqlens(cu_seqlens, b, t):
 def _check_scan(x, dt, A, B, C, D, dt_bias, states, s):
     """For one token (no t) and for many."""
     *lead, h, p = x.shape
-    *_, g, n = B.shape
+    check(B.dim() == x.dim() and 0 not in B.shape[-2:],
+          f"B: got {tuple(B.shape)}, expected (b, t, g, n) or, for a step, (b, g, n), with g and n >= 1")
+    g, n = B.shape[-2:]
     check_tensors(x, dt=(dt, (*lead, h)), A=(A, (h,)), B=(B, (*lead, g, n)), C=(C, B.shape), D=(D, (h,)),
                   dt_bias=(dt_bias, (h,)), initial_states=(states, (s, h, p, n)))
     check(h % g == 0, f"B: got {g} groups, expected a number that divides the {h} heads of x")

@@ -106,6 +106,8 @@ def test_steps_are_the_scan():
     ({"A": -torch.ones(2, device="meta")}, "A"), ({"dt": zeros(1, 12, 3)}, "dt"),
     ({"B": zeros(1, 12, 2, 5)}, "C"), ({"B": zeros(1, 11, 1, 4)}, "B"), ({"C": zeros(1, 12, 1, 5)}, "C"),
     ({"B": zeros(1, 12, 1, 4).half()}, "dtype"), ({"B": zeros(1, 12, 3, 4), "C": zeros(1, 12, 3, 4)}, "B"),
+    ({"x": zeros(0, 12, 2, 3)}, "x"), ({"x": zeros(1, 12, 2, 0)}, "x"), ({"B": zeros(4)}, "B"),
+    ({"B": zeros(1, 12, 0, 4), "C": zeros(1, 12, 0, 4)}, "B"), ({"B": zeros(1, 12, 1, 0)}, "B"),
     ({"initial_states": zeros(2, 2, 3, 4)}, "initial_states"), ({"cu_seqlens": [1, 12]}, "cu_seqlens"),
     ({"cu_seqlens": [0, 11]}, "cu_seqlens"), ({"cu_seqlens": [0, 5, 5, 12]}, "cu_seqlens"),
     ({"cu_seqlens": [0, 7, 5, 12]}, "cu_seqlens"), ({"cu_seqlens": torch.tensor([0.0, 12.0])}, "cu_seqlens"),
@@ -116,8 +118,8 @@ def test_bad_scan_input_is_named(change, named):
         s.ssd_scan(**(small() | change))
 
 @pytest.mark.parametrize("change", [
-    {"weight": zeros(2, 4)}, {"bias": zeros(4)}, {"x": zeros(4, 3)}, {"activation": "relu"},
-    {"backend": "cuda"}, {"cu_seqlens": [0, 4]}, {"initial_states": zeros(1, 3, 3)}])
+    {"weight": zeros(2, 4)}, {"bias": zeros(4)}, {"x": zeros(4, 3)}, {"x": zeros(0, 4, 3)},
+    {"activation": "relu"}, {"backend": "cuda"}, {"cu_seqlens": [0, 4]}, {"initial_states": zeros(1, 3, 3)}])
 def test_bad_convolution_input_is_named(change):
     with pytest.raises(ValueError, match=f"^{next(iter(change))}: got .* expected"):
         s.causal_conv1d(**({"x": zeros(2, 4, 3), "weight": zeros(3, 4)} | change))
@@ -428,6 +430,7 @@ VARLEN = {"return_varlen_states": True}
 
 @pytest.mark.parametrize(("change", "named"), [
     ({"x": zeros(1, 20, 2)}, "x"), ({"x": zeros(1, 0, 2, 8)}, "x"), ({"B": zeros(2, 10, 1, 8)}, "B"),
+    ({"x": zeros(0, 20, 2, 8)}, "x"), ({"B": zeros(8)}, "B"),
     ({"C": zeros(2, 10, 1, 8)}, "C"), ({"dt": zeros(1, 20, 1)}, "dt"), ({"dt_bias": zeros(1)}, "dt_bias"),
     ({"A": torch.ones(2)}, "A"), ({"D": zeros(2, 1)}, "D"), ({"D": zeros(3)}, "D"),
     ({"z": zeros(1, 20, 16)}, "z"), ({"initial_states": zeros(3, 2, 8, 8)}, "initial_states"),
