@@ -767,7 +767,7 @@ def causal_conv1d(x, weight, bias=None, *, initial_states=None, cu_seqlens=None,
         initial_states: (s, d, k - 1), the inputs before the first token, newest last; zeros if None.
         activation: None or "silu". cu_seqlens, backend and return_final_states are as for ssd_scan.
     Returns:
-        y (b, t, d) and the final states (s, d, k - 1), both differentiable."""
+        y (b, t, d) and the final states (s, d, k - 1), in x's dtype; both differentiable."""
     check(x.dim() == 3 and x.numel() > 0, f"x: got {tuple(x.shape)}, expected (b, t, d), none of them 0")
     (b, t, d), k = x.shape, weight.shape[-1]
     backend = _backend(backend, x)
@@ -786,12 +786,13 @@ def causal_conv1d(x, weight, bias=None, *, initial_states=None, cu_seqlens=None,
     if not bare:
         y = torch.cat(y.split([size for length in lengths for size in (k - 1, length)])[1::2])
     y = F.silu(y) if activation and backend != "triton" else y  # now without histories, which may be NaN
+    y = y.to(x.dtype).view(x.shape)
     if not return_final_states:
-        return y.view(x.shape), None
+        return y, None
     start, left, _ = chunk_table(cu, cu[-1], x.device)  # one chunk per sequence
     token = (start + left)[:, None] + torch.arange(1 - k, 0, device=x.device)  # (s, k - 1)
     final = torch.where((token >= start[:, None])[..., None], row[token.clamp(min=0)], 0)
-    return y.view(x.shape), final.mT
+    return y, final.mT
 
 def causal_conv1d_step(state, x, weight, bias=None, *, activation=None):
     """One token: state (b, d, k - 1), x (b, d) -> y, state, updated in place; both differentiable."""
@@ -800,7 +801,8 @@ def causal_conv1d_step(state, x, weight, bias=None, *, activation=None):
     window = torch.cat([state.mT, x.unsqueeze(1)], 1)  # (b, k, d), channels last: a CPU sums without striding
     y = (window * weight.T).sum(1)
     y = y if bias is None else y + bias
-    return (F.silu(y) if activation else y), state.copy_(window[:, 1:].mT)
+    y = F.silu(y) if activation else y
+    return (y if y.dtype == x.dtype else y.to(x.dtype)), state.copy_(window[:, 1:].mT)
 
 class _ConvTorch(torch.autograd.Function):
     """x (tokens, d) of one sequence, taps (k + 1, d) with the bias last -> as x. In autograd each slice of x

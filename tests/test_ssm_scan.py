@@ -598,6 +598,21 @@ def test_triton_convolution_copies_its_input_only_for_a_history(interpreter, mon
     assert [v.data_ptr() == inputs["x"].data_ptr() for v in seen] == [False, True]
 
 @BACKENDS
+def test_convolution_of_bfloat16_with_weights_in_float32(interpreter, backend):
+    """Everything that is handed on has x's dtype, and every gradient its input's."""
+    inputs, cu = conv_inputs([5, 1], 3, 4)
+    inputs["x"] = inputs["x"].bfloat16()
+    leaves = leaves_of(inputs)
+    y, final = s.causal_conv1d(**leaves, cu_seqlens=cu, activation="silu", backend=backend)
+    y.float().sum().backward()
+    step, _ = s.causal_conv1d_step(final.detach().clone(), inputs["x"][:, :2].view(2, 3), inputs["weight"])
+    assert {v.dtype for v in (y, final, step)} == {torch.bfloat16}
+    oracle = s.causal_conv1d(**{k: v.double() for k, v in inputs.items()}, cu_seqlens=cu, activation="silu",
+                             backend="torch")[0]
+    assert (y - oracle).norm() < 2**-8 * oracle.norm()
+    assert all(v.grad.dtype == inputs[k].dtype for k, v in leaves.items())
+
+@BACKENDS
 def test_convolution_without_final_states(interpreter, backend):
     inputs, cu = conv_inputs([5, 1], 3, 4)
     options = dict(cu_seqlens=cu, activation="silu", backend=backend)
