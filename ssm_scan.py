@@ -60,7 +60,8 @@ def ssd_scan(x, dt, A, B, C, *, D=None, dt_bias=None, dt_softplus=False, initial
     Returns:
         y (b, t, h, p) in x's dtype, final states (s, h, p, n) in float32 or float64; both differentiable.
     Raises:
-        ValueError, naming the argument. (A >= 0 gives NaN on a GPU: looking would make the host wait.)"""
+        ValueError, naming the argument. On a GPU looking would make the host wait: there A >= 0 gives NaN,
+        and a negative step, which the chunks do not allow for, goes unseen."""
     backend = _backend(backend, x)
     check(x.dim() == 4 and x.numel() > 0, f"x: got {tuple(x.shape)}, expected (b, t, h, p), none of them 0")
     check(type(chunk_size) is int and chunk_size >= 1, f"chunk_size: got {chunk_size}, expected an int >= 1")
@@ -69,6 +70,8 @@ def ssd_scan(x, dt, A, B, C, *, D=None, dt_bias=None, dt_softplus=False, initial
     shape = x.shape
     dtype = torch.promote_types(x.dtype, torch.float32)  # of the state and of all sums
     dt = _step_size(dt, dt_bias, dt_softplus, dtype)
+    if not dt_softplus and dt.device.type == "cpu" and not torch.compiler.is_compiling():  # as for A
+        check(not (dt < 0).any(), "dt: got a negative step size, expected dt >= 0 or dt_softplus=True")
     A, D, S = (v if v is None else v.to(dtype).contiguous() for v in (A, D, initial_states))
     x, dt, B, C = (v.flatten(0, 1) for v in (x, dt, B, C))  # all sequences in one row, (tokens, ...)
     if backend == "triton":

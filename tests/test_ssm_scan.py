@@ -102,6 +102,7 @@ def test_steps_are_the_scan():
 
 @pytest.mark.parametrize(("change", "named"), [
     ({"x": zeros(1, 0, 2, 3)}, "x"), ({"x": zeros(1, 2, 3)}, "x"), ({"D": zeros(3)}, "D"),
+    ({"dt": -torch.ones(1, 12, 2), "dt_bias": None}, "dt"),
     ({"A": zeros(2)}, "A"), ({"A": zeros(2) / 0}, "A"), ({"A": -torch.ones(3)}, "A"),
     ({"A": -torch.ones(2, device="meta")}, "A"), ({"dt": zeros(1, 12, 3)}, "dt"),
     ({"B": zeros(1, 12, 2, 5)}, "C"), ({"B": zeros(1, 11, 1, 4)}, "B"), ({"C": zeros(1, 12, 1, 5)}, "C"),
@@ -128,7 +129,7 @@ def test_triton_is_refused_where_it_cannot_run(monkeypatch):
     with pytest.raises(ValueError, match="^backend: got .*float64"):
         s.ssd_scan(**{k: v.double() for k, v in small().items()}, backend="triton")
     with pytest.raises(ValueError, match="^x: got 257 channels per head, expected at most 256"):
-        s.ssd_scan(**small(DEVICE, p=257), backend="triton")
+        s.ssd_scan(**small(DEVICE, p=257), dt_softplus=True, backend="triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="^backend: got .* expected .*GPU"):
         s.ssd_scan(**small(), backend="triton")
