@@ -605,9 +605,6 @@ def _ddt_kernel(row, col, diagonal, F, E, crossing, cb, decays, A, start, left, 
 def _power(size):
     return max(16, 1 << (size - 1).bit_length())  # tl.dot needs at least 16, tl.arange a power of two
 
-def _empty(like, *shape, dtype=None):
-    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
-
 def _dense(v):
     """v, copied unless the elements of a token are contiguous: tokens may be slices of wider rows."""
     return v if v[0].is_contiguous() else v.contiguous()
@@ -656,7 +653,7 @@ class _Plan:
         self.tiles = _tiling(l, p, n, x.dtype, shared)
         start, left, first = chunk_table(tuple(cu), l, x.device)
         edge = self.tiles["dcb"]["BL"]
-        decays = _empty(A, len(start), h, 2 * (l // edge + 1) + 3, l)
+        decays = A.new_empty(len(start), h, 2 * (l // edge + 1) + 3, l)
         self.given = given | dict(
             x=x, step=dt, B=B, C=C, A=A, D=D, cb=cb, start=start, left=left, first=first, decays=decays,
             H=h, G=g, P=p, N=n, L=l, EDGE=edge, k=len(start), s=len(cu) - 1)
@@ -698,8 +695,8 @@ def _ssd_backward(dy: Tensor, dfinal: Tensor | None, inputs: Sequence[Tensor], s
     """gradients: of x, dt, B and C, and (k, h) the parts of those of A and D."""
     x, _, B, C, A, _ = inputs
     dx, ddt, dB, dC, dA, dD = gradients
-    R = _empty(states, *states.shape)
-    plan = _Plan(inputs, cu, cb, states=R, entering=states, dcb=_empty(cb, *cb.shape), dy=dy, ddt=ddt,
+    R = states.new_empty(states.shape)
+    plan = _Plan(inputs, cu, cb, states=R, entering=states, dcb=cb.new_empty(cb.shape), dy=dy, ddt=ddt,
                  dA=dA, dD=dD, REVERSED=True)
     # Programs that share a sum: SIDE tiles of a row or column of dcb, SPLIT of dB and dC, PARTS of a state.
     l = cb.shape[-1]
@@ -707,10 +704,10 @@ def _ssd_backward(dy: Tensor, dfinal: Tensor | None, inputs: Sequence[Tensor], s
     split = plan.count("dbc", "N")
     parts = plan.count("states", "PN")
     shapes = dict(crossing=(parts,), diagonal=(l,), F=(split, l), E=(split, l))
-    sums = {name: _empty(A, *dA.shape, *shape) for name, shape in shapes.items()}
+    sums = {name: A.new_empty(*dA.shape, *shape) for name, shape in shapes.items()}
     # row and col cancel over a chunk: what rounding leaves adds up, and float32 would show it in dA.
     exact = torch.float64 if x.dtype == torch.float32 else torch.float32
-    sums |= {name: _empty(A, *dA.shape, side, l, dtype=exact) for name in ("row", "col")}
+    sums |= {name: A.new_empty(*dA.shape, side, l, dtype=exact) for name in ("row", "col")}
     plan.given.update(sums, SIDE=side, SPLIT=split, PARTS=parts)
 
     plan.launch(_states_kernel, "states", "PNHs", value=dy, key=C, initial=dfinal, final=dinitial)
@@ -732,10 +729,10 @@ class _Scan(torch.autograd.Function):
         l = _power(min(chunk_size, 1024, max(lengths)))  # a program of _decays_kernel holds a chunk
         k = sum(_chunks(cu, l))
         inputs = _dense(x), dt.contiguous(), _dense(B), _dense(C), A, D
-        y = _empty(x, *x.shape)
-        final = _empty(A, len(cu) - 1, h, p, n) if want_final else None
-        states = _empty(x, k, h, p, n)  # that enter each chunk
-        cb = _empty(x, k, g, l, l)
+        y = x.new_empty(x.shape)
+        final = A.new_empty(len(cu) - 1, h, p, n) if want_final else None
+        states = x.new_empty(k, h, p, n)  # that enter each chunk
+        cb = x.new_empty(k, g, l, l)
         _ssd(inputs, S, y, cb, states, final, cu)
         ctx.save_for_backward(*inputs, states, cb)
         ctx.cu = cu
@@ -750,9 +747,9 @@ class _Scan(torch.autograd.Function):
         x, A = inputs[0], inputs[4]
         dy = x.new_zeros(x.shape) if dy is None else dy.contiguous()
         dfinal = None if dfinal is None else dfinal.contiguous()
-        dinitial = _empty(A, len(ctx.cu) - 1, h, p, n) if ctx.needs_input_grad[0] else None
-        gradients = [_empty(v, *v.shape) for v in inputs[:4]]
-        parts = _empty(A, 2, k, h, dtype=torch.float64)  # every chunk's share in those of A and D
+        dinitial = A.new_empty(len(ctx.cu) - 1, h, p, n) if ctx.needs_input_grad[0] else None
+        gradients = [v.new_empty(v.shape) for v in inputs[:4]]
+        parts = A.new_empty(2, k, h, dtype=torch.float64)  # every chunk's share in those of A and D
         gradients += parts.unbind()
         _ssd_backward(dy, dfinal, inputs, states, cb, gradients, dinitial, ctx.cu)
         return dinitial, None, None, None, *gradients[:4], *parts.sum(1).float()
@@ -908,7 +905,7 @@ class _ConvTriton(torch.autograd.Function):
     def forward(ctx, x, taps, cu, silu):
         ctx.save_for_backward(x, taps)
         ctx.cu, ctx.silu = cu, silu
-        y = _empty(x, *x.shape)
+        y = x.new_empty(x.shape)
         _conv(x, taps, None, y, None, cu, silu)
         return y
 
@@ -916,8 +913,8 @@ class _ConvTriton(torch.autograd.Function):
     def backward(ctx, dy):
         check_first_order()
         x, taps = ctx.saved_tensors
-        dx = _empty(x, *x.shape)
-        dtaps = _empty(x, sum(_chunks(ctx.cu, _CONV_BACKWARD["BT"])), *taps.shape, dtype=torch.float32)
+        dx = x.new_empty(x.shape)
+        dtaps = x.new_empty(sum(_chunks(ctx.cu, _CONV_BACKWARD["BT"])), *taps.shape, dtype=torch.float32)
         _conv(x, taps, dy.contiguous(), dx, dtaps, ctx.cu, ctx.silu)
         return dx, dtaps.sum(0).to(taps.dtype), None, None
 

@@ -148,8 +148,13 @@ def test_tables_go_to_a_device_together_each_at_a_multiple_of_16_bytes():
 
 # 2. The Triton kernels, in Triton's interpreter where there is no GPU (see conftest.py) ---------------------
 
+def poisoned(*args, new_empty=torch.Tensor.new_empty, **options):
+    """Tensor.new_empty, but new memory holds NaN, so that reading what no kernel has written shows."""
+    v = new_empty(*args, **options)
+    return v.fill_(torch.nan) if v.is_floating_point() else v
+
 class Poisoned:
-    """torch, but new memory holds NaN, so that reading what no kernel has written shows."""
+    """torch with such an `empty`, for the kernels of decode.py."""
     def __getattr__(self, name):
         return getattr(torch, name)
 
@@ -161,7 +166,7 @@ class Poisoned:
 def interpreter(monkeypatch):
     """Memory full of NaN; and two corrections of Triton's interpreter, which keeps bfloat16 as its 16 bits:
     tl.dot multiplies those bits as integers, and the cast from float32 cuts instead of rounding."""
-    monkeypatch.setattr(s, "torch", Poisoned())
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
     if DEVICE == "cuda":
         return
     from triton.runtime.interpreter import InterpreterBuilder as Builder, TensorHandle
@@ -288,8 +293,14 @@ def test_triton_sums_in_float32_whatever_the_default_dtype(interpreter, request)
     torch.testing.assert_close(result, expected, rtol=0, atol=0)
 
 def test_triton_makes_states_only_where_they_are_wanted(interpreter, monkeypatch):
-    inputs, shapes, original = small(DEVICE, t=40), [], s._empty
-    monkeypatch.setattr(s, "_empty", lambda *args, **kw: shapes.append(args[1:]) or original(*args, **kw))
+    inputs, shapes = small(DEVICE, t=40), []
+
+    def new_empty(*args, **options):
+        v = poisoned(*args, **options)
+        shapes.append(v.shape)
+        return v
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
     options = dict(dt_softplus=True, cu_seqlens=(0, 10, 30, 40), chunk_size=16, backend="triton")
     gradients = []
     for wanted in (False, True):
