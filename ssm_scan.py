@@ -489,10 +489,9 @@ def _scan_kernel(value, query, cb, states, decays, D, start, left, out, s_value,
 
 @_jit
 def _dcb_kernel(x, dy, cb, decays, start, left, dcb, row, col, diagonal, s_x, H: constexpr, G: constexpr,
-                P: constexpr, L: constexpr, EDGE: constexpr, BL: constexpr, BP: constexpr,
-                DIAGONAL: constexpr):
+                P: constexpr, L: constexpr, BL: constexpr, BP: constexpr, DIAGONAL: constexpr):
     """d(cb)_ij = sum over the group's heads of 2^(c_i - c_j) dt_j (dy_i . x_j), a tile per program. Those on
-    the DIAGONAL have their own launch. Boundaries are where tiles meet.
+    the DIAGONAL have their own launch. Boundaries are where tiles meet: EDGE is BL.
     Per head also diagonal_j = dy_j . x_j and, with q = d(cb) cb below the diagonal, the sums of the tile's q:
     row[k, h, tile's column, i] and col[k, h, tile's row, j]."""
     SIDE: constexpr = L // BL
@@ -508,7 +507,7 @@ def _dcb_kernel(x, dy, cb, decays, start, left, dcb, row, col, diagonal, s_x, H:
     acc = tl.zeros((BL, BL), tl.float32)
     for h in range(g * (H // G), (g + 1) * (H // G)):
         head = k * H + h
-        after, before, dt = _rows(decays, head, L, EDGE)
+        after, before, dt = _rows(decays, head, L, BL)
         q = _products(dy + (token * H + h) * P, x + token * s_x + h * P, i, j, num, H * P, s_x, P, BL, BP)
         if DIAGONAL:
             tl.store(diagonal + head * L + i, tl.sum(tl.where(i[:, None] == j[None, :], q, 0.0), 1))
@@ -566,21 +565,21 @@ def _dbc_kernel(value, own, other, dcb, states, decays, start, left, out, flow, 
     tl.store(out + (token + i)[:, None] * G * N + g * N + n, acc, mask=row & in_n)
 
 @_jit
-def _ddt_kernel(row, col, diagonal, F, E, crossing, cb, decays, A, start, left, ddt, dA, dD,
-                H: constexpr, G: constexpr, L: constexpr, EDGE: constexpr,
-                SIDE: constexpr, SPLIT: constexpr, PARTS: constexpr):
+def _ddt_kernel(row, col, diagonal, F, E, crossing, cb, decays, A, start, left, ddt, dA, dD, H: constexpr,
+                G: constexpr, L: constexpr, EDGE: constexpr, SPLIT: constexpr, PARTS: constexpr):
     """The gradient of log a_t by the formula above, for one chunk and head, summed in float64. From it ddt
     (tokens, h), and the chunk's share in dA and dD (k, h)."""
+    SIDE: constexpr = L // EDGE
     _, h, k, token, num = _chunk_program(1, H, start, left, L)
     head = k * H + h
     j = tl.arange(0, L)
     inside = j < num
-    own_tile = j // (L // SIDE)
+    own_tile = j // EDGE
     rows, cols, Fs, Es = (tl.zeros((L,), tl.float64),) * 4
     across = 0.0
     for part in tl.static_range(SIDE):  # of the tiles that were computed
         place = (head * SIDE + part) * L + j
-        computed = part * (L // SIDE) < num
+        computed = part * EDGE < num
         rows += tl.load(row + place, mask=inside & (part <= own_tile), other=0.0)
         cols += tl.load(col + place, mask=inside & (part >= own_tile) & computed, other=0.0)
     for part in tl.static_range(SPLIT):
@@ -708,7 +707,7 @@ def _ssd_backward(dy: Tensor, dfinal: Tensor | None, inputs: Sequence[Tensor], s
     # row and col cancel over a chunk: what rounding leaves adds up, and float32 would show it in dA.
     exact = torch.float64 if x.dtype == torch.float32 else torch.float32
     sums |= {name: A.new_empty(*dA.shape, side, l, dtype=exact) for name in ("row", "col")}
-    plan.given.update(sums, SIDE=side, SPLIT=split, PARTS=parts)
+    plan.given.update(sums, SPLIT=split, PARTS=parts)
 
     plan.launch(_states_kernel, "states", "PNHs", value=dy, key=C, initial=dfinal, final=dinitial)
     plan.launch(_scan_kernel, "scan", "LHk", value=dy, query=B, out=dx)

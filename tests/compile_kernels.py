@@ -81,7 +81,7 @@ def jobs(capability):
         return triton.cdiv(sizes[side], tiles[name]["B" + side])
 
     parts = count("states", "P") * count("states", "N")
-    sums = dict(SIDE=count("dcb", "L"), SPLIT=count("dbc", "N"), PARTS=parts)
+    sums = dict(SPLIT=count("dbc", "N"), PARTS=parts)
     nothing = dict.fromkeys(("initial", "final"))
     scan = {
         "decays": (s._decays_kernel, {}),
