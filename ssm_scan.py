@@ -29,6 +29,7 @@ import math
 import os
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -196,7 +197,7 @@ def _scan_chunked(x, dt, B, C, A, S, cu, chunk_size):
     chunks = zip(keep.unbind(), added.unbind())  # added[i] would have a gradient as large as added
     entering, finals = [], []
     for state, count in zip(S, _chunks(cu, l)):
-        for factor, own in (next(chunks) for _ in range(count)):
+        for factor, own in islice(chunks, count):
             entering.append(state)
             state = torch.addcmul(own, factor, state)
         finals.append(state)
