@@ -196,8 +196,8 @@ def _scan_chunked(x, dt, B, C, A, S, cu, chunk_size):
     keep = _bounded_exp(c[..., -1].to(x.dtype))[..., None, None]  # (k, h, 1, 1)
     chunks = zip(keep.unbind(), added.unbind())  # added[i] would have a gradient as large as added
     entering, finals = [], []
-    for state, count in zip(S, _chunks(cu, l)):
-        for factor, own in islice(chunks, count):
+    for state, length in zip(S, lengths):
+        for factor, own in islice(chunks, math.ceil(length / l)):
             entering.append(state)
             state = torch.addcmul(own, factor, state)
         finals.append(state)
@@ -662,7 +662,7 @@ class _Plan:
     def count(self, name, grid):
         """Programs along a grid such as "PNHs": tiles of P and of N, heads, sequences (k are the chunks)."""
         tiles = self.tiles[name]
-        return math.prod(-(-self.given[side] // tiles.get("B" + side, 1)) for side in grid)
+        return math.prod(triton.cdiv(self.given[side], tiles.get("B" + side, 1)) for side in grid)
 
     def launch(self, kernel, name, grid, **given):
         """With the stride between tokens of a tensor as s_value, for value, and so on."""
@@ -727,7 +727,7 @@ class _Scan(torch.autograd.Function):
         check(p <= 256, f"x: got {p} channels per head, expected at most 256, or backend=torch")
         lengths = [end - start for start, end in zip(cu, cu[1:])]
         l = _power(min(chunk_size, 1024, max(lengths)))  # a program of _decays_kernel holds a chunk
-        k = sum(_chunks(cu, l))
+        k = sum(math.ceil(length / l) for length in lengths)
         inputs = _dense(x), dt.contiguous(), _dense(B), _dense(C), A, D
         y = x.new_empty(x.shape)
         final = A.new_empty(len(cu) - 1, h, p, n) if want_final else None
@@ -914,7 +914,9 @@ class _ConvTriton(torch.autograd.Function):
         check_first_order()
         x, taps = ctx.saved_tensors
         dx = x.new_empty(x.shape)
-        dtaps = x.new_empty(sum(_chunks(ctx.cu, _CONV_BACKWARD["BT"])), *taps.shape, dtype=torch.float32)
+        lengths = [end - start for start, end in zip(ctx.cu, ctx.cu[1:])]
+        blocks = sum(math.ceil(length / _CONV_BACKWARD["BT"]) for length in lengths)
+        dtaps = x.new_empty(blocks, *taps.shape, dtype=torch.float32)
         _conv(x, taps, dy.contiguous(), dx, dtaps, ctx.cu, ctx.silu)
         return dx, dtaps.sum(0).to(taps.dtype), None, None
 
@@ -986,10 +988,6 @@ def to_device(tensors, device):
     row = row.pin_memory() if device.type == "cuda" and not torch.compiler.is_compiling() else row
     parts = row.to(device, non_blocking=True).split([len(v) for v in padded])
     return [part[: v.numel()].view(v.shape) for part, v in zip(parts, tensors)]
-
-def _chunks(cu, size):
-    """How many chunks of at most `size` tokens each sequence has."""
-    return [-(-(end - start) // size) for start, end in zip(cu, cu[1:])]
 
 @lru_cache(maxsize=16)  # once per batch, then shared by all layers and by the backward pass
 @torch.inference_mode(False)  # what is cached may meet autograd later
