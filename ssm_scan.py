@@ -955,12 +955,11 @@ def check_cu_seqlens(cu_seqlens, b, t):
 def _check_scan(x, dt, A, B, C, D, dt_bias, states, s):
     """For one token (no t) and for many."""
     *lead, h, p = x.shape
-    check(B.dim() == x.dim() and 0 not in B.shape[-2:],
-          f"B: got {tuple(B.shape)}, expected (b, t, g, n) or, for a step, (b, g, n), with g and n >= 1")
-    g, n = B.shape[-2:]
+    *_, g, n = 0, 0, *B.shape  # with zeros in front, a B of too few dimensions is named below
     check_tensors(x, dt=(dt, (*lead, h)), A=(A, (h,)), B=(B, (*lead, g, n)), C=(C, B.shape), D=(D, (h,)),
                   dt_bias=(dt_bias, (h,)), initial_states=(states, (s, h, p, n)))
-    check(h % g == 0, f"B: got {g} groups, expected a number that divides the {h} heads of x")
+    check(n > 0 and g > 0 and h % g == 0,
+          f"B: got {g} groups of size {n}, expected sizes >= 1 and groups that divide the {h} heads of x")
     check(x.dtype == B.dtype == C.dtype, f"dtype: got {x.dtype}, {B.dtype}, {C.dtype}, expected one dtype")
     if A.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere the host would wait
         check(bool((A < 0).all()), "A: got a value that is not negative, expected A < 0 in every head")
