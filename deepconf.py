@@ -707,8 +707,7 @@ def to_traces(records, make=to_trace):
 def to_record(problem, trace, rewards):
     """A line of traces.jsonl: a reply, its answer (to choices a letter), and whether it is right.
 
-    problem: with id, domain, answer and extra, as data.Problem. rewards: the module, or Alone.
-    `tie` says that confidences carry a server's noise."""
+    problem: with id, domain, answer and extra, as data.Problem. rewards: the module, or Alone."""
     answer = rewards.extract_answer(trace.text)
     choices = problem.extra.get("choices")
     choice = rewards.chosen(answer, choices) if answer and choices else None
@@ -974,7 +973,6 @@ def main(argv=None):
         args = parser.parse_args(argv)
         if bool(args.traces) == bool(args.server) or args.server and not args.problems:
             raise ValueError("expected a file of traces, or --server and --problems")
-        # Both commands share flags; what one does not need, it ignores.
         args.window = args.window or (2048 if args.server else 16)
         args.system = data.text_or_file(args.system)
         problems = [*data.read_problems(args.problems, check=rewards.check_scorable)] if args.problems else []

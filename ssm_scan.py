@@ -801,8 +801,7 @@ def causal_conv1d_step(state, x, weight, bias=None, *, activation=None):
     window = torch.cat([state.mT, x.unsqueeze(1)], 1)  # (b, k, d), channels last: a CPU sums without striding
     y = (window * weight.T).sum(1)
     y = y if bias is None else y + bias
-    y = F.silu(y) if activation else y
-    return (y if y.dtype == x.dtype else y.to(x.dtype)), state.copy_(window[:, 1:].mT)
+    return (F.silu(y) if activation else y).to(x.dtype), state.copy_(window[:, 1:].mT)
 
 class _ConvTorch(torch.autograd.Function):
     """x (tokens, d) of one sequence, taps (k + 1, d) with the bias last -> as x. In autograd each slice of x

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -557,13 +558,19 @@ def test_64_traces_take_64_connections_little_memory_and_no_busy_thread(serve):
 ROWS = [{"id": name, "domain": "math", "prompt": f"{name}=?", "answer": answer}
         for name, answer in (("1+1", "2"), ("1/2", "0.5"), ("5-2", "3"))]
 
-def respond(body, number):
-    """Right answers are confident, in several spellings; those after the warm-up of four are often not."""
-    question = body["messages"][-1]["content"] if "messages" in body else body["prompt"]
-    right = {"1+1": "2", "1/2": r"\frac12", "5-2": "3"}[question.partition("=")[0][-3:]]
-    if number % 3 == 0:
-        return reply(r"\boxed{7}", *[1.5 + 0.001 * number] * 6)
-    return reply(rf"\boxed{{{right}}}", *[3.0 + 0.0001 * number] * 4)
+def responder():
+    """For a server: confident right answers, in several spellings; every third to a question is neither. They
+    are counted per question, as its traces start in groups, but those of different questions in any order."""
+    counts = defaultdict(itertools.count)
+    def respond(body, number):
+        question = body["messages"][-1]["content"] if "messages" in body else body["prompt"]
+        name = question.partition("=")[0][-3:]
+        right = {"1+1": "2", "1/2": r"\frac12", "5-2": "3"}[name]
+        count = next(counts[name]) if number >= 0 else 0  # the probe's requests do not count
+        if count % 3 == 2:
+            return reply(r"\boxed{7}", *[1.5 + 0.001 * count] * 6)
+        return reply(rf"\boxed{{{right}}}", *[3.0 + 0.0001 * count] * 4)
+    return respond
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
@@ -583,7 +590,7 @@ def lines(path="traces.jsonl"):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 def test_the_command_samples_from_a_server(serve, run):
-    server = serve(respond)
+    server = serve(responder())
     status, out, err = run("--server", server.url, *SETTINGS)
     assert status == 0, err
     traces = lines()
@@ -609,6 +616,7 @@ def test_the_command_samples_from_a_server(serve, run):
 
 def test_an_interrupted_command_goes_on(serve, run):
     down = threading.Event()
+    respond = responder()
     def dies(body, number):
         if number == 7 or down.is_set():
             down.set()
@@ -628,14 +636,14 @@ def test_an_interrupted_command_goes_on(serve, run):
 @pytest.mark.parametrize("text", ['{"problem": "1', '{"run": "0"}', "notes\nmore", "\n", '{"id": "a"}\n{'])
 def test_out_that_holds_something_else(serve, run, text):
     Path("other").write_text(text)
-    server = serve(respond)
+    server = serve(responder())
     status, _, err = run("--server", server.url, *SETTINGS, "--out", "other")
     assert status == 1 and "other, line 1: field run: no trace" in err
     assert Path("other").read_text() == text and not server.requests
 
 def test_out_that_a_kill_left_with_half_a_line_or_that_is_in_use(serve, run):
     Path("traces.jsonl").write_text('{"run": ')
-    server = serve(respond)
+    server = serve(responder())
     with open("traces.jsonl") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         status, _, err = run("--server", server.url, *SETTINGS)
@@ -652,7 +660,7 @@ def test_out_that_a_kill_left_with_half_a_line_or_that_is_in_use(serve, run):
     ("/", "/v1/chat/completions"), ("/chat/completions", "/v1/chat/completions"),
     ("/completions/", "/v1/completions")])
 def test_urls_that_end_otherwise(serve, run, end, path):
-    server = serve(respond)
+    server = serve(responder())
     assert run("--server", server.url + end, *SETTINGS)[0] == 0
     assert {asked for asked, _ in server.requests} == {path}
 
@@ -759,7 +767,7 @@ def test_answers_alone(text, answer):
 
 def test_alone_it_samples_and_compares_word_for_word(serve, run, tmp_path):
     shutil.copy(d.__file__, tmp_path)
-    server = serve(respond)
+    server = serve(responder())
     def alone(*flags):
         start = "import sys; sys.path.insert(0, '.'); import deepconf; sys.exit(deepconf.main())"
         return subprocess.run([sys.executable, "-I", "-c", start, *flags], capture_output=True, text=True)
