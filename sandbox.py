@@ -79,7 +79,8 @@ def run_code(source, tests, *, entry_point="", prompt="", seconds=10.0, memory=1
         limit: how many tests to sample, by seed alone; 0 takes all.
         unsafe: run even where Linux lacks some of the walls.
     Returns:
-        Verdict. Score None: the machine had no process, folder or memory, or not even the probe still runs.
+        Verdict. Score None: the machine had no process, folder or memory, or not even the probe still runs;
+        or HumanEval's check passes its candidate what no pipe carries, such as a range or a function.
     Raises:
         ValueError: tests in no known shape, or walls are missing and unsafe is not set.
     """
@@ -293,7 +294,10 @@ class Referee:
     def call(self, name, args, kwargs):
         """The result of one of the program's functions."""
         try:
-            send(self.requests, [name, args, kwargs])
+            try:
+                send(self.requests, [name, args, kwargs])
+            except TypeError as error:  # no program sends such a value: it is the check's own
+                finish(f"unknown: the check passes {error}")
             return receive(self.replies, OUTPUT)
         except (EOFError, BrokenPipeError):
             self.printed()  # the player has ended, most likely for a reason

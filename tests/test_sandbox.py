@@ -319,6 +319,10 @@ SAME = "def f(n): return n"
         ("candidate(1)\n  while True: pass", SAME, "time limit"),
         ("while True:\n    try: candidate(1)\n    except: pass", "def f(): 1", "raised TypeError in test 1"),
         ("assert 0 < 10 ** 10 ** candidate(1)", "def f(n): return 9", "time limit"),
+        ("assert candidate(range(3)) == 3", "def f(n): return len(n)",
+         "unknown: the check passes data of type range"),
+        ("assert candidate(max, [1, 2]) == 2", "def f(key, n): return key(n)",
+         "unknown: the check passes data of type builtin_function_or_method"),
     ],
 )
 def test_checks(body, source, reason):
@@ -326,7 +330,8 @@ def test_checks(body, source, reason):
     seconds = 0.2 if reason == "time limit" else 3
     start = time.perf_counter()
     verdict = run_code(source, test, entry_point="f", prompt=PROMPT, seconds=seconds)
-    assert (verdict.reason, verdict.score) == (reason, float(reason == "passed"))
+    score = None if "unknown" in reason else float(reason == "passed")
+    assert (verdict.reason, verdict.score) == (reason, score)
     assert time.perf_counter() - start < 4 * seconds + 0.5
 
 # 5. Limits --------------------------------------------------------------------------------------------------
