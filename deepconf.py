@@ -711,8 +711,7 @@ def to_record(problem, trace, rewards):
     answer = rewards.extract_answer(trace.text)
     choices = problem.extra.get("choices")
     choice = rewards.chosen(answer, choices) if answer and choices else None
-    if choice is not None:
-        answer = rewards.LETTERS[choice]
+    answer = answer if choice is None else rewards.LETTERS[choice]
     correct = answer is not None and bool(rewards.is_equivalent(answer, problem.answer))
     return {"problem": problem.id, "domain": problem.domain, "sample": trace.sample_index,
             "gold": problem.answer, "text": trace.text, "tokens": len(trace.confidences), "answer": answer,
@@ -763,13 +762,12 @@ def compare(traces, window, same, tie):
         # What the same money would buy without DeepConf.
         yield f"majority at {level}'s tokens", *majority_at(traces, machine.tokens, same)
 
-def print_table(rows, whole, same):
-    """Print accuracy and cost of every method.
+def print_table(rows, whole):
+    """Print every method's accuracy, over problems whose verdict is known (see is_right), and its cost.
 
-    rows: of each problem its traces and (method, answer, tokens). whole: tokens that are a cost of 1.
-    Accuracy is over the problems whose verdict is known, see is_right."""
+    rows: each problem's traces, `same` and (method, answer, tokens). whole: tokens that are a cost of 1."""
     results = {}  # method: [(verdict, tokens) per problem]
-    for traces, methods in rows:
+    for traces, same, methods in rows:
         for method, answer, tokens in methods:
             results.setdefault(method, []).append((is_right(answer, traces, same), tokens))
     print("| method | accuracy % | stderr | tokens / majority | problems | unknown |\n" + "| --- " * 6 + "|")
@@ -784,8 +782,10 @@ def show(problems, window, same):
     """Print accuracy and cost of every method on complete traces, and the calibration."""
     everything = sum(problems.values(), [])
     tie = max(getattr(t, "tie", TIE) for t in everything)
-    rows = [(traces, compare(traces, window, same, tie)) for traces in problems.values()]
-    print_table(rows, sum(t.tokens for t in everything), same)
+    # Programs, whose gold answer is empty, are one vote only if they are the same text.
+    votes = [(traces, same if getattr(traces[0], "gold", True) else None) for traces in problems.values()]
+    rows = [(traces, same, compare(traces, window, same, tie)) for traces, same in votes]
+    print_table(rows, sum(t.tokens for t in everything))
     pairs = [(t.correct, lowest_group(t.confidences, window)) for t in everything]
     print(f"\n{calibration_sentence(pairs)}\ngroups within {tie} nats of a threshold reach it")
 
@@ -880,9 +880,9 @@ def report(machines, groups, same):
     for machine, traces in zip(machines, groups):
         answer, tokens = majority_at(traces[: machine.n_init], math.inf, same)
         whole += tokens * machine.budget / machine.n_init
-        rows.append((traces, [("majority of the warm-up", answer, tokens),
-                              ("DeepConf online", machine.result()[0], machine.tokens)]))
-    print_table(rows, whole, same)
+        rows.append((traces, same, [("majority of the warm-up", answer, tokens),
+                                    ("DeepConf online", machine.result()[0], machine.tokens)]))
+    print_table(rows, whole)
     # Seconds are of the slots' wall clock: they fall less than tokens where slots wait for a consensus.
     everything = sum(groups, [])
     tokens = sum(machine.tokens for machine in machines)

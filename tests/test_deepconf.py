@@ -242,6 +242,16 @@ def test_command_line(tmp_path, capsys, traces, unknown, expected):
     out = capsys.readouterr().out
     assert out.count(f"| 1 | {unknown} |\n") == 15 and all(text in out for text in expected)
 
+def test_programs_are_one_vote_only_if_they_are_the_same_text(tmp_path, capsys):
+    early = "def f(x):\n    for y in x:\n        z = y\n        return z"
+    late = early.replace("        return", "    return")  # the same words, but another program
+    right = "def f(x):\n    return x[-1]"
+    records = [{"problem": "p", "sample": i, "gold": "", "answer": answer, "correct": answer == right,
+                "confidences": [1.0] * 4} for i, answer in enumerate((early, late, right, right))]
+    (tmp_path / "traces.jsonl").write_text("\n".join(map(json.dumps, records)))
+    assert d.main([str(tmp_path / "traces.jsonl"), "--window", "2"]) == 0
+    assert "| majority | 100.0 | - |" in capsys.readouterr().out
+
 LINE = '{"problem":"p","sample":0,"answer":"1","correct":true,"confidences":[1]}'
 
 @pytest.mark.parametrize(("text", "message"), [
