@@ -332,7 +332,12 @@ def questions_of(record, where):
     """The texts that ask something: the prompt of a problem, or what users say in a conversation."""
     if record.get("messages") is None and record.get("conversations") is None:
         name = next((name for name in record if data.PUBLIC.get(name) == "prompt"), "prompt")
-        return [data.text_field(record, name, where)]
+        text = data.text_field(record, name, where)
+        choices = record.get("options") if record.get("choices") is None else record["choices"]
+        try:  # models are asked with the choices; any index will do here, as a benchmark may hide its answers
+            return [text, data.with_choices(text, data.parse_choices(choices, 0, where)[0])]
+        except ValueError:  # no choices, or some that could not be asked
+            return [text]
     messages = data.sft_row(record, where)["messages"]
     texts = [message.get("content") for message in messages if message.get("role") == "user"]
     if not texts or not all(isinstance(text, str) for text in texts):
@@ -352,7 +357,9 @@ class Index:
         for question in self.by_text.values():
             for gram in question.grams:
                 self.by_gram.setdefault(gram, []).append(question)
-        self.boilerplate = {gram for gram, found in self.by_gram.items() if len(found) > BOILERPLATE}
+        # A question with choices is here twice, but counts once.
+        self.boilerplate = {gram for gram, found in self.by_gram.items()
+                            if len({question.where for question in found}) > BOILERPLATE}
         for question in self.by_text.values():
             question.grams -= self.boilerplate
 
@@ -401,7 +408,7 @@ def overlap(a, b, *, out=""):
         found = [index.find(Question(text, where)) for text in questions_of(record, where)]
         if not any(found):
             kept.append(record)
-        for what, there in filter(None, found):
+        for what, there in dict.fromkeys(filter(None, found)):
             print(f"{where} = {there}: {what}")
     print(f"{a}: {len(rows) - len(kept)} of {len(rows)} rows ask a question of {b}")
     if out:

@@ -287,6 +287,16 @@ def test_overlap_of_all_kinds_of_files(tmp_path, capsys):
     assert [row for _, row in data.read_records(out)] == [rows[2], rows[3]]
     assert overlap(tmp_path, capsys, rows, [HUMANEVAL]) == [(4, 1, "same text")]
 
+def test_overlap_finds_a_question_that_was_asked_with_its_choices(tmp_path, capsys):
+    problem = {"question": "Which is the largest?", "choices": ["Mars", "Jupiter"], "answer": 1}
+    asked = {"messages": turns(data.parse_problem(problem, "f, line 1").prompt, GOOD)}
+    hidden = {"question": "Which is the largest?", "options": ["Jupiter", "Mars"]}  # in another order
+    double = problem | {"choices": ["Mars", "Mars"]}  # which no problem could have
+    rows = [asked, problem, hidden, double]
+    for row in (problem, double | {"choices": ["Mars", "Jupiter"], "answer": -1}):
+        pairs = overlap(tmp_path, capsys, rows, [{"problem": "Other?"}, row])
+        assert pairs == [(i, 2, "same text") for i in range(1, 5)]
+
 def test_overlap_by_13_grams(tmp_path, capsys):
     base = STORY.format(90, 7)
     edited = [base.replace("Half", "Just half"), f"Please solve this: {base} Think first.",
