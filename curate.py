@@ -99,7 +99,9 @@ def read_rollouts(path, problems_path):
         if record["problem"] not in rollouts:
             name = data.shorten(record["problem"])
             raise ValueError(f"{where}: field problem: {name} is not in the problems")
-        rollouts[record["problem"]].append(record)
+        # DeepConf stops a trace before its answer: that says nothing about the problem.
+        unknown = {"correct": None} if record["stop"] == "deepconf" else {}
+        rollouts[record["problem"]].append(record | unknown)
     return [(problem, rollouts[problem.id]) for problem in problems]
 
 # 2. Filters of samples (paper, section 2) -------------------------------------------------------------------

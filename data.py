@@ -14,7 +14,7 @@ Data travels as JSON lines, one object per line, or as one JSON array, in three 
                             {"role": "assistant", "content": "<think>43=6r1;...</think>\\boxed{1}"}],
                "domain": "math", "weight": 1.0}
               Also "conversations" of ShareGPT; messages alone are of domain "other" and weight 1.
-    traces    {"problem": "43758%7", "text": "<think>43=6r1;...</think>\\boxed{1}<|im_end|>",
+    traces    {"problem": "43758%7", "text": "<think>43=6r1;...</think>\\boxed{1}",
                "answer": "1", "correct": true, "stop": "stop", ...}
               One sampled reply, written by eval.py; "correct" is null if the verdict is unknown.
 

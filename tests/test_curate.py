@@ -148,6 +148,16 @@ def test_curate_and_convert_rollouts(tmp_path, capsys):
     assert samples[0]["messages"] == turns("1+1?", "<think>hm</think>\\boxed{2}") and samples[0]["correct"]
     assert "kept 4 of 16; dropped 7 unknown verdict, 3 incorrect, 2 unfinished" in capsys.readouterr().out
 
+def test_traces_that_deepconf_stopped_count_in_no_pass_rate(tmp_path, capsys):
+    stopped = trace("1", None, "deepconf")
+    files = [str(write(tmp_path / "t.jsonl", *[trace("1", "2")] * 2, *[stopped] * 6)),
+             "--problems", str(write(tmp_path / "p.jsonl", OURS)), "--out", str(tmp_path / "out.jsonl")]
+    assert data.main(["curate", *files]) == 0
+    assert "kept 0 of 1; dropped 1 solved by every rollout" in capsys.readouterr().out
+    assert data.main(["convert", *files]) == 0
+    assert "kept 2 of 8; dropped 6 unfinished" in capsys.readouterr().out
+    assert [record["weight"] for _, record in data.read_records(tmp_path / "out.jsonl")] == [0.5, 0.5]
+
 @pytest.mark.parametrize(("change", "error"), [
     ({"problem": "9"}, "field problem: \"9\" is not in"), ({"problem": 3}, "field problem must be str"),
     ({"correct": 1}, "field correct must be bool"), ({"answer": 2}, "field answer must be"),
