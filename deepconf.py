@@ -712,7 +712,8 @@ def to_record(problem, trace, rewards):
     choices = problem.extra.get("choices")
     choice = rewards.chosen(answer, choices) if answer and choices else None
     answer = answer if choice is None else rewards.LETTERS[choice]
-    correct = answer is not None and bool(rewards.is_equivalent(answer, problem.answer))
+    named = answer is not None and (choice is not None or not choices)  # x = A names none
+    correct = named and bool(rewards.is_equivalent(answer, problem.answer))
     return {"problem": problem.id, "domain": problem.domain, "sample": trace.sample_index,
             "gold": problem.answer, "text": trace.text, "tokens": len(trace.confidences), "answer": answer,
             "correct": correct, "stop": trace.stop, "tie": SERVER_TIE, "confidences": trace.confidences}
@@ -976,8 +977,8 @@ def main(argv=None):
         args.window = args.window or (2048 if args.server else 16)
         args.system = data.text_or_file(args.system)
         problems = [*data.read_problems(args.problems, check=rewards.check_scorable)] if args.problems else []
-        ids = {problem.id for problem in problems}
-        if args.problems and len(ids) != max(1, len(problems)):
+        by_id = {problem.id: problem for problem in problems}
+        if args.problems and len(by_id) != max(1, len(problems)):
             raise ValueError(f"{args.problems}: expected problems, each with an id of its own")
         # An answer can be compared here. To run programs takes a sandbox, which eval.py has.
         for problem in problems:
@@ -989,8 +990,7 @@ def main(argv=None):
             with open(args.out, "ab+") as file:  # a lock holds until it is closed
                 return report(*sample_online(args, problems, rewards, same, file), same)
         # Files of traces need no problems: their lines hold verdicts.
-        records = data.read_records(args.traces)
-        groups = to_traces(from_choices(records, {p.id: p for p in problems}, rewards))
+        groups = to_traces(from_choices(data.read_records(args.traces), by_id, rewards))
         if not groups:
             raise ValueError(f"{args.traces}: expected traces, found none")
         show(groups, args.window, same)

@@ -730,6 +730,13 @@ def test_saved_replies(run, records, expected):
         assert out.count("\n| ") == 16 and "within 0.01 nats" in out
         assert f"| majority | {expected} | 0 |" in out
 
+@pytest.mark.parametrize(("answer", "correct"), [("(A)", True), ("2", True), ("x = A", False), ("B", False)])
+def test_an_answer_that_names_no_choice_is_wrong_as_in_an_evaluation(answer, correct):
+    extra = {"choices": ["2", "3"]}
+    problem = SimpleNamespace(id="1", domain="science", answer="A", extra=extra)
+    record = d.to_record(problem, d.Trace(0, 0, rf"\boxed{{{answer}}}", [1.0], "stop"), rewards)
+    assert record["correct"] == rewards.is_right(answer, problem) == correct
+
 @pytest.mark.parametrize(("record", "message"), [
     (SAVED, "line 1: fields problem, custom_id: None is no problem of --problems"),
     ({"custom_id": "x", "choices": [SAVED]}, "line 1: fields problem, custom_id: x is no problem"),
