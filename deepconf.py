@@ -416,6 +416,7 @@ def join_reply(pieces):
     thought, text = map("".join, zip(*pieces))
     if thought:
         text = f"<think>{thought}" + (f"</think>{text}" if text else "")
+    text = re.sub("[\ud800-\udc7f\udd00-\udfff]", "\ufffd", text)  # half of a surrogate pair is no character
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 @dataclass
@@ -574,8 +575,7 @@ def generate(server, prompts, *, max_new_tokens, temperature=1.0, top_p=1.0, sam
                     running += 1
             if not running:
                 break
-            # Sleep until a trace has ended; its end may admit others.
-            trace, error = run.finished.get()
+            trace, error = run.finished.get()  # sleep until a trace has ended; its end may admit others
             running -= 1
             if error:
                 raise error

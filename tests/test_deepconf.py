@@ -355,11 +355,13 @@ def test_reasoning_that_is_sent_apart_and_characters_that_are_cut(serve):
     replies = [[thought("reasoning_content", "so "), thought("reasoning", "2"), *reply("2", 1)],
                [thought("reasoning", r"\boxed{1}"), event({"delta": {}, "finish_reason": "length"})],
                [chat("1 ", 1), *cut, DONE],
-               [chat("1 ", 1) + chat("€", 2, end="stop").decode().encode()]]
+               [chat("1 ", 1) + chat("€", 2, end="stop").decode().encode()],
+               [chat("1 \ud83d", 1), chat("\ude00", 2, end="stop")]]  # halves of a surrogate pair
     server = serve(lambda body, number: replies[max(number, 0)])
-    traces = sample(server, samples=4, slots=1)
-    assert [t.text for t in traces] == ["<think>so 2</think>2", r"<think>\boxed{1}", "1 €", "1 €"]
-    assert [t.stop for t in traces] == ["stop", "length", "stop", "stop"]
+    traces = sample(server, samples=5, slots=1)
+    texts = ["<think>so 2</think>2", r"<think>\boxed{1}", "1 €", "1 €", "1 \ufffd\ufffd"]
+    assert [t.text for t in traces] == texts
+    assert [t.stop for t in traces] == ["stop", "length", "stop", "stop", "stop"]
 
 def test_what_a_server_gives_less_or_lower(serve, capsys):
     low = entry(1)
