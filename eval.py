@@ -671,6 +671,8 @@ def chat(args):
 
     The model sees the whole conversation, except for the reasoning in its earlier replies."""
     _, model, tokenizer, _ = open_checkpoint(args.model or SMALL_RUN[-1], [], args)
+    # One byte that is not UTF-8 must not end the conversation; no template would take it.
+    getattr(sys.stdin, "reconfigure", dict)(errors="replace")
     messages = []
     shown = ""  # of the reply so far
     def stream(trace):

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import io
 import itertools
 import json
 import math
@@ -504,6 +505,16 @@ def test_chat_streams_and_keeps_history(place, monkeypatch, capsys):
     assert capsys.readouterr().out == f"{reply}\n{reply}\n\n"
     _, prompt = [data.Tokenizer.byte_level().decode(call.args[1][0]) for call in generate.call_args_list]
     assert reply in prompt and "easy?" in prompt
+
+def test_a_byte_that_is_not_utf8_does_not_end_a_chat(place, monkeypatch, capsys):
+    for errors in ("strict", "surrogateescape"):  # Python's own choices, by locale
+        stdin = io.TextIOWrapper(io.BytesIO(b"easy \xff?\neasy!\n"), encoding="utf-8", errors=errors)
+        monkeypatch.setattr("sys.stdin", stdin)
+        generate = Mock(side_effect=ev.generate)
+        monkeypatch.setattr(ev, "generate", generate)
+        assert ev.main([*ARGV, "--chat"]) == 0 and capsys.readouterr().err == ""
+        _, prompt = [data.Tokenizer.byte_level().decode(call.args[1][0]) for call in generate.call_args_list]
+        assert "easy \ufffd?" in prompt and "easy!" in prompt
 
 def test_system_prompt_and_suffix_come_with_every_question(place, monkeypatch, capsys):
     Path("system.txt").write_text("Be brief.\n")
