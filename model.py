@@ -613,6 +613,7 @@ class FalconH1(nn.Module):
         write_safetensors(Path(folder) / "model.safetensors", state, read)
         files = self.files | {"config.json": json.dumps(config, indent=2).encode() + b"\n"}
         for name, content in files.items():
+            os.makedirs((Path(folder) / name).parent, exist_ok=True)
             with replacing(Path(folder) / name) as file:
                 file.write(content)
 
@@ -646,8 +647,8 @@ class FalconH1(nn.Module):
         model.load_state_dict(state, assign=True)
         if config.tie_word_embeddings:
             model.lm_head.weight = model.model.embed_tokens.weight
-        paths = [path for name in BESIDE if (path := Path(folder) / name).is_file()]
-        model.files = {path.name: path.read_bytes() for path in paths}
+        paths = [path for name in BESIDE for path in Path(folder).glob(name) if path.is_file()]
+        model.files = {str(path.relative_to(folder)): path.read_bytes() for path in paths}
         return model
 
 def set_threads(config):
@@ -853,7 +854,7 @@ class Cache:
 
 # What servers read beside the weights. from_pretrained keeps these files for save_pretrained, unread.
 BESIDE = ("generation_config.json", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json",
-          "special_tokens_map.json")
+          "special_tokens_map.json", "additional_chat_templates/*.jinja")
 
 def warn_of_llama_cpp(c):
     """Warn, once per process, of configurations that llama.cpp loads but gets wrong: log-probabilities were

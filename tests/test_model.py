@@ -385,7 +385,8 @@ def test_what_servers_read_in_a_loaded_folder_is_saved(folder, tmp_path):
     ids = {"bos_token_id": 1, "eos_token_id": [11, 228], "pad_token_id": 0}
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | ids))
-    contents = {name: f"\r\n{name} é".encode() for name in m.BESIDE}
+    contents = {name.replace("*", "tool_use"): f"\r\n{name} é".encode() for name in m.BESIDE}
+    (folder / "additional_chat_templates").mkdir()
     for name, content in contents.items():
         (folder / name).write_bytes(content)
     model = FalconH1.from_pretrained(folder)
