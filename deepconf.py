@@ -233,6 +233,7 @@ class Online:
         """Record one token's confidence. True: stop the trace now. Warm-up traces are never stopped."""
         if not math.isfinite(confidence):
             raise ValueError(f"trace {index}: token confidence is {confidence}, not finite")
+        confidence = float(confidence)  # sums of NumPy's float32 would stay float32
         trace = self.traces[index]
         trace.last.append(confidence)
         trace.total += confidence
@@ -261,8 +262,7 @@ class Online:
 
     def record(self, index, confidences, answer):
         """Take a recorded trace, up to where it would be stopped."""
-        # Python's float64 numbers: sums of NumPy's float32 would stay float32.
-        stopped = any(self.on_token(index, float(confidence)) for confidence in confidences)
+        stopped = any(self.on_token(index, confidence) for confidence in confidences)
         self.finish(index, None if stopped else answer)
 
     def result(self, first=None):

@@ -219,9 +219,10 @@ def test_online_against_the_rules(rows, window, eta, tau):
     assert machine.tokens == tokens
     assert machine.result() == (poll(votes)[0], pytest.approx(poll(votes)[1], abs=1e-6))
 
-def test_running_sums_do_not_drift():
+@pytest.mark.parametrize("kind", [np.ndarray.tolist, np.asarray])
+def test_running_sums_do_not_drift(kind):
     m = d.Online(2, n_init=1, window=3)
-    confidences = np.random.default_rng(0).uniform(0, 50, 65536).astype(np.float32).tolist()
+    confidences = kind(np.random.default_rng(0).uniform(0, 50, 65536).astype(np.float32))
     for confidence in confidences:
         m.on_token(0, confidence)
     assert abs(m.traces[0].total / 3 - math.fsum(confidences[-3:]) / 3) < 1e-9
