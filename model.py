@@ -750,6 +750,9 @@ def token_logprobs(h, weight, targets, scale=1.0, chunk=None, rows=None, compile
     tokens to compute, each once; the others get zeros. None: all. compiled: with torch.compile."""
     chunk = chunk or tokens_of_chunk(len(weight), weight.device)
     rows = torch.arange(len(h), device=h.device) if rows is None else rows
+    kind = h.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        h, weight = (v.to(torch.get_autocast_dtype(kind)) for v in (h, weight))  # for both passes
     return _TokenLogprobs.apply(h, weight, targets, rows, scale, chunk, compiled)
 
 # 5. Cache ---------------------------------------------------------------------------------------------------
@@ -834,8 +837,8 @@ class Cache:
 
     def attend(self, layer, q, k, v):
         """Append k, v (slots, t, hkv, hd); attend with q (slots, t, hq, hd) to all that each slot holds."""
-        self.k[layer].scatter_(2, self.at, k.transpose(1, 2))
-        self.v[layer].scatter_(2, self.at, v.transpose(1, 2))
+        for held, new in (self.k, k), (self.v, v):  # of two dtypes under autocast
+            held[layer].scatter_(2, self.at, new.transpose(1, 2).to(held.dtype))
         if self.mask is None:  # nothing was held before
             return attend(q, k, v, None)
         k, v = (x[layer, :, :, : self.used] for x in (self.k, self.v))  # (slots, hkv, used, hd)

@@ -146,6 +146,26 @@ def test_targets_give_log_probabilities_and_entropies_of_the_logits(targets):
     ours, theirs = (torch.autograd.grad(v.sum(), list(model.parameters())) for v in (logprobs, expected))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
+@pytest.mark.parametrize("inside", [False, True])
+def test_autocast_trains_and_decodes(inside):
+    """With the backward pass inside of it or not, the gradient is that of a float32 loss of such logits."""
+    model, ids, targets = build(), torch.randint(37, (2, 12)), torch.randint(37, (2, 12))
+    gradients = []
+    for fused in (True, False):
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(ids)
+            logprobs = (model(ids, targets=targets)[0] if fused else
+                        logits.float().log_softmax(-1).gather(2, targets[..., None]))
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            gradients.append(torch.autograd.grad(logprobs.sum(), list(model.parameters())))
+    for ours, expected in zip(*gradients):
+        assert (ours - expected).norm() < 0.03 * expected.norm()
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        cache = model.new_cache(2, 12)
+        parts = torch.cat([model(part, cache=cache) for part in ids.split([7, 1, 1, 3], 1)], 1)
+        assert (parts - logits).norm() < 0.03 * logits.norm()
+        assert len(generate(model, [[1, 2]], max_new_tokens=3)[0].tokens) == 3
+
 def test_ssm_multipliers_by_hand():
     want = [0.5] * 20 + [1.5] * 20 + [0.75] * 14 + [1.0] * 14 + [3.0] * 4  # z, x, B, C, dt
     some, ones = (replace(SMALL, ssm_multipliers=v) for v in ((0.5, 1.5, 0.75, 1.0, 3.0), (1.0,) * 5))
