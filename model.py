@@ -556,7 +556,7 @@ class FalconH1(nn.Module):
             input_ids: (b, t) int64. Pass them and targets on the CPU: checking ids, and finding the tokens
                 with targets, on a GPU would make the host wait for it.
             targets: (b, t) int64, what follows each token; negative ones give 0 and no gradient.
-            temperature: divides the logits of targets.
+            temperature: above 0; divides the logits of targets.
             cu_seqlens: (s + 1,) packs s documents into one row, b = 1.
             cache: a Cache of b slots; each appends t tokens.
         Returns:
@@ -581,9 +581,11 @@ class FalconH1(nn.Module):
             h = self.model(input_ids.to(device), cu, cache, self.cp)
             return scaled(self.lm_head(h), c.lm_head_multiplier)
         check(targets.shape == shape, f"targets: got {tuple(targets.shape)}, expected {shape}")
+        check(temperature > 0, f"temperature: got {temperature}, expected a number above 0")
         targets = targets.flatten()
         rows = (targets >= 0).nonzero()[:, 0]  # prompts have no targets and need no logits
         if targets.device.type == "cpu":
+            check(targets.max() < c.vocab_size, f"targets: an id is above {c.vocab_size - 1}")
             input_ids, targets, rows = to_device([input_ids, targets, rows], device)
         h = self.model(input_ids, cu, cache, self.cp).flatten(0, 1)  # (b t, d)
         scale = c.lm_head_multiplier / temperature

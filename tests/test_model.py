@@ -212,6 +212,8 @@ def test_kernels_of_attention(monkeypatch):
     ([[37]], {}, r"input_ids: an id is outside 0\.\.36"), ([[-1]], {}, "an id is outside"),
     ([1], {}, r"input_ids: got \(1,\)"), (np.zeros((0, 3), int), {}, r"input_ids: got \(0, 3\)"),
     ([[1, 2]], {"targets": torch.ones(1, 1)}, r"targets: got \(1, 1\)"),
+    ([[1, 2]], {"targets": torch.tensor([[2, 37]])}, "targets: an id is above 36"),
+    ([[1]], {"targets": torch.ones(1, 1).long(), "temperature": 0}, "temperature: got 0, expected"),
     ([[1], [2]], {"cache": Cache(SMALL, 1, 4)}, "expected 2 slots"),
     ([[1]], {"cache": Cache(SMALL, 1, 4, dtype=torch.bfloat16)}, "cache: got .*bfloat16.* model .*float32"),
     ([[1]], {"cache": Cache(SMALL, 1, 4, device="meta")}, "cache: got .*meta.* the model .*cpu")])
