@@ -188,6 +188,7 @@ class Sampler:
             while i in self.waiting:
                 sample = self.waiting[i]
                 verdict = self.admit(i, sample) if self.admit else "go"
+                check(verdict in ("go", "wait", "skip", "done"), f"generate: admit answered {verdict!r}")
                 if verdict == "wait":
                     break
                 self.waiting[i] += 1

@@ -232,7 +232,7 @@ def test_prompts_may_be_arrays(monkeypatch, kind):
     ([[1] * 250], {"max_new_tokens": 7}, "max_position_embeddings 256"),
     ([[1]], {"max_new_tokens": 0}, "max_new_tokens 0"), ([[1]], {"samples": 0}, "samples 0"),
     ([[1]], {"temperature": -1}, "temperature -1"), ([[1]], {"temperature": 1e-40}, "temperature 1e-40"),
-    ([[1]], {"top_p": 0}, "top_p 0"),
+    ([[1]], {"top_p": 0}, "top_p 0"), ([[1]], {"admit": lambda i, j: True}, "admit answered True"),
     ([[1]], {"vocab_size": 0}, "vocab_size 0 is not in 1..37"), ([[1]], {"vocab_size": 38}, "vocab_size 38")])
 def test_generate_refuses(prompts, settings, message):
     with pytest.raises(ValueError, match=message):
