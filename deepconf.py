@@ -914,12 +914,12 @@ class Alone:
                 return rest[:end].strip() or None
 
     def read_records(path):
-        """Yield (where, dict) for each line; utf-8-sig takes a byte order mark, as Windows writes."""
-        with open(path, encoding="utf-8-sig") as file:
+        """Yield (where, dict) for each line; of bytes, json takes a byte order mark, as Windows writes."""
+        with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 try:
                     yield f"{path}, line {number}", dict(json.loads(line))
-                except (ValueError, TypeError):
+                except (ValueError, TypeError, RecursionError):
                     raise ValueError(f"{path}, line {number}: expected a JSON object") from None
 
     def read_problems(path, check):

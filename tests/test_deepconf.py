@@ -690,10 +690,12 @@ def test_consensus_and_plain_completions(serve, run):
     ("", "p.jsonl: expected problems"), ("{", "p.jsonl, line 1: expected a JSON object"),
     ("3", "p.jsonl, line 1: expected a JSON object"), ('{"id": "a", "prompt": "b"}', "line 1: field answer"),
     (f"{json.dumps(ROWS[0])}\n" * 2, "each with an id of its own"),
-    (json.dumps(ROWS[0] | {"where": "x", "tests": ["assert f() == 1"]}), "p.jsonl, line 1: tests decide")])
+    (json.dumps(ROWS[0] | {"where": "x", "tests": ["assert f() == 1"]}), "p.jsonl, line 1: tests decide"),
+    (json.dumps(ROWS[0]) + '\n{"id": "\udcff"}', "p.jsonl, line 2: expected a JSON object"),  # not UTF-8
+    ('{"id":' + "[" * 10**5, "p.jsonl, line 1: expected a JSON object")])
 def test_bad_problems_alone(run, monkeypatch, capsys, text, message):
     monkeypatch.setitem(sys.modules, "data", None)  # cannot be imported
-    Path("p.jsonl").write_text(text)
+    Path("p.jsonl").write_text(text, "utf-8", "surrogateescape")
     status = d.main(["--server", "http://x/v1", "--problems", "p.jsonl"])
     assert str(status).startswith("error: ") and message in status
 
