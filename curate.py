@@ -18,7 +18,7 @@ truncated problems (KEEP_TRUNCATED), does not say which problems are "very hard"
 the language of code or duplicates. It keeps theorems that nobody can verify: here a row without a verdict is
 kept, but a rollout whose verdict is unknown is not.
 
-To copy this, also take data.py.
+To copy this, also take data.py and tokenizer.py.
 """
 
 import ast

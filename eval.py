@@ -43,7 +43,7 @@ of the verdicts are unknown, the run ends with an error, after it has written th
 
 Deviations from the paper (arXiv 2601.02346): 32768 tokens or more, temperature 0.6 and top-p 0.95 are flags;
 the defaults fit the small run. rewards.py and sandbox.py say how they differ from its verifiers.
-To copy this, also take all other scripts but the two trainers.
+To copy this, also take all other scripts but the two trainers and curate.py.
 """
 
 import json

@@ -30,7 +30,7 @@ them in the whole run end it; the same command continues from the last checkpoin
 Deviations from the paper: it gives neither the weight of the cross-entropy on positives (0.1) nor the cache's
 size and age nor the penalties nor the number of steps. Groups without signal are dropped altogether. Kept:
 G = 16, temperature 0.85, clip (0.2, 0.28), TIS cap 2, beta = 0 and gamma = 0. To copy this, also take all
-other scripts but eval.py.
+other scripts but eval.py, deepconf.py and curate.py.
 """
 
 import json

@@ -20,8 +20,8 @@ and positions.
 
 Deviations from the paper: the samples of a batch are packed (the paper does not say); a sample's difficulty
 weight enters the loss and its normalisation alike, so a batch of hard samples takes no larger step; the tiny
-run's learning rate and batch are its own; other models start from the paper's. To copy this file, also take
-model.py, decode.py, ssm_scan.py and data.py. Sections 1 to 5 are the method; train_rl.py uses the rest.
+run's learning rate and batch are its own; other models start from the paper's. To copy this, also take
+model.py, decode.py, ssm_scan.py, data.py and tokenizer.py. In sections 1 to 5 is the method.
 """
 
 import glob

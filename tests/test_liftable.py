@@ -97,6 +97,26 @@ def test_imports_run_one_way(script):
     everywhere = imported(node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom))
     assert not [name for name in everywhere if name.split(".")[0] == "tests"]
 
+def closure(name, graph):
+    """Itself, what it names in the graph, what these name, and so on."""
+    found = {name}
+    while (more := found.union(*(graph[known] for known in found))) != found:
+        found = more
+    return found
+
+@pytest.mark.parametrize("script", ALLOWED)
+def test_docstring_and_readme_name_what_to_copy(script):
+    trees = {name: ast.parse((ROOT / f"{name}.py").read_text()) for name in ALLOWED}
+    needed = closure(script, {name: ALLOWED.keys() & imported(tree.body) for name, tree in trees.items()})
+    # README's last column names what to take besides; these name the rest.
+    rows = re.findall(r"^\| `(\w+)\.py` \|.*\| (.*)\|$", (ROOT / "README.md").read_text("utf-8"), re.M)
+    assert needed == closure(script, {name: set(re.findall(r"\w+", column)) for name, column in rows})
+    # The docstring names all files, or those to leave out.
+    text = " ".join(ast.get_docstring(trees[script]).split())
+    text = re.search(r"(?:to copy|can be copied)(.*?)(?:;|\.(?!py))", text, re.I)[1]
+    named = {*re.findall(r"(\w+)\.py", text), *["train_sft", "train_rl"] * ("the two trainers" in text)}
+    assert needed - {script} == (ALLOWED.keys() - named - {script} if "all other" in text else named)
+
 def test_the_map_from_the_papers_to_the_code_names_what_exists():
     text = (ROOT / "README.md").read_text("utf-8")
     text = text.partition("## From the paper to the code")[2].partition("## Results")[0]
