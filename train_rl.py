@@ -1,4 +1,5 @@
 """GRPO with verifiable rewards (Falcon-H1R, section 3): sample groups of answers, score them, learn.
+The defaults shown are the small run's; real models start from the paper's, see PAPER.
 
     python train_rl.py                                the small CPU run: from runs/tiny/sft to runs/tiny/rl
     torchrun --nproc-per-node 2 train_rl.py --fresh   the same on two ranks

@@ -1,4 +1,5 @@
 """Supervised fine-tuning on long chains of thought (Falcon-H1R, section 2).
+The defaults shown are the small run's; real models start from the paper's, see PAPER_LR, PAPER_SIZES.
 
     python train_sft.py                                the small CPU run: makes its data, saves runs/tiny/sft
     python train_sft.py --data my.jsonl --out runs/my --init FOLDER --lr 1e-4 --steps 500
@@ -19,9 +20,9 @@ and positions.
     OUT/log.jsonl     one object per step                          OUT/model/            the published format
 
 Deviations from the paper: the samples of a batch are packed (the paper does not say); a sample's difficulty
-weight enters the loss and its normalisation alike, so a batch of hard samples takes no larger step; the tiny
-run's learning rate and batch are its own; other models start from the paper's. To copy this, also take
-model.py, decode.py, ssm_scan.py, data.py and tokenizer.py. In sections 1 to 5 is the method.
+weight enters the loss and its normalisation alike, so a batch of hard samples takes no larger step. To copy
+this, also take model.py, decode.py, ssm_scan.py, data.py and tokenizer.py. Sections 1 to 5 are the method;
+train_rl.py uses the rest.
 """
 
 import glob

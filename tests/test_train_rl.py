@@ -486,7 +486,11 @@ def test_held_out_accuracy_by_domain(monkeypatch):
     assert [bool(x) for x in logged] == [False, False, True, False, False, True, True]
     assert calls == [(1, 5)] * 3 and evaluation([], args, ranks, 3) == {}
 
-def test_other_shapes_start_from_the_papers_values(tmp_path, monkeypatch):
+def test_other_shapes_start_from_the_papers_values(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["script", "--help"])
+    with pytest.raises(SystemExit):
+        r.read_args()
+    assert "real models start from the paper's" in " ".join(capsys.readouterr().out.split())
     FalconH1(replace(PRESETS["tiny"], vocab_size=300)).save_pretrained(tmp_path)
     monkeypatch.setattr("sys.argv", ["script", "--init", str(tmp_path), "--prompts", "5"])
     args, _ = r.read_args()

@@ -534,8 +534,12 @@ def test_recomputation_ends_in_front_of_the_last_product(monkeypatch):
         assert (len(begun), len(ended)) == (6, 3)
         begun.clear(), ended.clear()
 
-def test_only_tiny_models_have_the_tiny_runs_defaults(tmp_path, small_models, monkeypatch):
+def test_only_tiny_models_have_the_tiny_runs_defaults(tmp_path, small_models, monkeypatch, capsys):
     """Trained weights start from the paper's learning rate; other shapes take the paper's sizes as well."""
+    monkeypatch.setattr(sys, "argv", ["script", "--help"])
+    with pytest.raises(SystemExit):
+        t.read_args()
+    assert "real models start from the paper's" in " ".join(capsys.readouterr().out.split())
     FalconH1(PRESETS["tiny"]).save_pretrained(tmp_path)
     fields = ("lr", "batch", "steps", "context", "pack_tokens")
     for flags, expected in {
