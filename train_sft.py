@@ -524,6 +524,10 @@ def start_ranks(device, cp=1, replicas=1):
         dist.init_process_group(backend, timeout=LONGEST_WAIT, rank=rank, world_size=world, store=store)
     return Ranks(rank, world, device, cp, replicas)
 
+def check_ranks(error):
+    """ValueError if this is gloo's error because another rank has ended, which has told or shown why."""
+    check("gloo/transport" not in str(error), "another rank has ended, and so does this one")
+
 def run_main(body):
     """data.run_main for every rank; too little memory is a user error as well. Returns the exit status."""
     warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a single process is not a mistake
@@ -535,6 +539,9 @@ def run_main(body):
             what = ". ".join(str(error).split(". ")[:2])
             raise ValueError(f"{what}: take --checkpoint-activations, more GPUs, --cp or a smaller "
                              "--pack-tokens; `python -m tests.bench sizes` tells what models need") from None
+        except RuntimeError as error:
+            check_ranks(error)
+            raise
     status = data.run_main(in_memory)
     if dist.is_initialized() and dist.get_world_size() > 1:
         if status == 0:
@@ -790,6 +797,7 @@ class Run:
                 shutil.rmtree(old)
         except (OSError, RuntimeError, dcp.CheckpointException) as e:  # all three may mean a full disk
             shutil.rmtree(temporary, ignore_errors=True)
+            check_ranks(e)
             why = str(e).strip().splitlines()[-1]
             raise OSError(f"{self.out}: step {step} could not be saved ({why}); {self.trainer} holds what "
                           "was saved before. Make room and give the same command again") from None

@@ -294,9 +294,16 @@ def test_a_dead_rank_ends_the_run(small_run, tmp_path):
                                 stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     body = partial(processes.die_at, "train_sft", "log of step 3")
     results = launch(body, *small_run, "--out", tmp_path / "by-hand", ranks=2, status=None)
-    assert results[0].status == -9 and results[1].status not in (0, -9)
+    assert results[0].status == -9 and results[1].status == 1
+    assert results[1].err == "error: another rank has ended, and so does this one\n"
     err = torchrun.communicate(timeout=60)[1]
     assert torchrun.returncode == 1 and "rank      : 1" in err and "SIGKILL" in err, err
+
+def test_a_mistake_that_one_rank_finds_is_no_traceback_of_the_others(small_run, tmp_path):
+    (tmp_path / "run").write_text("a file")
+    first, other = launch(t.main, *small_run, ranks=2, status=1)
+    assert "File exists" in first.err and first.err.count("\n") == 1
+    assert other.err == "error: another rank has ended, and so does this one\n"
 
 def test_a_missing_rendezvous(small_run, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
