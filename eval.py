@@ -701,7 +701,10 @@ def gather(value):
     """The list of all ranks' values, by rank; every rank gets it."""
     values = [value] * WORLD
     if WORLD > 1:
-        dist.all_gather_object(values, value)
+        try:
+            dist.all_gather_object(values, value)
+        except RuntimeError:  # it says only that a connection is closed
+            raise ValueError("another rank has ended, and so does this one") from None
     return values
 
 @contextmanager

@@ -645,6 +645,15 @@ def test_an_error_on_one_rank_ends_all_and_deletes_nothing(two_ranks, where):
     assert err.endswith("error: this rank fails\n") and "error" not in silence
     assert files == two_ranks["main"][0][3]
 
+def test_a_rank_that_is_killed_ends_the_other_with_one_line(monkeypatch, capsys):
+    def gather(values, value):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer")
+    monkeypatch.setattr(ev, "WORLD", 2)
+    monkeypatch.setattr(ev.dist, "all_gather_object", gather)
+    monkeypatch.setattr(ev.dist, "init_process_group", lambda *args, **more: None)
+    assert ev.main([*BABBLE, "--out", "killed"]) == 1
+    assert capsys.readouterr().err == "error: another rank has ended, and so does this one\n"
+
 # 4. Code, and --check ---------------------------------------------------------------------------------------
 
 @needs_sandbox
