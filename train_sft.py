@@ -799,8 +799,9 @@ class Run:
             shutil.rmtree(temporary, ignore_errors=True)
             check_ranks(e)
             why = str(e).strip().splitlines()[-1]
+            advice = "Make room and give the same command again" + ", without --fresh" * self.args.fresh
             raise OSError(f"{self.out}: step {step} could not be saved ({why}); {self.trainer} holds what "
-                          "was saved before. Make room and give the same command again") from None
+                          f"was saved before. {advice}") from None
         export(config, self.tokenizer, final, self.out / "model")
 
     def resume(self, model, optimizer):

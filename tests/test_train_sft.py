@@ -371,6 +371,9 @@ def test_a_full_disk_costs_nothing_but_the_step(small_run, tmp_path, whole_run):
     full = launch(partial(processes.altered, "full disk"), *small_run, status=1)
     assert full.err.startswith(f"error: {tmp_path / 'run'}: step 2 could not be saved"), full.err
     assert full.err.count("\n") == 1 and not list(tmp_path.rglob("*.tmp"))
+    assert full.err.endswith("give the same command again\n")
+    fresh = launch(partial(processes.altered, "full disk"), *small_run, "--fresh", status=1)
+    assert fresh.err.endswith("again, without --fresh\n")  # it would delete what was saved
     launch(t.main, *small_run)
     assert_same_run(whole_run, tmp_path / "run")
 
