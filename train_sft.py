@@ -813,8 +813,9 @@ class Run:
                 shutil.rmtree(unfinished)
             state, folder = self._newest()
             # A full disk may have left half a line at the end.
-            lines = self.log.read_text(encoding="utf-8").split("\n")[:-1] if self.log.exists() else []
-            records = [record for record in map(json.loads, lines) if record["step"] <= state["step"]]
+            lines = self.log.read_bytes().split(b"\n")[:-1] if self.log.exists() else []
+            records = [data.parse_json(line, f"{self.log}, line {i}") for i, line in enumerate(lines, 1)]
+            records = [record for record in records if record["step"] <= state["step"]]
             data.write_jsonl(self.log, records)
             # Its own line is missing if the run was killed between saving and logging.
             last = records[-1]["step"] if records else 0

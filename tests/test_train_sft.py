@@ -493,6 +493,13 @@ def test_a_finished_run_stays_as_it_is(small_run, whole_run):
     launch(t.main, *small_run, "--out", whole_run, "--eval-every", 100)
     assert (whole_run / "log.jsonl").read_bytes() == before
 
+def test_a_damaged_log_is_named(small_run, tmp_path, whole_run, monkeypatch, capsys):
+    shutil.copytree(whole_run, tmp_path / "run")
+    with open(tmp_path / "run" / "log.jsonl", "a", encoding="utf-8") as log:
+        log.write("\0\0\n")  # as a power cut may leave it
+    err = refused(t.main, small_run, monkeypatch, capsys)
+    assert err.startswith(f"error: {tmp_path / 'run' / 'log.jsonl'}, line 7: "), err
+
 def test_a_checkpoint_of_another_model(small_run, tmp_path, whole_run, small_models, monkeypatch, capsys):
     """--init is the same folder, but another model lies there now."""
     out = tmp_path / "run"
