@@ -105,7 +105,6 @@ def mean(conf):
 MEASURES = {"lowest": lowest_group, "bottom": bottom_groups, "tail": tail, "mean": lambda conf, _: mean(conf)}
 
 # 2. Votes and filters ---------------------------------------------------------------------------------------
-
 # Nats. Far below any meaningful difference; above what a confidence changes by in float32 when a trace is
 # sampled in another batch, as after an interruption (8e-6 at 12 nats, on a CPU).
 TIE = 1e-5
@@ -125,7 +124,7 @@ def vote(answers, weights=None, same=None):
         return None, 0.0
     if not any(weight for _, weight in votes):
         votes = [(answer, 1.0) for answer, _ in votes]
-
+    # Equal answers share a sum. Where sums tie, the group that came first wins.
     sums = {}  # first answer of a group -> weight of the group
     for answer, weight in votes:
         group = next((first for first in sums if first == answer or same and same(answer, first)), answer)
@@ -321,6 +320,7 @@ def mean_and_stderr(scores):
     return center, math.sqrt(math.fsum((x - center) ** 2 for x in known) / (m - 1) / m)
 
 def _mean(values):
+    """NaN for no values, without NumPy's warning."""
     return float(np.mean(values)) if len(values) else math.nan
 
 def calibration_sentence(pairs):
@@ -354,8 +354,7 @@ READERS = (
     (("completion_probabilities",), "top_logprobs"),  # llama-server's own /completion
     (("completion_probabilities",), "top_probs"),
     (("completion_probabilities",), "probs"),  # llama-server until 2024
-    (("logprobs",), ""),  # vLLM's Python objects: [{token id: {"logprob": -0.1, "rank": 1}}]
-)
+    (("logprobs",), ""))  # vLLM's Python objects: [{token id: {"logprob": -0.1, "rank": 1}}]
 RAW = "vLLM: --logprobs-mode raw_logprobs; llama-server: post_sampling_probs off"
 # What a server's answer mentions, and the option that helps; the first row that fits.
 HINTS = {
@@ -364,8 +363,7 @@ HINTS = {
     "api.?key|auth": "set OPENAI_API_KEY",
     "http 429|http 503|timed out|no token": "fewer traces at a time, or wait until it is up",
     "errno": "is it up, at this address and port?",
-    "": "--server ends in /v1 as a rule; its /models lists the names of its models",
-}
+    "": "--server ends in /v1 as a rule; its /models lists the names of its models"}
 # What may be wrong with parsed JSON that is not as expected.
 MALFORMED = (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError)
 
@@ -575,7 +573,8 @@ def generate(server, prompts, *, max_new_tokens, temperature=1.0, top_p=1.0, sam
                     running += 1
             if not running:
                 break
-            trace, error = run.finished.get()  # sleep until a trace has ended; its end may admit others
+            # Sleep until a trace has ended; its end may admit others.
+            trace, error = run.finished.get()
             running -= 1
             if error:
                 raise error
@@ -706,8 +705,8 @@ def to_traces(records, make=to_trace):
 
 def to_record(problem, trace, rewards):
     """A line of traces.jsonl: a reply, its answer (to choices a letter), and whether it is right.
-
-    problem: with id, domain, answer and extra, as data.Problem. rewards: the module, or Alone."""
+    problem: with id, domain, answer and extra, as data.Problem. rewards: the module, or Alone.
+    `tie` says that confidences carry a server's noise."""
     answer = rewards.extract_answer(trace.text)
     choices = problem.extra.get("choices")
     choice = rewards.chosen(answer, choices) if answer and choices else None
@@ -844,7 +843,7 @@ def sample_online(args, problems, rewards, same, file):
     ended = [[] for _ in problems]
     light = {"text": "", "confidences": ()}
     begun = time.monotonic()
-
+    # What earlier processes have appended, Online takes as if it saw it now.
     for record in read_out(file, mark):
         i = names.index(record["problem"])
         # Where files have no locks, two processes may have written the same trace: the first one counts.
@@ -854,7 +853,7 @@ def sample_online(args, problems, rewards, same, file):
         machines[i].record(record["sample"], record["confidences"], record["answer"])
         ended[i].append(to_trace(record, **light))
         begun = min(begun, time.monotonic() - record["seconds"])
-
+    # The rest is sampled, with these callbacks.
     def admit(i, sample):
         return "skip" if machines[i].traces[sample].ended else machines[i].admit(sample)
 
@@ -901,6 +900,7 @@ class Alone:
     check_scorable = None
 
     def text_or_file(value):
+        """The text of a file, if there is one of this name; otherwise the value itself."""
         return Path(value).read_text("utf-8").strip() if os.path.isfile(value) else value
 
     def extract_answer(text):
@@ -955,8 +955,7 @@ FLAGS = (
     ("max-tokens", 32768, "per trace"),
     ("system", "", "system prompt: a text or the name of a file"),
     ("suffix", "", "instruction to add to every question, on a line of its own"),
-    ("top-logprobs", 20, "alternatives per token; fewer where the server gives fewer"),
-)
+    ("top-logprobs", 20, "alternatives per token; fewer where the server gives fewer"))
 
 def main(argv=None):
     """The exit status, or what sys.exit prints. argv: the flags, if not those of this process."""
@@ -974,6 +973,7 @@ def main(argv=None):
         args = parser.parse_args(argv)
         if bool(args.traces) == bool(args.server) or args.server and not args.problems:
             raise ValueError("expected a file of traces, or --server and --problems")
+        # Both commands share flags; what one does not need, it ignores.
         args.window = args.window or (2048 if args.server else 16)
         args.system = data.text_or_file(args.system)
         problems = [*data.read_problems(args.problems, check=rewards.check_scorable)] if args.problems else []

@@ -373,6 +373,7 @@ def mixed_scripts(reply, prompt):
         return 0.0  # only numbers and signs: any language will do
     letters = 0
     foreign = 0
+    # Latin and Greek letters outside formulas and code, then all other letters, wherever they are.
     for text, common in ((FORMULA.sub(" ", reply), True), (reply, False)):
         for script, run in itertools.groupby(text, script_of):
             n = len(list(run))
@@ -611,8 +612,7 @@ REWRITES = [
     (r"\s+", " "),
     (rf"(?:^|(?<=∪))\s*(?:([^<>=!,∪]+?)\s*([<>]=?))?\s*({LETTER})\s*(?:([<>]=?)\s*([^<>=!,∪]+?))?\s*(?=$|∪)",
      _membership),
-    (r'^[\s,]+|""|;;\s*(?=\\end)|(?:[\s,;:]|(?<!\.)\.)+$', ""),
-]
+    (r'^[\s,]+|""|;;\s*(?=\\end)|(?:[\s,;:]|(?<!\.)\.)+$', "")]
 REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in REWRITES]
 
 @lru_cache(maxsize=4096)
@@ -663,6 +663,7 @@ def add(x, y):
     return Fraction(0) if abs(x + y) < lost else x + y
 
 def multiply(x, y):
+    """x y; no value where a float would overflow, or underflow to 0."""
     x, y = alike(x, y)
     return in_range(x * y, 0 in (x, y))
 
@@ -706,8 +707,7 @@ def binomial(n, k):
 FUNCTIONS = {
     "arcsin": math.asin, "arccos": math.acos, "arctan": math.atan, "sin": math.sin, "cos": math.cos,
     "tan": math.tan, "cot": lambda x: 1 / math.tan(x), "sec": lambda x: 1 / math.cos(x), "ln": logarithm,
-    "csc": lambda x: 1 / math.sin(x), "exp": lambda x: power(CONSTANTS["e"], x), "log": logarithm,
-}
+    "csc": lambda x: 1 / math.sin(x), "exp": lambda x: power(CONSTANTS["e"], x), "log": logarithm}
 
 def apply(name, x):
     """A function of x, with the zeros that rounding misses: sin(pi). No value where a float has too few
@@ -840,8 +840,7 @@ OPERATORS = {
     "+": (8, partial(number, add)), "-": (8, partial(number, lambda x, y: add(x, -y))),
     "": (9, times), "*": (9, times), "/": (9, partial(number, divide)), "^": (11, partial(number, power)),
     "unit": (7, with_unit), "%": (9, with_unit), "°": (9, with_unit),
-    "!": (12, lambda value, sign: number(factorial, value)),
-}
+    "!": (12, lambda value, sign: number(factorial, value))}
 # Functions of the two operands that follow.
 PREFIX = {r"\frac": divide, r"\binom": binomial}
 SIGN = 10  # -x^2 is -(x^2), and -2 * 3 is (-2) * 3
@@ -876,6 +875,7 @@ class Parser:
 
     @property
     def next(self):
+        """The next token's text."""
         return self.tokens[self.at][1]
 
     def take(self):
