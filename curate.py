@@ -335,9 +335,9 @@ def questions_of(record, where):
     if record.get("messages") is None and record.get("conversations") is None:
         name = next((name for name in record if data.PUBLIC.get(name) == "prompt"), "prompt")
         text = data.text_field(record, name, where)
-        choices = record.get("options") if record.get("choices") is None else record["choices"]
         try:  # models are asked with the choices; any index will do here, as a benchmark may hide its answers
-            return [text, data.with_choices(text, data.parse_choices(choices, 0, where)[0])]
+            choices, _ = data.parse_choices(data.choices_of(record), 0, where)
+            return [text, data.with_choices(text, choices)]
         except ValueError:  # no choices, or some that could not be asked
             return [text]
     messages = data.sft_row(record, where)["messages"]

@@ -286,8 +286,8 @@ def parse_problem(record, where):
     """The Problem of one record. where: "FILE, line 3"; a problem without an id is named after it."""
     row = dict(record) if "prompt" in record and "task_id" not in record else from_public(record, where)
     # Choices go into the prompt, and the answer becomes the letter of the right one.
-    options = row.pop("options", None)
-    choices = options if row.get("choices") is None else row["choices"]
+    choices = choices_of(row)
+    row.pop("options", None)
     if choices is not None:
         row["choices"], row["answer"] = parse_choices(choices, row.get("answer"), where)
         row["prompt"] = with_choices(text_field(row, "prompt", where), row["choices"])
@@ -298,12 +298,16 @@ def parse_problem(record, where):
     extra = {name: row[name] for name in row if name not in ("id", "domain", "prompt", "answer")}
     return Problem(id, domain, prompt, answer, extra, where)
 
+def choices_of(record):
+    """The choices of a record, in whichever of two fields; in joined files the other one is null."""
+    return record.get("options") if record.get("choices") is None else record["choices"]
+
 def from_public(record, where):
     """A record of a public data set with our names for its fields, an id and a domain."""
     row = {"id": re.sub(", (line|item) ", ":", Path(where).name), "domain": "math"}
     if "task_id" in record:
         row["domain"] = "code"
-    elif record.get("choices") is not None or record.get("options") is not None:
+    elif choices_of(record) is not None:
         row["domain"] = "science"
     for name, value in record.items():
         row[PUBLIC.get(name, name)] = text_field(record, name, where) if name in PUBLIC else value

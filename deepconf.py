@@ -369,7 +369,6 @@ MALFORMED = (ValueError, TypeError, KeyError, IndexError, AttributeError, Overfl
 
 def read_confidence(top, k, say):
     """Token confidence of one token's alternatives, as servers send them.
-
     top: numbers, or objects with "logprob" or "prob", in a list or as values of a dict. k: how many count.
     say(text): told if there are fewer, or if they were tempered. Raises ValueError unless they are log P."""
     top = list(top.values() if isinstance(top, dict) else top)
@@ -710,16 +709,14 @@ def to_record(problem, trace, rewards):
     answer = rewards.extract_answer(trace.text)
     choices = problem.extra.get("choices")
     choice = rewards.chosen(answer, choices) if answer and choices else None
+    correct = bool(rewards.is_right(answer, problem))
     answer = answer if choice is None else rewards.LETTERS[choice]
-    named = answer is not None and (choice is not None or not choices)  # x = A names none
-    correct = named and bool(rewards.is_equivalent(answer, problem.answer))
     return {"problem": problem.id, "domain": problem.domain, "sample": trace.sample_index,
             "gold": problem.answer, "text": trace.text, "tokens": len(trace.confidences), "answer": answer,
             "correct": correct, "stop": trace.stop, "tie": SERVER_TIE, "confidences": trace.confidences}
 
 def from_choices(records, problems, rewards):
     """Replies that clients of vLLM and OpenAI saved, as lines of a traces.jsonl; such lines stay as they are.
-
     A record is a completion with "choices", a line of a batch's output, or one choice. Its field problem or
     custom_id names the problem. Without it, the only problem is meant, or the n-th completion is a reply to
     the n-th problem."""
@@ -764,7 +761,6 @@ def compare(traces, window, same, tie):
 
 def print_table(rows, whole):
     """Print every method's accuracy, over problems whose verdict is known (see is_right), and its cost.
-
     rows: each problem's traces, `same` and (method, answer, tokens). whole: tokens that are a cost of 1."""
     results = {}  # method: [(verdict, tokens) per problem]
     for traces, same, methods in rows:
@@ -898,6 +894,10 @@ class Alone:
     Flags = argparse.ArgumentParser  # prints its usage with an error
     is_equivalent = str.__eq__
     check_scorable = None
+
+    def is_right(answer, problem):
+        """Whether they are the same text, which None, no answer, is not."""
+        return answer == problem.answer
 
     def text_or_file(value):
         """The text of a file, if there is one of this name; otherwise the value itself."""

@@ -249,9 +249,10 @@ def copy_warm_up(path, run, n_init, complete):
     warm_up = sum(reply.tokens for ballot in complete.ballots for reply in ballot.replies[:n_init])
     seconds = round(complete.seconds * warm_up / sum(complete.tokens()), 2)
     with replacing(path.with_suffix(".part0.jsonl")) as part:
-        for _, record in data.read_records(path.with_name("traces.jsonl")):
-            if record["sample"] < n_init:
-                part.write(json.dumps(record | {"run": run, "seconds": seconds}).encode() + b"\n")
+        for number, (_, _, line) in enumerate(data.read_rows(path.with_name("traces.jsonl"))):
+            if number % complete.n < n_init:  # merge() has sorted them by problem and sample
+                record = json.loads(line) | {"run": run, "seconds": seconds}
+                part.write(json.dumps(record).encode() + b"\n")
 
 # 2. Files of traces -----------------------------------------------------------------------------------------
 # While it samples, rank r appends to traces.part<r>.jsonl. In the end rank 0 merges all parts, sorted and
@@ -672,7 +673,8 @@ def chat(args):
     The model sees the whole conversation, except for the reasoning in its earlier replies."""
     _, model, tokenizer, _ = open_checkpoint(args.model or SMALL_RUN[-1], [], args)
     # One byte that is not UTF-8 must not end the conversation; no template would take it.
-    getattr(sys.stdin, "reconfigure", dict)(errors="replace")
+    if hasattr(sys.stdin, "reconfigure"):  # what stands in for it in a notebook or a test has none
+        sys.stdin.reconfigure(errors="replace")
     messages = []
     shown = ""  # of the reply so far
     def stream(trace):
